@@ -1,0 +1,81 @@
+//! Messages to bytes and back, with size and version checked in one place.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::limits::MESSAGE_BYTES_MAX;
+use crate::{
+    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PrefillJob,
+    PrefillReply, ProtocolError, Release, Released, TokenFrame, WorkerDescriptor,
+};
+
+/// A message that may travel on the bus.
+pub trait Versioned: Serialize + DeserializeOwned {
+    /// Its name in errors.
+    const NAME: &'static str;
+}
+
+macro_rules! versioned {
+    ($($message:ident),* $(,)?) => {
+        $(impl Versioned for $message { const NAME: &'static str = stringify!($message); })*
+    };
+}
+
+versioned!(
+    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PrefillJob, PrefillReply, Release, Released,
+    TokenFrame, WorkerDescriptor,
+);
+
+/// The bytes of a message.
+///
+/// # Errors
+/// [`ProtocolError::TooLarge`] over the bound; [`ProtocolError::Json`] for numbers JSON cannot hold.
+pub fn encode<M: Versioned>(message: &M) -> Result<Vec<u8>, ProtocolError> {
+    let bytes = serde_json::to_vec(message)
+        .map_err(|error| ProtocolError::Json { what: M::NAME, detail: error.to_string() })?;
+    check_size(M::NAME, bytes.len())?;
+    Ok(bytes)
+}
+
+/// The message in these bytes.
+///
+/// # Errors
+/// [`ProtocolError::TooLarge`], [`ProtocolError::Version`] for another protocol version, and
+/// [`ProtocolError::Json`] for anything that is not this message.
+pub fn decode<M: Versioned>(bytes: &[u8]) -> Result<M, ProtocolError> {
+    check_size(M::NAME, bytes.len())?;
+    let json = |error: serde_json::Error| ProtocolError::Json {
+        what: M::NAME,
+        detail: error.to_string(),
+    };
+    match serde_json::from_slice::<M>(bytes) {
+        // Another version may parse by luck: its own number decides, not the shape. It stands first in
+        // what we write, so looking for it again costs little; only a misfit pays the second parse.
+        Ok(message) if version_stands_first(bytes) => Ok(message),
+        outcome => {
+            let Header { v } = serde_json::from_slice(bytes).map_err(json)?;
+            if v != PROTOCOL_VERSION {
+                return Err(ProtocolError::Version { theirs: v, ours: PROTOCOL_VERSION });
+            }
+            outcome.map_err(json)
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Header {
+    v: u16,
+}
+
+fn version_stands_first(bytes: &[u8]) -> bool {
+    const PREFIX: &str = "{\"v\":1,";
+    const { assert!(PROTOCOL_VERSION == 1) };
+    bytes.starts_with(PREFIX.as_bytes())
+}
+
+fn check_size(what: &'static str, bytes: usize) -> Result<(), ProtocolError> {
+    if bytes > MESSAGE_BYTES_MAX {
+        return Err(ProtocolError::TooLarge { what, bytes });
+    }
+    Ok(())
+}

@@ -1,0 +1,193 @@
+//! Names and numbers that identify workers, requests and staged KV.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+use crate::ProtocolError;
+
+/// Longest name of a worker, an API server or a cluster, in bytes.
+pub const NAME_BYTES_MAX: usize = 64;
+
+/// A name becomes one token of a NATS subject, so it may hold only what cannot split or match one.
+pub(crate) fn check_name(what: &'static str, name: &str) -> Result<(), ProtocolError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
+        return Err(ProtocolError::Name { what, name: name.chars().take(NAME_BYTES_MAX).collect() });
+    }
+    Ok(())
+}
+
+macro_rules! name_id {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+        #[serde(transparent)]
+        pub struct $name(String);
+
+        impl $name {
+            /// Parses a name: 1 to 64 of `A-Z a-z 0-9 - _`.
+            ///
+            /// # Errors
+            /// [`ProtocolError::Name`] for any other text.
+            pub fn new(name: impl Into<String>) -> Result<Self, ProtocolError> {
+                let name = name.into();
+                check_name($what, &name)?;
+                Ok(Self(name))
+            }
+
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                Self::new(String::deserialize(deserializer)?).map_err(de::Error::custom)
+            }
+        }
+    };
+}
+
+name_id!(
+    /// A worker's name, unique in its cluster at any one time.
+    WorkerId,
+    "worker"
+);
+name_id!(
+    /// An API server's name, unique in its cluster at any one time.
+    ApiServerId,
+    "API server"
+);
+
+macro_rules! hex_id {
+    ($(#[$doc:meta])* $name:ident, $inner:ty, $digits:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!("{:0", $digits, "x}"), self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = ProtocolError;
+
+            fn from_str(text: &str) -> Result<Self, ProtocolError> {
+                let digits: usize = $digits.parse().unwrap_or(0);
+                let plain = text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
+                match <$inner>::from_str_radix(text, 16) {
+                    Ok(value) if plain => Ok(Self(value)),
+                    _ => Err(ProtocolError::Hex {
+                        what: stringify!($name),
+                        digits,
+                        text: text.chars().take(40).collect(),
+                    }),
+                }
+            }
+        }
+
+        impl Serialize for $name {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $name {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                struct Visitor;
+                impl de::Visitor<'_> for Visitor {
+                    type Value = $name;
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        write!(f, concat!($digits, " hexadecimal digits"))
+                    }
+                    fn visit_str<E: de::Error>(self, text: &str) -> Result<$name, E> {
+                        text.parse().map_err(E::custom)
+                    }
+                }
+                deserializer.deserialize_str(Visitor)
+            }
+        }
+    };
+}
+
+hex_id!(
+    /// One generation (one choice of one HTTP request), drawn at random by the API server. It stays
+    /// the same when the request is retried elsewhere.
+    RequestId,
+    u128,
+    "32"
+);
+hex_id!(
+    /// Which life of a worker this is, drawn at random when the process starts. A restarted worker
+    /// keeps its name and changes this, so nothing of the old life is taken for the new.
+    Incarnation,
+    u64,
+    "16"
+);
+hex_id!(
+    /// One staged KV cache on one incarnation of a context worker.
+    HandleId,
+    u64,
+    "16"
+);
+hex_id!(
+    /// Proof that a release comes from somebody who was given the handle.
+    Nonce,
+    u128,
+    "32"
+);
+
+/// SHA-256 over everything that decides a model's output: configuration, tokenizer and weights.
+/// `model-prep` writes it into the manifest. 64 lower-case hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(transparent)]
+pub struct ModelFingerprint(String);
+
+impl ModelFingerprint {
+    /// Parses 64 hexadecimal digits.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Hex`] for any other text.
+    pub fn new(text: impl Into<String>) -> Result<Self, ProtocolError> {
+        let text = text.into();
+        if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            let text = text.chars().take(80).collect();
+            return Err(ProtocolError::Hex { what: "ModelFingerprint", digits: 64, text });
+        }
+        Ok(Self(text.to_ascii_lowercase()))
+    }
+
+    /// The digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for ModelFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ModelFingerprint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::new(String::deserialize(deserializer)?).map_err(de::Error::custom)
+    }
+}

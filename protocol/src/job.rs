@@ -1,0 +1,175 @@
+//! What the API server asks of workers, and what a decode worker asks of a context worker.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ApiServerId, Failure, Generation, HandleId, Incarnation, KvHandle, ModelFingerprint, Nonce,
+    PackedTokens, Refusal, RequestId, TokenLogprobs, WorkerId,
+};
+
+/// A sequence as it stands: the prompt, the output so far, and how to go on. A retry carries more
+/// output than the first try, and nothing else differs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SequenceSpec {
+    /// Prompt and output so far.
+    pub tokens: PackedTokens,
+    /// How many of them are the prompt; at least 1.
+    pub prompt_tokens: u32,
+    /// How to choose tokens and when to stop.
+    pub generation: Generation,
+}
+
+impl SequenceSpec {
+    /// Number of output tokens so far; also the output index of the next token.
+    pub fn output_tokens(&self) -> u32 {
+        (self.tokens.0.len() as u32).saturating_sub(self.prompt_tokens)
+    }
+
+    /// Whether the counts make sense: a prompt, no more prompt than tokens, and room for one more.
+    ///
+    /// # Errors
+    /// [`Refusal::Malformed`] with the reason.
+    pub fn check(&self) -> Result<(), Refusal> {
+        let malformed = |detail: &str| Err(Refusal::Malformed { detail: detail.to_owned() });
+        let tokens = self.tokens.0.len();
+        if self.prompt_tokens == 0 || tokens < self.prompt_tokens as usize {
+            return malformed("prompt_tokens must be between 1 and the number of tokens");
+        }
+        if self.output_tokens() >= self.generation.max_tokens {
+            return malformed("the output already has max_tokens tokens");
+        }
+        Ok(())
+    }
+}
+
+/// API server → context worker, request on `prefill.<worker>`: run these tokens, choose the next one,
+/// keep the KV. Answered by [`PrefillReply`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PrefillJob {
+    /// Protocol version.
+    pub v: u16,
+    /// Which request.
+    pub request: RequestId,
+    /// Who asks.
+    pub api_server: ApiServerId,
+    /// Time left for the whole request.
+    pub budget_ms: u32,
+    /// The model it is meant for.
+    pub model: ModelFingerprint,
+    /// The sequence.
+    pub sequence: SequenceSpec,
+    /// Report log-probabilities of the prompt's tokens too, with this many alternatives (`echo`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt_logprobs: Option<u8>,
+}
+
+/// Answer to [`PrefillJob`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum PrefillReply {
+    /// The KV is staged, or the generation already ended with its first token.
+    Ready {
+        /// Protocol version.
+        v: u16,
+        /// The handle.
+        handle: Box<KvHandle>,
+        /// For each prompt token but the first, if asked for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    },
+    /// Not taken.
+    Refused {
+        /// Protocol version.
+        v: u16,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// Taken and failed; nothing is held.
+    Failed {
+        /// Protocol version.
+        v: u16,
+        /// Why.
+        failure: Failure,
+    },
+}
+
+/// API server → decode worker, request on `decode.<worker>`: pull this KV and go on. Answered by
+/// [`DecodeReply`] at once; tokens follow on the API server's token subject.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecodeJob {
+    /// Protocol version.
+    pub v: u16,
+    /// Which request.
+    pub request: RequestId,
+    /// Who asks, and where tokens go.
+    pub api_server: ApiServerId,
+    /// Which try of this request this is, from 0: token frames carry it back, so frames of a try that
+    /// was given up are told from those of the one that replaced it.
+    pub attempt: u32,
+    /// Time left for the whole request.
+    pub budget_ms: u32,
+    /// The sequence as the context worker got it, without the handle's first token.
+    pub sequence: SequenceSpec,
+    /// Where its KV is, and its next token.
+    pub handle: KvHandle,
+}
+
+/// Answer to [`DecodeJob`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum DecodeReply {
+    /// Blocks are reserved and the pull has begun.
+    Admitted {
+        /// Protocol version.
+        v: u16,
+        /// Which life of the worker took it.
+        incarnation: Incarnation,
+    },
+    /// Not taken; the handle stays leased.
+    Refused {
+        /// Protocol version.
+        v: u16,
+        /// Why.
+        refusal: Refusal,
+    },
+}
+
+/// API server → any worker, published on `abort.<worker>`: end this request in whatever phase it is
+/// and free what it holds. Not answered; aborting what is not there is no error.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Abort {
+    /// Protocol version.
+    pub v: u16,
+    /// Which request.
+    pub request: RequestId,
+    /// Why, for the log.
+    pub reason: String,
+}
+
+/// Decode worker → context worker, request on `release.<worker>`: the pull has ended, free the KV, and
+/// say whether it was whole all the time. Answered by [`Released`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Release {
+    /// Protocol version.
+    pub v: u16,
+    /// Which request.
+    pub request: RequestId,
+    /// The life of the context worker the handle belongs to.
+    pub incarnation: Incarnation,
+    /// Which staged cache.
+    pub handle: HandleId,
+    /// Proof.
+    pub nonce: Nonce,
+    /// Who releases.
+    pub decode_worker: WorkerId,
+}
+
+/// Answer to [`Release`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Released {
+    /// Protocol version.
+    pub v: u16,
+    /// Whether that lease was alive without a break until now. If not, what was read must be thrown
+    /// away. A second release of one handle is not valid.
+    pub valid: bool,
+}

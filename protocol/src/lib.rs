@@ -1,0 +1,49 @@
+//! The contract between Baton's processes: what travels on the bus, and what it means.
+//!
+//! Everything here is data. There is no I/O, no runtime and no policy, so a worker written in
+//! another language can be built from this crate's documentation alone. `README.md` beside this
+//! crate tells the story in order, with one real message of each kind.
+//!
+//! Rules that hold for every message:
+//!
+//! - It is one JSON object on core NATS, at most [`limits::MESSAGE_BYTES_MAX`] bytes.
+//! - It carries `v`, the [`PROTOCOL_VERSION`] of its sender. A receiver refuses another major
+//!   version with a sentence ([`decode`]); fields it does not know are ignored, so fields may be
+//!   added within a version.
+//! - Durations are relative, in milliseconds, and end in `_ms`: clocks of two hosts are never
+//!   compared.
+//! - Token ids travel packed ([`PackedTokens`]), 128-bit numbers as 32 hexadecimal digits.
+#![forbid(unsafe_code)]
+
+mod codec;
+mod error;
+mod handle;
+mod ids;
+mod job;
+pub mod limits;
+mod membership;
+mod packed;
+mod sampling;
+pub mod subjects;
+mod token_frame;
+
+pub use codec::{Versioned, decode, encode};
+pub use error::{Failure, FailureCode, ProtocolError, Refusal};
+pub use handle::{
+    BlockRun, KvDtype, KvGeometry, KvHandle, MemoryType, PrefillTimings, RankRegion, RankRuns,
+    TransferDescriptor, UcxVersion,
+};
+pub use ids::{ApiServerId, HandleId, Incarnation, ModelFingerprint, Nonce, RequestId, WorkerId};
+pub use job::{
+    Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, SequenceSpec,
+};
+pub use membership::{
+    ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, PeerHealth, PeerState, Role, WorkerDescriptor,
+    WorkerState,
+};
+pub use packed::{Base64Bytes, PackedTokens};
+pub use sampling::{FinishReason, Generation, Sampling, TokenLogprobs, TopLogprob};
+pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
+
+/// Version of the contract. Raised when an old receiver would misread a new message.
+pub const PROTOCOL_VERSION: u16 = 1;

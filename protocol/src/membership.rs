@@ -1,0 +1,201 @@
+//! Who is in the cluster, what they serve and how they fare. Soft state: a worker is what it last beat.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ApiServerId, Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerId,
+};
+
+/// What a worker does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Runs prompts and stages their KV.
+    Context,
+    /// Pulls KV and generates.
+    Decode,
+    /// Does both; a handle of its own is adopted in place, without a pull.
+    Both,
+}
+
+impl Role {
+    /// Whether it takes prefill jobs.
+    pub fn prefills(self) -> bool {
+        matches!(self, Self::Context | Self::Both)
+    }
+
+    /// Whether it takes decode jobs.
+    pub fn decodes(self) -> bool {
+        matches!(self, Self::Decode | Self::Both)
+    }
+
+    /// The name used in flags, metrics and logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Context => "context",
+            Self::Decode => "decode",
+            Self::Both => "both",
+        }
+    }
+}
+
+/// Whether a worker takes jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerState {
+    /// It does.
+    Serving,
+    /// It finishes what it has and leaves.
+    Draining,
+    /// Its executor is out of service; it waits to be replaced.
+    Failed,
+}
+
+/// The model a worker serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// Name clients ask for.
+    pub name: String,
+    /// What it is, exactly.
+    pub fingerprint: ModelFingerprint,
+    /// Longest sequence, prompt and output, in tokens.
+    pub tokens_max: u32,
+    /// Size of the vocabulary: logits per position.
+    pub vocab: u32,
+}
+
+/// What a worker is busy with at this moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Load {
+    /// Sequences waiting for their first step.
+    pub waiting: u32,
+    /// Sequences in the running batch.
+    pub running: u32,
+    /// Prompt tokens not yet run.
+    pub waiting_tokens: u32,
+    /// Staged handles that wait for their release.
+    pub leased: u32,
+    /// Pulls under way.
+    pub pulling: u32,
+    /// Blocks held by sequences, leases and pulls. Blocks that only the prefix index keeps are free.
+    pub blocks_used: u32,
+    /// Blocks that hold a reusable prefix and nobody uses.
+    pub blocks_cached: u32,
+    /// Blocks that cannot be reused before a broken transfer has ended.
+    pub blocks_quarantined: u32,
+}
+
+/// What a worker can hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Capacity {
+    /// Blocks of its arena.
+    pub blocks: u32,
+    /// Sequences in one batch.
+    pub batch: u32,
+    /// Jobs that may wait.
+    pub queue: u32,
+}
+
+/// Whether KV can be pulled from one context worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PeerState {
+    /// Being connected.
+    Connecting,
+    /// Connected and probed.
+    Ready,
+    /// The last connection or pull failed; it is tried again.
+    Broken,
+}
+
+/// A decode worker's view of one context worker.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerHealth {
+    /// The context worker.
+    pub worker: WorkerId,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// Whether pulls work.
+    pub state: PeerState,
+    /// UCX transports in use, as UCX names them.
+    pub transport: String,
+    /// Rate reached by the probe at connect, in GB/s; 0 before it.
+    pub gigabytes_per_second: f32,
+    /// The last error, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// Any worker, published on `beat.<worker>` every [`crate::limits::BEAT_INTERVAL_MS`] and at once after
+/// [`Hello`] or a change of state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Beat {
+    /// Protocol version.
+    pub v: u16,
+    /// Who.
+    pub worker: WorkerId,
+    /// Which life.
+    pub incarnation: Incarnation,
+    /// What it does.
+    pub role: Role,
+    /// Whether it takes jobs.
+    pub state: WorkerState,
+    /// What it serves.
+    pub model: ModelInfo,
+    /// How its KV is laid out.
+    pub kv: KvGeometry,
+    /// What it computes on, for people: `cpu avx512-bf16, 2 threads`.
+    pub device: String,
+    /// How busy it is.
+    pub load: Load,
+    /// What it can hold.
+    pub capacity: Capacity,
+    /// Decode workers: the context workers they can pull from.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub peers: Vec<PeerHealth>,
+    /// How it moves KV, for people: `ucx 1.13.1 posix,cma,tcp`, or why it cannot.
+    #[serde(default)]
+    pub transport: String,
+}
+
+/// Answer to an empty request on `describe.<worker>`: what peers need once per incarnation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct WorkerDescriptor {
+    /// Protocol version.
+    pub v: u16,
+    /// Who.
+    pub worker: WorkerId,
+    /// Which life.
+    pub incarnation: Incarnation,
+    /// What it does.
+    pub role: Role,
+    /// What it serves.
+    pub model: ModelInfo,
+    /// How its KV is laid out.
+    pub kv: KvGeometry,
+    /// How to read its arena; `None` if it moves no KV.
+    pub transfer: Option<TransferDescriptor>,
+}
+
+/// API server, published on `api-beat.<api-server>` every [`crate::limits::BEAT_INTERVAL_MS`]: workers end the
+/// requests of an API server that fell silent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApiBeat {
+    /// Protocol version.
+    pub v: u16,
+    /// Who.
+    pub api_server: ApiServerId,
+    /// Requests in flight.
+    pub in_flight: u32,
+}
+
+/// Anybody who just joined, published on `hello`: beat now.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Protocol version.
+    pub v: u16,
+    /// Who asks.
+    pub from: String,
+}

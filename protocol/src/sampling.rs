@@ -1,0 +1,91 @@
+//! How the next token is chosen, when generation ends, and what is reported of each token.
+
+use serde::{Deserialize, Serialize};
+
+/// How one token is chosen from the logits. The defaults choose greedily.
+///
+/// Order of operations, the same in every executor: `logit_bias`, banned ids (stop ids before
+/// `min_tokens`), repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, draw.
+/// Log-probabilities are of the distribution before temperature and truncation, after bias and penalties.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Sampling {
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// Keep the k most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of most likely tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less likely than this share of the most likely one; 0 drops none.
+    pub min_p: f32,
+    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logit of every token in the output; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted from a token's logit for each time it is in the output; 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to the logits of these token ids.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Random numbers are a function of this and the position of the token in the sequence, and of
+    /// nothing else: a retry on another worker draws the same numbers. The API server draws a seed
+    /// where the client gave none.
+    pub seed: u64,
+    /// Report the log-probability of each token, and of this many most likely ones.
+    pub logprobs: Option<u8>,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            logprobs: None,
+        }
+    }
+}
+
+/// Sampling and the rules that end a generation. Stop strings are the API server's affair.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Generation {
+    /// How each token is chosen.
+    pub sampling: Sampling,
+    /// Token ids that end the generation: the model's end-of-sequence ids (none under
+    /// `ignore_eos`) and the client's own. The token itself is part of the output.
+    pub stop_token_ids: Vec<u32>,
+    /// Stop ids cannot be chosen before this many tokens are generated.
+    #[serde(default)]
+    pub min_tokens: u32,
+    /// Generation ends after this many tokens, counted from the end of the prompt. At least 1.
+    pub max_tokens: u32,
+}
+
+/// Why a generation ended by its own rules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinishReason {
+    /// A stop id was chosen; it is the last token.
+    Stop,
+    /// `max_tokens`, or the model's longest sequence, was reached.
+    Length,
+}
+
+/// One candidate and its log-probability.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TopLogprob(pub u32, pub f32);
+
+/// Log-probabilities at one position.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprobs {
+    /// Natural logarithm of the chosen token's probability.
+    pub logprob: f32,
+    /// The most likely tokens, best first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub top: Vec<TopLogprob>,
+}

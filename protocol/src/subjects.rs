@@ -1,0 +1,89 @@
+//! Every subject on the bus. No other file spells one.
+
+use std::fmt;
+
+use crate::ids::check_name;
+use crate::{ApiServerId, ProtocolError, WorkerId};
+
+/// First token of every subject.
+pub const ROOT: &str = "baton";
+
+/// The subjects of one cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster(String);
+
+impl Cluster {
+    /// The subjects of the cluster of this name.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Name`] if the name cannot be a subject token.
+    pub fn new(name: impl Into<String>) -> Result<Self, ProtocolError> {
+        let name = name.into();
+        check_name("cluster", &name)?;
+        Ok(Self(name))
+    }
+
+    /// The cluster's name.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
+    /// A worker's [`crate::Beat`].
+    pub fn beat(&self, worker: &WorkerId) -> String {
+        self.of("beat", worker)
+    }
+
+    /// All workers' beats.
+    pub fn beats(&self) -> String {
+        self.of("beat", &"*")
+    }
+
+    /// An API server's [`crate::ApiBeat`].
+    pub fn api_beat(&self, api_server: &ApiServerId) -> String {
+        self.of("api-beat", api_server)
+    }
+
+    /// All API servers' beats.
+    pub fn api_beats(&self) -> String {
+        self.of("api-beat", &"*")
+    }
+
+    /// [`crate::Hello`].
+    pub fn hello(&self) -> String {
+        format!("{ROOT}.{}.hello", self.0)
+    }
+
+    /// Requests for a [`crate::WorkerDescriptor`].
+    pub fn describe(&self, worker: &WorkerId) -> String {
+        self.of("describe", worker)
+    }
+
+    /// [`crate::PrefillJob`]s.
+    pub fn prefill(&self, worker: &WorkerId) -> String {
+        self.of("prefill", worker)
+    }
+
+    /// [`crate::DecodeJob`]s.
+    pub fn decode(&self, worker: &WorkerId) -> String {
+        self.of("decode", worker)
+    }
+
+    /// [`crate::Abort`]s.
+    pub fn abort(&self, worker: &WorkerId) -> String {
+        self.of("abort", worker)
+    }
+
+    /// [`crate::Release`]s.
+    pub fn release(&self, worker: &WorkerId) -> String {
+        self.of("release", worker)
+    }
+
+    /// [`crate::TokenFrame`]s.
+    pub fn tokens(&self, api_server: &ApiServerId) -> String {
+        self.of("tokens", api_server)
+    }
+
+    fn of(&self, kind: &str, whom: &dyn fmt::Display) -> String {
+        format!("{ROOT}.{}.{kind}.{whom}", self.0)
+    }
+}

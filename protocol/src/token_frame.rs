@@ -1,0 +1,67 @@
+//! Tokens on their way back to an API server.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Failure, FinishReason, Incarnation, PackedTokens, RequestId, TokenLogprobs, WorkerId,
+};
+
+/// Decode worker → API server, published on `tokens.<api-server>`: all tokens that one engine step
+/// made for that API server, in one message. The cost on the bus grows with steps, not with tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenFrame {
+    /// Protocol version.
+    pub v: u16,
+    /// Who sends.
+    pub worker: WorkerId,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// One item per request that has something to say.
+    pub items: Vec<FrameItem>,
+}
+
+/// One request's share of a frame. Its tokens are numbered, so a lost frame shows as a gap.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FrameItem {
+    /// Which request.
+    pub request: RequestId,
+    /// Which try of it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub attempt: u32,
+    /// Output index of the first token here: the number of output tokens before it.
+    pub index: u32,
+    /// The tokens; empty in an item that only reports an end or a pull.
+    pub tokens: PackedTokens,
+    /// One for each token, if asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub logprobs: Vec<TokenLogprobs>,
+    /// Set once, in the first item after the pull.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pulled: Option<PullReport>,
+    /// Set in the last item of this try.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<End>,
+}
+
+/// How a try of a generation ended on a decode worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum End {
+    /// By its own rules.
+    Finished(FinishReason),
+    /// Not to its end; the worker holds nothing any more.
+    Failed(Failure),
+}
+
+/// What the KV pull of a request cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PullReport {
+    /// Bytes read from the context worker; 0 when the KV was already in place.
+    pub bytes: u64,
+    /// From the first read posted to the release answered.
+    pub seconds: f32,
+}
+
+fn is_zero(n: &u32) -> bool {
+    *n == 0
+}

@@ -1,0 +1,172 @@
+//! The seam between scheduling and arithmetic.
+//!
+//! An executor runs one step at a time: some tokens of some sequences, in one batch, through the whole
+//! model, and chooses a token for each sequence that asks for one. Per step and not per operator, so each
+//! backend fuses, captures and overlaps as it likes, and a fake one drives the scheduler in tests.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use baton_protocol::{KvGeometry, Sampling, TokenLogprobs};
+
+/// Memory that holds a KV arena: the transfer agent's registered memory, or plain heap memory.
+///
+/// The bytes `base .. base + len` stay valid and unmoved as long as the value lives. They are written by
+/// the executor and by transfers, never at the same block at the same time: the block pool sees to it.
+pub trait KvMemory: Send + Sync {
+    /// First byte, aligned to 4096.
+    fn base(&self) -> *mut u8;
+
+    /// Length in bytes.
+    fn len(&self) -> usize;
+
+    /// Whether there is none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What an executor is and can bear.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExecutorInfo {
+    /// What it computes on, for people: `cpu avx512-bf16, 2 threads`.
+    pub device: String,
+    /// Layout of its arena.
+    pub kv: KvGeometry,
+    /// Blocks in its arena.
+    pub blocks: u32,
+    /// Logits per position.
+    pub vocab: u32,
+    /// Longest sequence in tokens.
+    pub tokens_max: u32,
+    /// Most sequences of one step.
+    pub step_sequences_max: usize,
+    /// Most tokens of one step.
+    pub step_tokens_max: usize,
+}
+
+/// One batch. Flat arrays with ranges into them, so that a backend can hand them to a device whole.
+#[derive(Clone, Debug, Default)]
+pub struct StepPlan {
+    /// The sequences of this step; each at most once.
+    pub sequences: Vec<SequenceStep>,
+    /// Token ids of all sequences, one after the other.
+    pub tokens: Vec<u32>,
+    /// Block tables of all sequences, one after the other.
+    pub blocks: Vec<u32>,
+    /// Targets of prompt log-probabilities, one after the other.
+    pub targets: Vec<u32>,
+    /// Return the logits of every sampled position too. For tests.
+    pub want_logits: bool,
+}
+
+/// One sequence's part of a step.
+#[derive(Clone, Debug)]
+pub struct SequenceStep {
+    /// The engine's key of the sequence, stable for its life.
+    pub key: u64,
+    /// Its tokens in [`StepPlan::tokens`]; at least one.
+    pub tokens: Range<usize>,
+    /// Position of the first of them; the KV of all positions before it is in place.
+    pub start: u32,
+    /// Its block table in [`StepPlan::blocks`]: covers positions `0 .. start + tokens.len()`.
+    pub blocks: Range<usize>,
+    /// Choose the token that follows the last one here.
+    pub sample: Option<SampleRequest>,
+    /// Report the log-probabilities of these tokens in [`StepPlan::targets`]: the i-th is the token at
+    /// position `start + i + 1`, as the model saw it from position `start + i`.
+    pub targets: Range<usize>,
+    /// Alternatives to report with each target.
+    pub target_top: u8,
+}
+
+/// How to choose one token.
+#[derive(Clone, Debug)]
+pub struct SampleRequest {
+    /// Position the chosen token will have; with the seed it decides the random number.
+    pub position: u32,
+    /// Parameters and what penalties need to know.
+    pub state: Arc<SampleState>,
+    /// Ids that cannot be chosen now: stop ids before `min_tokens`.
+    pub ban_stop_ids: bool,
+}
+
+/// A sequence's sampling parameters, and the counts its penalties need.
+#[derive(Clone, Debug, Default)]
+pub struct SampleState {
+    /// Parameters.
+    pub sampling: Sampling,
+    /// Ids that end the generation.
+    pub stop_token_ids: Vec<u32>,
+    /// How often each token stands in the prompt and in the output, sorted by id; empty unless a
+    /// penalty is on.
+    pub counts: Vec<TokenCount>,
+}
+
+/// Occurrences of one token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenCount {
+    /// Which token.
+    pub token: u32,
+    /// Times in the prompt.
+    pub prompt: u32,
+    /// Times in the output.
+    pub output: u32,
+}
+
+/// What a step made, sequence by sequence in the plan's order.
+#[derive(Clone, Debug, Default)]
+pub struct StepOutput {
+    /// For each sequence of the plan.
+    pub sequences: Vec<SequenceOutput>,
+}
+
+/// What a step made for one sequence.
+#[derive(Clone, Debug, Default)]
+pub struct SequenceOutput {
+    /// The chosen token, if one was asked for.
+    pub sampled: Option<Sampled>,
+    /// One for each target.
+    pub target_logprobs: Vec<TokenLogprobs>,
+    /// Logits of the sampled position before any sampling rule, if the plan wants them.
+    pub logits: Vec<f32>,
+}
+
+/// A chosen token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probabilities, if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// Why a step failed. The executor is out of service afterwards: what it left in the arena is unknown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExecutorError {
+    /// What failed and where, as a sentence.
+    pub message: String,
+}
+
+impl fmt::Display for ExecutorError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ExecutorError {}
+
+/// Runs the model. One OS thread owns it.
+pub trait Executor: Send {
+    /// What it is and can bear. Constant.
+    fn info(&self) -> &ExecutorInfo;
+
+    /// Runs one step: writes the KV of every token of the plan into its blocks, attends to everything
+    /// before it, and chooses tokens.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device failed. The plan is the engine's promise: keys are unique, ranges
+    /// lie in their arrays, block ids in the arena, and the step is within [`ExecutorInfo`]'s bounds.
+    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError>;
+}
