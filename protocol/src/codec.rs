@@ -22,8 +22,18 @@ macro_rules! versioned {
 }
 
 versioned!(
-    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PrefillJob, PrefillReply, Release, Released,
-    TokenFrame, WorkerDescriptor,
+    Abort,
+    ApiBeat,
+    Beat,
+    DecodeJob,
+    DecodeReply,
+    Hello,
+    PrefillJob,
+    PrefillReply,
+    Release,
+    Released,
+    TokenFrame,
+    WorkerDescriptor,
 );
 
 /// The bytes of a message.
@@ -31,8 +41,10 @@ versioned!(
 /// # Errors
 /// [`ProtocolError::TooLarge`] over the bound; [`ProtocolError::Json`] for numbers JSON cannot hold.
 pub fn encode<M: Versioned>(message: &M) -> Result<Vec<u8>, ProtocolError> {
-    let bytes = serde_json::to_vec(message)
-        .map_err(|error| ProtocolError::Json { what: M::NAME, detail: error.to_string() })?;
+    let bytes = serde_json::to_vec(message).map_err(|error| ProtocolError::Json {
+        what: M::NAME,
+        detail: error.to_string(),
+    })?;
     check_size(M::NAME, bytes.len())?;
     Ok(bytes)
 }
@@ -49,13 +61,16 @@ pub fn decode<M: Versioned>(bytes: &[u8]) -> Result<M, ProtocolError> {
         detail: error.to_string(),
     };
     match serde_json::from_slice::<M>(bytes) {
-        // Another version may parse by luck: its own number decides, not the shape. It stands first in
-        // what we write, so looking for it again costs little; only a misfit pays the second parse.
+        // Another version may parse by luck: its own number decides, not the shape. Where it does not
+        // stand first (replies begin with their outcome) it is looked for in a second, shallow scan.
         Ok(message) if version_stands_first(bytes) => Ok(message),
         outcome => {
             let Header { v } = serde_json::from_slice(bytes).map_err(json)?;
             if v != PROTOCOL_VERSION {
-                return Err(ProtocolError::Version { theirs: v, ours: PROTOCOL_VERSION });
+                return Err(ProtocolError::Version {
+                    theirs: v,
+                    ours: PROTOCOL_VERSION,
+                });
             }
             outcome.map_err(json)
         }

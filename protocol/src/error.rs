@@ -41,7 +41,10 @@ impl Refusal {
     /// Whether another worker, or the same one later, may take the job.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::Busy { .. } | Self::Draining | Self::WrongModel { .. } | Self::Unreachable { .. } => true,
+            Self::Busy { .. }
+            | Self::Draining
+            | Self::WrongModel { .. }
+            | Self::Unreachable { .. } => true,
             Self::TooLong { .. } | Self::Malformed { .. } => false,
         }
     }
@@ -54,7 +57,10 @@ impl fmt::Display for Refusal {
             Self::Draining => f.write_str("draining"),
             Self::WrongModel { detail } => write!(f, "other model: {detail}"),
             Self::TooLong { tokens_max } => {
-                write!(f, "the sequence is longer than the {tokens_max} tokens this worker can hold")
+                write!(
+                    f,
+                    "the sequence is longer than the {tokens_max} tokens this worker can hold"
+                )
             }
             Self::Malformed { detail } => write!(f, "malformed message: {detail}"),
             Self::Unreachable { detail } => write!(f, "no KV connection: {detail}"),
@@ -114,7 +120,10 @@ pub struct Failure {
 impl Failure {
     /// A failure of this kind.
     pub fn new(code: FailureCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self {
+            code,
+            message: message.into(),
+        }
     }
 }
 

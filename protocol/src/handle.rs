@@ -72,14 +72,21 @@ impl KvGeometry {
     /// The first field in which two geometries differ, as a sentence; `None` when they agree.
     pub fn difference(&self, other: &Self) -> Option<String> {
         let fields = [
-            ("layout version", u32::from(self.layout), u32::from(other.layout)),
+            (
+                "layout version",
+                u32::from(self.layout),
+                u32::from(other.layout),
+            ),
             ("tokens per block", self.block_tokens, other.block_tokens),
             ("KV heads", self.kv_heads, other.kv_heads),
             ("layers", self.layers, other.layers),
             ("head_dim", self.head_dim, other.head_dim),
         ];
         if self.dtype != other.dtype {
-            return Some(format!("KV dtype is {:?} here and {:?} there", self.dtype, other.dtype));
+            return Some(format!(
+                "KV dtype is {:?} here and {:?} there",
+                self.dtype, other.dtype
+            ));
         }
         let (name, here, there) = fields.into_iter().find(|(_, here, there)| here != there)?;
         Some(format!("{name} is {here} here and {there} there"))

@@ -14,7 +14,10 @@ pub const NAME_BYTES_MAX: usize = 64;
 pub(crate) fn check_name(what: &'static str, name: &str) -> Result<(), ProtocolError> {
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
-        return Err(ProtocolError::Name { what, name: name.chars().take(NAME_BYTES_MAX).collect() });
+        return Err(ProtocolError::Name {
+            what,
+            name: name.chars().take(NAME_BYTES_MAX).collect(),
+        });
     }
     Ok(())
 }
@@ -169,7 +172,11 @@ impl ModelFingerprint {
         let text = text.into();
         if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
             let text = text.chars().take(80).collect();
-            return Err(ProtocolError::Hex { what: "ModelFingerprint", digits: 64, text });
+            return Err(ProtocolError::Hex {
+                what: "ModelFingerprint",
+                digits: 64,
+                text,
+            });
         }
         Ok(Self(text.to_ascii_lowercase()))
     }

@@ -30,7 +30,11 @@ impl SequenceSpec {
     /// # Errors
     /// [`Refusal::Malformed`] with the reason.
     pub fn check(&self) -> Result<(), Refusal> {
-        let malformed = |detail: &str| Err(Refusal::Malformed { detail: detail.to_owned() });
+        let malformed = |detail: &str| {
+            Err(Refusal::Malformed {
+                detail: detail.to_owned(),
+            })
+        };
         let tokens = self.tokens.0.len();
         if self.prompt_tokens == 0 || tokens < self.prompt_tokens as usize {
             return malformed("prompt_tokens must be between 1 and the number of tokens");

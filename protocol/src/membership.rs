@@ -2,9 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    ApiServerId, Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerId,
-};
+use crate::{ApiServerId, Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerId};
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

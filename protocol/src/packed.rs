@@ -11,7 +11,11 @@ pub struct PackedTokens(pub Vec<u32>);
 
 impl Serialize for PackedTokens {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let bytes: Vec<u8> = self.0.iter().flat_map(|token| token.to_le_bytes()).collect();
+        let bytes: Vec<u8> = self
+            .0
+            .iter()
+            .flat_map(|token| token.to_le_bytes())
+            .collect();
         serializer.serialize_str(&STANDARD.encode(bytes))
     }
 }
@@ -21,9 +25,13 @@ impl<'de> Deserialize<'de> for PackedTokens {
         let Base64Bytes(bytes) = Base64Bytes::deserialize(deserializer)?;
         let (words, rest) = bytes.as_chunks::<4>();
         if !rest.is_empty() {
-            return Err(de::Error::custom("packed tokens are not a whole number of 32-bit words"));
+            return Err(de::Error::custom(
+                "packed tokens are not a whole number of 32-bit words",
+            ));
         }
-        Ok(Self(words.iter().map(|word| u32::from_le_bytes(*word)).collect()))
+        Ok(Self(
+            words.iter().map(|word| u32::from_le_bytes(*word)).collect(),
+        ))
     }
 }
 

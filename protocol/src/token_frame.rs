@@ -2,9 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Failure, FinishReason, Incarnation, PackedTokens, RequestId, TokenLogprobs, WorkerId,
-};
+use crate::{Failure, FinishReason, Incarnation, PackedTokens, RequestId, TokenLogprobs, WorkerId};
 
 /// Decode worker → API server, published on `tokens.<api-server>`: all tokens that one engine step
 /// made for that API server, in one message. The cost on the bus grows with steps, not with tokens.

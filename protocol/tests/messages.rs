@@ -1,0 +1,467 @@
+//! The contract as bytes: one sample of every message, checked against the files under `messages/v1`,
+//! and what a receiver does with messages it should not trust.
+
+use std::fmt::Debug;
+use std::path::PathBuf;
+
+use baton_protocol::*;
+use proptest::prelude::*;
+
+fn fingerprint() -> ModelFingerprint {
+    ModelFingerprint::new("5f".repeat(32)).expect("64 digits")
+}
+
+fn worker(name: &str) -> WorkerId {
+    WorkerId::new(name).expect("a plain name")
+}
+
+fn api_server() -> ApiServerId {
+    ApiServerId::new("api-0").expect("a plain name")
+}
+
+fn kv() -> KvGeometry {
+    KvGeometry {
+        layout: KvGeometry::LAYOUT,
+        dtype: KvDtype::Bf16,
+        block_tokens: 32,
+        kv_heads: 3,
+        layers: 30,
+        head_dim: 64,
+    }
+}
+
+fn model() -> ModelInfo {
+    ModelInfo {
+        name: "smollm2-135m-instruct".to_owned(),
+        fingerprint: fingerprint(),
+        tokens_max: 8192,
+        vocab: 49152,
+    }
+}
+
+fn sequence() -> SequenceSpec {
+    SequenceSpec {
+        tokens: PackedTokens(vec![504, 3575, 282, 4649, 314]),
+        prompt_tokens: 5,
+        generation: Generation {
+            sampling: Sampling {
+                temperature: 0.5,
+                seed: 7,
+                logprobs: Some(1),
+                ..Sampling::default()
+            },
+            stop_token_ids: vec![2],
+            min_tokens: 0,
+            max_tokens: 64,
+        },
+    }
+}
+
+fn logprobs() -> TokenLogprobs {
+    TokenLogprobs {
+        logprob: -0.25,
+        top: vec![TopLogprob(7042, -0.25)],
+    }
+}
+
+fn handle() -> KvHandle {
+    KvHandle {
+        worker: worker("context-0"),
+        incarnation: Incarnation(0x1122_3344_5566_7788),
+        handle: HandleId(9),
+        nonce: Nonce(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+        model: fingerprint(),
+        kv: kv(),
+        ranks: vec![RankRuns {
+            head_first: 0,
+            head_count: 3,
+            layer_first: 0,
+            layer_count: 30,
+            runs: vec![BlockRun {
+                first: 17,
+                count: 1,
+            }],
+        }],
+        valid_tokens: 5,
+        lease_ms: 30_000,
+        first_token: 7042,
+        first_logprobs: Some(logprobs()),
+        finish: None,
+        cached_tokens: 0,
+        timings: PrefillTimings {
+            queue_ms: 0.5,
+            compute_ms: 12.5,
+        },
+    }
+}
+
+const REQUEST: RequestId = RequestId(0xfeed_face_cafe_beef_0011_2233_4455_6677);
+const V: u16 = PROTOCOL_VERSION;
+
+fn beat() -> Beat {
+    Beat {
+        v: V,
+        worker: worker("decode-0"),
+        incarnation: Incarnation(0x99aa_bbcc_ddee_ff00),
+        role: Role::Decode,
+        state: WorkerState::Serving,
+        model: model(),
+        kv: kv(),
+        device: "cpu avx512-bf16, 1 thread".to_owned(),
+        load: Load {
+            running: 3,
+            blocks_used: 12,
+            ..Load::default()
+        },
+        capacity: Capacity {
+            blocks: 1456,
+            batch: 64,
+            queue: 256,
+        },
+        peers: vec![PeerHealth {
+            worker: worker("context-0"),
+            incarnation: Incarnation(0x1122_3344_5566_7788),
+            state: PeerState::Ready,
+            transport: "posix".to_owned(),
+            gigabytes_per_second: 4.5,
+            error: None,
+        }],
+        transport: "ucx 1.13.1".to_owned(),
+    }
+}
+
+/// The sample equals the file, byte for byte after formatting, and the file reads back as the sample.
+fn golden<M: Versioned + PartialEq + Debug>(file: &str, message: &M) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("messages/v1")
+        .join(file);
+    let compact = encode(message).expect("encodes");
+    let value: serde_json::Value = serde_json::from_slice(&compact).expect("is JSON");
+    let text = serde_json::to_string_pretty(&value).expect("formats") + "\n";
+    if std::env::var_os("BATON_WRITE_MESSAGES").is_some() {
+        std::fs::write(&path, &text).expect("writes");
+    }
+    let written = std::fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        text,
+        written,
+        "{} differs: a changed message needs a new PROTOCOL_VERSION, an added optional field only \
+         BATON_WRITE_MESSAGES=1",
+        path.display()
+    );
+    assert_eq!(&decode::<M>(written.as_bytes()).expect("decodes"), message);
+    assert_eq!(&decode::<M>(&compact).expect("decodes"), message);
+
+    // What a later release may add is not in the way.
+    let mut later = value.clone();
+    later["added_later"] = serde_json::json!({"x": [1, 2, 3]});
+    assert_eq!(
+        &decode::<M>(later.to_string().as_bytes()).expect("ignores"),
+        message
+    );
+
+    // Another version is refused by its number, even if the rest would parse.
+    let mut other = value;
+    other["v"] = serde_json::json!(V + 1);
+    assert_eq!(
+        decode::<M>(other.to_string().as_bytes()).expect_err("is refused"),
+        ProtocolError::Version {
+            theirs: V + 1,
+            ours: V
+        }
+    );
+}
+
+#[test]
+fn every_message_is_as_its_file_says() {
+    golden("beat.json", &beat());
+    golden(
+        "hello.json",
+        &Hello {
+            v: V,
+            from: "api-0".to_owned(),
+        },
+    );
+    golden(
+        "api_beat.json",
+        &ApiBeat {
+            v: V,
+            api_server: api_server(),
+            in_flight: 4,
+        },
+    );
+    golden(
+        "worker_descriptor.json",
+        &WorkerDescriptor {
+            v: V,
+            worker: worker("context-0"),
+            incarnation: Incarnation(0x1122_3344_5566_7788),
+            role: Role::Context,
+            model: model(),
+            kv: kv(),
+            transfer: Some(TransferDescriptor {
+                ucx: UcxVersion(1, 13, 1),
+                address: Base64Bytes(vec![1, 2, 3]),
+                ranks: vec![RankRegion {
+                    rkey: Base64Bytes(vec![4, 5]),
+                    base: 0x7f00_0000_0000,
+                    bytes: 1 << 30,
+                    memory: MemoryType::Host,
+                }],
+            }),
+        },
+    );
+    golden(
+        "prefill_job.json",
+        &PrefillJob {
+            v: V,
+            request: REQUEST,
+            api_server: api_server(),
+            budget_ms: 60_000,
+            model: fingerprint(),
+            sequence: sequence(),
+            prompt_logprobs: None,
+        },
+    );
+    golden(
+        "prefill_reply_ready.json",
+        &PrefillReply::Ready {
+            v: V,
+            handle: Box::new(handle()),
+            prompt_logprobs: Some(vec![logprobs()]),
+        },
+    );
+    golden(
+        "prefill_reply_refused.json",
+        &PrefillReply::Refused {
+            v: V,
+            refusal: Refusal::Busy {
+                retry_after_ms: 250,
+            },
+        },
+    );
+    golden(
+        "prefill_reply_failed.json",
+        &PrefillReply::Failed {
+            v: V,
+            failure: Failure::new(
+                FailureCode::Deadline,
+                "the budget ran out in the queue of context-0",
+            ),
+        },
+    );
+    golden(
+        "decode_job.json",
+        &DecodeJob {
+            v: V,
+            request: REQUEST,
+            api_server: api_server(),
+            attempt: 0,
+            budget_ms: 59_000,
+            sequence: sequence(),
+            handle: handle(),
+        },
+    );
+    golden(
+        "decode_reply_admitted.json",
+        &DecodeReply::Admitted {
+            v: V,
+            incarnation: Incarnation(0x99aa_bbcc_ddee_ff00),
+        },
+    );
+    golden(
+        "decode_reply_refused.json",
+        &DecodeReply::Refused {
+            v: V,
+            refusal: Refusal::Unreachable {
+                detail: "context-1 is not connected yet".to_owned(),
+            },
+        },
+    );
+    golden(
+        "abort.json",
+        &Abort {
+            v: V,
+            request: REQUEST,
+            reason: "client left".to_owned(),
+        },
+    );
+    golden(
+        "release.json",
+        &Release {
+            v: V,
+            request: REQUEST,
+            incarnation: Incarnation(0x1122_3344_5566_7788),
+            handle: HandleId(9),
+            nonce: Nonce(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+            decode_worker: worker("decode-0"),
+        },
+    );
+    golden("released.json", &Released { v: V, valid: true });
+    golden(
+        "token_frame.json",
+        &TokenFrame {
+            v: V,
+            worker: worker("decode-0"),
+            incarnation: Incarnation(0x99aa_bbcc_ddee_ff00),
+            items: vec![
+                FrameItem {
+                    request: REQUEST,
+                    attempt: 0,
+                    index: 1,
+                    tokens: PackedTokens(vec![30]),
+                    logprobs: vec![logprobs()],
+                    pulled: Some(PullReport {
+                        bytes: 737_280,
+                        seconds: 0.0005,
+                    }),
+                    end: None,
+                },
+                FrameItem {
+                    request: RequestId(1),
+                    attempt: 2,
+                    index: 63,
+                    tokens: PackedTokens(vec![2]),
+                    logprobs: Vec::new(),
+                    pulled: None,
+                    end: Some(End::Finished(FinishReason::Stop)),
+                },
+                FrameItem {
+                    request: RequestId(2),
+                    attempt: 0,
+                    index: 1,
+                    tokens: PackedTokens::default(),
+                    logprobs: Vec::new(),
+                    pulled: None,
+                    end: Some(End::Failed(Failure::new(
+                        FailureCode::PullFailed,
+                        "context-1 did not answer within 10000 ms",
+                    ))),
+                },
+            ],
+        },
+    );
+}
+
+#[test]
+fn a_missing_or_wrong_version_is_told_apart_from_bad_json() {
+    let version = decode::<Released>(b"{\"v\":9,\"something\":\"else\"}");
+    assert_eq!(version, Err(ProtocolError::Version { theirs: 9, ours: V }));
+    for bad in [
+        "",
+        "{}",
+        "[]",
+        "null",
+        "{\"v\":1}",
+        "{\"v\":\"1\",\"valid\":true}",
+        "\u{feff}{}",
+    ] {
+        let error = decode::<Released>(bad.as_bytes()).expect_err("is refused");
+        assert!(
+            matches!(
+                error,
+                ProtocolError::Json {
+                    what: "Released",
+                    ..
+                }
+            ),
+            "{bad}: {error}"
+        );
+    }
+}
+
+#[test]
+fn over_the_size_bound_nothing_is_parsed() {
+    let bytes = vec![b' '; limits::MESSAGE_BYTES_MAX + 1];
+    let error = decode::<Released>(&bytes).expect_err("is refused");
+    assert_eq!(
+        error,
+        ProtocolError::TooLarge {
+            what: "Released",
+            bytes: bytes.len()
+        }
+    );
+}
+
+#[test]
+fn names_cannot_leave_their_subject() {
+    for bad in ["", "a.b", "*", ">", "a b", "é", "a\n", &"x".repeat(65)] {
+        assert!(WorkerId::new(bad).is_err(), "{bad:?}");
+        assert!(subjects::Cluster::new(bad).is_err(), "{bad:?}");
+        let beat = serde_json::json!({"v": 1, "api_server": bad, "in_flight": 0}).to_string();
+        assert!(decode::<ApiBeat>(beat.as_bytes()).is_err(), "{bad:?}");
+    }
+    let cluster = subjects::Cluster::new("default").expect("a plain name");
+    assert_eq!(
+        cluster.prefill(&worker("context-0")),
+        "baton.default.prefill.context-0"
+    );
+    assert_eq!(cluster.beats(), "baton.default.beat.*");
+}
+
+#[test]
+fn a_sequence_says_what_is_wrong_with_it() {
+    assert_eq!(sequence().check(), Ok(()));
+    let mut none = sequence();
+    none.prompt_tokens = 0;
+    let mut more = sequence();
+    more.prompt_tokens = 6;
+    let mut done = sequence();
+    done.prompt_tokens = 1;
+    done.generation.max_tokens = 4;
+    for bad in [none, more, done] {
+        assert!(
+            matches!(bad.check(), Err(Refusal::Malformed { .. })),
+            "{bad:?}"
+        );
+    }
+}
+
+#[test]
+fn geometries_name_their_difference() {
+    let mut other = kv();
+    assert_eq!(kv().difference(&other), None);
+    other.block_tokens = 16;
+    assert_eq!(
+        kv().difference(&other).as_deref(),
+        Some("tokens per block is 32 here and 16 there")
+    );
+    assert_eq!(kv().block_bytes(), 3 * 30 * 2 * 32 * 64 * 2);
+}
+
+proptest! {
+    #[test]
+    fn tokens_survive_packing(tokens in proptest::collection::vec(any::<u32>(), 0..200)) {
+        let packed = PackedTokens(tokens);
+        let text = serde_json::to_string(&packed).expect("encodes");
+        prop_assert_eq!(serde_json::from_str::<PackedTokens>(&text).expect("decodes"), packed);
+    }
+
+    #[test]
+    fn ids_survive_their_digits(request: u128, handle: u64) {
+        let text = RequestId(request).to_string();
+        prop_assert_eq!(text.len(), 32);
+        prop_assert_eq!(text.parse::<RequestId>(), Ok(RequestId(request)));
+        prop_assert_eq!(HandleId(handle).to_string().parse::<HandleId>(), Ok(HandleId(handle)));
+    }
+
+    #[test]
+    fn hostile_bytes_are_an_error_not_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(decode::<DecodeJob>(&bytes).is_err());
+        prop_assert!(decode::<TokenFrame>(&bytes).is_err());
+    }
+
+    #[test]
+    fn a_damaged_message_is_an_error_or_another_message(at in 0usize..2000, with: u8) {
+        let job = PrefillJob {
+            v: V, request: REQUEST, api_server: api_server(), budget_ms: 1, model: fingerprint(),
+            sequence: sequence(), prompt_logprobs: Some(3),
+        };
+        let mut bytes = encode(&job).expect("encodes");
+        let at = at % bytes.len();
+        bytes[at] = with;
+        let _ = decode::<PrefillJob>(&bytes);
+        bytes.truncate(at);
+        prop_assert!(decode::<PrefillJob>(&bytes).is_err());
+    }
+}
