@@ -1,5 +1,33 @@
 //! Models on disk: their configuration as a [`ModelSpec`], their weights by name, their shards.
+//!
+//! - [`ModelSpec`] says in numbers what a decoder is; [`parse_config`] reads one from a Hugging Face
+//!   `config.json` and refuses what no executor here could compute.
+//! - [`names`] holds every weight name, [`expected_tensors`] the list of tensors a spec needs, and
+//!   [`Split`] how tensor parallelism shares each of them out.
+//! - [`SafetensorsFile`] maps a weight file and hands out tensors whose bounds were checked first.
+//! - [`ModelDir`] is a prepared model directory: a [`Manifest`] and the weights of each rank.
 
+#![deny(unsafe_code)] // one exception: mapping a file, in `mapped.rs`
+
+mod config;
+mod error;
+mod fingerprint;
+mod manifest;
+mod mapped;
+mod model_dir;
+pub mod names;
+mod safetensors;
 mod spec;
+mod tensors;
 
+pub use config::{eos_token_ids, parse_config};
+pub use error::ModelError;
+pub use fingerprint::FingerprintHasher;
+pub use manifest::{FileEntry, MANIFEST_FORMAT, Manifest};
+pub use model_dir::{
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, MANIFEST, ModelDir, TOKENIZER, TOKENIZER_CONFIG,
+    Weights, hash_file, rank_file_name,
+};
+pub use safetensors::{Dtype, SafetensorsFile, Tensor, TensorEntry, header_bytes};
 pub use spec::{ModelSpec, Rope, RopeScaling};
+pub use tensors::{Split, TensorSpec, check_tp_size, expected_tensors};

@@ -104,3 +104,66 @@ impl Rope {
             .collect()
     }
 }
+
+impl ModelSpec {
+    /// Whether the numbers are possible and in bounds, so that arithmetic on them cannot overflow.
+    pub fn check(&self) -> Result<(), String> {
+        let bounded = [
+            ("hidden", self.hidden, 1 << 16),
+            ("intermediate", self.intermediate, 1 << 20),
+            ("layers", self.layers, 1 << 10),
+            ("heads", self.heads, 1 << 10),
+            ("kv_heads", self.kv_heads, 1 << 10),
+            ("head_dim", self.head_dim, 1 << 10),
+            ("vocab", self.vocab, 1 << 22),
+            ("tokens_max", self.tokens_max, 1 << 26),
+        ];
+        for (name, value, max) in bounded {
+            if value == 0 || value > max {
+                return Err(format!("{name} is {value}, it must be between 1 and {max}"));
+            }
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(format!(
+                "{} query heads cannot share {} key/value heads equally",
+                self.heads, self.kv_heads
+            ));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return Err(format!(
+                "head_dim is {}, rotary positions need an even number",
+                self.head_dim
+            ));
+        }
+        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
+            return Err(format!("rms_eps is {}", self.rms_eps));
+        }
+        let positive = |x: f64| x.is_finite() && x > 0.0;
+        let rope = match self.rope.scaling {
+            RopeScaling::None => true,
+            RopeScaling::Linear { factor } => positive(factor),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_tokens_max,
+            } => {
+                positive(factor)
+                    && positive(low_freq_factor)
+                    && positive(original_tokens_max)
+                    && high_freq_factor.is_finite()
+                    && high_freq_factor > low_freq_factor
+            }
+        };
+        if !positive(self.rope.theta) || !rope {
+            return Err(format!(
+                "the rotary embedding {:?} is impossible",
+                self.rope
+            ));
+        }
+        if self.sliding_window == Some(0) {
+            return Err("sliding_window is 0".to_owned());
+        }
+        Ok(())
+    }
+}
