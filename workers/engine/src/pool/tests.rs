@@ -1,0 +1,241 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const BLOCK_TOKENS: usize = 4;
+
+fn tokens(seed: u32, count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| seed * 1000 + i).collect()
+}
+
+fn written(pool: &BlockPool, tokens: &[u32]) -> BlockTable {
+    let mut table = pool.admit(tokens, true, 0).expect("room");
+    table.index(tokens);
+    table
+}
+
+#[test]
+fn dropping_a_table_returns_its_blocks() {
+    let pool = BlockPool::new(10, 4);
+    let table = pool.reserve(7).expect("room");
+    assert_eq!(table.runs().len(), 1);
+    assert!(pool.reserve(4).is_none());
+    assert_eq!(pool.stats().used, 7);
+    std::thread::spawn(move || drop(table))
+        .join()
+        .expect("no panic");
+    assert_eq!(
+        pool.stats(),
+        PoolStats {
+            total: 10,
+            free: 10,
+            ..PoolStats::default()
+        }
+    );
+    pool.check().expect("sound");
+}
+
+#[test]
+fn a_prefix_is_shared_and_outlives_its_sequence() {
+    let pool = BlockPool::new(16, 4);
+    let prompt = tokens(1, 10);
+    let first = written(&pool, &prompt);
+    assert_eq!(first.indexed(), 2);
+    let second = pool.admit(&prompt, true, 0).expect("room");
+    assert_eq!(second.ids()[..2], first.ids()[..2]);
+    assert_ne!(second.ids()[2], first.ids()[2]);
+    assert!(!pool.is_private(second.ids()[0]));
+    drop((first, second));
+    let stats = pool.stats();
+    assert_eq!((stats.used, stats.cached, stats.free), (0, 2, 14));
+    assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 2);
+    assert_eq!(pool.admit(&prompt, false, 0).expect("room").indexed(), 0);
+    pool.check().expect("sound");
+}
+
+#[test]
+fn the_last_token_is_always_left_to_compute() {
+    let pool = BlockPool::new(16, 4);
+    drop(written(&pool, &tokens(1, 8)));
+    assert_eq!(
+        pool.admit(&tokens(1, 8), true, 0).expect("room").indexed(),
+        1
+    );
+    assert_eq!(
+        pool.admit(&tokens(1, 9), true, 0).expect("room").indexed(),
+        2
+    );
+    assert_eq!(
+        pool.admit(&tokens(1, 4), true, 0).expect("room").indexed(),
+        0
+    );
+}
+
+#[test]
+fn blocks_being_written_are_not_shared() {
+    let pool = BlockPool::new(16, 4);
+    let prompt = tokens(1, 9);
+    let mut writing = pool.admit(&prompt, true, 0).expect("room");
+    assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 0);
+    writing.index(&prompt[..5]);
+    assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 1);
+}
+
+#[test]
+fn equal_blocks_written_twice_become_one() {
+    let pool = BlockPool::new(16, 4);
+    let prompt = tokens(1, 9);
+    let mut a = pool.admit(&prompt, true, 0).expect("room");
+    let mut b = pool.admit(&prompt, true, 0).expect("room");
+    assert_eq!(pool.stats().used, 6);
+    a.index(&prompt);
+    b.index(&prompt);
+    assert_eq!(a.ids()[..2], b.ids()[..2]);
+    assert_eq!(pool.stats().used, 4);
+    pool.check().expect("sound");
+}
+
+#[test]
+fn leaves_go_first_and_the_oldest_of_them() {
+    let pool = BlockPool::new(6, 4);
+    drop(written(&pool, &tokens(1, 12)));
+    drop(written(&pool, &tokens(2, 8)));
+    assert_eq!(pool.stats().cached, 5);
+    let hog = pool.reserve(3).expect("room");
+    assert_eq!(pool.stats().cached, 3);
+    drop(hog);
+    // Of the older prompt the two deepest blocks went, its first stayed.
+    assert_eq!(
+        pool.admit(&tokens(1, 13), true, 0).expect("room").indexed(),
+        1
+    );
+    assert_eq!(
+        pool.admit(&tokens(2, 9), true, 0).expect("room").indexed(),
+        2
+    );
+}
+
+#[test]
+fn a_refused_admission_takes_nothing() {
+    let pool = BlockPool::new(4, 4);
+    drop(written(&pool, &tokens(1, 8)));
+    let before = pool.stats();
+    assert!(pool.admit(&tokens(1, 17), true, 0).is_none());
+    assert!(pool.admit(&tokens(1, 13), true, 1).is_none());
+    assert_eq!(pool.stats(), before);
+    assert_eq!(pool.admit(&tokens(1, 13), true, 0).expect("room").len(), 4);
+}
+
+#[test]
+fn quarantine_lasts_until_the_drop() {
+    let pool = BlockPool::new(8, 4);
+    let mut table = pool.reserve(3).expect("room");
+    table.quarantine();
+    table.quarantine();
+    let stats = pool.stats();
+    assert_eq!((stats.used, stats.quarantined, stats.free), (0, 3, 5));
+    assert!(pool.reserve(6).is_none());
+    pool.check().expect("sound");
+    drop(table);
+    assert_eq!(pool.stats().free, 8);
+}
+
+#[derive(Clone, Debug)]
+enum Action {
+    Reserve(usize),
+    Admit { prompt: u32, tokens: usize },
+    Write { table: usize },
+    Grow { table: usize },
+    Quarantine { table: usize },
+    Drop { table: usize },
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    prop_oneof![
+        2 => (0usize..8).prop_map(Action::Reserve),
+        4 => (0u32..3, 1usize..40).prop_map(|(prompt, tokens)| Action::Admit { prompt, tokens }),
+        4 => (0usize..16).prop_map(|table| Action::Write { table }),
+        3 => (0usize..16).prop_map(|table| Action::Grow { table }),
+        1 => (0usize..16).prop_map(|table| Action::Quarantine { table }),
+        4 => (0usize..16).prop_map(|table| Action::Drop { table }),
+    ]
+}
+
+proptest! {
+    /// Whatever happens: the books agree, no block has two owners that may write it, a prefix is found
+    /// only for its own tokens, and in the end every block is back.
+    #[test]
+    fn no_block_is_lost_or_owned_twice(actions in prop::collection::vec(action(), 1..80)) {
+        let pool = BlockPool::new(24, BLOCK_TOKENS as u32);
+        // What each block of the arena holds: the tokens up to its end.
+        let mut contents: Vec<Vec<u32>> = vec![Vec::new(); 24];
+        let mut tables: Vec<(BlockTable, Vec<u32>)> = Vec::new();
+        for action in actions {
+            let available = pool.stats().available();
+            match action {
+                Action::Reserve(blocks) => {
+                    let table = pool.reserve(blocks);
+                    prop_assert_eq!(table.is_some(), blocks <= available);
+                    tables.extend(table.map(|table| (table, Vec::new())));
+                }
+                Action::Admit { prompt, tokens: count } => {
+                    // Prompts share beginnings of different lengths.
+                    let mut prompt_tokens = tokens(0, count.min(6 * prompt as usize + 5));
+                    prompt_tokens.extend(tokens(prompt + 1, count - prompt_tokens.len()));
+                    if let Some(table) = pool.admit(&prompt_tokens, true, 0) {
+                        for (i, block) in table.ids()[..table.indexed()].iter().enumerate() {
+                            prop_assert_eq!(&contents[*block as usize], &prompt_tokens[..(i + 1) * BLOCK_TOKENS]);
+                        }
+                        prop_assert!(table.indexed() * BLOCK_TOKENS < count);
+                        tables.push((table, prompt_tokens));
+                    } else {
+                        prop_assert!(count.div_ceil(BLOCK_TOKENS) > available);
+                    }
+                }
+                Action::Write { table } if !tables.is_empty() => {
+                    let at = table % tables.len();
+                    let (table, tokens) = &mut tables[at];
+                    for (i, block) in table.ids().iter().enumerate().skip(table.indexed()) {
+                        prop_assert!(pool.is_private(*block));
+                        let end = ((i + 1) * BLOCK_TOKENS).min(tokens.len());
+                        contents[*block as usize] = tokens[..end].to_vec();
+                    }
+                    let private = !table.is_empty() && pool.state().quarantined[table.ids()[table.len() - 1] as usize];
+                    if !private {
+                        table.index(tokens);
+                    }
+                }
+                Action::Grow { table } if !tables.is_empty() => {
+                    let at = table % tables.len();
+                    let grown = tables[at].0.grow();
+                    prop_assert_eq!(grown, available > 0);
+                }
+                Action::Quarantine { table } if !tables.is_empty() => {
+                    let at = table % tables.len();
+                    if tables[at].1.is_empty() {
+                        tables[at].0.quarantine();
+                    }
+                }
+                Action::Drop { table } if !tables.is_empty() => {
+                    let at = table % tables.len();
+                    drop(tables.swap_remove(at));
+                }
+                _ => {}
+            }
+            let checked = pool.check();
+            prop_assert!(checked.is_ok(), "{:?}", checked);
+            let mut writers = vec![0; 24];
+            for (table, _) in &tables {
+                for block in &table.ids()[table.indexed()..] {
+                    writers[*block as usize] += 1;
+                }
+            }
+            prop_assert!(writers.iter().all(|n| *n <= 1));
+        }
+        drop(tables);
+        let stats = pool.stats();
+        prop_assert_eq!(stats.available(), 24);
+        prop_assert_eq!((stats.used, stats.quarantined), (0, 0));
+        prop_assert!(pool.reserve(24).is_some());
+    }
+}

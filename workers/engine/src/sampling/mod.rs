@@ -1,0 +1,128 @@
+//! Choosing a token from logits: the rules, in the order that [`baton_protocol::Sampling`] fixes.
+//!
+//! Everything here is a function of its arguments alone. Sums are taken in one fixed order and no
+//! fused multiply-add is used, so equal logits give equal tokens on every x86-64 or Arm host.
+
+mod numeric;
+mod penalties;
+mod rng;
+mod truncate;
+
+use baton_protocol::{TokenLogprobs, TopLogprob};
+
+use crate::{SampleRequest, Sampled};
+
+pub(crate) use rng::mix;
+pub use rng::uniform;
+
+/// Reported in place of any smaller log-probability: JSON has no minus infinity.
+pub const LOGPROB_MIN: f32 = -9999.0;
+
+/// Choose one token.
+///
+/// `logits` has one number per vocabulary id and is used as scratch space: its contents afterwards
+/// are unspecified. NaN counts as minus infinity, and plus infinity as the largest finite number. Ties go to
+/// the lowest id. When no token is possible (all logits minus infinity) the answer is id 0, so that
+/// one broken row cannot take the worker down.
+///
+/// Greedy costs two passes over the logits; anything else some two more and a partial selection,
+/// never a full sort.
+pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
+    let state = &*request.state;
+    let sampling = &state.sampling;
+    penalties::apply(logits, state, request.ban_stop_ids);
+    let peak = numeric::clean_and_max(logits);
+    let peak_token = numeric::position(logits, peak);
+    if peak == f32::NEG_INFINITY {
+        let logprobs = sampling.logprobs.map(|_| TokenLogprobs {
+            logprob: LOGPROB_MIN,
+            top: Vec::new(),
+        });
+        return Sampled { token: 0, logprobs };
+    }
+    // A temperature that is no number, or negative, is greedy too.
+    let greedy = sampling.temperature.is_nan() || sampling.temperature <= 0.0;
+    let Some(top) = sampling.logprobs else {
+        let token = if greedy {
+            peak_token
+        } else {
+            let u = uniform(sampling.seed, request.position);
+            truncate::draw(logits, peak, sampling, u)
+        };
+        return Sampled {
+            token,
+            logprobs: None,
+        };
+    };
+    // Log-probabilities first: drawing overwrites the logits.
+    let distribution = Distribution::of(logits, peak);
+    let top = distribution.top(logits, usize::from(top));
+    if greedy {
+        let logprob = distribution.logprob(peak);
+        return Sampled {
+            token: peak_token,
+            logprobs: Some(TokenLogprobs { logprob, top }),
+        };
+    }
+    let kept = logits.to_vec();
+    let u = uniform(sampling.seed, request.position);
+    let token = truncate::draw(logits, peak, sampling, u);
+    let logprob = distribution.logprob(kept[token as usize]);
+    Sampled {
+        token,
+        logprobs: Some(TokenLogprobs { logprob, top }),
+    }
+}
+
+/// Log-probability of a given token under the plain logits, and the `top` most likely ones: what a
+/// target of [`crate::SequenceStep::targets`] reports. A token outside the vocabulary gets
+/// [`LOGPROB_MIN`]. `logits` is cleaned of NaN and infinity, and otherwise left as it is.
+pub fn token_logprobs(logits: &mut [f32], token: u32, top: u8) -> TokenLogprobs {
+    let peak = numeric::clean_and_max(logits);
+    if peak == f32::NEG_INFINITY {
+        return TokenLogprobs {
+            logprob: LOGPROB_MIN,
+            top: Vec::new(),
+        };
+    }
+    let distribution = Distribution::of(logits, peak);
+    TokenLogprobs {
+        logprob: logits
+            .get(token as usize)
+            .map_or(LOGPROB_MIN, |logit| distribution.logprob(*logit)),
+        top: distribution.top(logits, usize::from(top)),
+    }
+}
+
+/// The softmax of some logits, as far as log-probabilities need it.
+struct Distribution {
+    peak: f32,
+    log_sum: f64,
+}
+
+impl Distribution {
+    fn of(logits: &[f32], peak: f32) -> Self {
+        Self {
+            peak,
+            log_sum: numeric::sum_exp(logits, peak).ln(),
+        }
+    }
+
+    fn logprob(&self, logit: f32) -> f32 {
+        let logprob = (f64::from(logit) - f64::from(self.peak) - self.log_sum) as f32;
+        logprob.max(LOGPROB_MIN)
+    }
+
+    fn top(&self, logits: &[f32], count: usize) -> Vec<TopLogprob> {
+        truncate::largest(logits, count)
+            .into_iter()
+            .map(|rank| {
+                let token = rank.token();
+                TopLogprob(token, self.logprob(logits[token as usize]))
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,100 @@
+//! A sequence's blocks, held as long as the value lives.
+
+use std::fmt;
+
+use baton_protocol::BlockRun;
+
+use crate::BlockPool;
+
+/// The blocks of one sequence in order of their tokens: block `i` holds positions
+/// `i * block_tokens .. (i + 1) * block_tokens`. Dropping it gives them back; those in the prefix index stay
+/// cached until somebody needs the room.
+pub struct BlockTable {
+    pool: BlockPool,
+    ids: Vec<u32>,
+    /// The first so many blocks are in the prefix index: others may share them, nobody may write them.
+    indexed: usize,
+}
+
+impl BlockTable {
+    pub(crate) fn new(pool: BlockPool, ids: Vec<u32>, indexed: usize) -> Self {
+        Self { pool, ids, indexed }
+    }
+
+    /// Arena indices of the blocks.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Number of blocks.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// The blocks as runs of neighbours, in order of their tokens.
+    pub fn runs(&self) -> Vec<BlockRun> {
+        let mut runs: Vec<BlockRun> = Vec::new();
+        for block in &self.ids {
+            match runs.last_mut() {
+                Some(run) if run.first + run.count == *block => run.count += 1,
+                _ => runs.push(BlockRun {
+                    first: *block,
+                    count: 1,
+                }),
+            }
+        }
+        runs
+    }
+
+    /// Count these blocks as quarantined until the table is dropped: a broken transfer may still write to
+    /// them.
+    pub fn quarantine(&mut self) {
+        self.pool.quarantine(&self.ids);
+    }
+
+    /// Leading blocks that are in the prefix index.
+    pub(crate) fn indexed(&self) -> usize {
+        self.indexed
+    }
+
+    /// Tokens the blocks can hold.
+    pub(crate) fn capacity(&self) -> usize {
+        self.ids.len() * self.pool.block_tokens()
+    }
+
+    /// Add one block; `false` if none is left.
+    #[must_use]
+    pub(crate) fn grow(&mut self) -> bool {
+        self.pool.grow(&mut self.ids)
+    }
+
+    /// The KV of all of `tokens`, counted from the start of the sequence, is in place: index their full
+    /// blocks, which may exchange blocks for equal ones that others share.
+    pub(crate) fn index(&mut self, tokens: &[u32]) {
+        if tokens.len() / self.pool.block_tokens() > self.indexed {
+            self.indexed = self.pool.index(&mut self.ids, self.indexed, tokens);
+        }
+    }
+
+    /// Whether this table belongs to that pool.
+    pub(crate) fn is_of(&self, pool: &BlockPool) -> bool {
+        self.pool.is_same(pool)
+    }
+}
+
+impl Drop for BlockTable {
+    fn drop(&mut self) {
+        self.pool.release(&self.ids);
+    }
+}
+
+impl fmt::Debug for BlockTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BlockTable({:?}, {} indexed)", self.ids, self.indexed)
+    }
+}
