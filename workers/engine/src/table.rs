@@ -89,9 +89,7 @@ impl BlockTable {
 
 impl Drop for BlockTable {
     fn drop(&mut self) {
-        if !self.ids.is_empty() {
-            self.pool.release(&self.ids);
-        }
+        self.pool.release(&self.ids);
     }
 }
 

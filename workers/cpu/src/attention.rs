@@ -1,0 +1,361 @@
+//! Attention over the paged arena, one piece per (sequence, KV head, some query tokens).
+//!
+//! A piece walks the KV in steps of 32 tokens at absolute positions, oldest first. Of each step it packs keys
+//! and values as panels once, for all query heads that share the KV head and all its query tokens; scores and
+//! weighted values then go through the kernel's tile, with a running maximum and sum per row (Milakov and
+//! Gimelshein, arXiv:1805.02867). Decode is the same code with one query token, hence the same arithmetic.
+//!
+//! Queries are scaled by `log2(e) / sqrt(head_dim)` before they are rounded to BF16, so weights are powers of
+//! two; weights are rounded to BF16 and summed as rounded, so they still add up to one.
+
+use std::ops::Range;
+
+use baton_protocol::KvGeometry;
+
+use crate::gemm::Tile;
+use crate::math::{bf16_of, exp2, f32_of};
+use crate::memory::Pages;
+use crate::pack::{PANEL, pack_values};
+use crate::plan::Rows;
+
+/// KV tokens of one step: the columns of a panel.
+const STEP: usize = PANEL;
+
+/// Query rows of one piece: packing a step is spread over these, and their sums stay in the second-level cache.
+const PIECE_ROWS: usize = 96;
+
+/// Attention of one layer over all rows of a step.
+#[derive(Clone, Copy)]
+pub struct Attention<'a> {
+    pub shape: &'a Shape,
+    pub rows: &'a Rows,
+    /// The arena, and this layer in it.
+    pub arena: *const u8,
+    pub layer: usize,
+    /// Queries `[kv_head][row][group][head_dim_padded]`, rotated and scaled; `q_rows` rows per KV head.
+    pub q: *const u16,
+    pub q_rows: usize,
+    /// Output `[row][head * head_dim]`, rows `ldo` apart.
+    pub out: *mut u16,
+    pub ldo: usize,
+}
+
+// SAFETY: pointers only; `attend` carries the obligation.
+unsafe impl Send for Attention<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Attention<'_> {}
+
+/// Heads and their sizes, and how far they see.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    pub kv: KvGeometry,
+    pub kv_heads: usize,
+    /// Query heads per KV head.
+    pub group: usize,
+    pub head_dim: usize,
+    /// `head_dim` rounded up to panels.
+    pub head_dim_padded: usize,
+    pub window: Option<usize>,
+}
+
+impl Shape {
+    /// Bytes from the arena's base to a token's key; its value stands `value_offset` further on.
+    #[inline(always)]
+    pub fn key_offset(&self, block: u32, slot: usize, head: usize, layer: usize) -> usize {
+        block as usize * self.kv.block_bytes()
+            + head * self.kv.head_bytes()
+            + 2 * layer * self.value_offset()
+            + slot * self.head_dim * 2
+    }
+
+    /// Bytes from a token's key to its value: one block's keys of one head and layer.
+    #[inline(always)]
+    pub fn value_offset(&self) -> usize {
+        self.kv.block_tokens as usize * self.head_dim * 2
+    }
+}
+
+/// One piece of a layer's attention.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    pub sequence: usize,
+    pub head: usize,
+    /// Query tokens, counted from the sequence's first token of this step.
+    pub tokens: Range<usize>,
+}
+
+/// Pieces of a step, the costly ones first so that threads end together.
+pub fn pieces(shape: &Shape, rows: &Rows, out: &mut Vec<Piece>) {
+    out.clear();
+    let tokens_max = (PIECE_ROWS / shape.group).max(1);
+    for (sequence, s) in rows.sequences.iter().enumerate() {
+        for first in (0..s.tokens).step_by(tokens_max) {
+            let tokens = first..(first + tokens_max).min(s.tokens);
+            out.extend((0..shape.kv_heads).map(|head| Piece {
+                sequence,
+                head,
+                tokens: tokens.clone(),
+            }));
+        }
+    }
+    out.sort_by_key(|p| {
+        let end = rows.sequences[p.sequence].start + p.tokens.end;
+        std::cmp::Reverse(p.tokens.len() * end)
+    });
+}
+
+/// What a thread needs for one piece.
+pub struct Scratch {
+    keys: Pages<u16>,
+    values: Pages<u16>,
+    scores: Pages<f32>,
+    weights: Pages<u16>,
+    sums: Pages<f32>,
+    top: Vec<f32>,
+    total: Vec<f32>,
+    /// What stands in for the rows of tokens that do not exist.
+    zeros: Pages<u16>,
+}
+
+impl Scratch {
+    pub fn new(shape: &Shape) -> Self {
+        let rows = PIECE_ROWS.max(shape.group);
+        let dim = shape.head_dim_padded;
+        Self {
+            keys: Pages::zeroed(dim * STEP),
+            values: Pages::zeroed(dim * STEP),
+            scores: Pages::zeroed(rows * STEP),
+            weights: Pages::zeroed(rows * STEP),
+            sums: Pages::zeroed(rows * dim),
+            top: vec![0.0; rows],
+            total: vec![0.0; rows],
+            zeros: Pages::zeroed(dim),
+        }
+    }
+}
+
+/// Computes one piece.
+///
+/// # Safety
+/// The CPU has `T`'s features; the pointers of `job` cover its rows; every block of the sequence lies in the
+/// arena and nobody writes it meanwhile; nobody else touches these outputs.
+#[inline(always)]
+pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut Scratch) {
+    let (shape, sequence) = (job.shape, &job.rows.sequences[piece.sequence]);
+    let (group, dim) = (shape.group, shape.head_dim_padded);
+    let rows = piece.tokens.len() * group;
+    let position = |row: usize| sequence.start + piece.tokens.start + row / group;
+    let kv_tokens = sequence.start + piece.tokens.end; // none of these rows sees beyond
+    let seen_from = |position: usize| {
+        shape
+            .window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    };
+
+    scratch.sums[..rows * dim].fill(0.0);
+    scratch.top[..rows].fill(f32::NEG_INFINITY);
+    scratch.total[..rows].fill(0.0);
+    let q_row = job.q_rows * piece.head + sequence.row + piece.tokens.start;
+    // SAFETY: rows of `q` by the caller's promise.
+    let q = unsafe { job.q.add(q_row * group * dim) };
+
+    let first_step = seen_from(position(0)) / STEP;
+    for step in first_step..kv_tokens.div_ceil(STEP) {
+        let at = step * STEP;
+        // Rows are in order of position: those before `begin` do not reach this step yet, those from `end`
+        // on have left it behind.
+        let begin = (at.saturating_sub(position(0)) * group).min(rows);
+        let mut end = rows;
+        while end > begin && seen_from(position(end - 1)) >= at + STEP {
+            end -= 1;
+        }
+        if begin == end {
+            continue;
+        }
+        // SAFETY: tokens below `kv_tokens` have blocks, by the caller's promise.
+        unsafe { load_step::<T>(job, piece, at, kv_tokens, scratch) };
+
+        for_tiles::<T>(begin..end, |first, height| {
+            // SAFETY: rows of `q`, the packed keys, rows of the scores.
+            unsafe {
+                let scores = scratch.scores.as_mut_ptr().add(first * STEP);
+                T::run(
+                    height,
+                    q.add(first * dim),
+                    dim,
+                    scratch.keys.as_ptr(),
+                    dim / 2,
+                    scores,
+                    STEP,
+                    false,
+                );
+            }
+        });
+        for row in begin..end {
+            let position = position(row);
+            let seen = seen_from(position).saturating_sub(at)..(position + 1 - at).min(STEP);
+            let (scores, _) = scratch.scores[row * STEP..].as_chunks::<STEP>();
+            let (weights, _) = scratch.weights[row * STEP..].as_chunks_mut::<STEP>();
+            let decay = soften(
+                &scores[0],
+                seen,
+                &mut scratch.top[row],
+                &mut scratch.total[row],
+                &mut weights[0],
+            );
+            for sum in &mut scratch.sums[row * dim..][..dim] {
+                *sum *= decay;
+            }
+        }
+        for panel in 0..dim / PANEL {
+            for_tiles::<T>(begin..end, |first, height| {
+                // SAFETY: rows of the weights, a panel of the packed values, rows of the sums.
+                unsafe {
+                    T::run(
+                        height,
+                        scratch.weights.as_ptr().add(first * STEP),
+                        STEP,
+                        scratch.values.as_ptr().add(panel * PANEL * STEP),
+                        STEP / 2,
+                        scratch.sums.as_mut_ptr().add(first * dim + panel * PANEL),
+                        dim,
+                        true,
+                    );
+                }
+            });
+        }
+    }
+    for row in 0..rows {
+        let inverse = 1.0 / scratch.total[row];
+        let out_row = sequence.row + piece.tokens.start + row / group;
+        let head = piece.head * group + row % group;
+        // SAFETY: this row and head of the output are this piece's.
+        let out = unsafe {
+            let at = job.out.add(out_row * job.ldo + head * shape.head_dim);
+            std::slice::from_raw_parts_mut(at, shape.head_dim)
+        };
+        for (out, sum) in out.iter_mut().zip(&scratch.sums[row * dim..]) {
+            *out = bf16_of(sum * inverse);
+        }
+    }
+}
+
+#[inline(always)]
+fn for_tiles<T: Tile>(rows: Range<usize>, mut tile: impl FnMut(usize, usize)) {
+    let tiles = rows.len().div_ceil(T::ROWS);
+    for i in 0..tiles {
+        let first = rows.start + rows.len() * i / tiles;
+        tile(first, rows.start + rows.len() * (i + 1) / tiles - first);
+    }
+}
+
+/// Packs keys and values of the tokens `at .. at + STEP`; those from `kv_tokens` on as zeros: their memory may
+/// hold anything, and zero times NaN is not zero.
+#[inline(always)]
+unsafe fn load_step<T: Tile>(
+    job: &Attention<'_>,
+    piece: &Piece,
+    at: usize,
+    kv_tokens: usize,
+    scratch: &mut Scratch,
+) {
+    let shape = job.shape;
+    let blocks = job.rows.blocks(piece.sequence);
+    let block_tokens = shape.kv.block_tokens as usize;
+    let mut keys = [scratch.zeros.as_ptr(); STEP];
+    let mut values = keys;
+    let mut token = 0;
+    while token < STEP && at + token < kv_tokens {
+        let (block, slot) = ((at + token) / block_tokens, (at + token) % block_tokens);
+        let run = (block_tokens - slot)
+            .min(STEP - token)
+            .min(kv_tokens - at - token);
+        let offset = shape.key_offset(blocks[block], slot, piece.head, job.layer);
+        for i in 0..run {
+            // SAFETY: inside the arena by the caller's promise.
+            unsafe {
+                let key = job.arena.add(offset + i * shape.head_dim * 2);
+                keys[token + i] = key.cast();
+                values[token + i] = key.add(shape.value_offset()).cast();
+            }
+        }
+        token += run;
+    }
+    let next = at + STEP;
+    if next < kv_tokens {
+        let (block, slot) = (next / block_tokens, next % block_tokens);
+        let run = (block_tokens - slot).min(STEP);
+        let offset = shape.key_offset(blocks[block], slot, piece.head, job.layer);
+        for line in (0..run * shape.head_dim * 2).step_by(64) {
+            prefetch(job.arena.wrapping_add(offset + line));
+            prefetch(job.arena.wrapping_add(offset + shape.value_offset() + line));
+        }
+    }
+    // SAFETY: rows of head_dim numbers in the arena, or zeros; the scratch is sized for one step.
+    unsafe {
+        T::pack_keys(&keys, shape.head_dim, scratch.keys.as_mut_ptr());
+        pack_values(&values, shape.head_dim, scratch.values.as_mut_ptr());
+    }
+}
+
+/// One row's step of the running softmax: turns scores into BF16 weights, moves the maximum and the sum, and
+/// says by how much everything summed before must shrink.
+#[inline(always)]
+fn soften(
+    scores: &[f32; STEP],
+    seen: Range<usize>,
+    top: &mut f32,
+    total: &mut f32,
+    weights: &mut [u16; STEP],
+) -> f32 {
+    let mut s = [f32::NEG_INFINITY; STEP];
+    for i in 0..STEP {
+        let visible = i >= seen.start && i < seen.end;
+        s[i] = if visible {
+            scores[i]
+        } else {
+            f32::NEG_INFINITY
+        };
+    }
+    let mut lanes = s;
+    let mut width = STEP / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = if lanes[i + width] > lanes[i] {
+                lanes[i + width]
+            } else {
+                lanes[i]
+            };
+        }
+        width /= 2;
+    }
+    let new_top = if lanes[0] > *top { lanes[0] } else { *top };
+    let decay = exp2(*top - new_top);
+    let mut sums = [0.0f32; STEP];
+    for i in 0..STEP {
+        let weight = bf16_of(exp2(s[i] - new_top));
+        weights[i] = weight;
+        sums[i] = f32_of(weight);
+    }
+    let mut width = STEP / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    *total = *total * decay + sums[0];
+    *top = new_top;
+    decay
+}
+
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; any address will do.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}

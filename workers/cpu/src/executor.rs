@@ -1,0 +1,565 @@
+//! One step through the whole model.
+
+use std::sync::Arc;
+
+use baton_engine::{
+    Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SequenceOutput, StepOutput,
+    StepPlan,
+};
+use baton_model::{ModelSpec, Weights};
+use baton_protocol::{KvDtype, KvGeometry};
+
+use crate::attention::{self, Attention, Piece, Scratch, Shape};
+use crate::error::CpuError;
+use crate::gemm::{Epilogue, Product, ROW_STEP};
+use crate::kernel::{Kernel, Ops};
+use crate::logprobs;
+use crate::memory::{Pages, Shared};
+use crate::pack::{K_STEP, PANEL, Packed};
+use crate::plan::Rows;
+use crate::qkv::Qkv;
+use crate::threads::Pool;
+use crate::weights::{LayerWeights, ModelWeights, TensorSource};
+
+/// How to run.
+#[derive(Clone, Debug)]
+pub struct CpuOptions {
+    /// Threads, the one that calls `forward` included.
+    pub threads: usize,
+    /// Instructions to use; `None` takes the best available.
+    pub kernel: Option<Kernel>,
+    /// Most tokens of one step.
+    pub step_tokens_max: usize,
+    /// Most sequences of one step.
+    pub step_sequences_max: usize,
+}
+
+/// The arena layout of a model that one rank holds whole.
+pub fn kv_geometry(spec: &ModelSpec, block_tokens: u32) -> KvGeometry {
+    KvGeometry {
+        layout: KvGeometry::LAYOUT,
+        dtype: KvDtype::Bf16,
+        block_tokens,
+        kv_heads: spec.kv_heads as u32,
+        layers: spec.layers as u32,
+        head_dim: spec.head_dim as u32,
+    }
+}
+
+/// A model on a CPU.
+pub struct CpuExecutor {
+    info: ExecutorInfo,
+    spec: ModelSpec,
+    shape: Shape,
+    frequencies: Vec<f64>,
+    memory: Arc<dyn KvMemory>,
+    weights: ModelWeights,
+    ops: &'static Ops,
+    pool: Pool,
+    buffers: Buffers,
+    rows: Rows,
+}
+
+/// Activations of a step, allocated once. Row strides are whole panels and K steps.
+struct Buffers {
+    /// Residual stream, f32.
+    x: Pages<f32>,
+    /// A norm's output.
+    normed: Pages<u16>,
+    qkv: Pages<f32>,
+    /// Queries, by KV head.
+    q: Pages<u16>,
+    /// Attention's output.
+    attended: Pages<u16>,
+    /// The feed-forward layer's inside.
+    inner: Pages<u16>,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    /// Rows whose logits are wanted, then their logits.
+    chosen: Pages<u16>,
+    logits: Pages<f32>,
+    pieces: Vec<Piece>,
+    scratch: Vec<Scratch>,
+    /// Rows the buffers hold.
+    rows: usize,
+}
+
+/// Rows of logits computed at once: the output matrix is read once for these.
+const LOGITS_ROWS: usize = 64;
+
+impl CpuExecutor {
+    /// Packs the weights and takes the arena.
+    ///
+    /// # Errors
+    /// [`CpuError`] says which weight, which field of the geometry or which kernel does not fit.
+    pub fn load(
+        spec: &ModelSpec,
+        weights: &Weights,
+        memory: Arc<dyn KvMemory>,
+        kv: KvGeometry,
+        options: CpuOptions,
+    ) -> Result<Self, CpuError> {
+        Self::load_from(spec, weights, memory, kv, options)
+    }
+
+    /// As [`CpuExecutor::load`], from anything that has tensors.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_from(
+        spec: &ModelSpec,
+        weights: &dyn TensorSource,
+        memory: Arc<dyn KvMemory>,
+        kv: KvGeometry,
+        options: CpuOptions,
+    ) -> Result<Self, CpuError> {
+        check(spec, &kv)?;
+        let kernel = options.kernel.unwrap_or_else(Kernel::best);
+        if !kernel.available() {
+            return Err(CpuError::Kernel(kernel.to_string()));
+        }
+        let blocks = memory.len() / kv.block_bytes();
+        if blocks == 0 {
+            return Err(CpuError::Arena(format!(
+                "a block takes {} bytes, the arena has {}",
+                kv.block_bytes(),
+                memory.len()
+            )));
+        }
+        let threads = options.threads.max(1);
+        let mut pool = Pool::new(threads);
+        let weights = ModelWeights::load(spec, weights, &mut pool)?;
+        let shape = Shape {
+            kv: kv.clone(),
+            kv_heads: spec.kv_heads,
+            group: spec.heads / spec.kv_heads,
+            head_dim: spec.head_dim,
+            head_dim_padded: spec.head_dim.next_multiple_of(PANEL),
+            window: spec.sliding_window,
+        };
+        let info = ExecutorInfo {
+            device: format!("cpu {kernel}, {threads} threads"),
+            kv,
+            blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
+            vocab: spec.vocab as u32,
+            tokens_max: spec.tokens_max as u32,
+            step_sequences_max: options.step_sequences_max,
+            step_tokens_max: options.step_tokens_max,
+        };
+        let buffers = Buffers::new(spec, &shape, &weights, options.step_tokens_max, threads);
+        Ok(Self {
+            info,
+            spec: spec.clone(),
+            frequencies: spec.rope.inverse_frequencies(spec.head_dim),
+            shape,
+            memory,
+            weights,
+            ops: kernel.ops(),
+            pool,
+            buffers,
+            rows: Rows::default(),
+        })
+    }
+
+    /// Bytes of weights that a step of one row reads, for benchmarks.
+    pub fn streamed_bytes(&self) -> usize {
+        self.weights.streamed_bytes()
+    }
+}
+
+impl Executor for CpuExecutor {
+    fn info(&self) -> &ExecutorInfo {
+        &self.info
+    }
+
+    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        self.rows.fill(plan, &self.info)?;
+        self.embed();
+        attention::pieces(&self.shape, &self.rows, &mut self.buffers.pieces);
+        for layer in 0..self.spec.layers {
+            self.layer(layer);
+        }
+        Ok(self.output(plan))
+    }
+}
+
+impl CpuExecutor {
+    /// Embeddings into the residual stream, angles into cosines and sines.
+    fn embed(&mut self) {
+        let Self {
+            rows,
+            buffers,
+            weights,
+            ops,
+            spec,
+            frequencies,
+            ..
+        } = self;
+        let half = frequencies.len();
+        let stride = spec.hidden.next_multiple_of(PANEL);
+        for (row, token) in rows.tokens.iter().enumerate() {
+            let embedding = &weights.embedding[*token as usize * spec.hidden..][..spec.hidden];
+            // SAFETY: the kernel was available at load.
+            unsafe { (ops.widen)(embedding, &mut buffers.x[row * stride..][..spec.hidden]) };
+        }
+        for (row, position) in rows.positions.iter().enumerate() {
+            for (i, frequency) in frequencies.iter().enumerate() {
+                let (sin, cos) = (f64::from(*position) * frequency).sin_cos();
+                buffers.cos[row * half + i] = cos as f32;
+                buffers.sin[row * half + i] = sin as f32;
+            }
+        }
+    }
+
+    fn layer(&mut self, index: usize) {
+        let Self {
+            rows,
+            buffers,
+            weights,
+            ops,
+            spec,
+            shape,
+            pool,
+            memory,
+            ..
+        } = self;
+        let count = rows.tokens.len();
+        let layer = &weights.layers[index];
+        let LayerWeights {
+            qkv,
+            output,
+            gate_up,
+            down,
+            ..
+        } = layer;
+        let (x, hidden) = (buffers.x.as_mut_ptr(), output.panels * PANEL);
+
+        let normed = norm(
+            pool,
+            ops,
+            spec,
+            &buffers.x,
+            hidden,
+            &layer.attention_norm,
+            &mut buffers.normed,
+            count,
+        );
+        let store = Epilogue::Store {
+            c: buffers.qkv.as_mut_ptr(),
+            ldc: qkv.panels * PANEL,
+            bias: layer.qkv_bias.as_deref(),
+        };
+        multiply(pool, ops, normed, qkv, store, count);
+
+        let job = Qkv {
+            shape,
+            rows,
+            qkv: buffers.qkv.as_mut_ptr(),
+            ldq: qkv.panels * PANEL,
+            cos: &buffers.cos,
+            sin: &buffers.sin,
+            norms: layer.qk_norm.as_ref().map(|(q, k)| (&q[..], &k[..])),
+            eps: spec.rms_eps,
+            arena: memory.base(),
+            layer: index,
+            q: buffers.q.as_mut_ptr(),
+            q_rows: buffers.rows,
+        };
+        by_rows(pool, count, |_, range| {
+            // SAFETY: the kernel was available at load; rows are disjoint; the plan was checked against
+            // the arena, and the engine lends these blocks to this step alone.
+            unsafe { (ops.rotate)(&job, range) }
+        });
+
+        let ldo = output.k;
+        let job = Attention {
+            shape,
+            rows,
+            arena: memory.base(),
+            layer: index,
+            q: buffers.q.as_ptr(),
+            q_rows: buffers.rows,
+            out: buffers.attended.as_mut_ptr(),
+            ldo,
+        };
+        let (pieces, scratch) = (&buffers.pieces, Shared::new(&mut buffers.scratch));
+        pool.run(pieces.len(), &|thread, piece| {
+            // SAFETY: as above; pieces are disjoint, and a thread has one scratch and one piece at a time.
+            unsafe { (ops.attend)(&job, &pieces[piece], &mut scratch.slice(thread, 1)[0]) }
+        });
+        let attended = (buffers.attended.as_ptr(), ldo);
+        multiply(
+            pool,
+            ops,
+            attended,
+            output,
+            Epilogue::Add { c: x, ldc: hidden },
+            count,
+        );
+
+        let normed = norm(
+            pool,
+            ops,
+            spec,
+            &buffers.x,
+            hidden,
+            &layer.mlp_norm,
+            &mut buffers.normed,
+            count,
+        );
+        let ldo = down.k;
+        let swiglu = Epilogue::SwiGlu {
+            out: buffers.inner.as_mut_ptr(),
+            ldo,
+        };
+        multiply(pool, ops, normed, gate_up, swiglu, count);
+        let inner = (buffers.inner.as_ptr(), ldo);
+        multiply(
+            pool,
+            ops,
+            inner,
+            down,
+            Epilogue::Add { c: x, ldc: hidden },
+            count,
+        );
+    }
+
+    /// Logits of the rows that are asked for, and what is made of them.
+    fn output(&mut self, plan: &StepPlan) -> StepOutput {
+        let wants = wants(plan, &self.rows);
+        let mut output = StepOutput {
+            sequences: vec![SequenceOutput::default(); plan.sequences.len()],
+        };
+        for wants in wants.chunks(LOGITS_ROWS) {
+            self.logits(wants);
+            let (vocab, stride) = (self.spec.vocab, self.weights.lm_head.panels * PANEL);
+            let mut answers: Vec<Option<SequenceOutput>> = vec![None; wants.len()];
+            let (rows, out) = (
+                Shared::new(&mut self.buffers.logits),
+                Shared::new(&mut answers),
+            );
+            let ops = self.ops;
+            self.pool.run(wants.len(), &|_, i| {
+                // SAFETY: one row and one answer per piece; the kernel was available at load.
+                unsafe {
+                    let logits = &mut rows.slice(i * stride, vocab)[..];
+                    out.slice(i, 1)[0] = Some(answer(ops, &wants[i], logits, plan.want_logits));
+                }
+            });
+            for (want, answer) in wants.iter().zip(answers.into_iter().flatten()) {
+                let sequence = &mut output.sequences[want.sequence];
+                sequence.target_logprobs.extend(answer.target_logprobs);
+                if answer.sampled.is_some() {
+                    sequence.sampled = answer.sampled;
+                    sequence.logits = answer.logits;
+                }
+            }
+        }
+        output
+    }
+
+    fn logits(&mut self, wants: &[Want<'_>]) {
+        let Self {
+            buffers,
+            weights,
+            ops,
+            spec,
+            pool,
+            ..
+        } = self;
+        let head = &weights.lm_head;
+        let stride = spec.hidden.next_multiple_of(PANEL);
+        for (i, want) in wants.iter().enumerate() {
+            let x = &buffers.x[want.row * stride..][..spec.hidden];
+            let out = &mut buffers.chosen[i * head.k..][..spec.hidden];
+            // SAFETY: the kernel was available at load.
+            unsafe { (ops.rms_norm)(x, &weights.norm, spec.rms_eps, out) };
+        }
+        let store = Epilogue::Store {
+            c: buffers.logits.as_mut_ptr(),
+            ldc: head.panels * PANEL,
+            bias: None,
+        };
+        multiply(
+            pool,
+            ops,
+            (buffers.chosen.as_ptr(), head.k),
+            head,
+            store,
+            wants.len(),
+        );
+    }
+}
+
+/// A row whose logits are asked for, and what for.
+struct Want<'a> {
+    sequence: usize,
+    row: usize,
+    what: What<'a>,
+}
+
+enum What<'a> {
+    Sample(&'a SampleRequest),
+    Target { token: u32, top: usize },
+}
+
+fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
+    let mut wants = Vec::new();
+    for (sequence, s) in plan.sequences.iter().enumerate() {
+        let at = &rows.sequences[sequence];
+        for (i, token) in plan.targets[s.targets.clone()].iter().enumerate() {
+            let what = What::Target {
+                token: *token,
+                top: s.target_top.into(),
+            };
+            wants.push(Want {
+                sequence,
+                row: at.row + i,
+                what,
+            });
+        }
+        if let Some(request) = &s.sample {
+            let row = at.row + at.tokens - 1;
+            wants.push(Want {
+                sequence,
+                row,
+                what: What::Sample(request),
+            });
+        }
+    }
+    wants
+}
+
+/// # Safety
+/// The CPU has the kernel's features.
+unsafe fn answer(
+    ops: &Ops,
+    want: &Want<'_>,
+    logits: &mut [f32],
+    want_logits: bool,
+) -> SequenceOutput {
+    let mut output = SequenceOutput::default();
+    match want.what {
+        What::Target { token, top } => {
+            // SAFETY: the caller's promise.
+            let log_sum_exp = unsafe { (ops.log_sum_exp)(logits) };
+            output
+                .target_logprobs
+                .push(logprobs::of_target(logits, log_sum_exp, token, top));
+        }
+        What::Sample(request) => {
+            if want_logits {
+                output.logits = logits.to_vec();
+            }
+            output.sampled = Some(baton_engine::sample(logits, request));
+        }
+    }
+    output
+}
+
+/// Norms all rows of `x` into `out`; the result is a product's `a` and `lda`.
+fn norm(
+    pool: &mut Pool,
+    ops: &Ops,
+    spec: &ModelSpec,
+    x: &[f32],
+    stride: usize,
+    weight: &[f32],
+    out: &mut Pages<u16>,
+    rows: usize,
+) -> (*const u16, usize) {
+    let lda = spec.hidden.next_multiple_of(K_STEP);
+    let shared = Shared::new(out);
+    by_rows(pool, rows, |_, range| {
+        for row in range {
+            // SAFETY: rows are disjoint; the kernel was available at load.
+            unsafe {
+                let out = shared.slice(row * lda, spec.hidden);
+                (ops.rms_norm)(&x[row * stride..][..spec.hidden], weight, spec.rms_eps, out);
+            }
+        }
+    });
+    (out.as_ptr(), lda)
+}
+
+/// Hands out rows in pieces worth a thread's while; a few rows are done at once by the caller.
+fn by_rows(pool: &mut Pool, rows: usize, work: impl Fn(usize, std::ops::Range<usize>) + Sync) {
+    const PIECE: usize = 8;
+    pool.run(rows.div_ceil(PIECE), &|thread, piece| {
+        work(thread, piece * PIECE..((piece + 1) * PIECE).min(rows));
+    });
+}
+
+/// A whole product, handed out in pieces of rows and panels.
+pub fn multiply(
+    pool: &mut Pool,
+    ops: &Ops,
+    (a, lda): (*const u16, usize),
+    weights: &Packed,
+    epilogue: Epilogue<'_>,
+    rows: usize,
+) {
+    /// Rows of activations that stay in the second-level cache while panels pass.
+    const ROWS: usize = 192;
+    let job = Product {
+        a,
+        lda,
+        weights,
+        epilogue,
+    };
+    let row_pieces = rows.div_ceil(ROWS);
+    // Enough pieces for an even end, few enough that claiming them costs nothing.
+    let panels = weights.panels.div_ceil(16 * pool.threads()).clamp(1, 8);
+    let panel_pieces = weights.panels.div_ceil(panels);
+    pool.run(row_pieces * panel_pieces, &|_, piece| {
+        let (r, p) = (piece / panel_pieces, piece % panel_pieces);
+        let rows = rows * r / row_pieces..rows * (r + 1) / row_pieces;
+        let panels = p * panels..((p + 1) * panels).min(weights.panels);
+        // SAFETY: the kernel was available at load; pieces are disjoint; buffers hold the step's rows.
+        unsafe { (ops.product)(&job, rows, panels) }
+    });
+}
+
+impl Buffers {
+    fn new(
+        spec: &ModelSpec,
+        shape: &Shape,
+        weights: &ModelWeights,
+        tokens: usize,
+        threads: usize,
+    ) -> Self {
+        // A tile may read a whole ROW_STEP of rows from any row on.
+        let rows = tokens + ROW_STEP;
+        let layer = &weights.layers[0];
+        let half = spec.head_dim / 2;
+        Self {
+            x: Pages::zeroed(rows * layer.output.panels * PANEL),
+            normed: Pages::zeroed(rows * layer.qkv.k),
+            qkv: Pages::zeroed(rows * layer.qkv.panels * PANEL),
+            q: Pages::zeroed(rows * shape.kv_heads * shape.group * shape.head_dim_padded),
+            attended: Pages::zeroed(rows * layer.output.k),
+            inner: Pages::zeroed(rows * layer.down.k.max(layer.gate_up.panels * PANEL / 2)),
+            cos: vec![0.0; rows * half],
+            sin: vec![0.0; rows * half],
+            chosen: Pages::zeroed((LOGITS_ROWS + ROW_STEP) * weights.lm_head.k),
+            logits: Pages::zeroed(LOGITS_ROWS * weights.lm_head.panels * PANEL),
+            pieces: Vec::new(),
+            scratch: (0..threads).map(|_| Scratch::new(shape)).collect(),
+            rows,
+        }
+    }
+}
+
+fn check(spec: &ModelSpec, kv: &KvGeometry) -> Result<(), CpuError> {
+    spec.check().map_err(CpuError::Unsupported)?;
+    if spec.sliding_window == Some(0) {
+        return Err(CpuError::Unsupported(
+            "a sliding window of 0 tokens".to_owned(),
+        ));
+    }
+    match kv.difference(&kv_geometry(spec, kv.block_tokens)) {
+        Some(difference) => Err(CpuError::Arena(difference)),
+        None if kv.block_tokens == 0 => Err(CpuError::Arena("a block of 0 tokens".to_owned())),
+        None => Ok(()),
+    }
+}

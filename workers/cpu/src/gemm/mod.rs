@@ -1,0 +1,398 @@
+//! The one product everything goes through: a few rows of BF16 activations times one panel of 32 columns.
+//!
+//! Per kernel there is one [`Tile`]; weights, scores (`Q·Kᵀ`, keys packed as a panel) and weighted values
+//! (`P·V`) use it. [`product`] walks rows and panels of a weight matrix and does what follows the product while
+//! it is still in the first-level cache.
+//!
+//! The order of additions per element is fixed by the tile: K pairs from first to last into one accumulator.
+
+pub mod amx;
+pub mod avx2;
+pub mod avx512;
+pub mod portable;
+
+use std::ops::Range;
+
+use crate::math::{bf16_of, silu};
+use crate::pack::{PANEL, Packed};
+
+/// `c[rows][32] (+)= a[rows][2 * pairs] · b[pairs][32][2]`.
+pub trait Tile {
+    /// Most rows of one call.
+    const ROWS: usize;
+
+    /// Called once on a thread before a series of [`Tile::run`].
+    ///
+    /// # Safety
+    /// The CPU has the kernel's features.
+    unsafe fn begin() {}
+
+    /// Called once after the series.
+    ///
+    /// # Safety
+    /// [`Tile::begin`] was called.
+    unsafe fn end() {}
+
+    /// The product. `c` starts from what it holds if `load`, else from zero. `lda`, `ldc` in elements.
+    ///
+    /// # Safety
+    /// The CPU has the kernel's features; `a`, `b`, `c` cover the shapes above (`rows` rows each;
+    /// AMX reads and writes whole tiles of 16); `1 <= rows <= ROWS`.
+    unsafe fn run(
+        rows: usize,
+        a: *const u16,
+        lda: usize,
+        b: *const u16,
+        pairs: usize,
+        c: *mut f32,
+        ldc: usize,
+        load: bool,
+    );
+
+    /// As [`crate::pack::pack_keys`].
+    ///
+    /// # Safety
+    /// As there, and the CPU has the kernel's features.
+    #[inline(always)]
+    unsafe fn pack_keys(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+        // SAFETY: the same promise.
+        unsafe { crate::pack::pack_keys(rows, head_dim, out) }
+    }
+}
+
+/// Rows beyond a buffer's last one that a tile may read: activation buffers have a multiple of this.
+pub const ROW_STEP: usize = 32;
+
+/// What happens to a finished product. Strides in elements; pointers to row 0, column 0 of the output.
+#[derive(Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// `c = product + bias`; the bias covers whole panels.
+    Store {
+        c: *mut f32,
+        ldc: usize,
+        bias: Option<&'a [f32]>,
+    },
+    /// `c += product`: the residual stream.
+    Add { c: *mut f32, ldc: usize },
+    /// Columns of a panel are 16 gates, then their 16 ups: `out = bf16(silu(gate) * up)`, 16 a panel.
+    SwiGlu { out: *mut u16, ldo: usize },
+}
+
+/// A piece of a product: some rows, some panels.
+#[derive(Clone, Copy)]
+pub struct Product<'a> {
+    /// BF16 activations, row 0; rows `lda` apart, K padded with zeros, readable to a multiple of [`ROW_STEP`].
+    pub a: *const u16,
+    pub lda: usize,
+    pub weights: &'a Packed,
+    pub epilogue: Epilogue<'a>,
+}
+
+// SAFETY: pointers only; `product` carries the obligation.
+unsafe impl Send for Product<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Product<'_> {}
+
+/// Computes rows `rows` of panels `panels`.
+///
+/// # Safety
+/// The CPU has `T`'s features; `product`'s pointers cover these rows and panels; nobody else touches those
+/// outputs meanwhile.
+#[inline(always)]
+pub unsafe fn product<T: Tile>(product: &Product<'_>, rows: Range<usize>, panels: Range<usize>) {
+    #[repr(align(64))]
+    struct Scratch([f32; ROW_STEP * PANEL]);
+    let mut scratch = Scratch([0.0; ROW_STEP * PANEL]);
+    // Tiles of nearly equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
+    let tiles = rows.len().div_ceil(T::ROWS);
+    // SAFETY: by the caller's promise.
+    unsafe { T::begin() };
+    for panel in panels {
+        let b = product.weights.panel(panel).as_ptr();
+        for tile in 0..tiles {
+            let first = rows.start + rows.len() * tile / tiles;
+            let height = rows.start + rows.len() * (tile + 1) / tiles - first;
+            let c = scratch.0.as_mut_ptr();
+            // SAFETY: by the caller's promise; the scratch holds ROW_STEP rows of one panel.
+            unsafe {
+                let a = product.a.add(first * product.lda);
+                T::run(
+                    height,
+                    a,
+                    product.lda,
+                    b,
+                    product.weights.k / 2,
+                    c,
+                    PANEL,
+                    false,
+                );
+                finish(&product.epilogue, &scratch.0, first, height, panel);
+            }
+        }
+    }
+    // SAFETY: begun above.
+    unsafe { T::end() };
+}
+
+#[inline(always)]
+unsafe fn finish(
+    epilogue: &Epilogue<'_>,
+    scratch: &[f32],
+    first: usize,
+    height: usize,
+    panel: usize,
+) {
+    let (tile, _) = scratch.as_chunks::<PANEL>();
+    for (row, sums) in tile.iter().enumerate().take(height) {
+        // SAFETY: `product`'s promise: the output covers these rows and panels, and is this thread's.
+        unsafe {
+            match epilogue {
+                Epilogue::Store { c, ldc, bias } => {
+                    let c = c
+                        .add((first + row) * ldc + panel * PANEL)
+                        .cast::<[f32; PANEL]>();
+                    *c = *sums;
+                    if let Some(bias) = bias {
+                        let bias = &bias[panel * PANEL..][..PANEL];
+                        for i in 0..PANEL {
+                            (*c)[i] += bias[i];
+                        }
+                    }
+                }
+                Epilogue::Add { c, ldc } => {
+                    let c = c
+                        .add((first + row) * ldc + panel * PANEL)
+                        .cast::<[f32; PANEL]>();
+                    for i in 0..PANEL {
+                        (*c)[i] += sums[i];
+                    }
+                }
+                Epilogue::SwiGlu { out, ldo } => {
+                    const HALF: usize = PANEL / 2;
+                    let out = out
+                        .add((first + row) * ldo + panel * HALF)
+                        .cast::<[u16; HALF]>();
+                    for i in 0..HALF {
+                        (*out)[i] = bf16_of(silu(sums[i]) * sums[HALF + i]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Kernel;
+    use crate::math::f32_of;
+    use crate::pack::{K_STEP, pack_keys};
+    use crate::threads::Pool;
+
+    /// What padding and outputs hold before: a product that reads or keeps any of it shows it.
+    const POISON: f32 = f32::NAN;
+
+    struct Case {
+        a: Vec<u16>,
+        lda: usize,
+        columns: Vec<Vec<u16>>,
+        weights: Packed,
+    }
+
+    fn random(seed: &mut u64) -> f32 {
+        *seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (*seed >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn case(rows: usize, k: usize, columns: usize) -> Case {
+        let mut seed = (rows * 1_000_003 + k * 1009 + columns) as u64;
+        let lda = k.next_multiple_of(K_STEP);
+        let mut a = vec![bf16_of(POISON); (rows + ROW_STEP) * lda];
+        for row in a.chunks_mut(lda).take(rows) {
+            row[..k].fill_with(|| bf16_of(random(&mut seed)));
+            row[k..].fill(0);
+        }
+        let columns: Vec<Vec<u16>> = (0..columns)
+            .map(|_| (0..k).map(|_| bf16_of(random(&mut seed))).collect())
+            .collect();
+        let weights = Packed::new(&mut Pool::new(1), columns.len(), k, |c| Some(&columns[c]));
+        Case {
+            a,
+            lda,
+            columns,
+            weights,
+        }
+    }
+
+    impl Case {
+        fn store(&self, kernel: Kernel, rows: Range<usize>, panels: Range<usize>) -> Vec<f32> {
+            let ldc = self.weights.panels * PANEL;
+            let mut c = vec![POISON; (self.a.len() / self.lda) * ldc];
+            let epilogue = Epilogue::Store {
+                c: c.as_mut_ptr(),
+                ldc,
+                bias: None,
+            };
+            self.run(kernel, epilogue, rows, panels);
+            c
+        }
+
+        fn run(
+            &self,
+            kernel: Kernel,
+            epilogue: Epilogue<'_>,
+            rows: Range<usize>,
+            panels: Range<usize>,
+        ) {
+            let job = Product {
+                a: self.a.as_ptr(),
+                lda: self.lda,
+                weights: &self.weights,
+                epilogue,
+            };
+            // SAFETY: the kernel is available; the outputs of these tests cover all rows and panels.
+            unsafe { (kernel.ops().product)(&job, rows, panels) }
+        }
+
+        fn truth(&self, row: usize, column: usize) -> f64 {
+            let a = &self.a[row * self.lda..];
+            let pairs = a.iter().zip(&self.columns[column]);
+            pairs
+                .map(|(a, b)| f64::from(f32_of(*a)) * f64::from(f32_of(*b)))
+                .sum()
+        }
+    }
+
+    fn kernels() -> impl Iterator<Item = Kernel> {
+        Kernel::ALL.into_iter().filter(|k| k.available())
+    }
+
+    #[test]
+    fn products_are_right_for_every_height_and_odd_sizes() {
+        for kernel in kernels() {
+            for (rows, k, columns) in
+                (1..=40)
+                    .map(|rows| (rows, 70, 40))
+                    .chain([(3, 1, 1), (13, 576, 64), (2, 1537, 33)])
+            {
+                let case = case(rows, k, columns);
+                let ldc = case.weights.panels * PANEL;
+                let c = case.store(kernel, 0..rows, 0..case.weights.panels);
+                for row in 0..rows {
+                    for column in 0..columns {
+                        let (ours, truth) =
+                            (f64::from(c[row * ldc + column]), case.truth(row, column));
+                        let bound = 2e-6 * (k as f64).sqrt() + 1e-6 * truth.abs();
+                        assert!(
+                            (ours - truth).abs() < bound,
+                            "{kernel} {rows}x{k}x{columns} at {row},{column}: {ours} for {truth}"
+                        );
+                    }
+                    assert!(
+                        c[row * ldc..][columns..ldc].iter().all(|c| *c == 0.0),
+                        "padding"
+                    );
+                }
+                assert!(
+                    c[rows * ldc..].iter().all(|c| c.is_nan()),
+                    "{kernel} wrote row {rows}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn an_element_does_not_depend_on_its_neighbours() {
+        for kernel in kernels() {
+            let case = case(37, 200, 96);
+            let ldc = case.weights.panels * PANEL;
+            let whole = case.store(kernel, 0..37, 0..3);
+            for rows in [0..1, 5..6, 3..15, 30..37, 7..36] {
+                for panels in [0..1, 1..3] {
+                    let part = case.store(kernel, rows.clone(), panels.clone());
+                    for at in rows.clone().flat_map(|row| {
+                        let from = row * ldc + panels.start * PANEL;
+                        from..from + panels.len() * PANEL
+                    }) {
+                        assert_eq!(part[at].to_bits(), whole[at].to_bits(), "{kernel} {rows:?}");
+                    }
+                    let written = part.iter().filter(|c| !c.is_nan()).count();
+                    assert_eq!(written, rows.len() * panels.len() * PANEL, "{kernel}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn epilogues_do_what_they_say() {
+        for kernel in kernels() {
+            let (rows, columns) = (14, 64);
+            let case = case(rows, 96, columns);
+            let sums = case.store(kernel, 0..rows, 0..2);
+            let bias: Vec<f32> = (0..columns).map(|i| i as f32 * 0.25).collect();
+            let mut c = vec![POISON; rows * columns];
+            let store = Epilogue::Store {
+                c: c.as_mut_ptr(),
+                ldc: columns,
+                bias: Some(&bias),
+            };
+            case.run(kernel, store, 0..rows, 0..2);
+            for (i, c) in c.iter().enumerate() {
+                assert_eq!(*c, sums[i] + bias[i % columns]);
+            }
+            let mut c = vec![1.5f32; rows * columns];
+            let add = Epilogue::Add {
+                c: c.as_mut_ptr(),
+                ldc: columns,
+            };
+            case.run(kernel, add, 0..rows, 0..2);
+            for (c, sum) in c.iter().zip(&sums) {
+                assert_eq!(*c, 1.5 + sum);
+            }
+            let mut out = vec![bf16_of(POISON); rows * columns / 2];
+            let gate = Epilogue::SwiGlu {
+                out: out.as_mut_ptr(),
+                ldo: columns / 2,
+            };
+            case.run(kernel, gate, 0..rows, 0..2);
+            for row in 0..rows {
+                for i in 0..columns / 2 {
+                    let at = row * columns + i / 16 * PANEL + i % 16;
+                    let (gate, up) = (f64::from(sums[at]), f64::from(sums[at + 16]));
+                    let truth = gate / (1.0 + (-gate).exp()) * up;
+                    let ours = f64::from(f32_of(out[row * columns / 2 + i]));
+                    assert!(
+                        (ours - truth).abs() <= truth.abs() / 250.0 + 1e-6,
+                        "{ours} {truth}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn keys_are_packed_alike_by_every_kernel() {
+        for head_dim in [6usize, 32, 64, 80, 128] {
+            let keys: Vec<u16> = (0..32 * head_dim).map(|i| i as u16).collect();
+            let rows: [*const u16; PANEL] = std::array::from_fn(|t| keys[t * head_dim..].as_ptr());
+            let mut plain = vec![9u16; head_dim * PANEL];
+            // SAFETY: 32 rows of head_dim numbers; room for head_dim / 2 rows of 64.
+            unsafe { pack_keys(&rows, head_dim, plain.as_mut_ptr()) };
+            for pair in 0..head_dim / 2 {
+                for token in 0..PANEL {
+                    let packed = &plain[(pair * PANEL + token) * 2..][..2];
+                    assert_eq!(packed, &keys[token * head_dim + 2 * pair..][..2]);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            if Kernel::Avx512Bf16.available() {
+                let mut fast = vec![9u16; head_dim * PANEL];
+                // SAFETY: as above, and the CPU has AVX512.
+                unsafe { avx512::Avx512::pack_keys(&rows, head_dim, fast.as_mut_ptr()) };
+                assert_eq!(fast, plain);
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Which instructions to use, and one table of functions compiled for each choice.
+
+use std::fmt;
+use std::ops::Range;
+use std::str::FromStr;
+
+use crate::attention::{Attention, Piece, Scratch, attend};
+use crate::gemm::{Product, portable::Portable, product};
+use crate::math;
+use crate::qkv::{Qkv, rotate};
+
+/// A set of instructions, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kernel {
+    /// AMX tiles in BF16 for the weights, AVX512-BF16 for the rest (Intel, Sapphire Rapids and later).
+    Amx,
+    /// `vdpbf16ps` (AMD Zen 4 and later, Intel Cooper Lake and later).
+    Avx512Bf16,
+    /// Eight f32 lanes with fused multiply-add.
+    Avx2,
+    /// Plain Rust.
+    Portable,
+}
+
+impl Kernel {
+    /// All of them, best first.
+    pub const ALL: [Self; 4] = [Self::Amx, Self::Avx512Bf16, Self::Avx2, Self::Portable];
+
+    /// Whether this CPU and operating system can run it.
+    pub fn available(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512bf16");
+            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            match self {
+                Self::Amx => avx512 && amx_bf16() && crate::gemm::amx::permitted(),
+                Self::Avx512Bf16 => avx512,
+                Self::Avx2 => avx2,
+                Self::Portable => true,
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            self == Self::Portable
+        }
+    }
+
+    /// The best one available.
+    pub fn best() -> Self {
+        Self::ALL
+            .into_iter()
+            .find(|k| k.available())
+            .unwrap_or(Self::Portable)
+    }
+
+    pub(crate) fn ops(self) -> &'static Ops {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => &amx::OPS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => &avx512::OPS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => &avx2::OPS,
+            _ => &portable::OPS,
+        }
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Amx => "amx-bf16",
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        })
+    }
+}
+
+impl FromStr for Kernel {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|k| k.to_string() == s)
+            .ok_or_else(|| format!("no kernel {s:?}: amx-bf16, avx512-bf16, avx2 or portable"))
+    }
+}
+
+/// CPUID leaf 7: AMX-BF16 and AMX-TILE. The standard library's detection of them is not stable.
+#[cfg(target_arch = "x86_64")]
+fn amx_bf16() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    __cpuid(0).eax >= 7 && {
+        let edx = __cpuid_count(7, 0).edx;
+        edx & (1 << 22) != 0 && edx & (1 << 24) != 0
+    }
+}
+
+/// The operations of a step, compiled for one kernel.
+pub struct Ops {
+    pub product: unsafe fn(&Product<'_>, Range<usize>, Range<usize>),
+    pub attend: unsafe fn(&Attention<'_>, &Piece, &mut Scratch),
+    pub rotate: unsafe fn(&Qkv<'_>, Range<usize>),
+    pub rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [u16]),
+    pub widen: unsafe fn(&[u16], &mut [f32]),
+    pub log_sum_exp: unsafe fn(&[f32]) -> f32,
+}
+
+/// Compiles the operations with some target features on. The bodies are `#[inline(always)]`, so they are
+/// compiled, and vectorised, anew inside each of these functions.
+macro_rules! compile {
+    ($name:ident, $features:meta, $weights:ty, $attention:ty) => {
+        mod $name {
+            use super::*;
+
+            pub static OPS: Ops = Ops {
+                product: run_product,
+                attend: run_attend,
+                rotate: run_rotate,
+                rms_norm,
+                widen,
+                log_sum_exp,
+            };
+
+            #[$features]
+            unsafe fn run_product(p: &Product<'_>, rows: Range<usize>, panels: Range<usize>) {
+                // SAFETY: the caller's promise.
+                unsafe { product::<$weights>(p, rows, panels) }
+            }
+
+            #[$features]
+            unsafe fn run_attend(job: &Attention<'_>, piece: &Piece, scratch: &mut Scratch) {
+                // SAFETY: the caller's promise.
+                unsafe { attend::<$attention>(job, piece, scratch) }
+            }
+
+            #[$features]
+            unsafe fn run_rotate(job: &Qkv<'_>, rows: Range<usize>) {
+                // SAFETY: the caller's promise.
+                unsafe { rotate(job, rows) }
+            }
+
+            #[$features]
+            unsafe fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
+                math::rms_norm(x, weight, eps, out)
+            }
+
+            #[$features]
+            unsafe fn widen(x: &[u16], out: &mut [f32]) {
+                for (out, x) in out.iter_mut().zip(x) {
+                    *out = math::f32_of(*x);
+                }
+            }
+
+            #[$features]
+            unsafe fn log_sum_exp(x: &[f32]) -> f32 {
+                math::log_sum_exp(x)
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::{amx::Amx, avx2::Avx2, avx512::Avx512};
+
+#[cfg(target_arch = "x86_64")]
+compile!(
+    amx,
+    target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"),
+    Amx,
+    Avx512
+);
+#[cfg(target_arch = "x86_64")]
+compile!(
+    avx512,
+    target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma"),
+    Avx512,
+    Avx512
+);
+#[cfg(target_arch = "x86_64")]
+compile!(avx2, target_feature(enable = "avx2,fma"), Avx2, Avx2);
+compile!(portable, cfg(all()), Portable, Portable);

@@ -1,0 +1,231 @@
+//! A model's weights, packed at load.
+
+use baton_model::{Dtype, ModelSpec, Weights, names};
+
+use crate::error::CpuError;
+use crate::math::f32_of;
+use crate::memory::{Pages, Shared};
+use crate::pack::{PANEL, Packed};
+use crate::threads::Pool;
+
+/// A BF16 tensor as it lies in the checkpoint.
+pub struct TensorBytes<'a> {
+    /// Its shape, rows first.
+    pub shape: Vec<usize>,
+    /// Its numbers, little-endian, row after row.
+    pub bytes: &'a [u8],
+}
+
+/// Where weights come from: a model directory, or a test.
+pub trait TensorSource {
+    /// The BF16 tensor of this name; an error is the reason as a sentence.
+    fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String>;
+}
+
+impl TensorSource for Weights {
+    fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String> {
+        let tensor = self.tensor(name).map_err(|e| e.to_string())?;
+        if tensor.dtype != Dtype::Bf16 {
+            return Err(format!(
+                "it is {}, and this executor computes in BF16",
+                tensor.dtype
+            ));
+        }
+        Ok(TensorBytes {
+            shape: tensor.shape,
+            bytes: tensor.bytes,
+        })
+    }
+}
+
+/// All weights of a model.
+pub struct ModelWeights {
+    /// `[vocab][hidden]`, as in the checkpoint.
+    pub embedding: Pages<u16>,
+    pub layers: Vec<LayerWeights>,
+    pub norm: Vec<f32>,
+    pub lm_head: Packed,
+}
+
+/// One decoder layer.
+pub struct LayerWeights {
+    pub attention_norm: Vec<f32>,
+    /// Queries, keys and values side by side.
+    pub qkv: Packed,
+    /// Their biases, over whole panels (Qwen2).
+    pub qkv_bias: Option<Vec<f32>>,
+    /// Norms of queries and keys per head (Qwen3).
+    pub qk_norm: Option<(Vec<f32>, Vec<f32>)>,
+    pub output: Packed,
+    pub mlp_norm: Vec<f32>,
+    /// Panels of 16 gate and the same 16 up columns.
+    pub gate_up: Packed,
+    pub down: Packed,
+}
+
+impl ModelWeights {
+    pub fn load(
+        spec: &ModelSpec,
+        source: &dyn TensorSource,
+        pool: &mut Pool,
+    ) -> Result<Self, CpuError> {
+        let embedding = matrix(source, names::EMBED, spec.vocab, spec.hidden)?;
+        let layers = (0..spec.layers)
+            .map(|layer| LayerWeights::load(spec, source, layer, pool))
+            .collect::<Result<_, _>>()?;
+        let norm = vector(source, names::FINAL_NORM, spec.hidden)?;
+        let lm_head = if spec.tied_embeddings {
+            pack(pool, &[&embedding])
+        } else {
+            pack(
+                pool,
+                &[&matrix(source, names::LM_HEAD, spec.vocab, spec.hidden)?],
+            )
+        };
+        Ok(Self {
+            embedding: embedding.numbers,
+            layers,
+            norm,
+            lm_head,
+        })
+    }
+
+    /// Bytes that one step with a single row reads: all packed matrices.
+    pub fn streamed_bytes(&self) -> usize {
+        let layers = self.layers.iter();
+        let layers =
+            layers.map(|l| l.qkv.bytes() + l.output.bytes() + l.gate_up.bytes() + l.down.bytes());
+        layers.sum::<usize>() + self.lm_head.bytes()
+    }
+}
+
+impl LayerWeights {
+    fn load(
+        spec: &ModelSpec,
+        source: &dyn TensorSource,
+        layer: usize,
+        pool: &mut Pool,
+    ) -> Result<Self, CpuError> {
+        let name = |name: &str| names::layer(layer, name);
+        let (hidden, inner) = (spec.hidden, spec.intermediate);
+        let (q_rows, kv_rows) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let vector = |tensor: &str, len| vector(source, &name(tensor), len);
+        let matrix = |tensor: &str, rows, k| matrix(source, &name(tensor), rows, k);
+
+        let q = matrix(names::Q, q_rows, hidden)?;
+        let k = matrix(names::K, kv_rows, hidden)?;
+        let v = matrix(names::V, kv_rows, hidden)?;
+        let qkv = pack(pool, &[&q, &k, &v]);
+        let qkv_bias = spec
+            .qkv_bias
+            .then(|| {
+                let mut bias = vector(names::Q_BIAS, q_rows)?;
+                bias.extend(vector(names::K_BIAS, kv_rows)?);
+                bias.extend(vector(names::V_BIAS, kv_rows)?);
+                bias.resize(qkv.panels * PANEL, 0.0);
+                Ok(bias)
+            })
+            .transpose()?;
+        let qk_norm = spec
+            .qk_norm
+            .then(|| {
+                Ok((
+                    vector(names::Q_NORM, spec.head_dim)?,
+                    vector(names::K_NORM, spec.head_dim)?,
+                ))
+            })
+            .transpose()?;
+        let gate = matrix(names::GATE, inner, hidden)?;
+        let up = matrix(names::UP, inner, hidden)?;
+        const HALF: usize = PANEL / 2;
+        let gate_up = Packed::new(pool, inner.next_multiple_of(HALF) * 2, hidden, |column| {
+            let (panel, c) = (column / PANEL, column % PANEL);
+            let row = panel * HALF + c % HALF;
+            (row < inner).then(|| if c < HALF { gate.row(row) } else { up.row(row) })
+        });
+        Ok(Self {
+            attention_norm: vector(names::ATTN_NORM, hidden)?,
+            qkv,
+            qkv_bias,
+            qk_norm,
+            output: pack(pool, &[&matrix(names::O, hidden, q_rows)?]),
+            mlp_norm: vector(names::MLP_NORM, hidden)?,
+            gate_up,
+            down: pack(pool, &[&matrix(names::DOWN, hidden, inner)?]),
+        })
+    }
+}
+
+/// A checkpoint matrix `[rows][k]` in memory.
+struct Matrix {
+    numbers: Pages<u16>,
+    rows: usize,
+    k: usize,
+}
+
+impl Matrix {
+    fn row(&self, row: usize) -> &[u16] {
+        &self.numbers[row * self.k..][..self.k]
+    }
+}
+
+/// Packs matrices of the same K side by side.
+fn pack(pool: &mut Pool, parts: &[&Matrix]) -> Packed {
+    let columns = parts.iter().map(|m| m.rows).sum();
+    Packed::new(pool, columns, parts[0].k, |mut column| {
+        parts.iter().find_map(|m| {
+            if column < m.rows {
+                return Some(m.row(column));
+            }
+            column -= m.rows;
+            None
+        })
+    })
+}
+
+fn matrix(
+    source: &dyn TensorSource,
+    name: &str,
+    rows: usize,
+    k: usize,
+) -> Result<Matrix, CpuError> {
+    let bytes = read(source, name, &[rows, k])?;
+    let mut numbers = Pages::zeroed(rows * k);
+    let out = Shared::new(&mut numbers);
+    // SAFETY: the only part handed out.
+    copy_numbers(bytes, unsafe { out.slice(0, rows * k) });
+    Ok(Matrix { numbers, rows, k })
+}
+
+fn vector(source: &dyn TensorSource, name: &str, len: usize) -> Result<Vec<f32>, CpuError> {
+    let mut numbers = vec![0u16; len];
+    copy_numbers(read(source, name, &[len])?, &mut numbers);
+    Ok(numbers.into_iter().map(f32_of).collect())
+}
+
+fn copy_numbers(bytes: &[u8], out: &mut [u16]) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+        *out = u16::from_le_bytes(*bytes);
+    }
+}
+
+fn read<'a>(
+    source: &'a dyn TensorSource,
+    name: &str,
+    shape: &[usize],
+) -> Result<&'a [u8], CpuError> {
+    let wrong = |reason| CpuError::Weight {
+        name: name.to_owned(),
+        reason,
+    };
+    let tensor = source.bf16(name).map_err(wrong)?;
+    let bytes: usize = shape.iter().product::<usize>() * 2;
+    if tensor.shape != shape || tensor.bytes.len() != bytes {
+        return Err(wrong(format!(
+            "its shape is {:?} in {} bytes, the configuration says {shape:?}",
+            tensor.shape,
+            tensor.bytes.len()
+        )));
+    }
+    Ok(tensor.bytes)
+}
