@@ -2,20 +2,25 @@
 //!
 //! It does no arithmetic of its own (that is [`Executor`]'s) and no I/O.
 #![forbid(unsafe_code)]
-#![allow(dead_code)] // until the scheduler uses the rest of the pool
 
+mod engine;
 mod evictable;
 mod executor;
+mod fake;
 mod free_list;
 mod pool;
 mod prefix;
 mod sampling;
+mod scheduler;
+mod sequence;
 mod table;
 
+pub use engine::{Engine, EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use executor::{
     Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SampleState, Sampled,
     SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenCount,
 };
+pub use fake::{FakeConfig, FakeExecutor, FakeKv, FakeMemory};
 pub use pool::{BlockPool, PoolStats};
 pub use sampling::{LOGPROB_MIN, sample, token_logprobs, uniform};
 pub use table::BlockTable;

@@ -55,11 +55,6 @@ impl PrefixIndex {
         }
     }
 
-    /// Number of indexed blocks.
-    pub fn len(&self) -> usize {
-        self.by_hash.len()
-    }
-
     /// Whether this block is indexed.
     pub fn contains(&self, block: u32) -> bool {
         self.entries[block as usize].is_some()

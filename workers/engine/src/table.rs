@@ -89,7 +89,9 @@ impl BlockTable {
 
 impl Drop for BlockTable {
     fn drop(&mut self) {
-        self.pool.release(&self.ids);
+        if !self.ids.is_empty() {
+            self.pool.release(&self.ids);
+        }
     }
 }
 

@@ -1,1 +1,40 @@
-//! Placeholder.
+//! KV movement: one-sided reads from another worker's arena, over UCX.
+//!
+//! An [`Agent`] owns one [`Arena`], memory that peers may read, and one thread that owns the UCX worker
+//! and always progresses it: where a transport has no remote read of its own, UCX emulates it, and then
+//! the side that is read from has to take part. The handle is cheap to clone and async.
+//!
+//! 1. A context worker sends its [`Agent::descriptor`] to decode workers, once per incarnation.
+//! 2. A decode worker calls [`Agent::connect`] before the first request needs it: the connection is made,
+//!    tried and measured.
+//! 3. For each request [`plan_reads`] turns block runs into ranges and [`Agent::pull`] reads them, with a
+//!    deadline.
+//!
+//! What was read is not yet what was meant: only the release of the lease says so (see the protocol).
+//! What the agent promises is narrower: **destination memory is never given back while UCX may still write
+//! to it.** The `guard` of a pull owns the destination blocks; the agent returns it with the success or
+//! drops it when the last UCX request has ended, whatever became of the caller, the peer or the deadline.
+//!
+//! Files: `agent` is the handle, `thread` the loop behind it, `peer` one connection, `pull` one set of
+//! reads, `context` UCX's configuration, `arena` the memory, `probe` what is told of a connection, `seal`
+//! the check on bytes that UCX itself would trust blindly, `plan` pure arithmetic.
+
+mod agent;
+mod arena;
+mod context;
+mod error;
+mod peer;
+mod plan;
+mod probe;
+mod pull;
+mod seal;
+mod thread;
+mod wake;
+
+pub use agent::{Agent, AgentConfig, AgentHealth};
+pub use arena::Arena;
+pub use error::TransferError;
+pub use peer::PeerKey;
+pub use plan::plan_reads;
+pub use probe::PeerReport;
+pub use pull::{PullStats, Read};

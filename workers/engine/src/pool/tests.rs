@@ -224,7 +224,7 @@ proptest! {
             }
             let checked = pool.check();
             prop_assert!(checked.is_ok(), "{:?}", checked);
-            let mut writers = vec![0; 24];
+            let mut writers = [0; 24];
             for (table, _) in &tables {
                 for block in &table.ids()[table.indexed()..] {
                     writers[*block as usize] += 1;

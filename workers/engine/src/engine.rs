@@ -1,0 +1,493 @@
+//! The engine as its owner sees it: submit, resume, abort, step.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use baton_protocol::{FinishReason, Refusal, SequenceSpec, TokenLogprobs};
+
+use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
+use crate::{
+    BlockPool, BlockTable, Executor, ExecutorError, ExecutorInfo, Sampled, SequenceOutput,
+    StepOutput,
+};
+
+/// Told to those whom a full queue turned away: some steps later things look different.
+const RETRY_AFTER_MS: u32 = 200;
+
+/// Bounds of an engine. What exceeds the executor's own bounds is cut to them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Token budget of a step: longer prompts run in several chunks.
+    pub step_tokens_max: usize,
+    /// Most sequences that run at once.
+    pub sequences_max: usize,
+    /// Most prompts that may wait; also, beyond `sequences_max`, most resumed sequences.
+    pub queue_max: usize,
+    /// Keep the KV of finished sequences for prompts that begin alike.
+    pub prefix_cache: bool,
+}
+
+/// A prompt to run, or prompt and output so far after a retry.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    /// The caller's name for it, unique among what is in the engine.
+    pub key: u64,
+    /// Tokens and rules.
+    pub spec: SequenceSpec,
+    /// Report the log-probabilities of the prompt's tokens too, with this many alternatives. Such a prompt is
+    /// computed whole: cached prefixes have no logits.
+    pub prompt_logprobs: Option<u8>,
+}
+
+/// A sequence whose KV is in place.
+#[derive(Debug)]
+pub struct ResumedSequence {
+    /// The caller's name for it, unique among what is in the engine.
+    pub key: u64,
+    /// Tokens whose KV is in `blocks`, and rules.
+    pub spec: SequenceSpec,
+    /// The token after them, chosen already.
+    pub next: u32,
+    /// Blocks of this engine's pool that hold the KV of all of `spec.tokens`; there may be more.
+    pub blocks: BlockTable,
+}
+
+/// What a step brought about.
+#[derive(Debug)]
+pub enum Event {
+    /// A prompt's KV is complete and its next token chosen; the sequence has left the engine.
+    Prefilled {
+        /// Which.
+        key: u64,
+        /// The KV of all of its tokens: full blocks and at most one partial, last.
+        blocks: BlockTable,
+        /// The token after them.
+        sampled: Sampled,
+        /// Set when that token ended the generation.
+        finish: Option<FinishReason>,
+        /// Tokens whose KV was reused.
+        cached_tokens: u32,
+        /// For each prompt token but the first, if asked for.
+        prompt_logprobs: Option<Vec<TokenLogprobs>>,
+        /// From submission to the first step.
+        queue: Duration,
+        /// From the first step to the token.
+        compute: Duration,
+    },
+    /// A token of a resumed sequence.
+    Token {
+        /// Which.
+        key: u64,
+        /// Output index: the number of output tokens before it.
+        index: u32,
+        /// The token.
+        sampled: Sampled,
+        /// Set when it ended the generation: the sequence has left and its blocks are given back.
+        finish: Option<FinishReason>,
+    },
+    /// No block was left for the next token of a sequence, and this was the youngest one: it has left and its blocks
+    /// are given back. Running prompt and output so far as a new prompt goes on with the same text.
+    Preempted {
+        /// Which.
+        key: u64,
+    },
+}
+
+/// How busy an engine is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineLoad {
+    /// Sequences that wait for their first step.
+    pub waiting: usize,
+    /// Sequences in the running batch.
+    pub running: usize,
+    /// Prompt tokens not yet run.
+    pub waiting_tokens: usize,
+}
+
+/// Schedules sequences on one executor. One OS thread owns it; see [`Engine::step`].
+pub struct Engine {
+    executor: Box<dyn Executor>,
+    scheduler: Scheduler,
+    /// Longest sequence: the model's bound, or the arena's if that is smaller.
+    tokens_max: usize,
+    queue_max: usize,
+    arrivals: u64,
+    stalled: bool,
+    failed: Option<ExecutorError>,
+}
+
+impl Engine {
+    /// An engine with nothing to do. All blocks of the executor's arena are free.
+    pub fn new(executor: Box<dyn Executor>, config: EngineConfig) -> Self {
+        let info = executor.info();
+        let step_tokens = config.step_tokens_max.min(info.step_tokens_max).max(1);
+        let running_max = config
+            .sequences_max
+            .min(info.step_sequences_max)
+            .clamp(1, step_tokens);
+        let pool = BlockPool::new(info.blocks, info.kv.block_tokens);
+        // A sequence that outgrew the whole arena would be preempted for ever.
+        let arena_tokens = info.blocks as usize * info.kv.block_tokens as usize;
+        Self {
+            tokens_max: arena_tokens.min(info.tokens_max as usize),
+            scheduler: Scheduler::new(pool, running_max, step_tokens, config.prefix_cache),
+            executor,
+            queue_max: config.queue_max,
+            arrivals: 0,
+            stalled: false,
+            failed: None,
+        }
+    }
+
+    /// What the executor is and can bear.
+    pub fn info(&self) -> &ExecutorInfo {
+        self.executor.info()
+    }
+
+    /// The blocks of its arena.
+    pub fn pool(&self) -> BlockPool {
+        self.scheduler.pool.clone()
+    }
+
+    /// Longest sequence, prompt and output, in tokens: the model's bound, or what the arena holds if that is less.
+    pub fn tokens_max(&self) -> usize {
+        self.tokens_max
+    }
+
+    /// Queue a prompt. It ends with [`Event::Prefilled`], or with [`Engine::abort`].
+    ///
+    /// # Errors
+    /// [`Refusal::Busy`] when the queue is full, [`Refusal::TooLong`] when it can never fit, [`Refusal::Malformed`]
+    /// when the specification makes no sense, [`Refusal::Draining`] after the executor failed.
+    pub fn submit(&mut self, new: NewSequence) -> Result<(), Refusal> {
+        self.check_spec(new.key, &new.spec)?;
+        if new.spec.tokens.0.len() >= self.tokens_max {
+            return Err(self.too_long());
+        }
+        if self.scheduler.waiting.len() >= self.queue_max {
+            return Err(Refusal::Busy {
+                retry_after_ms: RETRY_AFTER_MS,
+            });
+        }
+        let blocks = BlockTable::new(self.pool(), Vec::new(), 0);
+        let mut sequence = Sequence::new(new.key, self.arrivals, new.spec, blocks, Instant::now());
+        sequence.prompt.logprobs_top = new.prompt_logprobs;
+        self.arrivals += 1;
+        self.scheduler.waiting.push_back(sequence);
+        Ok(())
+    }
+
+    /// Go on generating after the KV of `spec.tokens` and the token `next`. Tokens come as [`Event::Token`], the first
+    /// with output index `spec.output_tokens() + 1`.
+    ///
+    /// # Errors
+    /// As [`Engine::submit`]. The blocks are given back then.
+    pub fn resume(&mut self, resumed: ResumedSequence) -> Result<(), Refusal> {
+        let ResumedSequence {
+            key,
+            spec,
+            next,
+            blocks,
+        } = resumed;
+        self.check_spec(key, &spec)?;
+        let malformed = |detail: &str| {
+            Err(Refusal::Malformed {
+                detail: detail.to_owned(),
+            })
+        };
+        let tokens = spec.tokens.0.len();
+        if next >= self.info().vocab {
+            return malformed("the next token is not in the vocabulary");
+        }
+        if spec.output_tokens() + 1 >= spec.generation.max_tokens {
+            return malformed(
+                "the next token is the last of max_tokens: nothing is left to generate",
+            );
+        }
+        if tokens + 1 >= self.tokens_max {
+            return Err(self.too_long());
+        }
+        if !blocks.is_of(&self.scheduler.pool) || blocks.capacity() < tokens {
+            return malformed("the blocks do not hold the sequence's tokens");
+        }
+        let scheduler = &mut self.scheduler;
+        if scheduler.parked.len() + scheduler.decoding.len()
+            >= scheduler.running_max + self.queue_max
+        {
+            return Err(Refusal::Busy {
+                retry_after_ms: RETRY_AFTER_MS,
+            });
+        }
+        let mut sequence = Sequence::new(key, self.arrivals, spec, blocks, Instant::now());
+        sequence.computed = tokens;
+        sequence.push(next);
+        self.arrivals += 1;
+        scheduler.parked.push_back(sequence);
+        Ok(())
+    }
+
+    /// Take a sequence out, in whatever phase it is, and give its blocks back at once. `false` if it is not here.
+    pub fn abort(&mut self, key: u64) -> bool {
+        self.scheduler.remove(key).is_some()
+    }
+
+    /// Whether any sequence is in the engine.
+    pub fn has_work(&self) -> bool {
+        self.scheduler.sequences().next().is_some()
+    }
+
+    /// Whether the last step found nothing it could run although there is work: prompts wait for blocks that
+    /// leases, pulls or tables outside the engine hold. The owner should wait a little, or for one of them to be
+    /// dropped, before the next step.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled
+    }
+
+    /// How busy it is.
+    pub fn load(&self) -> EngineLoad {
+        let scheduler = &self.scheduler;
+        let unfinished = scheduler.waiting.iter().chain(&scheduler.prefilling);
+        EngineLoad {
+            waiting: scheduler.waiting.len() + scheduler.parked.len(),
+            running: scheduler.prefilling.len() + scheduler.decoding.len(),
+            waiting_tokens: unfinished.map(Sequence::remaining).sum(),
+        }
+    }
+
+    /// Run one step over whatever can run. The events may be none: a chunk in the middle of a prompt has
+    /// nothing to tell, and neither has a step that found nothing to run ([`Engine::is_stalled`]).
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the executor failed. It is out of service then, and every later step fails alike: the owner
+    /// reports all its sequences as failed and drops the engine.
+    pub fn step(&mut self) -> Result<Vec<Event>, ExecutorError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        let mut events = Vec::with_capacity(self.scheduler.decoding.len() + 1);
+        let rows = self.scheduler.plan(Instant::now(), &mut events);
+        self.stalled = rows == 0 && self.has_work();
+        if rows == 0 {
+            return Ok(events);
+        }
+        let output = self.executor.forward(&self.scheduler.plan);
+        let output = output.and_then(|output| self.check_output(output));
+        match output {
+            Ok(output) => self.collect(output, &mut events),
+            Err(error) => {
+                self.failed = Some(error.clone());
+                return Err(error);
+            }
+        }
+        Ok(events)
+    }
+
+    /// Whether blocks and sequences agree with each other. Linear in the arena's blocks: for idle moments and tests.
+    ///
+    /// # Errors
+    /// The first disagreement, as a sentence. It is a defect of this crate.
+    pub fn check(&self) -> Result<(), String> {
+        let pool = &self.scheduler.pool;
+        pool.check()?;
+        let mut keys: Vec<u64> = self.scheduler.sequences().map(|s| s.key).collect();
+        keys.sort_unstable();
+        if let Some(twice) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("sequence {} is in the engine twice", twice[0]));
+        }
+        for sequence in self.scheduler.sequences() {
+            let Sequence {
+                key,
+                computed,
+                blocks,
+                ..
+            } = sequence;
+            if blocks.capacity() < *computed || *computed > sequence.tokens.len() {
+                return Err(format!(
+                    "sequence {key} has {computed} tokens computed in {blocks:?}"
+                ));
+            }
+            let next = computed / pool.block_tokens();
+            if let Some(shared) = blocks
+                .ids()
+                .iter()
+                .skip(next)
+                .find(|block| !pool.is_private(**block))
+            {
+                return Err(format!(
+                    "sequence {key} would write block {shared}, which is shared"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What must hold of any specification before it comes in.
+    fn check_spec(&self, key: u64, spec: &SequenceSpec) -> Result<(), Refusal> {
+        if self.failed.is_some() {
+            return Err(Refusal::Draining);
+        }
+        spec.check()?;
+        let vocab = self.info().vocab;
+        if let Some(token) = spec.tokens.0.iter().find(|token| **token >= vocab) {
+            return Err(Refusal::Malformed {
+                detail: format!("token id {token} is not in the vocabulary of {vocab}"),
+            });
+        }
+        if self
+            .scheduler
+            .sequences()
+            .any(|sequence| sequence.key == key)
+        {
+            return Err(Refusal::Malformed {
+                detail: format!("sequence {key} is in the engine already"),
+            });
+        }
+        Ok(())
+    }
+
+    fn too_long(&self) -> Refusal {
+        Refusal::TooLong {
+            tokens_max: self.tokens_max as u32,
+        }
+    }
+
+    /// The executor's half of the contract: a row for each sequence, and in it what was asked for.
+    fn check_output(&self, output: StepOutput) -> Result<StepOutput, ExecutorError> {
+        let rows = &self.scheduler.plan.sequences;
+        let vocab = self.info().vocab;
+        let fits = |(row, output): (&crate::SequenceStep, &SequenceOutput)| {
+            let token_fits = match &output.sampled {
+                Some(sampled) => row.sample.is_some() && sampled.token < vocab,
+                None => row.sample.is_none(),
+            };
+            token_fits && output.target_logprobs.len() == row.targets.len()
+        };
+        if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
+            return Ok(output);
+        }
+        Err(ExecutorError {
+            message: format!(
+                "{} returned an output that does not fit its plan of {} sequences; this is a defect of the executor",
+                self.info().device,
+                rows.len()
+            ),
+        })
+    }
+
+    fn collect(&mut self, output: StepOutput, events: &mut Vec<Event>) {
+        // Gives up the plan's hold on sampling states: counts are then updated in place.
+        self.scheduler.plan.sequences.clear();
+        let mut rows = output.sequences.into_iter();
+        self.collect_decodes(&mut rows, events);
+        self.collect_prefills(&mut rows, events);
+    }
+
+    fn collect_decodes(
+        &mut self,
+        rows: &mut impl Iterator<Item = SequenceOutput>,
+        events: &mut Vec<Event>,
+    ) {
+        let Scheduler {
+            decoding,
+            planned_decodes,
+            pool,
+            prefix_cache,
+            ..
+        } = &mut self.scheduler;
+        let block_tokens = pool.block_tokens();
+        debug_assert_eq!(
+            decoding.len(),
+            *planned_decodes,
+            "every generating sequence has a row"
+        );
+        decoding.retain_mut(|sequence| {
+            let Some(sampled) = rows.next().and_then(|row| row.sampled) else {
+                return true;
+            };
+            sequence.computed += 1;
+            // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.
+            let full = sequence.computed / block_tokens;
+            if *prefix_cache
+                && sequence.computed % block_tokens == 0
+                && sequence.blocks.indexed() + 1 == full
+            {
+                sequence.blocks.index(&sequence.tokens[..sequence.computed]);
+            }
+            let finish = sequence.finish_with(sampled.token, self.tokens_max);
+            let index = sequence.output_tokens() as u32;
+            sequence.push(sampled.token);
+            events.push(Event::Token {
+                key: sequence.key,
+                index,
+                sampled,
+                finish,
+            });
+            finish.is_none()
+        });
+    }
+
+    fn collect_prefills(
+        &mut self,
+        rows: &mut impl Iterator<Item = SequenceOutput>,
+        events: &mut Vec<Event>,
+    ) {
+        let Scheduler {
+            prefilling,
+            planned_prefills,
+            prefix_cache,
+            ..
+        } = &mut self.scheduler;
+        let mut done: Vec<(usize, Sampled)> = Vec::new();
+        for ((at, count), row) in planned_prefills.iter().zip(rows) {
+            let sequence = &mut prefilling[*at];
+            sequence.computed += count;
+            sequence.prompt.logprobs.extend(row.target_logprobs);
+            if *prefix_cache {
+                sequence.blocks.index(&sequence.tokens[..sequence.computed]);
+            }
+            done.extend(row.sampled.map(|sampled| (*at, sampled)));
+        }
+        done.sort_unstable_by_key(|(at, _)| *at);
+        for (removed, (at, sampled)) in done.into_iter().enumerate() {
+            let sequence = prefilling.remove(at - removed);
+            events.push(prefilled(sequence, sampled, self.tokens_max));
+        }
+    }
+}
+
+fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize) -> Event {
+    let finish = sequence.finish_with(sampled.token, tokens_max);
+    let Sequence {
+        key,
+        blocks,
+        prompt,
+        ..
+    } = sequence;
+    let started = prompt.started.unwrap_or(prompt.submitted);
+    Event::Prefilled {
+        key,
+        blocks,
+        sampled,
+        finish,
+        cached_tokens: prompt.cached_tokens as u32,
+        prompt_logprobs: prompt.logprobs_top.map(|_| prompt.logprobs),
+        queue: started.saturating_duration_since(prompt.submitted),
+        compute: started.elapsed(),
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Engine({}, {:?}, {:?})",
+            self.info().device,
+            self.load(),
+            self.scheduler.pool
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+//! An executor without a model: the next token is a hash of all tokens so far.
+//!
+//! It keeps a digest of every token where a model would keep keys and values, and reads all of them back
+//! from the block table before it chooses. So a block that is stale, torn, in the wrong place or another
+//! prompt's changes the tokens, and a test that compares texts sees it, whether the KV was computed here or
+//! pulled from elsewhere.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use baton_protocol::{KvDtype, KvGeometry, TokenLogprobs, TopLogprob};
+
+use crate::sampling::mix;
+use crate::{
+    Executor, ExecutorError, ExecutorInfo, SampleRequest, Sampled, SequenceOutput, SequenceStep,
+    StepOutput, StepPlan,
+};
+
+/// Digest of the empty sequence.
+const EMPTY: u64 = 0x6261_746f_6e00_0001;
+
+/// One 64-bit number per token of an arena: what a [`FakeExecutor`] keeps for KV.
+///
+/// Over an arena that is moved between workers, the number of `slot` lies at byte
+/// `block * block_bytes + slot * 8`; a block must have room for 8 bytes a token.
+pub trait FakeKv: Send + Sync {
+    /// Store the digest of one token.
+    fn write(&self, block: u32, slot: u32, digest: u64);
+
+    /// What was stored; anything if nothing was.
+    fn read(&self, block: u32, slot: u32) -> u64;
+
+    /// Sum of the first `slots` digests of a block.
+    fn sum(&self, block: u32, slots: u32) -> u64 {
+        (0..slots).fold(0, |sum, slot| sum.wrapping_add(self.read(block, slot)))
+    }
+}
+
+/// [`FakeKv`] in memory of its own.
+#[derive(Debug)]
+pub struct FakeMemory {
+    block_tokens: usize,
+    digests: Vec<AtomicU64>,
+}
+
+impl FakeMemory {
+    /// Room for `blocks` blocks of `block_tokens` tokens.
+    pub fn new(blocks: u32, block_tokens: u32) -> Self {
+        let count = blocks as usize * block_tokens as usize;
+        Self {
+            block_tokens: block_tokens as usize,
+            digests: (0..count).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+}
+
+impl FakeKv for FakeMemory {
+    fn write(&self, block: u32, slot: u32, digest: u64) {
+        self.digests[block as usize * self.block_tokens + slot as usize]
+            .store(digest, Ordering::Relaxed);
+    }
+
+    fn read(&self, block: u32, slot: u32) -> u64 {
+        self.digests[block as usize * self.block_tokens + slot as usize].load(Ordering::Relaxed)
+    }
+
+    fn sum(&self, block: u32, slots: u32) -> u64 {
+        let first = block as usize * self.block_tokens;
+        self.digests[first..first + slots as usize]
+            .iter()
+            .fold(0, |sum, digest| {
+                sum.wrapping_add(digest.load(Ordering::Relaxed))
+            })
+    }
+}
+
+/// What a [`FakeExecutor`] pretends to be.
+#[derive(Clone, Debug)]
+pub struct FakeConfig {
+    /// Layout of the arena; only `block_tokens` matters to the fake itself.
+    pub kv: KvGeometry,
+    /// Blocks of the arena.
+    pub blocks: u32,
+    /// Tokens are below this.
+    pub vocab: u32,
+    /// Longest sequence.
+    pub tokens_max: u32,
+    /// Most sequences of one step.
+    pub step_sequences_max: usize,
+    /// Most tokens of one step.
+    pub step_tokens_max: usize,
+    /// How long a step sleeps; 0 is full speed.
+    pub step_micros: u64,
+    /// Ids that are never chosen: end-of-sequence ids, where outputs must have their full length.
+    pub never_emit: Vec<u32>,
+}
+
+impl Default for FakeConfig {
+    /// 4096 blocks of 16 tokens, a vocabulary of 32,000, sequences of up to 8192 tokens, full speed.
+    fn default() -> Self {
+        Self {
+            kv: KvGeometry {
+                layout: KvGeometry::LAYOUT,
+                dtype: KvDtype::Bf16,
+                block_tokens: 16,
+                kv_heads: 1,
+                layers: 1,
+                head_dim: 8,
+            },
+            blocks: 4096,
+            vocab: 32_000,
+            tokens_max: 8192,
+            step_sequences_max: 256,
+            step_tokens_max: 8192,
+            step_micros: 0,
+            never_emit: Vec::new(),
+        }
+    }
+}
+
+/// Chooses tokens by hash. See the top of this file.
+///
+/// The hash takes in the seed too when the temperature is above 0, so that different seeds give different texts.
+/// Stop ids are avoided before `min_tokens`; other sampling parameters change nothing. Log-probabilities have the
+/// right shape and are made up.
+pub struct FakeExecutor {
+    info: ExecutorInfo,
+    kv: Arc<dyn FakeKv>,
+    step_time: Duration,
+    never_emit: Vec<u32>,
+}
+
+impl FakeExecutor {
+    /// With memory of its own.
+    pub fn new(config: FakeConfig) -> Self {
+        let memory = FakeMemory::new(config.blocks, config.kv.block_tokens);
+        Self::with_memory(config, Arc::new(memory))
+    }
+
+    /// With this memory for its KV, which transfers may fill too.
+    pub fn with_memory(config: FakeConfig, kv: Arc<dyn FakeKv>) -> Self {
+        let info = ExecutorInfo {
+            device: "fake".to_owned(),
+            kv: config.kv,
+            blocks: config.blocks,
+            vocab: config.vocab,
+            tokens_max: config.tokens_max,
+            step_sequences_max: config.step_sequences_max,
+            step_tokens_max: config.step_tokens_max,
+        };
+        Self {
+            info,
+            kv,
+            step_time: Duration::from_micros(config.step_micros),
+            never_emit: config.never_emit,
+        }
+    }
+
+    fn run(&self, step: &SequenceStep, plan: &StepPlan) -> SequenceOutput {
+        let tokens = &plan.tokens[step.tokens.clone()];
+        let blocks = &plan.blocks[step.blocks.clone()];
+        let block_tokens = self.info.kv.block_tokens;
+        let place = |position: u32| {
+            (
+                blocks[(position / block_tokens) as usize],
+                position % block_tokens,
+            )
+        };
+        let mut digest = match step.start {
+            0 => EMPTY,
+            start => {
+                let (block, slot) = place(start - 1);
+                self.kv.read(block, slot)
+            }
+        };
+        for (position, token) in (step.start..).zip(tokens) {
+            digest = mix(digest.rotate_left(7) ^ u64::from(*token));
+            let (block, slot) = place(position);
+            self.kv.write(block, slot, digest);
+        }
+        let targets = &plan.targets[step.targets.clone()];
+        SequenceOutput {
+            sampled: step.sample.as_ref().map(|request| {
+                let end = step.start + tokens.len() as u32;
+                self.choose(self.attend(blocks, end), request)
+            }),
+            target_logprobs: targets
+                .iter()
+                .map(|t| self.logprobs(*t, step.target_top))
+                .collect(),
+            logits: Vec::new(),
+        }
+    }
+
+    /// A hash of the digests of positions `0 .. end`, each block in its place.
+    fn attend(&self, blocks: &[u32], end: u32) -> u64 {
+        let block_tokens = self.info.kv.block_tokens;
+        let mut hash = EMPTY;
+        for (block, first) in blocks.iter().zip((0..end).step_by(block_tokens as usize)) {
+            hash = mix(hash ^ self.kv.sum(*block, block_tokens.min(end - first)));
+        }
+        hash
+    }
+
+    fn choose(&self, hash: u64, request: &SampleRequest) -> Sampled {
+        let state = &*request.state;
+        let seed = if state.sampling.temperature > 0.0 {
+            mix(state.sampling.seed)
+        } else {
+            0
+        };
+        let banned: &[u32] = if request.ban_stop_ids {
+            &state.stop_token_ids
+        } else {
+            &[]
+        };
+        let vocab = self.info.vocab;
+        let first = (mix(hash ^ seed) % u64::from(vocab)) as u32;
+        let allowed = |token: &u32| !self.never_emit.contains(token) && !banned.contains(token);
+        let token = (0..vocab)
+            .map(|i| (first + i) % vocab)
+            .find(allowed)
+            .unwrap_or(first);
+        Sampled {
+            token,
+            logprobs: state.sampling.logprobs.map(|top| self.logprobs(token, top)),
+        }
+    }
+
+    fn logprobs(&self, token: u32, top: u8) -> TokenLogprobs {
+        let rank = |i: u32| TopLogprob((token + i) % self.info.vocab, -0.5 - i as f32);
+        TokenLogprobs {
+            logprob: -0.5,
+            top: (0..u32::from(top)).map(rank).collect(),
+        }
+    }
+}
+
+impl Executor for FakeExecutor {
+    fn info(&self) -> &ExecutorInfo {
+        &self.info
+    }
+
+    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        if !self.step_time.is_zero() {
+            std::thread::sleep(self.step_time);
+        }
+        let sequences = plan
+            .sequences
+            .iter()
+            .map(|step| self.run(step, plan))
+            .collect();
+        Ok(StepOutput { sequences })
+    }
+}

@@ -1,0 +1,245 @@
+//! Which sequences run in a step, and with how many tokens.
+//!
+//! Sequences wait in arrival order, prompts for blocks and a place in the batch, resumed sequences
+//! (which hold their blocks) for a place. Running ones share each step's token budget:
+//!
+//! 1. one token for every decoding sequence;
+//! 2. at least half of the rest for the oldest unfinished prompt, so that the longest prompt ends;
+//! 3. what is left for the younger prompts, shortest first, so that a short one does not wait behind it.
+//!
+//! A prompt takes all its blocks on admission, so two half-done prompts never wait for each other's. Output
+//! takes blocks one at a time, and when none is left the youngest generating sequence gives up its own.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use crate::sequence::Sequence;
+use crate::{BlockPool, Event, SequenceStep, StepPlan};
+
+/// Prompts admitted at once though fewer would fill the step: more would only hold blocks, and miss
+/// prefixes that those before them are about to share.
+const PROMPTS_IN_FLIGHT: usize = 4;
+
+/// The engine's sequences, and the step being planned.
+pub struct Scheduler {
+    pub pool: BlockPool,
+    /// Most sequences that run at once. No more than `step_tokens`, so each can have a token.
+    pub running_max: usize,
+    /// Token budget of a step.
+    pub step_tokens: usize,
+    pub prefix_cache: bool,
+    /// Prompts without blocks.
+    pub waiting: VecDeque<Sequence>,
+    /// Resumed sequences without a place in the batch.
+    pub parked: VecDeque<Sequence>,
+    /// Running prompts, oldest first.
+    pub prefilling: Vec<Sequence>,
+    /// Generating sequences, oldest first.
+    pub decoding: Vec<Sequence>,
+    /// Rows `0 .. planned_decodes` are `decoding` in order; the others are `planned_prefills`.
+    pub plan: StepPlan,
+    pub planned_decodes: usize,
+    /// Index in `prefilling`, and number of tokens.
+    pub planned_prefills: Vec<(usize, usize)>,
+    /// Scratch of [`Self::plan_prefills`].
+    shortest_first: Vec<usize>,
+}
+
+impl Scheduler {
+    pub fn new(
+        pool: BlockPool,
+        running_max: usize,
+        step_tokens: usize,
+        prefix_cache: bool,
+    ) -> Self {
+        assert!(
+            0 < running_max && running_max <= step_tokens,
+            "every running sequence can have a token"
+        );
+        Self {
+            pool,
+            running_max,
+            step_tokens,
+            prefix_cache,
+            waiting: VecDeque::new(),
+            parked: VecDeque::new(),
+            prefilling: Vec::new(),
+            decoding: Vec::new(),
+            plan: StepPlan::default(),
+            planned_decodes: 0,
+            planned_prefills: Vec::new(),
+            shortest_first: Vec::new(),
+        }
+    }
+
+    /// All sequences, in no order.
+    pub fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        let queued = self.waiting.iter().chain(&self.parked);
+        queued.chain(&self.prefilling).chain(&self.decoding)
+    }
+
+    /// Take a sequence out, wherever it is.
+    pub fn remove(&mut self, key: u64) -> Option<Sequence> {
+        let is = |sequence: &Sequence| sequence.key == key;
+        if let Some(at) = self.decoding.iter().position(is) {
+            return Some(self.decoding.remove(at));
+        }
+        if let Some(at) = self.prefilling.iter().position(is) {
+            return Some(self.prefilling.remove(at));
+        }
+        if let Some(at) = self.waiting.iter().position(is) {
+            return self.waiting.remove(at);
+        }
+        let at = self.parked.iter().position(is)?;
+        self.parked.remove(at)
+    }
+
+    /// Plan the next step; the number of its rows. Sequences that had to give up their blocks are reported.
+    pub fn plan(&mut self, now: Instant, events: &mut Vec<Event>) -> usize {
+        self.plan.sequences.clear();
+        self.plan.tokens.clear();
+        self.plan.blocks.clear();
+        self.plan.targets.clear();
+        self.admit();
+        self.plan_decodes(events);
+        self.plan_prefills(now);
+        self.plan.sequences.len()
+    }
+
+    /// Fill the batch, the oldest first. Resumed sequences overtake a prompt that cannot start: it may be
+    /// their blocks that it waits for.
+    fn admit(&mut self) {
+        let mut prompts_blocked = false;
+        while self.prefilling.len() + self.decoding.len() < self.running_max {
+            let prompt = self
+                .waiting
+                .front()
+                .filter(|_| !prompts_blocked)
+                .map(|s| s.arrival);
+            let resumed = self.parked.front().map(|s| s.arrival);
+            match (prompt, resumed) {
+                (Some(prompt), resumed) if resumed.is_none_or(|resumed| prompt < resumed) => {
+                    prompts_blocked = !self.admit_prompt();
+                }
+                (_, Some(_)) => self.decoding.extend(self.parked.pop_front()),
+                (_, None) => break,
+            }
+        }
+    }
+
+    /// Start the first waiting prompt if its blocks are there. Younger ones do not overtake it, or a long
+    /// one could wait for ever.
+    fn admit_prompt(&mut self) -> bool {
+        let in_flight: usize = self.prefilling.iter().map(Sequence::remaining).sum();
+        if self.prefilling.len() >= PROMPTS_IN_FLIGHT && in_flight >= self.step_tokens {
+            return false;
+        }
+        let Some(front) = self.waiting.front() else {
+            return false;
+        };
+        // Log-probabilities of the prompt need every position computed.
+        let reuse = self.prefix_cache && front.prompt.logprobs_top.is_none();
+        // A block for each generating sequence stays, or they would soon throw each other out.
+        let keep_free = self.decoding.len();
+        let Some(blocks) = self.pool.admit(&front.tokens, reuse, keep_free) else {
+            return false;
+        };
+        let mut sequence = self.waiting.pop_front().expect("it is the front");
+        sequence.computed = blocks.indexed() * self.pool.block_tokens();
+        sequence.prompt.cached_tokens = sequence.computed;
+        sequence.blocks = blocks;
+        self.prefilling.push(sequence);
+        true
+    }
+
+    fn plan_decodes(&mut self, events: &mut Vec<Event>) {
+        let mut row = 0;
+        while row < self.decoding.len() {
+            if !self.make_room(row, events) {
+                continue;
+            }
+            let sequence = &self.decoding[row];
+            push_row(&mut self.plan, sequence, 1);
+            row += 1;
+        }
+        self.planned_decodes = row;
+    }
+
+    /// See to it that this generating sequence has a block for its last token. `false` if it had to give
+    /// up itself: then another one stands at this index, or none.
+    fn make_room(&mut self, row: usize, events: &mut Vec<Event>) -> bool {
+        loop {
+            let sequence = &mut self.decoding[row];
+            if sequence.blocks.capacity() >= sequence.tokens.len() || sequence.blocks.grow() {
+                return true;
+            }
+            let youngest_parked = self.parked.back().map(|s| s.arrival);
+            let youngest = self.decoding.last().map(|s| s.arrival);
+            let victim = match youngest_parked > youngest {
+                true => self.parked.pop_back(),
+                false => self.decoding.pop(),
+            };
+            events.extend(victim.map(|victim| Event::Preempted { key: victim.key }));
+            if row >= self.decoding.len() {
+                return false;
+            }
+        }
+    }
+
+    fn plan_prefills(&mut self, now: Instant) {
+        self.planned_prefills.clear();
+        let Some(oldest) = self.prefilling.first() else {
+            return;
+        };
+        let mut budget = self.step_tokens - self.planned_decodes;
+        let oldest_remaining = oldest.remaining();
+        let oldest_share = oldest_remaining.min(budget.div_ceil(2));
+        budget -= oldest_share;
+
+        let mut order = std::mem::take(&mut self.shortest_first);
+        order.clear();
+        order.extend(1..self.prefilling.len());
+        order.sort_by_key(|at| self.prefilling[*at].remaining());
+        for at in &order {
+            let share = self.prefilling[*at].remaining().min(budget);
+            self.plan_chunk(*at, share, now);
+            budget -= share;
+        }
+        self.shortest_first = order;
+        self.plan_chunk(0, oldest_remaining.min(oldest_share + budget), now);
+    }
+
+    fn plan_chunk(&mut self, at: usize, tokens: usize, now: Instant) {
+        if tokens == 0 {
+            return;
+        }
+        let sequence = &mut self.prefilling[at];
+        sequence.prompt.started.get_or_insert(now);
+        push_row(&mut self.plan, sequence, tokens);
+        self.planned_prefills.push((at, tokens));
+    }
+}
+
+/// Plan the next `count` tokens of a sequence; with its last one goes the choice of the next.
+fn push_row(plan: &mut StepPlan, sequence: &Sequence, count: usize) {
+    let start = sequence.computed;
+    let end = start + count;
+    let (first_token, first_block) = (plan.tokens.len(), plan.blocks.len());
+    let first_target = plan.targets.len();
+    plan.tokens.extend_from_slice(&sequence.tokens[start..end]);
+    plan.blocks.extend_from_slice(sequence.blocks.ids());
+    if sequence.prompt.logprobs_top.is_some() {
+        let to = (end + 1).min(sequence.prompt_tokens);
+        plan.targets
+            .extend_from_slice(sequence.tokens.get(start + 1..to).unwrap_or(&[]));
+    }
+    plan.sequences.push(SequenceStep {
+        key: sequence.key,
+        tokens: first_token..plan.tokens.len(),
+        start: start as u32,
+        blocks: first_block..plan.blocks.len(),
+        sample: (end == sequence.tokens.len()).then(|| sequence.sample_request()),
+        targets: first_target..plan.targets.len(),
+        target_top: sequence.prompt.logprobs_top.unwrap_or(0),
+    });
+}

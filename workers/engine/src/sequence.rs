@@ -1,0 +1,243 @@
+//! A sequence inside the engine: its tokens, where its KV is, and the rules that end it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use baton_protocol::{FinishReason, Sampling, SequenceSpec, TokenLogprobs};
+
+use crate::{BlockTable, SampleRequest, SampleState, TokenCount};
+
+/// What the engine knows of one sequence.
+pub struct Sequence {
+    pub key: u64,
+    /// Order of arrival in this engine.
+    pub arrival: u64,
+    /// Prompt and output.
+    pub tokens: Vec<u32>,
+    pub prompt_tokens: usize,
+    /// The KV of this many tokens is in place.
+    pub computed: usize,
+    pub blocks: BlockTable,
+    pub prompt: PromptReport,
+    state: Arc<SampleState>,
+    min_tokens: usize,
+    max_tokens: usize,
+}
+
+/// What a prompt's end reports besides its token.
+pub struct PromptReport {
+    /// Alternatives to report with each prompt token, if wanted.
+    pub logprobs_top: Option<u8>,
+    pub logprobs: Vec<TokenLogprobs>,
+    pub cached_tokens: usize,
+    pub submitted: Instant,
+    /// When its first step began.
+    pub started: Option<Instant>,
+}
+
+impl Sequence {
+    pub fn new(
+        key: u64,
+        arrival: u64,
+        spec: SequenceSpec,
+        blocks: BlockTable,
+        now: Instant,
+    ) -> Self {
+        let tokens = spec.tokens.0;
+        let prompt_tokens = spec.prompt_tokens as usize;
+        let generation = spec.generation;
+        let counts = match has_penalty(&generation.sampling) {
+            true => count_tokens(&tokens, prompt_tokens),
+            false => Vec::new(),
+        };
+        let state = SampleState {
+            sampling: generation.sampling,
+            stop_token_ids: generation.stop_token_ids,
+            counts,
+        };
+        Self {
+            key,
+            arrival,
+            tokens,
+            prompt_tokens,
+            computed: 0,
+            blocks,
+            prompt: PromptReport {
+                logprobs_top: None,
+                logprobs: Vec::new(),
+                cached_tokens: 0,
+                submitted: now,
+                started: None,
+            },
+            state: Arc::new(state),
+            min_tokens: generation.min_tokens as usize,
+            max_tokens: generation.max_tokens as usize,
+        }
+    }
+
+    /// Tokens whose KV is not in place yet.
+    pub fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Output tokens so far; also the output index of the next one.
+    pub fn output_tokens(&self) -> usize {
+        self.tokens.len() - self.prompt_tokens
+    }
+
+    /// How to choose the token after the last.
+    pub fn sample_request(&self) -> SampleRequest {
+        SampleRequest {
+            position: self.tokens.len() as u32,
+            state: Arc::clone(&self.state),
+            ban_stop_ids: self.output_tokens() < self.min_tokens
+                && !self.state.stop_token_ids.is_empty(),
+        }
+    }
+
+    /// Why generation would end with this token as the next. `tokens_max` bounds the whole sequence.
+    pub fn finish_with(&self, token: u32, tokens_max: usize) -> Option<FinishReason> {
+        if self.state.stop_token_ids.contains(&token) {
+            return Some(FinishReason::Stop);
+        }
+        let length =
+            self.output_tokens() + 1 >= self.max_tokens || self.tokens.len() + 1 >= tokens_max;
+        length.then_some(FinishReason::Length)
+    }
+
+    /// Append an output token.
+    pub fn push(&mut self, token: u32) {
+        self.tokens.push(token);
+        if !has_penalty(&self.state.sampling) {
+            return;
+        }
+        // No step is under way, so nobody else holds the state and nothing is copied.
+        let counts = &mut Arc::make_mut(&mut self.state).counts;
+        match counts.binary_search_by_key(&token, |count| count.token) {
+            Ok(at) => counts[at].output += 1,
+            Err(at) => counts.insert(
+                at,
+                TokenCount {
+                    token,
+                    prompt: 0,
+                    output: 1,
+                },
+            ),
+        }
+    }
+}
+
+fn has_penalty(sampling: &Sampling) -> bool {
+    sampling.repetition_penalty != 1.0
+        || sampling.presence_penalty != 0.0
+        || sampling.frequency_penalty != 0.0
+}
+
+fn count_tokens(tokens: &[u32], prompt_tokens: usize) -> Vec<TokenCount> {
+    let (prompt, output) = tokens.split_at(prompt_tokens);
+    let prompt = prompt.iter().map(|token| TokenCount {
+        token: *token,
+        prompt: 1,
+        output: 0,
+    });
+    let output = output.iter().map(|token| TokenCount {
+        token: *token,
+        prompt: 0,
+        output: 1,
+    });
+    let mut counts: Vec<TokenCount> = prompt.chain(output).collect();
+    counts.sort_unstable_by_key(|count| count.token);
+    counts.dedup_by(|next, kept| {
+        let same = next.token == kept.token;
+        if same {
+            kept.prompt += next.prompt;
+            kept.output += next.output;
+        }
+        same
+    });
+    counts
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::{Generation, PackedTokens};
+
+    use super::*;
+    use crate::BlockPool;
+
+    fn sequence(generation: Generation) -> Sequence {
+        let spec = SequenceSpec {
+            tokens: PackedTokens(vec![7, 3, 7, 9]),
+            prompt_tokens: 3,
+            generation,
+        };
+        let blocks = BlockPool::new(1, 4).reserve(1).expect("room");
+        Sequence::new(1, 0, spec, blocks, Instant::now())
+    }
+
+    #[test]
+    fn counts_follow_the_output() {
+        let mut sequence = sequence(Generation {
+            sampling: Sampling {
+                presence_penalty: 0.1,
+                ..Sampling::default()
+            },
+            max_tokens: 9,
+            ..Generation::default()
+        });
+        for token in [9, 3, 1] {
+            sequence.push(token);
+        }
+        let fresh = count_tokens(&sequence.tokens, 3);
+        assert_eq!(sequence.sample_request().state.counts, fresh);
+        assert_eq!(
+            fresh[0],
+            TokenCount {
+                token: 1,
+                prompt: 0,
+                output: 1
+            }
+        );
+        assert_eq!(
+            fresh[1],
+            TokenCount {
+                token: 3,
+                prompt: 1,
+                output: 1
+            }
+        );
+        assert_eq!(
+            fresh[2],
+            TokenCount {
+                token: 7,
+                prompt: 2,
+                output: 0
+            }
+        );
+        assert_eq!(
+            fresh[3],
+            TokenCount {
+                token: 9,
+                prompt: 0,
+                output: 2
+            }
+        );
+    }
+
+    #[test]
+    fn the_first_rule_that_holds_ends_it() {
+        let mut sequence = sequence(Generation {
+            stop_token_ids: vec![5],
+            min_tokens: 2,
+            max_tokens: 3,
+            ..Generation::default()
+        });
+        assert!(sequence.sample_request().ban_stop_ids);
+        assert_eq!(sequence.finish_with(4, 100), None);
+        assert_eq!(sequence.finish_with(4, 5), Some(FinishReason::Length));
+        sequence.push(4);
+        assert!(!sequence.sample_request().ban_stop_ids);
+        assert_eq!(sequence.finish_with(5, 100), Some(FinishReason::Stop));
+        assert_eq!(sequence.finish_with(4, 100), Some(FinishReason::Length));
+    }
+}

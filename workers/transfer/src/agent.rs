@@ -1,0 +1,305 @@
+//! The handle that the rest of a worker holds.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use baton_protocol::{TransferDescriptor, UcxVersion};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
+use tokio::sync::oneshot;
+
+use crate::arena::{Arena, Source};
+use crate::peer::{PeerKey, PeerPlan};
+use crate::probe::PeerReport;
+use crate::pull::{PullStats, Read};
+use crate::thread::{Command, Ready};
+use crate::wake::Wake;
+use crate::{TransferError, thread};
+
+/// Commands that may wait for the agent's thread. It takes them within microseconds, so a full queue
+/// means that it is stuck.
+const COMMANDS_MAX: usize = 1024;
+
+/// UCX starts within this time or not at all.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The thread answers within the deadline of a command plus this, or is stuck.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// The thread is left to itself when it has not stopped within this time.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What an agent is made of.
+#[derive(Clone, Debug, Default)]
+pub struct AgentConfig {
+    /// Length of the arena.
+    pub arena_bytes: usize,
+    /// UCX's list of transports (`UCX_TLS`), if not its own choice: `tcp,self` between processes of
+    /// different users, which cannot share memory.
+    pub tls: Option<String>,
+}
+
+/// How an agent fares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AgentHealth {
+    /// Whether its thread runs.
+    pub running: bool,
+    /// Peers connected.
+    pub peers: usize,
+    /// Connects and pulls under way.
+    pub in_flight: usize,
+    /// Failed transfers whose destination UCX may still write to. Their blocks cannot be reused.
+    pub quarantined: usize,
+    /// Time since the thread last went round its loop: at most some 100 ms when it is well.
+    pub last_progress: Duration,
+}
+
+/// Moves KV. Clones share one thread, which ends with [`Agent::shutdown`] or with the last clone.
+#[derive(Clone)]
+pub struct Agent {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    commands: Sender<Command>,
+    wake: Arc<Wake>,
+    vitals: Arc<Vitals>,
+    descriptor: TransferDescriptor,
+    summary: String,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
+}
+
+/// What the thread tells of itself.
+pub(crate) struct Vitals {
+    pub(crate) epoch: Instant,
+    pub(crate) running: AtomicBool,
+    pub(crate) turn_micros: AtomicU64,
+    pub(crate) peers: AtomicUsize,
+    pub(crate) in_flight: AtomicUsize,
+    pub(crate) quarantined: AtomicUsize,
+}
+
+impl Agent {
+    /// Loads UCX, makes the arena and starts the thread. Blocks for some 10 ms.
+    ///
+    /// # Errors
+    /// [`TransferError::Library`] without a fitting UCX, [`TransferError::Arena`] without memory,
+    /// [`TransferError::Ucx`] if UCX refuses to start.
+    pub fn start(config: AgentConfig) -> Result<(Self, Arena), TransferError> {
+        let (commands, receiver) = bounded(COMMANDS_MAX);
+        let (ready_sender, ready) = bounded(1);
+        let (ended_sender, ended) = bounded(0);
+        let wake = Arc::new(Wake::new()?);
+        let vitals = Arc::new(Vitals {
+            epoch: Instant::now(),
+            running: AtomicBool::new(true),
+            turn_micros: AtomicU64::new(0),
+            peers: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
+            quarantined: AtomicUsize::new(0),
+        });
+        let source = Source::Allocate {
+            bytes: config.arena_bytes,
+        };
+        let setup = thread::Setup {
+            source,
+            tls: config.tls,
+            commands: receiver,
+            wake: wake.clone(),
+            vitals: vitals.clone(),
+        };
+        let handle = std::thread::Builder::new()
+            .name("baton-ucx".into())
+            .spawn(move || {
+                let _ended = ended_sender;
+                thread::run(setup, &ready_sender);
+            })
+            .map_err(|error| TransferError::Ucx {
+                call: "spawning its thread",
+                status: error.to_string(),
+            })?;
+        let Ready {
+            arena,
+            descriptor,
+            summary,
+        } = ready
+            .recv_timeout(START_TIMEOUT)
+            .map_err(|_| TransferError::Stopped)??;
+        let shared = Shared {
+            commands,
+            wake,
+            vitals,
+            descriptor,
+            summary,
+            thread: Mutex::new(Some(handle)),
+            ended,
+        };
+        Ok((
+            Self {
+                shared: Arc::new(shared),
+            },
+            arena,
+        ))
+    }
+
+    /// What a peer needs to connect.
+    pub fn descriptor(&self) -> TransferDescriptor {
+        self.shared.descriptor.clone()
+    }
+
+    /// Library and transports of this host, for people: `ucx 1.13.1 self,tcp,sysv,posix,cma`.
+    pub fn summary(&self) -> String {
+        self.shared.summary.clone()
+    }
+
+    /// Connects to a peer, reads from each of its arenas once and measures the rate. A connection of the
+    /// same key is closed first, and its pulls fail.
+    ///
+    /// # Errors
+    /// [`TransferError::Version`] and [`TransferError::Descriptor`] before anything is tried; then
+    /// [`TransferError::PeerFailed`], [`TransferError::Ucx`] or [`TransferError::Deadline`].
+    pub async fn connect(
+        &self,
+        peer: PeerKey,
+        descriptor: TransferDescriptor,
+        deadline: Duration,
+    ) -> Result<PeerReport, TransferError> {
+        let plan = PeerPlan::parse(&descriptor, self.shared.descriptor.ucx)?;
+        let started = Instant::now();
+        self.call(deadline, |reply| Command::Connect {
+            peer,
+            plan,
+            started,
+            allowed: deadline,
+            reply,
+        })
+        .await
+    }
+
+    /// Reads ranges of a peer's arenas into our own.
+    ///
+    /// `guard` owns the destination. It comes back with the success; otherwise the agent drops it, but
+    /// not before UCX has ended every request that writes there: never, if UCX never does. The same holds
+    /// when the future is dropped, which also ends the pull.
+    ///
+    /// # Errors
+    /// [`TransferError::NotConnected`], [`TransferError::Bounds`] and [`TransferError::Busy`] before
+    /// anything is read; [`TransferError::PeerFailed`] and [`TransferError::Deadline`] close the
+    /// connection, and with it fail the peer's other pulls.
+    pub async fn pull<G: Send + 'static>(
+        &self,
+        peer: PeerKey,
+        reads: Vec<Read>,
+        guard: G,
+        deadline: Duration,
+    ) -> Result<(G, PullStats), TransferError> {
+        let started = Instant::now();
+        let guard: Box<dyn Any + Send> = Box::new(guard);
+        let (guard, stats) = self
+            .call(deadline, |reply| Command::Pull {
+                peer,
+                reads,
+                guard,
+                started,
+                allowed: deadline,
+                reply,
+            })
+            .await?;
+        let guard = guard
+            .downcast::<G>()
+            .expect("the thread returns the guard that it was given");
+        Ok((*guard, stats))
+    }
+
+    /// Closes the connection to a peer, if there is one. Its pulls fail.
+    pub async fn disconnect(&self, peer: PeerKey) {
+        // It only fails when the thread has stopped, and then nothing is connected.
+        let _ = self
+            .call(GRACE, |reply| Command::Disconnect { peer, reply })
+            .await;
+    }
+
+    /// How the agent fares.
+    pub fn health(&self) -> AgentHealth {
+        let vitals = &self.shared.vitals;
+        let turn = Duration::from_micros(vitals.turn_micros.load(Relaxed));
+        AgentHealth {
+            running: vitals.running.load(Relaxed),
+            peers: vitals.peers.load(Relaxed),
+            in_flight: vitals.in_flight.load(Relaxed),
+            quarantined: vitals.quarantined.load(Relaxed),
+            last_progress: vitals.epoch.elapsed().saturating_sub(turn),
+        }
+    }
+
+    /// Closes every connection and ends the thread; blocks until then, 5 s at most. Everything under way
+    /// fails with [`TransferError::Stopped`]. The arena stays valid for whoever holds it.
+    pub fn shutdown(&self) {
+        let shared = &self.shared;
+        let handle = shared
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(handle) = handle else { return };
+        let _ = shared
+            .commands
+            .send_timeout(Command::Shutdown, STOP_TIMEOUT);
+        shared.wake.ring();
+        // Nothing is ever sent: the wait ends when the thread drops its end.
+        match shared.ended.recv_timeout(STOP_TIMEOUT) {
+            Err(crossbeam_channel::RecvTimeoutError::Timeout) => {
+                tracing::warn!(
+                    "the UCX thread did not stop within {} s; it is left behind",
+                    STOP_TIMEOUT.as_secs()
+                );
+            }
+            _ => {
+                if handle.join().is_err() {
+                    tracing::error!("the UCX thread had panicked");
+                }
+            }
+        }
+    }
+
+    async fn call<T>(
+        &self,
+        deadline: Duration,
+        command: impl FnOnce(oneshot::Sender<Result<T, TransferError>>) -> Command,
+    ) -> Result<T, TransferError> {
+        let (reply, answer) = oneshot::channel();
+        self.shared
+            .commands
+            .try_send(command(reply))
+            .map_err(|error| match error {
+                TrySendError::Full(_) => TransferError::Busy {
+                    what: "waiting transfers",
+                    limit: COMMANDS_MAX,
+                },
+                TrySendError::Disconnected(_) => TransferError::Stopped,
+            })?;
+        self.shared.wake.ring();
+        match tokio::time::timeout(deadline + GRACE, answer).await {
+            Ok(Ok(outcome)) => outcome,
+            _ => Err(TransferError::Stopped),
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // The thread also ends when the channel is closed, but should not wait for its next round.
+        let _ = self.commands.try_send(Command::Shutdown);
+        self.wake.ring();
+    }
+}
+
+/// Version of a loaded UCX.
+pub(crate) fn version(ucp: &ucx_sys::Ucp) -> UcxVersion {
+    let (major, minor, release) = ucp.version();
+    UcxVersion(major, minor, release)
+}

@@ -1,0 +1,190 @@
+//! Registered memory that peers may read.
+
+use std::ptr::{null_mut, slice_from_raw_parts};
+use std::sync::Arc;
+
+use baton_protocol::{Base64Bytes, MemoryType, RankRegion};
+use ucx_sys::*;
+
+use crate::TransferError;
+use crate::context::{Context, check, status_text};
+use crate::probe::SCRATCH_BYTES;
+use crate::seal::{Kind, seal};
+
+/// Where an arena's memory comes from.
+pub(crate) enum Source {
+    /// UCX allocates host memory, which lets it be shared memory that peers on the host read in place.
+    /// Memory on a GPU, allocated elsewhere and registered by its address, will be another variant.
+    Allocate {
+        /// Its length.
+        bytes: usize,
+    },
+}
+
+/// The memory that holds the KV of one rank: zeroed at first, registered with UCX, and readable by
+/// connected peers at any moment. It lives until the last clone and the agent's thread are gone.
+#[derive(Clone)]
+pub struct Arena {
+    region: Arc<Region>,
+}
+
+impl Arena {
+    pub(crate) fn new(region: Arc<Region>) -> Self {
+        Self { region }
+    }
+
+    /// First byte, aligned to 4096.
+    pub fn base(&self) -> *mut u8 {
+        self.region.base
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.region.bytes
+    }
+
+    /// Whether there is none; an agent makes no such arena.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Kind of memory.
+    pub fn memory(&self) -> MemoryType {
+        self.region.memory
+    }
+
+    /// The bytes, for whoever knows who writes them.
+    pub fn as_ptr(&self) -> *const [u8] {
+        slice_from_raw_parts(self.base(), self.len())
+    }
+}
+
+impl std::fmt::Debug for Arena {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Arena")
+            .field("bytes", &self.len())
+            .field("memory", &self.memory())
+            .finish()
+    }
+}
+
+/// A mapped piece of memory: the arena, and behind it scratch space that probes read into.
+pub(crate) struct Region {
+    context: Arc<Context>,
+    handle: ucp_mem_h,
+    base: *mut u8,
+    bytes: usize,
+    memory: MemoryType,
+}
+
+// SAFETY: the pointers are to memory and to a handle that live as long as the value; what is written to
+// the memory, and by whom, is the arena's users' agreement.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    pub(crate) fn map(context: Arc<Context>, source: Source) -> Result<Self, TransferError> {
+        let Source::Allocate { bytes } = source;
+        let failed = |detail: String| TransferError::Arena { bytes, detail };
+        if bytes == 0 {
+            return Err(failed("it has no bytes".into()));
+        }
+        let length = bytes
+            .checked_next_multiple_of(4096)
+            .and_then(|bytes| bytes.checked_add(SCRATCH_BYTES))
+            .ok_or_else(|| failed("that is more than there are addresses".into()))?;
+        let params = ucp_mem_map_params_t {
+            field_mask: UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                | UCP_MEM_MAP_PARAM_FIELD_FLAGS
+                | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+            length,
+            flags: UCP_MEM_MAP_ALLOCATE,
+            memory_type: UCS_MEMORY_TYPE_HOST,
+            ..Default::default()
+        };
+        let ucp = context.ucp;
+        let mut handle = null_mut();
+        // SAFETY: context and params are valid; `handle` is a place to write to.
+        let status = unsafe { (ucp.ucp_mem_map)(context.handle, &params, &mut handle) };
+        if status != UCS_OK {
+            return Err(failed(status_text(ucp, status)));
+        }
+        let mut attributes = ucp_mem_attr_t {
+            field_mask: UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_LENGTH,
+            ..Default::default()
+        };
+        // SAFETY: the handle was just made; the attributes are a place to write to.
+        let status = unsafe { (ucp.ucp_mem_query)(handle, &mut attributes) };
+        let base = attributes.address.cast();
+        let region = Self {
+            context,
+            handle,
+            base,
+            bytes,
+            memory: MemoryType::Host,
+        };
+        check(ucp, "ucp_mem_query", status)?;
+        if !region.base.addr().is_multiple_of(4096) || attributes.length < length {
+            return Err(failed("UCX allocated it unaligned or short".into()));
+        }
+        Ok(region)
+    }
+
+    /// What a peer needs to read the arena.
+    pub(crate) fn describe(&self) -> Result<RankRegion, TransferError> {
+        let ucp = self.context.ucp;
+        let (mut buffer, mut length) = (null_mut(), 0);
+        // SAFETY: context and handle are valid; the rest are places to write to.
+        check(ucp, "ucp_rkey_pack", unsafe {
+            (ucp.ucp_rkey_pack)(self.context.handle, self.handle, &mut buffer, &mut length)
+        })?;
+        // SAFETY: UCX says that there are `length` bytes.
+        let packed = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), length) };
+        let rkey = Base64Bytes(seal(Kind::Key, packed));
+        // SAFETY: packed above, and copied.
+        unsafe { (ucp.ucp_rkey_buffer_release)(buffer) };
+        Ok(RankRegion {
+            rkey,
+            base: self.base.addr() as u64,
+            bytes: self.bytes as u64,
+            memory: self.memory,
+        })
+    }
+
+    /// Length of the arena.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes as u64
+    }
+
+    /// Address of the byte at `offset`. Scratch space begins at [`Self::scratch`].
+    pub(crate) fn at(&self, offset: u64) -> *mut u8 {
+        self.base.wrapping_add(offset as usize)
+    }
+
+    /// Offset of [`SCRATCH_BYTES`] bytes that nobody else uses.
+    pub(crate) fn scratch(&self) -> u64 {
+        self.bytes.next_multiple_of(4096) as u64
+    }
+
+    /// UCX's number for the kind of memory.
+    pub(crate) fn ucs_memory_type(&self) -> u32 {
+        match self.memory {
+            MemoryType::Host => UCS_MEMORY_TYPE_HOST,
+            MemoryType::Cuda => UCS_MEMORY_TYPE_CUDA,
+        }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: mapped by this context, which is alive, and nobody holds the memory any more.
+        let status = unsafe { (self.context.ucp.ucp_mem_unmap)(self.context.handle, self.handle) };
+        if status != UCS_OK {
+            tracing::warn!(
+                "UCX: ucp_mem_unmap failed: {}",
+                status_text(self.context.ucp, status)
+            );
+        }
+    }
+}

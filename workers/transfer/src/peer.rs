@@ -1,0 +1,206 @@
+//! One connection: an endpoint and the remote keys of the peer's arenas.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::fmt;
+use std::ptr::null_mut;
+use std::rc::Rc;
+
+use baton_protocol::{TransferDescriptor, UcxVersion};
+use libc::FILE;
+use ucx_sys::*;
+
+use crate::TransferError;
+use crate::context::{check, status_text};
+use crate::seal::{Kind, unseal};
+
+/// Names a peer: its incarnation number, so that a restarted worker is another peer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Hash)]
+pub struct PeerKey(pub u64);
+
+impl fmt::Display for PeerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
+}
+
+/// A descriptor that was checked and taken apart.
+#[derive(Debug)]
+pub(crate) struct PeerPlan {
+    address: Vec<u8>,
+    ranks: Vec<RankPlan>,
+}
+
+#[derive(Debug)]
+struct RankPlan {
+    rkey: Vec<u8>,
+    base: u64,
+    bytes: u64,
+}
+
+impl PeerPlan {
+    pub(crate) fn parse(
+        descriptor: &TransferDescriptor,
+        ours: UcxVersion,
+    ) -> Result<Self, TransferError> {
+        if !descriptor.ucx.compatible(ours) {
+            return Err(TransferError::Version {
+                theirs: descriptor.ucx,
+                ours,
+            });
+        }
+        let address = unseal(Kind::Address, &descriptor.address.0)?.to_vec();
+        let ranks = descriptor.ranks.iter().map(|rank| {
+            if rank.bytes == 0 || rank.base.checked_add(rank.bytes).is_none() {
+                return Err(TransferError::Descriptor(format!(
+                    "no memory has {} bytes at address {}",
+                    rank.bytes, rank.base
+                )));
+            }
+            Ok(RankPlan {
+                rkey: unseal(Kind::Key, &rank.rkey.0)?.to_vec(),
+                base: rank.base,
+                bytes: rank.bytes,
+            })
+        });
+        let ranks: Vec<_> = ranks.collect::<Result<_, _>>()?;
+        if ranks.is_empty() {
+            return Err(TransferError::Descriptor("it names no arena".into()));
+        }
+        Ok(Self { address, ranks })
+    }
+}
+
+/// A rank's arena as seen from here.
+pub(crate) struct RemoteRegion {
+    pub(crate) rkey: ucp_rkey_h,
+    pub(crate) base: u64,
+    pub(crate) bytes: u64,
+}
+
+/// A live or failed connection. Only the agent's thread touches it.
+///
+/// Transfers share it by `Rc`, so its remote keys outlive every request that uses them; the thread keeps
+/// one more until UCX has closed the endpoint, because the error handler writes to `failure`.
+pub(crate) struct Link {
+    ucp: &'static Ucp,
+    pub(crate) key: PeerKey,
+    ep: ucp_ep_h,
+    regions: Vec<RemoteRegion>,
+    failure: Rc<Cell<Option<ucs_status_t>>>,
+}
+
+impl Link {
+    /// Makes the endpoint; UCX connects when the first read is posted. An error beside the link says
+    /// that a key was refused: then the link can only be closed.
+    pub(crate) fn open(
+        ucp: &'static Ucp,
+        worker: ucp_worker_h,
+        key: PeerKey,
+        plan: &PeerPlan,
+    ) -> Result<(Self, Result<(), TransferError>), TransferError> {
+        let failure = Rc::new(Cell::new(None));
+        let params = ucp_ep_params_t {
+            field_mask: UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
+                | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE
+                | UCP_EP_PARAM_FIELD_ERR_HANDLER,
+            address: plan.address.as_ptr().cast(),
+            // Without it the requests of a killed peer never end.
+            err_mode: UCP_ERR_HANDLING_MODE_PEER,
+            err_handler: ucp_err_handler_t {
+                cb: Some(on_endpoint_error),
+                arg: Rc::as_ptr(&failure).cast_mut().cast(),
+            },
+            ..Default::default()
+        };
+        let mut ep = null_mut();
+        // SAFETY: the worker is alive and this is its thread; the address is a whole one, as its seal
+        // shows; `failure` outlives the endpoint, see above.
+        check(ucp, "ucp_ep_create", unsafe {
+            (ucp.ucp_ep_create)(worker, &params, &mut ep)
+        })?;
+        let mut link = Self {
+            ucp,
+            key,
+            ep,
+            regions: Vec::with_capacity(plan.ranks.len()),
+            failure,
+        };
+        let outcome = plan.ranks.iter().try_for_each(|rank| link.unpack(rank));
+        Ok((link, outcome))
+    }
+
+    fn unpack(&mut self, rank: &RankPlan) -> Result<(), TransferError> {
+        let mut rkey = null_mut();
+        // SAFETY: the endpoint is alive; the key is a whole one, as its seal shows.
+        check(self.ucp, "ucp_ep_rkey_unpack", unsafe {
+            (self.ucp.ucp_ep_rkey_unpack)(self.ep, rank.rkey.as_ptr().cast(), &mut rkey)
+        })?;
+        self.regions.push(RemoteRegion {
+            rkey,
+            base: rank.base,
+            bytes: rank.bytes,
+        });
+        Ok(())
+    }
+
+    pub(crate) fn ep(&self) -> ucp_ep_h {
+        self.ep
+    }
+
+    /// The peer's arenas, by rank.
+    pub(crate) fn regions(&self) -> &[RemoteRegion] {
+        &self.regions
+    }
+
+    /// What UCX reported of the endpoint, once it has failed.
+    pub(crate) fn failure(&self) -> Option<ucs_status_t> {
+        self.failure.get()
+    }
+
+    /// Begins to close the endpoint without waiting for the peer; afterwards no request may be posted.
+    /// What is in flight ends with an error, mostly at once. Returns the request to wait for.
+    ///
+    /// Must not be called from inside a UCX callback, and only once.
+    pub(crate) fn close(&self) -> Option<*mut c_void> {
+        if self.failure.get().is_none() {
+            self.failure.set(Some(UCS_ERR_CANCELED));
+        }
+        let param = ucp_request_param_t {
+            op_attr_mask: UCP_OP_ATTR_FIELD_FLAGS,
+            flags: UCP_EP_CLOSE_FLAG_FORCE,
+            ..Default::default()
+        };
+        // SAFETY: the endpoint is alive and is closed once.
+        let pointer = unsafe { (self.ucp.ucp_ep_close_nbx)(self.ep, &param) };
+        status_of_pointer(pointer).unwrap_or_else(|status| {
+            let status = status_text(self.ucp, status);
+            tracing::warn!(peer = %self.key, "UCX: ucp_ep_close_nbx failed: {status}");
+            None
+        })
+    }
+
+    /// Lets UCX print how the endpoint is made up.
+    pub(crate) fn print_info(&self, file: *mut FILE) {
+        // SAFETY: the endpoint is alive, the stream open.
+        unsafe { (self.ucp.ucp_ep_print_info)(self.ep, file) };
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        for region in &self.regions {
+            // SAFETY: unpacked by us; every request that used it has ended, because its transfer held
+            // this link.
+            unsafe { (self.ucp.ucp_rkey_destroy)(region.rkey) };
+        }
+    }
+}
+
+/// Notes the failure. The agent's thread closes the endpoint later, from outside the callback.
+unsafe extern "C" fn on_endpoint_error(arg: *mut c_void, _ep: ucp_ep_h, status: ucs_status_t) {
+    // SAFETY: `arg` is the cell that `Link::open` passed, alive until the endpoint is closed; UCX calls
+    // from the agent's thread alone.
+    let failure = unsafe { &*arg.cast::<Cell<Option<ucs_status_t>>>() };
+    failure.set(Some(status));
+}

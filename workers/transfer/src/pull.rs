@@ -1,0 +1,244 @@
+//! A set of reads from one peer.
+
+use std::cell::Cell;
+use std::ffi::c_void;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use ucx_sys::*;
+
+use crate::TransferError;
+use crate::arena::Region;
+use crate::peer::Link;
+
+/// Longest single read. A GPU's copy engine needs some 16 MiB to come near its peak; and between two host
+/// memories one read of this length blocks the agent's thread for a few milliseconds only.
+const READ_BYTES_MAX: u64 = 16 << 20;
+
+/// Most reads of one transfer that UCX holds at once. Posting costs some 4 µs and a lone read 40 to 50 µs,
+/// so a dozen keep every transport busy; more would only make a forced close longer.
+const IN_FLIGHT_MAX: usize = 32;
+
+/// A transfer posts at most this much before others have their turn.
+const TURN_BYTES: u64 = 32 << 20;
+
+/// One range to copy from a peer's arena into our own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// Which of the peer's arenas.
+    pub rank: u32,
+    /// First byte in it.
+    pub remote_offset: u64,
+    /// First byte in our arena.
+    pub local_offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// What a pull cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PullStats {
+    /// Bytes read.
+    pub bytes: u64,
+    /// From the call to the last byte in place.
+    pub seconds: f32,
+}
+
+/// Reads under way.
+pub(crate) struct Reading {
+    pub(crate) link: Rc<Link>,
+    reads: Vec<Read>,
+    /// Index of the read to post next, and how much of it is posted.
+    next: (usize, u64),
+    tally: Rc<Tally>,
+    pub(crate) started: Instant,
+    pub(crate) allowed: Duration,
+    /// Bytes posted so far.
+    pub(crate) posted: u64,
+}
+
+/// How far a [`Reading`] has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Everything is read.
+    Done,
+    /// Something is still to be posted or to end.
+    Pending,
+    /// It cannot succeed any more. Requests may still be in flight.
+    Failed(ucs_status_t),
+    /// Its time is up. Requests may still be in flight.
+    Late,
+}
+
+/// Counts the requests that UCX holds. Callbacks write to it, so it lives until there are none.
+struct Tally {
+    request_free: unsafe extern "C" fn(*mut c_void),
+    in_flight: Cell<usize>,
+    failure: Cell<Option<ucs_status_t>>,
+}
+
+impl Reading {
+    pub(crate) fn new(
+        ucp: &Ucp,
+        link: Rc<Link>,
+        reads: Vec<Read>,
+        started: Instant,
+        allowed: Duration,
+    ) -> Self {
+        let tally = Tally {
+            request_free: ucp.ucp_request_free,
+            in_flight: Cell::new(0),
+            failure: Cell::new(None),
+        };
+        Self {
+            link,
+            reads,
+            next: (0, 0),
+            tally: Rc::new(tally),
+            started,
+            allowed,
+            posted: 0,
+        }
+    }
+
+    /// Posts what may be posted now. Returns whether that was anything.
+    pub(crate) fn post(&mut self, ucp: &Ucp, region: &Region) -> bool {
+        let mut turn = 0;
+        while turn < TURN_BYTES
+            && self.tally.in_flight.get() < IN_FLIGHT_MAX
+            && self.tally.failure.get().is_none()
+            && self.link.failure().is_none()
+            && let Some(piece) = self.next_piece()
+        {
+            turn += piece.bytes;
+            self.post_one(ucp, region, piece);
+        }
+        self.posted += turn;
+        turn > 0
+    }
+
+    fn next_piece(&mut self) -> Option<Read> {
+        let (index, done) = self.next;
+        let read = self.reads.get(index)?;
+        let bytes = (read.bytes - done).min(READ_BYTES_MAX);
+        self.next = if done + bytes == read.bytes {
+            (index + 1, 0)
+        } else {
+            (index, done + bytes)
+        };
+        Some(Read {
+            rank: read.rank,
+            remote_offset: read.remote_offset + done,
+            local_offset: read.local_offset + done,
+            bytes,
+        })
+    }
+
+    fn post_one(&self, ucp: &Ucp, region: &Region, piece: Read) {
+        let remote = &self.link.regions()[piece.rank as usize];
+        let param = ucp_request_param_t {
+            op_attr_mask: UCP_OP_ATTR_FIELD_CALLBACK
+                | UCP_OP_ATTR_FIELD_USER_DATA
+                | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+            cb: Some(on_read_end),
+            user_data: Rc::as_ptr(&self.tally).cast_mut().cast(),
+            memory_type: region.ucs_memory_type(),
+            ..Default::default()
+        };
+        let local = region.at(piece.local_offset);
+        let address = remote.base + piece.remote_offset;
+        // SAFETY: the endpoint is open and has not failed; both ranges are within their arenas, as was
+        // checked before the reading began; the destination is the guard's until no request is left, and
+        // the tally lives as long.
+        let pointer = unsafe {
+            (ucp.ucp_get_nbx)(
+                self.link.ep(),
+                local.cast(),
+                piece.bytes as usize,
+                address,
+                remote.rkey,
+                &param,
+            )
+        };
+        match status_of_pointer(pointer) {
+            // Done, and no callback will come.
+            Ok(None) => {}
+            Ok(Some(_)) => self.tally.in_flight.set(self.tally.in_flight.get() + 1),
+            Err(status) => self.tally.failure.set(Some(status)),
+        }
+    }
+
+    /// Posts no more; what is in flight ends by itself.
+    pub(crate) fn cut(&mut self) {
+        self.next = (self.reads.len(), 0);
+    }
+
+    pub(crate) fn in_flight(&self) -> usize {
+        self.tally.in_flight.get()
+    }
+
+    pub(crate) fn deadline(&self) -> Instant {
+        self.started + self.allowed
+    }
+
+    pub(crate) fn progress(&self, now: Instant) -> Progress {
+        if let Some(status) = self.tally.failure.get().or(self.link.failure()) {
+            Progress::Failed(status)
+        } else if self.next.0 == self.reads.len() && self.in_flight() == 0 {
+            Progress::Done
+        } else if now >= self.deadline() {
+            Progress::Late
+        } else {
+            Progress::Pending
+        }
+    }
+
+    /// Whether each read lies within the peer's arena and ours.
+    pub(crate) fn check(
+        link: &Link,
+        local_bytes: u64,
+        reads: &[Read],
+    ) -> Result<(), TransferError> {
+        for read in reads {
+            let Some(remote) = link.regions().get(read.rank as usize) else {
+                return Err(TransferError::Plan(format!(
+                    "rank {} is read, but the peer has {} ranks",
+                    read.rank,
+                    link.regions().len()
+                )));
+            };
+            within("peer's", read.remote_offset, read.bytes, remote.bytes)?;
+            within("own", read.local_offset, read.bytes, local_bytes)?;
+        }
+        Ok(())
+    }
+}
+
+fn within(arena: &'static str, offset: u64, bytes: u64, limit: u64) -> Result<(), TransferError> {
+    match offset.checked_add(bytes) {
+        Some(end) if end <= limit && bytes > 0 => Ok(()),
+        _ => Err(TransferError::Bounds {
+            arena,
+            offset,
+            bytes,
+            limit,
+        }),
+    }
+}
+
+/// Counts a request off and frees it.
+unsafe extern "C" fn on_read_end(
+    request: *mut c_void,
+    status: ucs_status_t,
+    user_data: *mut c_void,
+) {
+    // SAFETY: `user_data` is the tally that `post_one` passed, alive while any request is in flight; UCX
+    // calls from the agent's thread alone.
+    let tally = unsafe { &*user_data.cast::<Tally>() };
+    tally.in_flight.set(tally.in_flight.get() - 1);
+    if status != UCS_OK {
+        tally.failure.set(Some(status));
+    }
+    // SAFETY: the request has ended and this is its only owner.
+    unsafe { (tally.request_free)(request) };
+}
