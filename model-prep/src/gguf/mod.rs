@@ -1,0 +1,89 @@
+//! GGUF files of Llama-type models: container, number formats, names and order of weights, tokenizer.
+
+mod container;
+mod llama;
+mod metadata;
+mod quant;
+mod tokenizer;
+mod weights;
+
+use std::path::Path;
+
+use baton_model::{CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG};
+
+use crate::checkpoint::{Checkpoint, SmallFile};
+use crate::error::PrepError;
+use container::Container;
+use weights::GgufWeights;
+
+/// Open a GGUF file and rebuild from its metadata what a Hugging Face directory would hold.
+pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
+    let container = Container::open(path)?;
+    let spec = llama::spec(&container).map_err(|reason| PrepError::file(path, reason))?;
+    let tokenizer = tokenizer::rebuild(&container.metadata, &spec)
+        .map_err(|reason| PrepError::file(path, reason))?;
+
+    let file_name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    let mut files = vec![
+        SmallFile {
+            name: CONFIG,
+            content: pretty(&llama::config_json(&spec, &tokenizer)),
+        },
+        SmallFile {
+            name: GENERATION_CONFIG,
+            content: pretty(&llama::generation_config_json(&tokenizer)),
+        },
+        SmallFile {
+            name: TOKENIZER,
+            content: tokenizer.json,
+        },
+        SmallFile {
+            name: TOKENIZER_CONFIG,
+            content: pretty(&tokenizer.config),
+        },
+    ];
+    if let Some(template) = tokenizer.chat_template {
+        files.push(SmallFile {
+            name: CHAT_TEMPLATE,
+            content: template.into_bytes(),
+        });
+    }
+    Ok(Checkpoint {
+        name: served_name(&file_name),
+        source: format!("GGUF file {file_name}"),
+        stamp: crate::checkpoint::stamp([path])?,
+        bos_token_id: tokenizer.bos_token_id,
+        eos_token_ids: tokenizer.eos_token_ids,
+        files,
+        weights: Box::new(GgufWeights::new(container, &spec)?),
+        spec,
+    })
+}
+
+fn pretty(value: &serde_json::Value) -> Vec<u8> {
+    let mut text = serde_json::to_vec_pretty(value).expect("a JSON value can be written");
+    text.push(b'\n');
+    text
+}
+
+/// `SmolLM2-135M-Instruct.Q4_1.gguf` is served as `smollm2-135m-instruct`.
+fn served_name(file_name: &str) -> String {
+    let stem = file_name.strip_suffix(".gguf").unwrap_or(file_name);
+    let is_format = |part: &str| {
+        let part = part.to_ascii_uppercase();
+        matches!(part.as_str(), "F16" | "F32" | "BF16")
+            || part
+                .strip_prefix("IQ")
+                .or(part.strip_prefix('Q'))
+                .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let stem = match stem.rsplit_once(['.', '-']) {
+        Some((stem, format)) if is_format(format) => stem,
+        _ => stem,
+    };
+    stem.to_ascii_lowercase()
+}

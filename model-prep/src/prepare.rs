@@ -1,0 +1,261 @@
+//! The steps of a run: open the source, check all of it, plan, write, publish.
+
+use std::fs;
+use std::path::Path;
+
+use baton_model::{
+    Dtype, FingerprintHasher, MANIFEST, MANIFEST_FORMAT, Manifest, ModelDir, ModelSpec, TOKENIZER,
+    TensorSpec, check_tp_size, expected_tensors,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::PrepError;
+use crate::options::{Outcome, Plan, PrepareOptions, PrepareReport};
+use crate::stage::Stage;
+use crate::{gguf, writer};
+
+/// Make a model directory. Progress goes to standard error if that is a terminal.
+pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
+    let checkpoint = open_source(&options)?;
+    let tensors = expected_tensors(&checkpoint.spec);
+    let plan = plan(&options, &checkpoint, &tensors)?;
+    for tensor in &tensors {
+        checkpoint.weights.check(tensor)?;
+    }
+    if options.dry_run {
+        return Ok(PrepareReport {
+            outcome: Outcome::Planned,
+            plan,
+            manifest: None,
+        });
+    }
+    if let Some(manifest) = check_output(&options, &checkpoint, &plan, &tensors)? {
+        return Ok(PrepareReport {
+            outcome: Outcome::AlreadyThere,
+            plan,
+            manifest: Some(manifest),
+        });
+    }
+    let manifest = write(&options, &checkpoint, &plan, &tensors)?;
+    Ok(PrepareReport {
+        outcome: Outcome::Written,
+        plan,
+        manifest: Some(manifest),
+    })
+}
+
+fn open_source(options: &PrepareOptions) -> Result<Checkpoint, PrepError> {
+    let path = Path::new(&options.source);
+    if path.is_file() {
+        return gguf::open(path);
+    }
+    Err(PrepError::Source(format!(
+        "there is no model {:?}",
+        options.source
+    )))
+}
+
+fn plan(
+    options: &PrepareOptions,
+    checkpoint: &Checkpoint,
+    tensors: &[TensorSpec],
+) -> Result<Plan, PrepError> {
+    let spec = &checkpoint.spec;
+    let tp_size = options.tp_size;
+    check_tp_size(spec, tp_size)?;
+    let tokens_max = match options.tokens_max {
+        None => spec.tokens_max,
+        Some(0) => {
+            return Err(PrepError::Option(
+                "the longest sequence must be at least 1 token".to_owned(),
+            ));
+        }
+        Some(tokens) if tokens > spec.tokens_max => {
+            return Err(PrepError::Option(format!(
+                "the longest sequence cannot be {tokens} tokens: the model goes to {}",
+                spec.tokens_max
+            )));
+        }
+        Some(tokens) => tokens,
+    };
+    if options.batch_max == Some(0) {
+        return Err(PrepError::Option(
+            "the batch must hold at least 1 sequence".to_owned(),
+        ));
+    }
+    let rank_elements: usize = tensors
+        .iter()
+        .map(|t| t.rank_shape(tp_size).iter().product::<usize>())
+        .sum();
+    Ok(Plan {
+        name: options
+            .name
+            .clone()
+            .unwrap_or_else(|| checkpoint.name.clone()),
+        source: checkpoint.source.clone(),
+        out: options.out.clone(),
+        tensors: tensors.len(),
+        parameters: tensors.iter().map(|t| t.elements() as u64).sum(),
+        rank_bytes: (rank_elements * Dtype::Bf16.size()) as u64,
+        tp_size,
+        tokens_max,
+        batch_max: options.batch_max,
+        vocab: spec.vocab,
+        eos_token_ids: checkpoint.eos_token_ids.clone(),
+    })
+}
+
+/// What is at the output: nothing (`None`), the very model asked for (its manifest), or an error.
+fn check_output(
+    options: &PrepareOptions,
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    tensors: &[TensorSpec],
+) -> Result<Option<Manifest>, PrepError> {
+    let out = &options.out;
+    if !out.exists() {
+        return Ok(None);
+    }
+    let mut entries = fs::read_dir(out).map_err(|e| PrepError::io("list", out, e))?;
+    if entries.next().is_none() {
+        return Ok(None); // an empty directory may be renamed over
+    }
+    if options.force {
+        if !out.join(MANIFEST).exists() {
+            return Err(PrepError::output(
+                out,
+                format!(
+                    "it holds files but no {MANIFEST}, so it is no model directory and is left alone; name another"
+                ),
+            ));
+        }
+        return Ok(None);
+    }
+    let existing = match ModelDir::open(out) {
+        Ok(existing) => existing.manifest,
+        Err(error) => {
+            return Err(PrepError::output(
+                out,
+                format!(
+                    "what is there is no whole model ({error}); use --force to replace it, or name another"
+                ),
+            ));
+        }
+    };
+    if same_plan(&existing, plan, checkpoint) {
+        if existing.source_stamp == checkpoint.stamp {
+            return Ok(Some(existing));
+        }
+        // The source was touched or comes from elsewhere: its content decides.
+        let bar = progress_bar("comparing", plan.parameters);
+        let mut fingerprint = fingerprint(checkpoint);
+        writer::hash_weights(
+            tensors,
+            checkpoint.weights.as_ref(),
+            &mut fingerprint,
+            &|n| bar.inc(n as u64),
+        )?;
+        bar.finish_and_clear();
+        if fingerprint.finish() == existing.fingerprint {
+            return Ok(Some(existing));
+        }
+    }
+    Err(PrepError::output(
+        out,
+        format!(
+            "it holds {} from {}, prepared otherwise; use --force to replace it, or name another",
+            existing.name, existing.source
+        ),
+    ))
+}
+
+fn same_plan(existing: &Manifest, plan: &Plan, checkpoint: &Checkpoint) -> bool {
+    existing.name == plan.name
+        && existing.tp_size == plan.tp_size
+        && existing.tokens_max == plan.tokens_max
+        && existing.batch_max == plan.batch_max
+        && existing.bos_token_id == checkpoint.bos_token_id
+        && existing.eos_token_ids == checkpoint.eos_token_ids
+        && existing.spec == limited_spec(checkpoint, plan)
+        && checkpoint.files.iter().all(|file| {
+            let sha256 = sha256(&file.content);
+            existing
+                .files
+                .iter()
+                .any(|e| e.name == file.name && e.sha256 == sha256)
+        })
+}
+
+fn write(
+    options: &PrepareOptions,
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    tensors: &[TensorSpec],
+) -> Result<Manifest, PrepError> {
+    let stage = Stage::new(&options.out)?;
+    let mut files = Vec::new();
+    for file in &checkpoint.files {
+        files.push(stage.write(file.name, &file.content)?);
+    }
+    let bar = progress_bar("writing", plan.parameters);
+    let mut fingerprint = fingerprint(checkpoint);
+    files.extend(writer::write_ranks(
+        stage.path(),
+        tensors,
+        checkpoint.weights.as_ref(),
+        plan.tp_size,
+        &mut fingerprint,
+        &|n| bar.inc(n as u64),
+    )?);
+    bar.finish_and_clear();
+    let manifest = Manifest {
+        format: MANIFEST_FORMAT,
+        name: plan.name.clone(),
+        fingerprint: fingerprint.finish(),
+        dtype: Dtype::Bf16,
+        tp_size: plan.tp_size,
+        tokens_max: plan.tokens_max,
+        batch_max: plan.batch_max,
+        spec: limited_spec(checkpoint, plan),
+        bos_token_id: checkpoint.bos_token_id,
+        eos_token_ids: checkpoint.eos_token_ids.clone(),
+        files,
+        source: checkpoint.source.clone(),
+        source_stamp: checkpoint.stamp.clone(),
+    };
+    stage.publish(&manifest, options.force)?;
+    Ok(manifest)
+}
+
+fn fingerprint(checkpoint: &Checkpoint) -> FingerprintHasher {
+    let tokenizer = checkpoint
+        .files
+        .iter()
+        .find(|file| file.name == TOKENIZER)
+        .expect("every checkpoint has a tokenizer");
+    FingerprintHasher::new(&checkpoint.spec, &tokenizer.content)
+}
+
+fn limited_spec(checkpoint: &Checkpoint, plan: &Plan) -> ModelSpec {
+    ModelSpec {
+        tokens_max: plan.tokens_max,
+        ..checkpoint.spec.clone()
+    }
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    writer::hex(&Sha256::digest(bytes))
+}
+
+/// Elements done of those to do; invisible where standard error is no terminal.
+fn progress_bar(what: &'static str, parameters: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template(
+        "{msg} {wide_bar} {percent}% of {human_len} parameters, {eta} left",
+    )
+    .expect("the template is well-formed");
+    ProgressBar::new(parameters)
+        .with_style(style)
+        .with_message(what)
+}
