@@ -1,109 +1,19 @@
 //! The engine as its owner sees it: submit, resume, abort, step.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use baton_protocol::{FinishReason, Refusal, SequenceSpec, TokenLogprobs};
+use baton_protocol::{Refusal, SequenceSpec};
 
 use crate::scheduler::Scheduler;
 use crate::sequence::Sequence;
 use crate::{
-    BlockPool, BlockTable, Executor, ExecutorError, ExecutorInfo, Sampled, SequenceOutput,
-    StepOutput,
+    BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
+    NewSequence, ResumedSequence, Sampled, SequenceOutput, SequenceStep, StepOutput,
 };
 
 /// Told to those whom a full queue turned away: some steps later things look different.
 const RETRY_AFTER_MS: u32 = 200;
-
-/// Bounds of an engine. What exceeds the executor's own bounds is cut to them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// Token budget of a step: longer prompts run in several chunks.
-    pub step_tokens_max: usize,
-    /// Most sequences that run at once.
-    pub sequences_max: usize,
-    /// Most prompts that may wait; also, beyond `sequences_max`, most resumed sequences.
-    pub queue_max: usize,
-    /// Keep the KV of finished sequences for prompts that begin alike.
-    pub prefix_cache: bool,
-}
-
-/// A prompt to run, or prompt and output so far after a retry.
-#[derive(Clone, Debug)]
-pub struct NewSequence {
-    /// The caller's name for it, unique among what is in the engine.
-    pub key: u64,
-    /// Tokens and rules.
-    pub spec: SequenceSpec,
-    /// Report the log-probabilities of the prompt's tokens too, with this many alternatives. Such a prompt is
-    /// computed whole: cached prefixes have no logits.
-    pub prompt_logprobs: Option<u8>,
-}
-
-/// A sequence whose KV is in place.
-#[derive(Debug)]
-pub struct ResumedSequence {
-    /// The caller's name for it, unique among what is in the engine.
-    pub key: u64,
-    /// Tokens whose KV is in `blocks`, and rules.
-    pub spec: SequenceSpec,
-    /// The token after them, chosen already.
-    pub next: u32,
-    /// Blocks of this engine's pool that hold the KV of all of `spec.tokens`; there may be more.
-    pub blocks: BlockTable,
-}
-
-/// What a step brought about.
-#[derive(Debug)]
-pub enum Event {
-    /// A prompt's KV is complete and its next token chosen; the sequence has left the engine.
-    Prefilled {
-        /// Which.
-        key: u64,
-        /// The KV of all of its tokens: full blocks and at most one partial, last.
-        blocks: BlockTable,
-        /// The token after them.
-        sampled: Sampled,
-        /// Set when that token ended the generation.
-        finish: Option<FinishReason>,
-        /// Tokens whose KV was reused.
-        cached_tokens: u32,
-        /// For each prompt token but the first, if asked for.
-        prompt_logprobs: Option<Vec<TokenLogprobs>>,
-        /// From submission to the first step.
-        queue: Duration,
-        /// From the first step to the token.
-        compute: Duration,
-    },
-    /// A token of a resumed sequence.
-    Token {
-        /// Which.
-        key: u64,
-        /// Output index: the number of output tokens before it.
-        index: u32,
-        /// The token.
-        sampled: Sampled,
-        /// Set when it ended the generation: the sequence has left and its blocks are given back.
-        finish: Option<FinishReason>,
-    },
-    /// No block was left for the next token of a sequence, and this was the youngest one: it has left and its blocks
-    /// are given back. Running prompt and output so far as a new prompt goes on with the same text.
-    Preempted {
-        /// Which.
-        key: u64,
-    },
-}
-
-/// How busy an engine is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct EngineLoad {
-    /// Sequences that wait for their first step.
-    pub waiting: usize,
-    /// Sequences in the running batch.
-    pub running: usize,
-    /// Prompt tokens not yet run.
-    pub waiting_tokens: usize,
-}
 
 /// Schedules sequences on one executor. One OS thread owns it; see [`Engine::step`].
 pub struct Engine {
@@ -356,7 +266,7 @@ impl Engine {
     fn check_output(&self, output: StepOutput) -> Result<StepOutput, ExecutorError> {
         let rows = &self.scheduler.plan.sequences;
         let vocab = self.info().vocab;
-        let fits = |(row, output): (&crate::SequenceStep, &SequenceOutput)| {
+        let fits = |(row, output): (&SequenceStep, &SequenceOutput)| {
             let token_fits = match &output.sampled {
                 Some(sampled) => row.sample.is_some() && sampled.token < vocab,
                 None => row.sample.is_none(),

@@ -1,6 +1,26 @@
 //! The engine: which sequences run, where their KV lies, and how tokens are chosen.
 //!
-//! It does no arithmetic of its own (that is [`Executor`]'s) and no I/O.
+//! It does no arithmetic of its own (that is [`Executor`]'s), no I/O, and has no threads: one OS thread owns an
+//! [`Engine`] and calls [`Engine::step`].
+//!
+//! A sequence's life:
+//!
+//! 1. [`Engine::submit`] checks a prompt and queues it, or refuses it.
+//! 2. It is admitted when its turn has come and all its blocks are there. Blocks of a known prefix are shared.
+//! 3. It runs in chunks, as many tokens a step as the budget gives it. Blocks that are full go into the prefix index.
+//! 4. Its last chunk chooses the next token. It leaves as [`Event::Prefilled`] with its [`BlockTable`]: the caller
+//!    leases the blocks to a decode worker, or goes on here.
+//! 5. [`Engine::resume`] takes a sequence whose KV is in place, computed here or pulled into a table from
+//!    [`BlockPool::reserve`].
+//! 6. It generates one token a step ([`Event::Token`]) until a rule ends it, [`Engine::abort`] takes it out, or it has to
+//!    give up its blocks ([`Event::Preempted`]).
+//!
+//! Where things are:
+//!
+//! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them.
+//! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
+//! - `sampling`: from logits to a token.
+//! - `executor`: the seam to the model; `fake`: an executor without one.
 #![forbid(unsafe_code)]
 
 mod engine;
@@ -8,6 +28,7 @@ mod evictable;
 mod executor;
 mod fake;
 mod free_list;
+mod messages;
 mod pool;
 mod prefix;
 mod sampling;
@@ -15,12 +36,13 @@ mod scheduler;
 mod sequence;
 mod table;
 
-pub use engine::{Engine, EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
+pub use engine::Engine;
 pub use executor::{
     Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SampleState, Sampled,
     SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenCount,
 };
 pub use fake::{FakeConfig, FakeExecutor, FakeKv, FakeMemory};
+pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use pool::{BlockPool, PoolStats};
 pub use sampling::{LOGPROB_MIN, sample, token_logprobs, uniform};
 pub use table::BlockTable;

@@ -56,10 +56,10 @@ pub fn sum_exp(logits: &[f32], peak: f32) -> f64 {
     logits.chunks(GROUP).map(sum_group).sum()
 }
 
-/// Replace every logit by its weight `exp((x - peak) / temperature)`; `sums` gets the sum of each [`GROUP`] of weights.
-pub fn exp_in_place(logits: &mut [f32], peak: f32, temperature: f32, sums: &mut Vec<f32>) {
+/// Replace every logit by its weight `exp((x - peak) * scale)`; `sums` gets the sum of each [`GROUP`] of weights.
+pub fn exp_in_place(logits: &mut [f32], peak: f32, scale: f32, sums: &mut Vec<f32>) {
     sums.clear();
-    let weight = |x: f32| exp((x - peak) / temperature);
+    let weight = |x: f32| exp((x - peak) * scale);
     for group in logits.chunks_mut(GROUP) {
         let mut lanes = [0.0f32; LANES];
         let (chunks, rest) = group.as_chunks_mut::<LANES>();

@@ -7,8 +7,8 @@ use baton_protocol::Sampling;
 
 use super::numeric;
 
-/// Candidates that top-p looks at before it falls back to a weighted selection over all tokens. Models
-/// are rarely so unsure that the nucleus holds more.
+/// Candidates that top-p looks at before it sorts all tokens into buckets. Models are rarely so unsure that
+/// the nucleus holds more.
 const NUCLEUS_FIRST: usize = 128;
 
 /// A token's place in the order, as one integer: larger is better.
@@ -71,53 +71,41 @@ fn keep_largest(ranks: &mut Vec<Rank>, count: usize) {
 /// Draw a token with `u` in `[0, 1)`. Logits are free of NaN, `peak` is their maximum and finite, the
 /// temperature is above 0. Overwrites the logits.
 pub fn draw(logits: &mut [f32], peak: f32, sampling: &Sampling, u: f64) -> u32 {
-    // An infinite temperature would make NaN of impossible tokens; above this all weights are equal anyway.
-    let temperature = sampling.temperature.min(1e30);
+    // Its inverse must be a number. Beyond these bounds the draw is greedy, or all tokens are equal, anyway.
+    let inverse = 1.0 / sampling.temperature.clamp(1e-30, 1e30);
     let top_k = sampling.top_k as usize;
     if (1..logits.len()).contains(&top_k) {
         let ranks = largest(logits, top_k);
-        let weights = weigh(&ranks, logits, peak, temperature);
+        let weight = |rank: &Rank| {
+            let logit = logits[rank.token() as usize];
+            f64::from(numeric::exp((logit - peak) * inverse))
+        };
+        let weights: Vec<f64> = ranks.iter().map(weight).collect();
         let total = weights.iter().sum();
         return draw_ranked(&ranks, &weights, total, sampling, u);
     }
-    let nucleus = (sampling.top_p < 1.0).then(|| largest(logits, NUCLEUS_FIRST));
     let mut sums = Vec::with_capacity(logits.len().div_ceil(numeric::GROUP));
-    if let Some(ranks) = nucleus {
-        let weights = weigh(&ranks, logits, peak, temperature);
-        let total = scaled_sum(logits, peak, temperature);
-        if weights.iter().sum::<f64>() >= total * f64::from(sampling.top_p) {
-            return draw_ranked(&ranks, &weights, total, sampling, u);
+    numeric::exp_in_place(logits, peak, inverse, &mut sums);
+    let weights = logits;
+    // The best token weighs 1; it stays whatever min-p says.
+    let mut weight_min = sampling.min_p.min(1.0);
+    if sampling.top_p < 1.0 {
+        let total: f64 = sums.iter().map(|sum| f64::from(*sum)).sum();
+        let mass = total * f64::from(sampling.top_p);
+        let ranks = largest(weights, NUCLEUS_FIRST);
+        let best: Vec<f64> = ranks
+            .iter()
+            .map(|rank| f64::from(weights[rank.token() as usize]))
+            .collect();
+        if best.iter().sum::<f64>() >= mass {
+            return draw_ranked(&ranks, &best, total, sampling, u);
         }
-        let last = nucleus_end(logits, peak, temperature, total * f64::from(sampling.top_p));
-        for (token, logit) in logits.iter_mut().enumerate() {
-            if Rank::new(*logit, token) < last {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
+        weight_min = weight_min.max(cut_nucleus(weights, mass));
     }
-    numeric::exp_in_place(logits, peak, temperature, &mut sums);
-    if sampling.min_p > 0.0 {
-        // The best token weighs 1; it stays whatever min-p says.
-        numeric::drop_below(logits, sampling.min_p.min(1.0), &mut sums);
+    if weight_min > 0.0 {
+        numeric::drop_below(weights, weight_min, &mut sums);
     }
-    draw_weighted(logits, &sums, u)
-}
-
-fn weigh(ranks: &[Rank], logits: &[f32], peak: f32, temperature: f32) -> Vec<f64> {
-    let weight = |rank: &Rank| {
-        let logit = logits[rank.token() as usize];
-        f64::from(numeric::exp((logit - peak) / temperature))
-    };
-    ranks.iter().map(weight).collect()
-}
-
-fn scaled_sum(logits: &[f32], peak: f32, temperature: f32) -> f64 {
-    if temperature == 1.0 {
-        return numeric::sum_exp(logits, peak);
-    }
-    let mut sums = Vec::new();
-    numeric::exp_in_place(&mut logits.to_vec(), peak, temperature, &mut sums);
-    sums.into_iter().map(f64::from).sum()
+    draw_weighted(weights, &sums, u)
 }
 
 /// Draw among tokens in order of rank after top-p (of `total`) and min-p.
@@ -145,26 +133,49 @@ fn draw_ranked(ranks: &[Rank], weights: &[f64], total: f64, sampling: &Sampling,
     ranks[kept - 1].token()
 }
 
-/// The last token of the smallest prefix of the order whose weights reach `mass`: a selection in which
-/// each half counts with its weight, so the cost is linear.
-fn nucleus_end(logits: &[f32], peak: f32, temperature: f32, mass: f64) -> Rank {
-    let rank = |(token, logit): (usize, &f32)| Rank::new(*logit, token);
-    let mut ranks: Vec<Rank> = logits.iter().enumerate().map(rank).collect();
-    let mut rest = &mut ranks[..];
-    let mut missing = mass;
-    while rest.len() > 1 {
-        let middle = rest.len() / 2;
-        rest.select_nth_unstable_by(middle - 1, |a, b| b.cmp(a));
-        let (upper, lower) = rest.split_at_mut(middle);
-        let sum: f64 = weigh(upper, logits, peak, temperature).iter().sum();
-        if sum >= missing {
-            rest = upper;
-        } else {
-            missing -= sum;
-            rest = lower;
-        }
+/// The weight of the last token of the smallest prefix of the order whose weights reach `mass`. Tokens of that same
+/// weight that come after it get weight 0.
+///
+/// One pass sorts the weights into buckets, a power of two cut into 64; then only the bucket in which the mass is reached
+/// needs an order.
+fn cut_nucleus(weights: &mut [f32], mass: f64) -> f32 {
+    /// Lowest mantissa bits that a bucket ignores.
+    const IGNORED: u32 = 17;
+    /// Buckets from weight 1 down to 2^-32; what is less likely shares the last.
+    const BUCKETS: usize = 32 * 64 + 1;
+    let top = 1.0f32.to_bits() >> IGNORED;
+    let bucket = |weight: f32| ((top - (weight.to_bits() >> IGNORED)) as usize).min(BUCKETS - 1);
+
+    let mut sums = [0.0f64; BUCKETS];
+    for weight in weights.iter() {
+        sums[bucket(*weight)] += f64::from(*weight);
     }
-    rest[0]
+    let mut missing = mass;
+    let mut reached = 0;
+    while reached + 1 < BUCKETS && sums[reached] < missing {
+        missing -= sums[reached];
+        reached += 1;
+    }
+    let inside = weights
+        .iter()
+        .enumerate()
+        .filter(|(_, weight)| bucket(**weight) == reached);
+    let mut ranks: Vec<Rank> = inside
+        .map(|(token, weight)| Rank::new(*weight, token))
+        .collect();
+    ranks.sort_unstable_by(|a, b| b.cmp(a));
+    let mut last = None;
+    for rank in &ranks {
+        let token = rank.token() as usize;
+        let weight = weights[token];
+        match last {
+            Some(last) if missing <= 0.0 && weight < last => break,
+            Some(_) if missing <= 0.0 => weights[token] = 0.0,
+            _ => last = Some(weight),
+        }
+        missing -= f64::from(weight);
+    }
+    last.unwrap_or(0.0)
 }
 
 /// Draw a token by its weight, in order of ids. `sums` are those of each group of weights.

@@ -1,0 +1,202 @@
+use std::collections::HashMap;
+
+use baton_protocol::{FinishReason, Generation, PackedTokens};
+
+use super::*;
+use crate::{FakeConfig, FakeExecutor};
+
+mod behaviour;
+mod properties;
+
+const BLOCK_TOKENS: u32 = 4;
+const VOCAB: u32 = 1000;
+
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    blocks: u32,
+    step_tokens: usize,
+    sequences: usize,
+    queue: usize,
+    prefix_cache: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            blocks: 256,
+            step_tokens: 64,
+            sequences: 8,
+            queue: 1000,
+            prefix_cache: true,
+        }
+    }
+}
+
+fn fake(setup: Setup) -> FakeConfig {
+    let mut config = FakeConfig {
+        blocks: setup.blocks,
+        vocab: VOCAB,
+        tokens_max: 512,
+        ..FakeConfig::default()
+    };
+    config.kv.block_tokens = BLOCK_TOKENS;
+    config
+}
+
+fn engine(setup: Setup) -> Engine {
+    engine_on(setup, Box::new(FakeExecutor::new(fake(setup))))
+}
+
+fn engine_on(setup: Setup, executor: Box<dyn Executor>) -> Engine {
+    let config = EngineConfig {
+        step_tokens_max: setup.step_tokens,
+        sequences_max: setup.sequences,
+        queue_max: setup.queue,
+        prefix_cache: setup.prefix_cache,
+    };
+    Engine::new(executor, config)
+}
+
+fn spec(prompt: &[u32], max_tokens: u32) -> SequenceSpec {
+    SequenceSpec {
+        tokens: PackedTokens(prompt.to_vec()),
+        prompt_tokens: prompt.len() as u32,
+        generation: Generation {
+            max_tokens,
+            ..Generation::default()
+        },
+    }
+}
+
+fn prompt(seed: u32, len: usize) -> Vec<u32> {
+    (0..len as u32)
+        .map(|i| (seed * 31 + i * 7) % VOCAB)
+        .collect()
+}
+
+fn submit(engine: &mut Engine, key: u64, spec: SequenceSpec) -> Result<(), Refusal> {
+    engine.submit(NewSequence {
+        key,
+        spec,
+        prompt_logprobs: None,
+    })
+}
+
+/// What a worker of role `both` does: adopt every prefilled sequence, and run a preempted one again as prompt and
+/// output so far.
+#[derive(Default)]
+struct Driver {
+    specs: HashMap<u64, SequenceSpec>,
+    outputs: HashMap<u64, Vec<u32>>,
+    finished: HashMap<u64, FinishReason>,
+    cached_tokens: u32,
+    preemptions: usize,
+    steps: usize,
+}
+
+impl Driver {
+    fn submit(&mut self, engine: &mut Engine, key: u64, spec: SequenceSpec) {
+        submit(engine, key, spec.clone()).expect("taken");
+        self.specs.insert(key, spec);
+        self.outputs.insert(key, Vec::new());
+    }
+
+    fn so_far(&self, key: u64) -> SequenceSpec {
+        let mut spec = self.specs[&key].clone();
+        spec.tokens.0.extend(&self.outputs[&key]);
+        spec
+    }
+
+    fn step(&mut self, engine: &mut Engine) {
+        self.steps += 1;
+        for event in engine.step().expect("the fake does not fail") {
+            match event {
+                Event::Prefilled {
+                    key,
+                    blocks,
+                    sampled,
+                    finish,
+                    cached_tokens,
+                    ..
+                } => {
+                    let spec = self.so_far(key);
+                    self.cached_tokens += cached_tokens;
+                    self.outputs
+                        .get_mut(&key)
+                        .expect("known")
+                        .push(sampled.token);
+                    match finish {
+                        Some(finish) => drop(self.finished.insert(key, finish)),
+                        None => {
+                            let resumed = ResumedSequence {
+                                key,
+                                spec,
+                                next: sampled.token,
+                                blocks,
+                            };
+                            engine.resume(resumed).expect("taken");
+                        }
+                    }
+                }
+                Event::Token {
+                    key,
+                    index,
+                    sampled,
+                    finish,
+                } => {
+                    let output = self.outputs.get_mut(&key).expect("known");
+                    assert_eq!(output.len(), index as usize, "sequence {key} has a gap");
+                    output.push(sampled.token);
+                    self.finished.extend(finish.map(|finish| (key, finish)));
+                }
+                Event::Preempted { key } => {
+                    self.preemptions += 1;
+                    submit(engine, key, self.so_far(key)).expect("taken again");
+                }
+            }
+        }
+    }
+
+    fn run(&mut self, engine: &mut Engine, steps_max: usize) {
+        while engine.has_work() {
+            assert!(
+                self.steps < steps_max,
+                "not done after {steps_max} steps: {engine:?}"
+            );
+            self.step(engine);
+            assert!(!engine.is_stalled(), "nobody outside holds a block");
+            engine.check().expect("sound");
+        }
+    }
+}
+
+fn assert_empty(engine: &Engine) {
+    let stats = engine.pool().stats();
+    assert_eq!((stats.used, stats.quarantined), (0, 0), "{stats:?}");
+    assert_eq!(stats.available(), stats.total);
+    engine.check().expect("sound");
+    assert!(!engine.has_work());
+    assert_eq!(engine.load(), EngineLoad::default());
+}
+
+/// Room for any one sequence of these tests, in one chunk.
+const ROOMY: Setup = Setup {
+    blocks: 256,
+    step_tokens: 4096,
+    sequences: 8,
+    queue: 1000,
+    prefix_cache: false,
+};
+
+/// The text of one sequence that has the engine to itself.
+fn alone_on(engine: &mut Engine, spec: &SequenceSpec) -> Vec<u32> {
+    let mut driver = Driver::default();
+    driver.submit(engine, 1, spec.clone());
+    driver.run(engine, 1000);
+    driver.outputs.remove(&1).expect("known")
+}
+
+/// The same, as the fake executor writes it.
+fn alone(spec: &SequenceSpec) -> Vec<u32> {
+    alone_on(&mut engine(ROOMY), spec)
+}
