@@ -58,6 +58,12 @@ impl Cluster {
         self.of("describe", worker)
     }
 
+    /// Everything that is sent to one worker: one subscription, so that what one sender sent in order
+    /// (a job, then its abort) is also received in order. Holds the worker's own beats too.
+    pub fn inbox(&self, worker: &WorkerId) -> String {
+        format!("{ROOT}.{}.*.{worker}", self.0)
+    }
+
     /// [`crate::PrefillJob`]s.
     pub fn prefill(&self, worker: &WorkerId) -> String {
         self.of("prefill", worker)

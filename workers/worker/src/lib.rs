@@ -1,1 +1,45 @@
-//! Placeholder.
+//! Context and decode workers: the loops between bus, engine thread and KV transfer.
+//!
+//! A request's way through the files:
+//!
+//! 1. `desk` gets a prefill job from the worker's inbox; `checks` and `context` take or refuse it.
+//! 2. `engine_thread` runs it, between other sequences, step by step.
+//! 3. `context` stages the KV in `leases` and answers with the handle.
+//! 4. On a decode worker `decode` admits the job, and `pulls` reads the KV from the context worker that
+//!    `peers` and `connect` have connected long before.
+//! 5. The context worker's `leases` say whether the release was valid; only then does `decode` hand the
+//!    blocks to its `engine_thread`.
+//! 6. Tokens go through `frames` to the publisher in `bus`.
+//! 7. An abort, a deadline, an API server that is gone, a drain or a broken executor end it in any phase:
+//!    all through `desk`'s `end_key`.
+//!
+//! Beside that road: `config`, `device` (with `fake_kv`), `run` (start and end), `beat`, `service`, `drain`.
+//!
+//! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
+//! engine thread; and the transfer agent's. No lock is held across an await.
+#![deny(unsafe_code)]
+
+mod beat;
+mod bus;
+mod checks;
+mod config;
+mod connect;
+mod context;
+mod decode;
+mod desk;
+mod device;
+mod drain;
+mod engine_thread;
+mod error;
+mod fake_kv;
+mod frames;
+mod leases;
+mod peers;
+mod pulls;
+mod random;
+mod run;
+mod service;
+
+pub use config::{BusConfig, DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, WorkerConfig};
+pub use error::WorkerError;
+pub use run::run;

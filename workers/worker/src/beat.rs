@@ -1,0 +1,65 @@
+//! The beat: once a second, and at once when something changed, all there is to know about this worker.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use baton_protocol::{Beat, Load, PROTOCOL_VERSION};
+
+use crate::desk::Desk;
+
+/// The load as of the last beat, for the service's statistics.
+#[derive(Clone, Default)]
+pub(crate) struct SharedLoad(Arc<Mutex<Load>>);
+
+impl SharedLoad {
+    pub(crate) fn set(&self, load: Load) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    }
+
+    pub(crate) fn load(&self) -> Load {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Desk {
+    /// Beats now.
+    pub(crate) fn send_beat(&self) {
+        let beat = self.beat();
+        self.shared_load.set(beat.load);
+        if let Err(error) = self.outbox.send(self.cluster.beat(&self.me.worker), &beat) {
+            tracing::debug!(error, "a beat was not sent");
+        }
+    }
+
+    fn beat(&self) -> Beat {
+        Beat {
+            v: PROTOCOL_VERSION,
+            worker: self.me.worker.clone(),
+            incarnation: self.me.incarnation,
+            role: self.me.role,
+            state: self.state,
+            model: self.checks.model.clone(),
+            kv: self.checks.kv.clone(),
+            device: self.me.device.clone(),
+            load: self.load(),
+            capacity: self.me.capacity,
+            peers: self.peers.health(),
+            transport: self.me.transport.clone(),
+        }
+    }
+
+    fn load(&self) -> Load {
+        let stats = self.pool.stats();
+        let engine = &self.engine.load;
+        Load {
+            waiting: engine.waiting.load(Ordering::Relaxed),
+            running: engine.running.load(Ordering::Relaxed),
+            waiting_tokens: engine.waiting_tokens.load(Ordering::Relaxed),
+            leased: self.leases.len() as u32,
+            pulling: self.pulling() as u32,
+            blocks_used: stats.used as u32,
+            blocks_cached: stats.cached as u32,
+            blocks_quarantined: stats.quarantined as u32,
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! What a worker is told at start, and the values it resolves from it.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{KvGeometry, Role, WorkerId, limits};
+
+use crate::WorkerError;
+
+/// Everything a worker is told at start.
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// Its name, unique in the cluster.
+    pub worker: WorkerId,
+    /// What it does.
+    pub role: Role,
+    /// Model directory as `baton model-prep` writes it.
+    pub model_dir: PathBuf,
+    /// Which cluster it joins.
+    pub cluster: Cluster,
+    /// How to reach the bus.
+    pub bus: BusConfig,
+    /// What it computes on.
+    pub device: Device,
+    /// Compute threads; 0 takes one for each CPU it may run on.
+    pub threads: usize,
+    /// Bytes of the KV arena, rounded down to whole blocks; `None` takes what a full batch of longest
+    /// sequences needs, and at most [`KV_BYTES_DEFAULT`].
+    pub kv_bytes: Option<u64>,
+    /// Tokens of one KV block. Both sides of a pull must agree.
+    pub block_tokens: u32,
+    /// Most tokens of one engine step; longer prompts run in chunks.
+    pub step_tokens: usize,
+    /// Most sequences of one engine step.
+    pub batch: usize,
+    /// Most jobs that may wait or be under way in each of prefill and pull before jobs are refused.
+    pub queue: usize,
+    /// Keep finished prompts' blocks for later prompts that begin the same.
+    pub prefix_cache: bool,
+    /// How long staged KV waits for its release, in milliseconds.
+    pub lease_ms: u32,
+    /// How long a draining worker goes on with what it has, in milliseconds.
+    pub drain_ms: u64,
+    /// Overrides UCX's choice of transports (`UCX_TLS`): `tcp,self`.
+    pub ucx_tls: Option<String>,
+}
+
+/// KV arena where nothing is said.
+pub const KV_BYTES_DEFAULT: u64 = 1 << 30;
+
+/// Drain time where nothing is said: within the grace that Kubernetes and Slurm give by default.
+pub const DRAIN_MS_DEFAULT: u64 = 25_000;
+
+impl WorkerConfig {
+    /// A worker of this name with defaults for everything else: the NATS server of this host, the CPU.
+    pub fn new(
+        worker: WorkerId,
+        role: Role,
+        model_dir: impl Into<PathBuf>,
+        cluster: Cluster,
+    ) -> Self {
+        Self {
+            worker,
+            role,
+            model_dir: model_dir.into(),
+            cluster,
+            bus: BusConfig::default(),
+            device: Device::Cpu,
+            threads: 0,
+            kv_bytes: None,
+            block_tokens: 32,
+            step_tokens: 512,
+            batch: 64,
+            queue: 256,
+            prefix_cache: true,
+            lease_ms: limits::LEASE_MS,
+            drain_ms: DRAIN_MS_DEFAULT,
+            ucx_tls: None,
+        }
+    }
+
+    /// Refuses values that could not work, before anything is started.
+    pub(crate) fn check(&self) -> Result<(), WorkerError> {
+        let positive = [
+            ("block tokens", self.block_tokens as usize),
+            ("step token budget", self.step_tokens),
+            ("batch", self.batch),
+            ("queue", self.queue),
+            ("lease", self.lease_ms as usize),
+        ];
+        for (name, value) in positive {
+            if value == 0 {
+                return Err(WorkerError::Config {
+                    detail: format!("{name} must be at least 1"),
+                });
+            }
+        }
+        if self.step_tokens < self.batch {
+            return Err(WorkerError::Config {
+                detail: format!(
+                    "a step of {} tokens cannot hold a batch of {} sequences: raise the step token budget or lower the batch",
+                    self.step_tokens, self.batch
+                ),
+            });
+        }
+        Ok(())
+    }
+
+    /// Blocks of the arena.
+    ///
+    /// # Errors
+    /// [`WorkerError::Config`] if not even one block fits.
+    pub(crate) fn kv_blocks(&self, kv: &KvGeometry, tokens_max: u32) -> Result<u32, WorkerError> {
+        let block = kv.block_bytes() as u64;
+        let full = kv.blocks_for(tokens_max as usize) as u64 * self.batch as u64;
+        let bytes = self
+            .kv_bytes
+            .unwrap_or_else(|| KV_BYTES_DEFAULT.min(full * block));
+        match u32::try_from(bytes / block) {
+            Ok(0) => Err(WorkerError::Config {
+                detail: format!("{bytes} bytes of KV hold no block: one block takes {block} bytes"),
+            }),
+            Ok(blocks) => Ok(blocks),
+            Err(_) => Err(WorkerError::Config {
+                detail: format!("{bytes} bytes of KV are more than 2^32 blocks of {block} bytes"),
+            }),
+        }
+    }
+
+    /// Compute threads.
+    pub(crate) fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        }
+    }
+}
+
+/// How to reach the NATS server.
+#[derive(Clone)]
+pub struct BusConfig {
+    /// `nats://host:port`, or `tls://…`; several addresses of one cluster separated by commas.
+    pub url: String,
+    /// User name, with `password`.
+    pub user: Option<String>,
+    /// Password.
+    pub password: Option<String>,
+    /// Token, instead of a user.
+    pub token: Option<String>,
+    /// Credentials file (JWT and key), instead of either.
+    pub credentials: Option<PathBuf>,
+    /// Give up when the first connection has not come about after this; `None` tries for ever. Later
+    /// losses are always repaired.
+    pub connect_wait: Option<Duration>,
+}
+
+impl Default for BusConfig {
+    fn default() -> Self {
+        Self {
+            url: "nats://127.0.0.1:4222".to_owned(),
+            user: None,
+            password: None,
+            token: None,
+            credentials: None,
+            connect_wait: Some(Duration::from_secs(60)),
+        }
+    }
+}
+
+/// Secrets stay out of logs.
+impl fmt::Debug for BusConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let auth = match (&self.credentials, &self.token, &self.user) {
+            (Some(path), _, _) => format!("credentials file {}", path.display()),
+            (None, Some(_), _) => "token".to_owned(),
+            (None, None, Some(user)) => format!("user {user}"),
+            (None, None, None) => "none".to_owned(),
+        };
+        f.debug_struct("BusConfig")
+            .field("url", &self.url_without_secrets())
+            .field("auth", &auth)
+            .field("connect_wait", &self.connect_wait)
+            .finish()
+    }
+}
+
+impl BusConfig {
+    /// The addresses without `user:password@`.
+    pub fn url_without_secrets(&self) -> String {
+        let plain = |url: &str| match (url.split_once("://"), url.rsplit_once('@')) {
+            (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{host}"),
+            (None, Some((_, host))) => host.to_owned(),
+            (_, None) => url.to_owned(),
+        };
+        self.url
+            .split(',')
+            .map(|url| plain(url.trim()))
+            .collect::<Vec<_>>()
+            .join(",")
+    }
+}
+
+/// What a worker computes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// The CPU.
+    Cpu,
+    /// Nothing: tokens are a hash of those before. For tests and for measuring the orchestration alone.
+    Fake {
+        /// How long each step sleeps, in microseconds; 0 is full speed.
+        step_micros: u64,
+    },
+    /// An NVIDIA GPU.
+    Cuda(u32),
+}
+
+impl FromStr for Device {
+    type Err = WorkerError;
+
+    fn from_str(text: &str) -> Result<Self, WorkerError> {
+        let unknown = || WorkerError::Config {
+            detail: format!(
+                "device {text:?} is not one of cpu, cuda:N, fake, fake:MICROSECONDS_PER_STEP"
+            ),
+        };
+        match text {
+            "cpu" => Ok(Self::Cpu),
+            "fake" => Ok(Self::Fake { step_micros: 0 }),
+            "cuda" => Ok(Self::Cuda(0)),
+            _ => match text.split_once(':') {
+                Some(("cuda", index)) => index.parse().map(Self::Cuda).map_err(|_| unknown()),
+                Some(("fake", micros)) => match micros.parse() {
+                    Ok(step_micros) => Ok(Self::Fake { step_micros }),
+                    Err(_) => Err(unknown()),
+                },
+                _ => Err(unknown()),
+            },
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Fake { step_micros: 0 } => f.write_str("fake"),
+            Self::Fake { step_micros } => write!(f, "fake:{step_micros}"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_stay_out_of_logs() {
+        let bus = BusConfig {
+            url: "nats://ann:s3cret@a:1, b:2".to_owned(),
+            token: Some("t0ken".to_owned()),
+            ..BusConfig::default()
+        };
+        let text = format!("{bus:?}");
+        assert!(text.contains("nats://a:1,b:2"), "{text}");
+        assert!(
+            !text.contains("s3cret") && !text.contains("t0ken"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn devices_have_one_spelling() {
+        for text in ["cpu", "fake", "fake:250", "cuda:3"] {
+            assert_eq!(text.parse::<Device>().unwrap().to_string(), text);
+        }
+        for text in ["", "gpu", "cuda:", "cuda:x", "fake:", "CPU"] {
+            assert!(text.parse::<Device>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The context worker's leg: a prompt comes in, its KV is staged under a lease, a release ends it.
+
+use std::time::Duration;
+
+use async_nats::{Message, Subject};
+use baton_protocol::{
+    ApiServerId, Failure, FailureCode, HandleId, KvHandle, Nonce, PROTOCOL_VERSION, PrefillJob,
+    PrefillReply, PrefillTimings, RankRuns, Refusal, Release, Released, RequestId, TokenLogprobs,
+    WorkerState, decode,
+};
+use tokio::time::Instant;
+
+use crate::desk::Desk;
+use crate::engine_thread::{Command, HeldBlocks, Prefilled};
+use crate::random::random;
+
+/// A prompt in the engine.
+pub(crate) struct Prefilling {
+    pub(crate) request: RequestId,
+    pub(crate) api_server: ApiServerId,
+    /// Tokens of the job; their KV is valid when it is done.
+    tokens: u32,
+    deadline: Instant,
+    /// Where the answer goes; `None` once it was given or is not wanted, and the engine is yet to let go.
+    reply: Option<Subject>,
+}
+
+/// How long a prompt takes, for the hint in `Busy`.
+#[derive(Default)]
+pub(crate) struct Pace {
+    mean_seconds: f32,
+}
+
+impl Pace {
+    /// Weight of the newest prompt in the running mean.
+    const NEWEST: f32 = 0.1;
+
+    fn record(&mut self, compute: Duration) {
+        let seconds = compute.as_secs_f32();
+        self.mean_seconds = match self.mean_seconds {
+            0.0 => seconds,
+            mean => mean + Self::NEWEST * (seconds - mean),
+        };
+    }
+
+    /// When a place may be free, with this many jobs before: a quarter of them done, at least one.
+    pub(crate) fn retry_after_ms(&self, jobs: usize) -> u32 {
+        let ms = self.mean_seconds * 1e3 * (jobs as f32 / 4.0).max(1.0);
+        ms.clamp(20.0, 10_000.0) as u32
+    }
+}
+
+impl Desk {
+    /// 1. A job arrives: it goes to the engine, or is refused at once.
+    pub(crate) fn on_prefill(&mut self, message: Message) {
+        let Some(reply) = message.reply else {
+            tracing::debug!("a prefill job without reply subject was ignored");
+            return;
+        };
+        let job = decode::<PrefillJob>(&message.payload).map_err(|error| Refusal::Malformed {
+            detail: error.to_string(),
+        });
+        if let Err(refusal) = job.and_then(|job| self.take_prefill(job, &reply)) {
+            self.refuse_prefill(reply, refusal);
+        }
+    }
+
+    fn take_prefill(&mut self, job: PrefillJob, reply: &Subject) -> Result<(), Refusal> {
+        let now = Instant::now();
+        let PrefillJob {
+            request,
+            api_server,
+            budget_ms,
+            model,
+            mut sequence,
+            prompt_logprobs,
+            ..
+        } = job;
+        if self.state != WorkerState::Serving {
+            return Err(Refusal::Draining);
+        }
+        if !self.me.role.prefills() {
+            return Err(Refusal::Malformed {
+                detail: "this worker runs no prompts: its role is decode".to_owned(),
+            });
+        }
+        self.checks.model(&model)?;
+        self.checks.sequence(&mut sequence)?;
+        if prompt_logprobs.is_some_and(|top| top > baton_protocol::limits::TOP_LOGPROBS_MAX) {
+            return Err(Refusal::Malformed {
+                detail: "too many prompt log-probabilities are asked for".to_owned(),
+            });
+        }
+        if self.prefills.len() >= self.me.capacity.queue as usize {
+            return Err(Refusal::Busy {
+                retry_after_ms: self.pace.retry_after_ms(self.prefills.len()),
+            });
+        }
+        // A request has one live try: what an earlier one left here ends.
+        self.end_request(request, None);
+        self.heard_api_server(now, &api_server);
+        let tokens = sequence.tokens.0.len() as u32;
+        let deadline = now + Duration::from_millis(budget_ms.into());
+        let key = self.new_key(deadline);
+        if !self.engine.send(Command::Prefill {
+            key,
+            spec: sequence,
+            prompt_logprobs,
+        }) {
+            self.deadlines.remove(&(deadline, key));
+            return Err(Refusal::Busy {
+                retry_after_ms: self.pace.retry_after_ms(self.prefills.len()),
+            });
+        }
+        tracing::debug!(%request, %api_server, tokens, budget_ms, "prefill queued");
+        self.prefills.insert(
+            key,
+            Prefilling {
+                request,
+                api_server,
+                tokens,
+                deadline,
+                reply: Some(reply.clone()),
+            },
+        );
+        Ok(())
+    }
+
+    /// 2. The engine ran it: the KV is staged under a lease and the handle goes out.
+    pub(crate) fn on_prefilled(&mut self, done: Prefilled) {
+        let Prefilled {
+            key,
+            blocks,
+            sampled,
+            finish,
+            cached_tokens,
+            prompt_logprobs,
+            queue,
+            compute,
+        } = done;
+        let blocks = HeldBlocks::new(blocks, self.engine.waker.clone());
+        let Some(entry) = self.remove_prefill(key) else {
+            return;
+        };
+        let Some(reply) = entry.reply else { return };
+        self.pace.record(compute);
+        let mut handle = KvHandle {
+            worker: self.me.worker.clone(),
+            incarnation: self.me.incarnation,
+            handle: HandleId(0),
+            nonce: Nonce(0),
+            model: self.checks.model.fingerprint.clone(),
+            kv: self.checks.kv.clone(),
+            ranks: Vec::new(),
+            valid_tokens: entry.tokens,
+            lease_ms: self.lease.as_millis() as u32,
+            first_token: sampled.token,
+            first_logprobs: sampled.logprobs,
+            finish,
+            cached_tokens,
+            timings: PrefillTimings {
+                queue_ms: ms(queue),
+                compute_ms: ms(compute),
+            },
+        };
+        if finish.is_none() {
+            match random() {
+                Ok(bytes) => handle.nonce = Nonce(u128::from_le_bytes(bytes)),
+                Err(error) => {
+                    let message = format!("no nonce could be drawn: {error}");
+                    self.fail_prefill(reply, Failure::new(FailureCode::Internal, message));
+                    return;
+                }
+            }
+            handle.ranks = vec![RankRuns {
+                head_first: 0,
+                head_count: handle.kv.kv_heads,
+                layer_first: 0,
+                layer_count: handle.kv.layers,
+                runs: blocks.table().map(|table| table.runs()).unwrap_or_default(),
+            }];
+            let (now, nonce) = (Instant::now(), handle.nonce);
+            handle.handle = self.leases.grant(
+                now,
+                self.lease,
+                entry.request,
+                entry.api_server,
+                nonce,
+                blocks,
+            );
+        }
+        self.hand_over(entry.request, reply, handle, prompt_logprobs);
+    }
+
+    fn hand_over(
+        &mut self,
+        request: RequestId,
+        reply: Subject,
+        handle: KvHandle,
+        prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    ) {
+        tracing::debug!(%request, handle = %handle.handle, tokens = handle.valid_tokens, cached = handle.cached_tokens, "prefilled");
+        let ready = PrefillReply::Ready {
+            v: PROTOCOL_VERSION,
+            handle: Box::new(handle),
+            prompt_logprobs,
+        };
+        if let Err(error) = self.outbox.send(reply.clone(), &ready) {
+            // Nobody will come for it.
+            self.leases.abort(request);
+            self.fail_prefill(reply, Failure::new(FailureCode::Internal, error));
+        }
+    }
+
+    /// 3. A decode worker has read it: valid only if the lease was alive all the time.
+    pub(crate) fn on_release(&mut self, message: &Message) {
+        let valid = match decode::<Release>(&message.payload) {
+            Ok(release) => {
+                let blocks = (release.incarnation == self.me.incarnation)
+                    .then(|| {
+                        self.leases
+                            .release(Instant::now(), release.handle, release.nonce)
+                    })
+                    .flatten();
+                let valid = blocks.is_some();
+                tracing::debug!(request = %release.request, handle = %release.handle, by = %release.decode_worker, valid, "released");
+                valid
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a release was not understood");
+                false
+            }
+        };
+        if let Some(reply) = message.reply.clone() {
+            self.send(
+                reply,
+                &Released {
+                    v: PROTOCOL_VERSION,
+                    valid,
+                },
+            );
+        }
+    }
+
+    /// Ends a prompt that waits or runs. The engine lets go of it with the next command it takes.
+    pub(crate) fn end_prefill(&mut self, key: u64, failure: Option<Failure>) {
+        let Some(entry) = self.prefills.get_mut(&key) else {
+            return;
+        };
+        self.deadlines.remove(&(entry.deadline, key));
+        let Some(reply) = entry.reply.take() else {
+            return;
+        };
+        tracing::debug!(request = %entry.request, failure = failure.as_ref().map(tracing::field::display), "prefill ended");
+        if !self.engine.send(Command::Abort { key, failure: None }) {
+            self.prefills.remove(&key);
+        }
+        if let Some(failure) = failure {
+            self.fail_prefill(reply, failure);
+        }
+    }
+
+    /// The engine let go of a prompt, or did not take it.
+    pub(crate) fn prefill_left(&mut self, key: u64, refusal: Option<Refusal>) {
+        let Some(entry) = self.remove_prefill(key) else {
+            return;
+        };
+        if let (Some(reply), Some(refusal)) = (entry.reply, refusal) {
+            tracing::debug!(request = %entry.request, %refusal, "prefill refused by the engine");
+            self.refuse_prefill(reply, refusal);
+        }
+    }
+
+    fn remove_prefill(&mut self, key: u64) -> Option<Prefilling> {
+        let entry = self.prefills.remove(&key)?;
+        self.deadlines.remove(&(entry.deadline, key));
+        Some(entry)
+    }
+
+    fn refuse_prefill(&self, reply: Subject, refusal: Refusal) {
+        self.send(
+            reply,
+            &PrefillReply::Refused {
+                v: PROTOCOL_VERSION,
+                refusal,
+            },
+        );
+    }
+
+    fn fail_prefill(&self, reply: Subject, failure: Failure) {
+        self.send(
+            reply,
+            &PrefillReply::Failed {
+                v: PROTOCOL_VERSION,
+                failure,
+            },
+        );
+    }
+}
+
+fn ms(duration: Duration) -> f32 {
+    duration.as_secs_f32() * 1e3
+}

@@ -1,0 +1,416 @@
+//! The decode worker's leg: a job with a handle comes in, the KV is pulled, tokens go out.
+
+use std::time::Duration;
+
+use async_nats::{Message, Subject};
+use baton_protocol::limits::PULL_TIMEOUT_MS;
+use baton_protocol::{
+    DecodeJob, DecodeReply, Failure, FailureCode, KvHandle, PROTOCOL_VERSION, PullReport, Refusal,
+    Release, SequenceSpec, WorkerState, decode,
+};
+use tokio::task::{AbortHandle, JoinError};
+use tokio::time::Instant;
+
+use crate::desk::{Desk, task_outcome};
+use crate::engine_thread::{Command, HeldBlocks};
+use crate::frames::Route;
+use crate::pulls::{Pull, PullFailure, Pulled};
+
+/// A try of a generation on this worker.
+pub(crate) struct Decoding {
+    pub(crate) route: Route,
+    deadline: Instant,
+    /// Output index of the next token.
+    index: u32,
+    phase: Phase,
+}
+
+enum Phase {
+    Pulling(Box<Pulling>),
+    Running,
+    /// Ended; the engine is yet to let go of it.
+    Ending,
+}
+
+struct Pulling {
+    sequence: SequenceSpec,
+    handle: KvHandle,
+    task: AbortHandle,
+}
+
+impl Desk {
+    /// 1. A job arrives: it is admitted with blocks for it, or refused at once and its handle stays leased.
+    pub(crate) fn on_decode(&mut self, message: Message) {
+        let Some(reply) = message.reply else {
+            tracing::debug!("a decode job without reply subject was ignored");
+            return;
+        };
+        let job = decode::<DecodeJob>(&message.payload).map_err(|error| Refusal::Malformed {
+            detail: error.to_string(),
+        });
+        if let Err(refusal) = job.and_then(|job| self.take_decode(job, &reply)) {
+            tracing::debug!(%refusal, "decode refused");
+            self.send(
+                reply,
+                &DecodeReply::Refused {
+                    v: PROTOCOL_VERSION,
+                    refusal,
+                },
+            );
+        }
+    }
+
+    fn take_decode(&mut self, mut job: DecodeJob, reply: &Subject) -> Result<(), Refusal> {
+        if self.state != WorkerState::Serving {
+            return Err(Refusal::Draining);
+        }
+        if !self.me.role.decodes() {
+            return Err(Refusal::Malformed {
+                detail: "this worker generates nothing: its role is context".to_owned(),
+            });
+        }
+        self.check_handle(&mut job)?;
+        let now = Instant::now();
+        let local =
+            job.handle.worker == self.me.worker && job.handle.incarnation == self.me.incarnation;
+        if !local {
+            self.reachable(&job.handle)?;
+        }
+        let earlier: Vec<_> = self
+            .decodes
+            .iter()
+            .filter(|(_, entry)| {
+                entry.route.request == job.request && !matches!(entry.phase, Phase::Ending)
+            })
+            .map(|(key, entry)| (*key, entry.route.attempt))
+            .collect();
+        if let Some((_, attempt)) = earlier.iter().find(|(_, attempt)| *attempt >= job.attempt) {
+            let detail = format!(
+                "try {} of a request whose try {attempt} is here already",
+                job.attempt
+            );
+            return Err(Refusal::Malformed { detail });
+        }
+        if self.decodes.len() >= self.me.capacity.batch as usize {
+            return Err(self.busy());
+        }
+        // Blocks for what is there and for the next token.
+        let blocks = self.checks.kv.blocks_for(job.sequence.tokens.0.len() + 1);
+        let blocks = match local {
+            true => None,
+            false => Some(self.pool.reserve(blocks).ok_or_else(|| self.busy())?),
+        };
+        // A request has one live try.
+        for (key, _) in earlier {
+            self.end_decode(key, None);
+        }
+        self.heard_api_server(now, &job.api_server);
+        let admitted = DecodeReply::Admitted {
+            v: PROTOCOL_VERSION,
+            incarnation: self.me.incarnation,
+        };
+        if let Err(error) = self.outbox.send(reply.clone(), &admitted) {
+            tracing::warn!(error, "an admission was not sent: the job is dropped");
+            return Ok(());
+        }
+        tracing::debug!(request = %job.request, attempt = job.attempt, from = %job.handle.worker, "decode admitted");
+        match blocks {
+            None => self.adopt(now, job),
+            Some(blocks) => self.pull(now, job, HeldBlocks::new(blocks, self.engine.waker.clone())),
+        }
+        Ok(())
+    }
+
+    /// What must hold of a job and its handle whoever holds the KV.
+    fn check_handle(&self, job: &mut DecodeJob) -> Result<(), Refusal> {
+        let malformed = |detail: &str| {
+            Err(Refusal::Malformed {
+                detail: detail.to_owned(),
+            })
+        };
+        self.checks.model(&job.handle.model)?;
+        self.checks.geometry(&job.handle.kv)?;
+        self.checks.resumed(&mut job.sequence)?;
+        self.checks.token(
+            "the handle's first token",
+            std::iter::once(job.handle.first_token),
+        )?;
+        if job.handle.finish.is_some() {
+            return malformed("the handle's generation is over: there is nothing to decode");
+        }
+        if job.handle.valid_tokens as usize != job.sequence.tokens.0.len() {
+            return malformed("the handle covers another number of tokens than the sequence has");
+        }
+        Ok(())
+    }
+
+    /// Whether the handle's worker is connected.
+    fn reachable(&self, handle: &KvHandle) -> Result<(), Refusal> {
+        let unreachable = |detail: String| Err(Refusal::Unreachable { detail });
+        if self.agent.is_none() {
+            return unreachable("this worker moves no KV: it was started without UCX".to_owned());
+        }
+        self.peers
+            .ready(&handle.worker, handle.incarnation)
+            .or_else(unreachable)
+    }
+
+    fn busy(&self) -> Refusal {
+        Refusal::Busy {
+            retry_after_ms: self.pace.retry_after_ms(self.decodes.len()),
+        }
+    }
+
+    /// 2a. The KV is in this worker's own arena: the lease's blocks are taken over, which releases it.
+    fn adopt(&mut self, now: Instant, job: DecodeJob) {
+        let DecodeJob {
+            request,
+            attempt,
+            api_server,
+            budget_ms,
+            sequence,
+            handle,
+            ..
+        } = job;
+        let index = sequence.output_tokens() + 1;
+        let route = Route {
+            api_server,
+            request,
+            attempt,
+        };
+        let blocks = self.leases.release(now, handle.handle, handle.nonce);
+        let Some(blocks) = blocks.and_then(|mut held| held.take()) else {
+            let failure = Failure::new(
+                FailureCode::HandleInvalid,
+                "the lease ended before it was taken over",
+            );
+            self.tell_failure(&route, index, failure);
+            return;
+        };
+        let deadline = now + Duration::from_millis(budget_ms.into());
+        let key = self.new_key(deadline);
+        self.decodes.insert(
+            key,
+            Decoding {
+                route,
+                deadline,
+                index,
+                phase: Phase::Running,
+            },
+        );
+        self.resume(
+            key,
+            sequence,
+            handle.first_token,
+            blocks,
+            PullReport::default(),
+        );
+    }
+
+    /// 2b. The KV is elsewhere: a task pulls it and has it released.
+    fn pull(&mut self, now: Instant, job: DecodeJob, blocks: HeldBlocks) {
+        let Some(agent) = self.agent.clone() else {
+            return;
+        };
+        let DecodeJob {
+            request,
+            attempt,
+            api_server,
+            budget_ms,
+            sequence,
+            handle,
+            ..
+        } = job;
+        let deadline = now + Duration::from_millis(budget_ms.into());
+        let key = self.new_key(deadline);
+        let pull = Pull {
+            key,
+            agent,
+            client: self.client.clone(),
+            release_subject: self.cluster.release(&handle.worker),
+            release: self.release_of(request, &handle),
+            kv: self.checks.kv.clone(),
+            handle: handle.clone(),
+            blocks,
+            places: self.pull_places.clone(),
+            deadline: deadline.min(now + Duration::from_millis(PULL_TIMEOUT_MS)),
+        };
+        let task = self.pulls.spawn(pull.run());
+        let index = sequence.output_tokens() + 1;
+        let phase = Phase::Pulling(Box::new(Pulling {
+            sequence,
+            handle,
+            task,
+        }));
+        let route = Route {
+            api_server,
+            request,
+            attempt,
+        };
+        self.decodes.insert(
+            key,
+            Decoding {
+                route,
+                deadline,
+                index,
+                phase,
+            },
+        );
+    }
+
+    /// 3. The pull is over: the engine goes on from its KV, or the API server is told to try again.
+    pub(crate) fn on_pulled(&mut self, pulled: Result<Pulled, JoinError>) {
+        let Some(Pulled { key, outcome }) = task_outcome("pull", pulled) else {
+            self.end_lost_pulls();
+            return;
+        };
+        let Some(entry) = self.decodes.get_mut(&key) else {
+            return;
+        };
+        let Phase::Pulling(_) = entry.phase else {
+            return;
+        };
+        let Phase::Pulling(pulling) = std::mem::replace(&mut entry.phase, Phase::Running) else {
+            return;
+        };
+        match outcome {
+            Ok((blocks, report)) => {
+                tracing::debug!(request = %entry.route.request, bytes = report.bytes, seconds = report.seconds, "pulled");
+                self.resume(
+                    key,
+                    pulling.sequence,
+                    pulling.handle.first_token,
+                    blocks,
+                    report,
+                );
+            }
+            Err(PullFailure {
+                failure,
+                connection,
+            }) => {
+                let (route, index) = (entry.route.clone(), entry.index);
+                tracing::debug!(request = %route.request, %failure, "pull failed");
+                if let Some(error) = connection {
+                    let handle = &pulling.handle;
+                    self.peers.pull_failed(
+                        Instant::now(),
+                        &handle.worker,
+                        handle.incarnation,
+                        error,
+                    );
+                    self.send_beat();
+                }
+                self.decode_left(key);
+                self.tell_failure(&route, index, failure);
+            }
+        }
+    }
+
+    fn resume(
+        &mut self,
+        key: u64,
+        spec: SequenceSpec,
+        next: u32,
+        blocks: baton_engine::BlockTable,
+        pulled: PullReport,
+    ) {
+        let Some(entry) = self.decodes.get(&key) else {
+            return;
+        };
+        let (route, index) = (entry.route.clone(), entry.index);
+        let command = Command::Decode {
+            key,
+            route: route.clone(),
+            spec,
+            next,
+            blocks,
+            pulled,
+        };
+        if !self.engine.send(command) {
+            self.decode_left(key);
+            let failure = Failure::new(FailureCode::Executor, "the engine takes no commands");
+            self.tell_failure(&route, index, failure);
+        }
+    }
+
+    /// Ends a try in whatever phase it is.
+    pub(crate) fn end_decode(&mut self, key: u64, failure: Option<Failure>) {
+        let Some(entry) = self.decodes.get_mut(&key) else {
+            return;
+        };
+        self.deadlines.remove(&(entry.deadline, key));
+        tracing::debug!(request = %entry.route.request, failure = failure.as_ref().map(tracing::field::display), "decode ended");
+        match std::mem::replace(&mut entry.phase, Phase::Ending) {
+            Phase::Pulling(pulling) => {
+                let (route, index) = (entry.route.clone(), entry.index);
+                self.decodes.remove(&key);
+                pulling.task.abort();
+                // Nobody waits for the answer: it only spares the context worker the wait for the lease's end.
+                let release = self.release_of(route.request, &pulling.handle);
+                self.send(self.cluster.release(&pulling.handle.worker), &release);
+                if let Some(failure) = failure {
+                    self.tell_failure(&route, index, failure);
+                }
+            }
+            Phase::Running => {
+                if !self.engine.send(Command::Abort { key, failure }) {
+                    self.decodes.remove(&key);
+                }
+            }
+            Phase::Ending => {}
+        }
+    }
+
+    /// The engine let go of a try, or it never got there.
+    pub(crate) fn decode_left(&mut self, key: u64) {
+        if let Some(entry) = self.decodes.remove(&key) {
+            self.deadlines.remove(&(entry.deadline, key));
+        }
+    }
+
+    /// A pull task that ended without an outcome leaves its request waiting.
+    fn end_lost_pulls(&mut self) {
+        let lost = |entry: &Decoding| matches!(&entry.phase, Phase::Pulling(pulling) if pulling.task.is_finished());
+        let lost: Vec<_> = self
+            .decodes
+            .iter()
+            .filter(|(_, entry)| lost(entry))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in lost {
+            self.end_decode(
+                key,
+                Some(Failure::new(
+                    FailureCode::Internal,
+                    "the pull task panicked",
+                )),
+            );
+        }
+    }
+
+    fn release_of(&self, request: baton_protocol::RequestId, handle: &KvHandle) -> Release {
+        Release {
+            v: PROTOCOL_VERSION,
+            request,
+            incarnation: handle.incarnation,
+            handle: handle.handle,
+            nonce: handle.nonce,
+            decode_worker: self.me.worker.clone(),
+        }
+    }
+
+    fn tell_failure(&self, route: &Route, index: u32, failure: Failure) {
+        self.tokens.push(vec![(
+            route.api_server.clone(),
+            route.failed(index, failure),
+        )]);
+    }
+
+    /// Pulls under way or waiting for their turn.
+    pub(crate) fn pulling(&self) -> usize {
+        self.decodes
+            .values()
+            .filter(|entry| matches!(entry.phase, Phase::Pulling(_)))
+            .count()
+    }
+}

@@ -1,0 +1,89 @@
+//! What keeps a worker from running.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Why [`crate::run`] ended other than by its shutdown.
+#[derive(Debug)]
+pub enum WorkerError {
+    /// A setting that cannot be used.
+    Config {
+        /// Which setting, what is wrong with it, and what would do.
+        detail: String,
+    },
+    /// The model directory cannot be used.
+    Model {
+        /// Which directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: String,
+    },
+    /// The executor did not start.
+    Device {
+        /// Which device.
+        device: String,
+        /// Why.
+        detail: String,
+    },
+    /// KV transfer did not start.
+    Transfer {
+        /// Why.
+        detail: String,
+    },
+    /// The bus was not reached.
+    Bus {
+        /// Its address.
+        url: String,
+        /// How long it was tried, when that was bounded.
+        waited: Option<Duration>,
+        /// The last error.
+        detail: String,
+    },
+    /// The executor broke while serving. The worker stayed, said so in its beats, and left on shutdown.
+    Executor {
+        /// What broke.
+        detail: String,
+    },
+    /// The operating system refused something.
+    System {
+        /// What was asked.
+        what: &'static str,
+        /// Why it was refused.
+        detail: String,
+    },
+}
+
+impl fmt::Display for WorkerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config { detail } => write!(f, "configuration: {detail}"),
+            Self::Model { path, detail } => {
+                write!(f, "model directory {}: {detail}", path.display())
+            }
+            Self::Device { device, detail } => write!(f, "device {device}: {detail}"),
+            Self::Transfer { detail } => write!(
+                f,
+                "KV transfer did not start: {detail}. Install UCX (libucx0 or a libucx wheel), or run role \"both\", which needs none"
+            ),
+            Self::Bus {
+                url,
+                waited,
+                detail,
+            } => {
+                write!(f, "the NATS server at {url} was not reached")?;
+                if let Some(waited) = waited {
+                    write!(f, " within {} s", waited.as_secs())?;
+                }
+                write!(
+                    f,
+                    ": {detail}. Is it running there, and do the credentials fit?"
+                )
+            }
+            Self::Executor { detail } => write!(f, "the executor failed: {detail}"),
+            Self::System { what, detail } => write!(f, "{what}: {detail}"),
+        }
+    }
+}
+
+impl std::error::Error for WorkerError {}

@@ -1,0 +1,469 @@
+//! Context workers as a decode worker sees them: whose arena can be read, and what to do about the
+//! others.
+//!
+//! A state machine without I/O: beats, outcomes and the clock go in, [`Action`]s come out, and
+//! `connect.rs` carries them out. Each incarnation is connected once, before the first request needs it;
+//! a broken one is tried again with growing pauses; one that fell silent is let go.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use baton_protocol::limits::GONE_AFTER_MS;
+use baton_protocol::{
+    Beat, Incarnation, KvGeometry, ModelFingerprint, PeerHealth, PeerState, WorkerId, WorkerState,
+};
+use tokio::time::Instant;
+
+/// Context workers one decode worker connects to. More are left out, with a warning.
+const PEERS_MAX: usize = 1_024;
+
+/// First pause before a broken connection is tried again; doubled each time.
+const RETRY_MIN: Duration = Duration::from_millis(250);
+
+/// Longest pause.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
+/// What the state machine wants done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Ask for the descriptor and connect, dropping what is left of an earlier connection.
+    Connect {
+        worker: WorkerId,
+        incarnation: Incarnation,
+    },
+    /// Close the connection.
+    Disconnect { incarnation: Incarnation },
+}
+
+/// What a connection turned out to be.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Link {
+    pub(crate) transport: String,
+    pub(crate) gigabytes_per_second: f32,
+}
+
+/// All context workers heard of.
+pub(crate) struct Peers {
+    me: WorkerId,
+    model: ModelFingerprint,
+    kv: KvGeometry,
+    peers: HashMap<WorkerId, Peer>,
+}
+
+struct Peer {
+    incarnation: Incarnation,
+    heard: Instant,
+    state: State,
+    /// As it was when last connected.
+    link: Option<Link>,
+    error: Option<String>,
+    /// Failures since it last was ready.
+    failures: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum State {
+    Connecting,
+    Ready,
+    Broken { retry_at: Instant },
+}
+
+impl Peers {
+    pub(crate) fn new(me: WorkerId, model: ModelFingerprint, kv: KvGeometry) -> Self {
+        Self {
+            me,
+            model,
+            kv,
+            peers: HashMap::new(),
+        }
+    }
+
+    /// A worker beat. Workers whose KV this one could not use are no peers.
+    pub(crate) fn heard(&mut self, now: Instant, beat: &Beat) -> Vec<Action> {
+        let usable = beat.role.prefills()
+            && beat.worker != self.me
+            && beat.state != WorkerState::Failed
+            && beat.model.fingerprint == self.model
+            && beat.kv == self.kv;
+        if !usable {
+            return self.forget(&beat.worker).into_iter().collect();
+        }
+        let mut actions = Vec::new();
+        let known = self.peers.len();
+        match self.peers.get_mut(&beat.worker) {
+            Some(peer) if peer.incarnation == beat.incarnation => {
+                peer.heard = now;
+                return actions;
+            }
+            Some(peer) => actions.push(Action::Disconnect {
+                incarnation: peer.incarnation,
+            }),
+            None if known >= PEERS_MAX => {
+                tracing::warn!(worker = %beat.worker, PEERS_MAX, "too many context workers: this one is left out");
+                return actions;
+            }
+            None => {}
+        }
+        let peer = Peer {
+            incarnation: beat.incarnation,
+            heard: now,
+            state: State::Connecting,
+            link: None,
+            error: None,
+            failures: 0,
+        };
+        self.peers.insert(beat.worker.clone(), peer);
+        actions.push(Action::Connect {
+            worker: beat.worker.clone(),
+            incarnation: beat.incarnation,
+        });
+        actions
+    }
+
+    /// A connection stands. One that nobody wants any more is closed again.
+    pub(crate) fn connected(
+        &mut self,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        link: Link,
+    ) -> Option<Action> {
+        match self.peers.get_mut(worker) {
+            Some(peer) if peer.incarnation == incarnation => {
+                peer.state = State::Ready;
+                peer.link = Some(link);
+                peer.error = None;
+                peer.failures = 0;
+                None
+            }
+            _ => Some(Action::Disconnect { incarnation }),
+        }
+    }
+
+    /// A connection did not come about.
+    pub(crate) fn connect_failed(
+        &mut self,
+        now: Instant,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        error: String,
+    ) {
+        self.broken(now, worker, incarnation, State::Connecting, error);
+    }
+
+    /// A pull failed, and with it the connection. Many may fail at once, some when the connection is being
+    /// repaired already: that is one failure.
+    pub(crate) fn pull_failed(
+        &mut self,
+        now: Instant,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        error: String,
+    ) {
+        self.broken(now, worker, incarnation, State::Ready, error);
+    }
+
+    fn broken(
+        &mut self,
+        now: Instant,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+        before: State,
+        error: String,
+    ) {
+        let Some(peer) = self.peers.get_mut(worker) else {
+            return;
+        };
+        if peer.incarnation != incarnation || peer.state != before {
+            return;
+        }
+        let pause = RETRY_MIN
+            .saturating_mul(1 << peer.failures.min(16))
+            .min(RETRY_MAX);
+        peer.state = State::Broken {
+            retry_at: now + pause,
+        };
+        peer.failures += 1;
+        peer.error = Some(error);
+    }
+
+    /// Lets go of silent workers and tries broken ones again.
+    pub(crate) fn tick(&mut self, now: Instant) -> Vec<Action> {
+        let gone = Duration::from_millis(GONE_AFTER_MS);
+        let silent = |peer: &Peer| now.duration_since(peer.heard) >= gone;
+        let silent: Vec<_> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| silent(peer))
+            .map(|(worker, _)| worker.clone())
+            .collect();
+        let mut actions: Vec<_> = silent
+            .iter()
+            .filter_map(|worker| self.forget(worker))
+            .collect();
+        for (worker, peer) in &mut self.peers {
+            if matches!(peer.state, State::Broken { retry_at } if retry_at <= now) {
+                peer.state = State::Connecting;
+                actions.push(Action::Connect {
+                    worker: worker.clone(),
+                    incarnation: peer.incarnation,
+                });
+            }
+        }
+        actions
+    }
+
+    /// When a broken connection is to be tried again.
+    pub(crate) fn next_retry(&self) -> Option<Instant> {
+        let retry = |peer: &Peer| match peer.state {
+            State::Broken { retry_at } => Some(retry_at),
+            State::Connecting | State::Ready => None,
+        };
+        self.peers.values().filter_map(retry).min()
+    }
+
+    /// After the bus was away, silence proves nothing: all are heard from now on.
+    pub(crate) fn excuse_silence(&mut self, now: Instant) {
+        self.peers.values_mut().for_each(|peer| peer.heard = now);
+    }
+
+    /// Whether this life of this worker can be read from.
+    ///
+    /// # Errors
+    /// Which worker, and why not.
+    pub(crate) fn ready(&self, worker: &WorkerId, incarnation: Incarnation) -> Result<(), String> {
+        let Some(peer) = self.peers.get(worker) else {
+            return Err(format!(
+                "context worker {worker} was not heard of, or serves another model or geometry"
+            ));
+        };
+        if peer.incarnation != incarnation {
+            return Err(format!(
+                "context worker {worker} was restarted since: the handle's KV is gone"
+            ));
+        }
+        match peer.state {
+            State::Ready => Ok(()),
+            State::Connecting => Err(format!("context worker {worker} is still being connected")),
+            State::Broken { .. } => Err(format!(
+                "the connection to context worker {worker} is broken: {}",
+                peer.error.as_deref().unwrap_or("for no stated reason")
+            )),
+        }
+    }
+
+    /// All of them, for the beat, by name.
+    pub(crate) fn health(&self) -> Vec<PeerHealth> {
+        let health = |(worker, peer): (&WorkerId, &Peer)| PeerHealth {
+            worker: worker.clone(),
+            incarnation: peer.incarnation,
+            state: match peer.state {
+                State::Connecting => PeerState::Connecting,
+                State::Ready => PeerState::Ready,
+                State::Broken { .. } => PeerState::Broken,
+            },
+            transport: peer
+                .link
+                .as_ref()
+                .map(|link| link.transport.clone())
+                .unwrap_or_default(),
+            gigabytes_per_second: peer
+                .link
+                .as_ref()
+                .map_or(0.0, |link| link.gigabytes_per_second),
+            error: peer.error.clone(),
+        };
+        let mut all: Vec<_> = self.peers.iter().map(health).collect();
+        all.sort_by(|a, b| a.worker.cmp(&b.worker));
+        all
+    }
+
+    fn forget(&mut self, worker: &WorkerId) -> Option<Action> {
+        let peer = self.peers.remove(worker)?;
+        Some(Action::Disconnect {
+            incarnation: peer.incarnation,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::{Capacity, KvDtype, Load, ModelInfo, PROTOCOL_VERSION, Role};
+
+    use super::*;
+
+    fn name(text: &str) -> WorkerId {
+        WorkerId::new(text).unwrap()
+    }
+
+    fn kv() -> KvGeometry {
+        KvGeometry {
+            layout: 1,
+            dtype: KvDtype::Bf16,
+            block_tokens: 32,
+            kv_heads: 1,
+            layers: 1,
+            head_dim: 2,
+        }
+    }
+
+    fn model(digit: &str) -> ModelFingerprint {
+        ModelFingerprint::new(digit.repeat(64)).unwrap()
+    }
+
+    fn peers() -> Peers {
+        Peers::new(name("me"), model("a"), kv())
+    }
+
+    fn beat(worker: &str, incarnation: u64) -> Beat {
+        Beat {
+            v: PROTOCOL_VERSION,
+            worker: name(worker),
+            incarnation: Incarnation(incarnation),
+            role: Role::Context,
+            state: WorkerState::Serving,
+            model: ModelInfo {
+                name: "m".into(),
+                fingerprint: model("a"),
+                tokens_max: 8,
+                vocab: 8,
+            },
+            kv: kv(),
+            device: String::new(),
+            load: Load::default(),
+            capacity: Capacity::default(),
+            peers: Vec::new(),
+            transport: String::new(),
+        }
+    }
+
+    fn connect(worker: &str, incarnation: u64) -> Action {
+        Action::Connect {
+            worker: name(worker),
+            incarnation: Incarnation(incarnation),
+        }
+    }
+
+    fn disconnect(incarnation: u64) -> Action {
+        Action::Disconnect {
+            incarnation: Incarnation(incarnation),
+        }
+    }
+
+    fn link() -> Link {
+        Link {
+            transport: "tcp".into(),
+            gigabytes_per_second: 1.5,
+        }
+    }
+
+    #[test]
+    fn each_incarnation_is_connected_once() {
+        let (mut peers, now) = (peers(), Instant::now());
+        assert_eq!(peers.heard(now, &beat("ctx", 1)), [connect("ctx", 1)]);
+        assert_eq!(peers.heard(now, &beat("ctx", 1)), []);
+        assert!(
+            peers.ready(&name("ctx"), Incarnation(1)).is_err(),
+            "not connected yet"
+        );
+        assert_eq!(peers.connected(&name("ctx"), Incarnation(1), link()), None);
+        assert_eq!(peers.ready(&name("ctx"), Incarnation(1)), Ok(()));
+        assert_eq!(peers.health()[0].gigabytes_per_second, 1.5);
+
+        assert_eq!(
+            peers.heard(now, &beat("ctx", 2)),
+            [disconnect(1), connect("ctx", 2)]
+        );
+        assert!(
+            peers.ready(&name("ctx"), Incarnation(1)).is_err(),
+            "the old life's KV is gone"
+        );
+        assert!(
+            peers.ready(&name("ctx"), Incarnation(2)).is_err(),
+            "not connected yet"
+        );
+        assert_eq!(
+            peers.connected(&name("ctx"), Incarnation(1), link()),
+            Some(disconnect(1)),
+            "too late"
+        );
+    }
+
+    #[test]
+    fn only_useful_workers_are_peers() {
+        let (mut peers, now) = (peers(), Instant::now());
+        let decode = Beat {
+            role: Role::Decode,
+            ..beat("d", 1)
+        };
+        let mut other_model = beat("m", 1);
+        other_model.model.fingerprint = model("b");
+        let other_kv = Beat {
+            kv: KvGeometry { layers: 2, ..kv() },
+            ..beat("k", 1)
+        };
+        for beat in [decode, other_model, other_kv, beat("me", 1)] {
+            assert_eq!(peers.heard(now, &beat), [], "{}", beat.worker);
+        }
+        peers.heard(now, &beat("ctx", 1));
+        let failed = Beat {
+            state: WorkerState::Failed,
+            ..beat("ctx", 1)
+        };
+        assert_eq!(peers.heard(now, &failed), [disconnect(1)]);
+    }
+
+    #[test]
+    fn a_broken_peer_is_tried_again_with_growing_pauses() {
+        let (mut peers, mut now) = (peers(), Instant::now());
+        peers.heard(now, &beat("ctx", 1));
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            peers.pull_failed(
+                now,
+                &name("ctx"),
+                Incarnation(1),
+                "a pull on the old connection".into(),
+            );
+            peers.connect_failed(now, &name("ctx"), Incarnation(1), "no route".into());
+            let retry = peers.next_retry().unwrap();
+            peers.heard(retry, &beat("ctx", 1));
+            assert_eq!(peers.tick(retry - Duration::from_millis(1)), []);
+            assert_eq!(peers.tick(retry), [connect("ctx", 1)]);
+            assert_eq!(peers.tick(retry), [], "one try at a time");
+            pauses.push(retry.duration_since(now));
+            now = retry;
+        }
+        assert_eq!(pauses[0], RETRY_MIN);
+        assert!(
+            pauses.is_sorted() && *pauses.last().unwrap() <= RETRY_MAX,
+            "{pauses:?}"
+        );
+        assert!(peers.ready(&name("ctx"), Incarnation(1)).is_err());
+        peers.connected(&name("ctx"), Incarnation(1), link());
+        peers.pull_failed(now, &name("ctx"), Incarnation(1), "cut".into());
+        peers.pull_failed(
+            now,
+            &name("ctx"),
+            Incarnation(1),
+            "another pull on it".into(),
+        );
+        assert_eq!(
+            peers.next_retry().unwrap().duration_since(now),
+            RETRY_MIN,
+            "success resets the pause"
+        );
+    }
+
+    #[test]
+    fn a_silent_peer_is_let_go() {
+        let (mut peers, now) = (peers(), Instant::now());
+        let gone = Duration::from_millis(GONE_AFTER_MS);
+        peers.heard(now, &beat("ctx", 1));
+        peers.connected(&name("ctx"), Incarnation(1), link());
+        assert_eq!(peers.tick(now + gone - Duration::from_millis(1)), []);
+        peers.excuse_silence(now + gone);
+        assert_eq!(peers.tick(now + gone), [], "the bus was away");
+        assert_eq!(peers.tick(now + gone + gone), [disconnect(1)]);
+        assert!(peers.health().is_empty());
+    }
+}

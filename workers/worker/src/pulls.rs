@@ -1,0 +1,189 @@
+//! One pull: read the KV into reserved blocks, have it released, and believe it only if the release was
+//! valid.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_nats::Client;
+use baton_engine::BlockTable;
+use baton_protocol::limits::CONTROL_TIMEOUT_MS;
+use baton_protocol::{
+    Failure, FailureCode, KvGeometry, KvHandle, PullReport, Release, Released, decode, encode,
+};
+use baton_transfer::{Agent, PeerKey, plan_reads};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
+
+use crate::engine_thread::HeldBlocks;
+
+/// Pulls that read at the same time; the rest wait their turn. A few fill any link, and with more each
+/// only takes longer.
+pub(crate) const PULLS_MAX: usize = 16;
+
+/// Everything one pull needs.
+pub(crate) struct Pull {
+    pub(crate) key: u64,
+    pub(crate) agent: Agent,
+    pub(crate) client: Client,
+    pub(crate) release_subject: String,
+    pub(crate) release: Release,
+    pub(crate) kv: KvGeometry,
+    pub(crate) handle: KvHandle,
+    pub(crate) blocks: HeldBlocks,
+    pub(crate) places: Arc<Semaphore>,
+    pub(crate) deadline: Instant,
+}
+
+/// What became of it.
+pub(crate) struct Pulled {
+    pub(crate) key: u64,
+    pub(crate) outcome: Result<(BlockTable, PullReport), PullFailure>,
+}
+
+/// Why nothing came of it.
+pub(crate) struct PullFailure {
+    pub(crate) failure: Failure,
+    /// Set when the connection is to blame and must be made anew.
+    pub(crate) connection: Option<String>,
+}
+
+impl PullFailure {
+    fn new(code: FailureCode, message: String) -> Self {
+        Self {
+            failure: Failure::new(code, message),
+            connection: None,
+        }
+    }
+}
+
+impl Pull {
+    pub(crate) async fn run(self) -> Pulled {
+        let key = self.key;
+        Pulled {
+            key,
+            outcome: self.outcome().await,
+        }
+    }
+
+    async fn outcome(self) -> Result<(BlockTable, PullReport), PullFailure> {
+        let Self {
+            agent,
+            client,
+            release_subject,
+            release,
+            kv,
+            handle,
+            blocks,
+            places,
+            deadline,
+            ..
+        } = self;
+        let from = &handle.worker;
+        let late = |what: &str| {
+            PullFailure::new(
+                FailureCode::PullFailed,
+                format!("{what} from {from}: the deadline passed"),
+            )
+        };
+
+        let _place = match timeout_at(deadline, places.acquire_owned()).await {
+            Ok(Ok(place)) => place,
+            Ok(Err(_)) | Err(_) => return Err(late("waiting to pull KV")),
+        };
+        let valid_blocks = kv.blocks_for(handle.valid_tokens as usize);
+        let local = blocks.table().map(|table| table.ids()).unwrap_or_default();
+        let reads = local
+            .get(..valid_blocks)
+            .ok_or_else(|| "fewer blocks are reserved than the handle has".to_owned())
+            .and_then(|local| {
+                plan_reads(&kv, &handle.ranks, local).map_err(|error| error.to_string())
+            })
+            .map_err(|error| {
+                PullFailure::new(
+                    FailureCode::PullFailed,
+                    format!("the handle of {from} cannot be read: {error}"),
+                )
+            })?;
+
+        let begun = Instant::now();
+        let mut guard = Guard {
+            blocks: Arc::new(Mutex::new(blocks)),
+            is_done: false,
+        };
+        let left = deadline.saturating_duration_since(begun);
+        let stats = agent
+            .pull(
+                PeerKey(handle.incarnation.0),
+                reads,
+                guard.blocks.clone(),
+                left,
+            )
+            .await;
+        let bytes = match stats {
+            Ok((_, stats)) => stats.bytes,
+            Err(error) => {
+                let message = format!("pulling KV from {from}: {error}");
+                return Err(PullFailure {
+                    failure: Failure::new(FailureCode::PullFailed, message.clone()),
+                    connection: Some(message),
+                });
+            }
+        };
+        guard.is_done = true;
+
+        let answer_by = (Instant::now() + Duration::from_millis(CONTROL_TIMEOUT_MS)).min(deadline);
+        let invalid = |why: String| {
+            PullFailure::new(
+                FailureCode::HandleInvalid,
+                format!("the KV read from {from} is not to be trusted: {why}"),
+            )
+        };
+        let payload = encode(&release).map_err(|error| invalid(error.to_string()))?;
+        let answer = timeout_at(answer_by, client.request(release_subject, payload.into()))
+            .await
+            .map_err(|_| invalid("its release was not answered in time".to_owned()))?
+            .map_err(|error| invalid(format!("its release was not answered: {error}")))?;
+        let released: Released =
+            decode(&answer.payload).map_err(|error| invalid(error.to_string()))?;
+        if !released.valid {
+            return Err(invalid(
+                "its lease had ended before it was released".to_owned(),
+            ));
+        }
+        let report = PullReport {
+            bytes,
+            seconds: begun.elapsed().as_secs_f32(),
+        };
+        let blocks = guard
+            .take()
+            .ok_or_else(|| invalid("its blocks are gone".to_owned()))?;
+        Ok((blocks, report))
+    }
+}
+
+/// The destination blocks, shared with the transfer agent while it may write to them. When a pull is given
+/// up, by failure or because its request ended, they count as quarantined until the agent lets go too.
+struct Guard {
+    blocks: Arc<Mutex<HeldBlocks>>,
+    is_done: bool,
+}
+
+impl Guard {
+    fn take(&mut self) -> Option<BlockTable> {
+        self.blocks
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.blocks
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .quarantine();
+        }
+    }
+}

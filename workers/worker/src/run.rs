@@ -1,0 +1,254 @@
+//! A worker's life: device, engine thread, bus, desk, and all of it backwards.
+
+use std::collections::{BTreeSet, HashMap};
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_engine::{Engine, EngineConfig};
+use baton_model::ModelDir;
+use baton_protocol::{
+    Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, WorkerDescriptor,
+    WorkerState,
+};
+use tokio::sync::Semaphore;
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::timeout;
+
+use crate::beat::SharedLoad;
+use crate::bus::{self, Outbox, Publisher, Subscriptions};
+use crate::checks::Checks;
+use crate::context::Pace;
+use crate::desk::{Desk, Identity};
+use crate::device::Backend;
+use crate::engine_thread::EngineHandle;
+use crate::frames::TokenOutbox;
+use crate::leases::LeaseTable;
+use crate::peers::Peers;
+use crate::pulls::PULLS_MAX;
+use crate::random::random;
+use crate::service::MicroService;
+use crate::{WorkerConfig, WorkerError};
+
+/// What is left to publish at the end may take this long.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// Runs a worker until `shutdown` resolves and what it had is finished.
+///
+/// # Errors
+/// [`WorkerError`] if it cannot start, or if its executor broke.
+pub async fn run(
+    config: WorkerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), WorkerError> {
+    let mut shutdown = std::pin::pin!(shutdown);
+    config.check()?;
+    let config = Arc::new(config);
+    let incarnation = random()
+        .map(|bytes| Incarnation(u64::from_le_bytes(bytes)))
+        .map_err(|detail| WorkerError::System {
+            what: "drawing a random number",
+            detail,
+        })?;
+    let start = config.clone();
+    let (model, backend) = blocking("loading the model", move || {
+        let model = ModelDir::open(&start.model_dir).map_err(|error| WorkerError::Model {
+            path: start.model_dir.clone(),
+            detail: error.to_string(),
+        })?;
+        let backend = Backend::start(&start, &model)?;
+        Ok((model, backend))
+    })
+    .await?;
+    let info = backend.executor.info().clone();
+    let model = model_info(&config, &model, &info)?;
+    let descriptor = WorkerDescriptor {
+        v: PROTOCOL_VERSION,
+        worker: config.worker.clone(),
+        incarnation,
+        role: config.role,
+        model: model.clone(),
+        kv: info.kv.clone(),
+        transfer: backend.descriptor(),
+    };
+    let Backend {
+        executor,
+        agent,
+        transport,
+    } = backend;
+    tracing::info!(
+        worker = %config.worker,
+        %incarnation,
+        role = config.role.label(),
+        model = model.name,
+        fingerprint = %model.fingerprint,
+        tokens_max = model.tokens_max,
+        device = info.device,
+        kv_blocks = info.blocks,
+        kv_bytes = info.blocks as usize * info.kv.block_bytes(),
+        block_tokens = info.kv.block_tokens,
+        step_tokens = info.step_tokens_max,
+        batch = info.step_sequences_max,
+        queue = config.queue,
+        prefix_cache = config.prefix_cache,
+        lease_ms = config.lease_ms,
+        drain_ms = config.drain_ms,
+        transport,
+        cluster = config.cluster.name(),
+        bus = ?config.bus,
+        "starting"
+    );
+
+    let (client, is_up) = tokio::select! {
+        connected = bus::connect(&config.bus, &config.worker) => connected?,
+        () = &mut shutdown => return Ok(()),
+    };
+    let engine = Engine::new(
+        executor,
+        EngineConfig {
+            step_tokens_max: info.step_tokens_max,
+            sequences_max: info.step_sequences_max,
+            queue_max: config.queue,
+            prefix_cache: config.prefix_cache,
+        },
+    );
+    let pool = engine.pool();
+    let tokens = Arc::new(TokenOutbox::default());
+    let (engine, events) = EngineHandle::start(
+        engine,
+        tokens.clone(),
+        config.queue + info.step_sequences_max,
+    )?;
+    let (outbox, control) = Outbox::new(client.clone());
+    let publisher = Publisher {
+        client: client.clone(),
+        cluster: config.cluster.clone(),
+        worker: config.worker.clone(),
+        incarnation,
+        control,
+        tokens: tokens.clone(),
+        is_up: is_up.clone(),
+        engine: engine.waker.clone(),
+    };
+    let mut publisher = tokio::spawn(publisher.run());
+    let shared_load = SharedLoad::default();
+    let mut subscriptions = Subscriptions::new(&client, &config.cluster, &config.worker).await?;
+    let service =
+        MicroService::start(&client, &config.cluster, &descriptor, shared_load.clone()).await?;
+    let mut desk = Desk {
+        me: Identity {
+            worker: config.worker.clone(),
+            incarnation,
+            role: config.role,
+            device: info.device.clone(),
+            transport,
+            capacity: Capacity {
+                blocks: info.blocks,
+                batch: info.step_sequences_max as u32,
+                queue: config.queue as u32,
+            },
+        },
+        peers: Peers::new(
+            config.worker.clone(),
+            model.fingerprint.clone(),
+            info.kv.clone(),
+        ),
+        checks: Checks {
+            model,
+            kv: info.kv.clone(),
+            blocks: info.blocks,
+        },
+        cluster: config.cluster.clone(),
+        client,
+        outbox,
+        tokens,
+        engine,
+        pool,
+        lease: Duration::from_millis(config.lease_ms.into()),
+        drain: Duration::from_millis(config.drain_ms),
+        state: WorkerState::Serving,
+        executor_failure: None,
+        drain_deadline: None,
+        has_ended_drain: false,
+        deadlines: BTreeSet::new(),
+        next_key: 1,
+        prefills: HashMap::new(),
+        leases: LeaseTable::new(),
+        pace: Pace::default(),
+        decodes: HashMap::new(),
+        pulls: JoinSet::new(),
+        pull_places: Arc::new(Semaphore::new(PULLS_MAX)),
+        agent: agent.clone(),
+        links: JoinSet::new(),
+        api_servers: HashMap::new(),
+        shared_load,
+        stray_beats: 0,
+    };
+    tracing::info!("serving");
+    let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
+
+    desk.send_beat();
+    service.stop().await;
+    subscriptions.close().await;
+    let Desk {
+        mut engine,
+        outbox,
+        pulls,
+        links,
+        leases,
+        ..
+    } = desk;
+    drop((pulls, links, leases, outbox));
+    blocking("ending the engine", move || {
+        engine.shutdown();
+        Ok(())
+    })
+    .await?;
+    if timeout(FAREWELL, &mut publisher).await.is_err() {
+        tracing::warn!("the last messages did not reach the bus in time");
+        publisher.abort();
+    }
+    if let Some(agent) = agent {
+        blocking("ending the transfer agent", move || {
+            agent.shutdown();
+            Ok(())
+        })
+        .await?;
+    }
+    tracing::info!("left");
+    outcome
+}
+
+fn model_info(
+    config: &WorkerConfig,
+    model: &ModelDir,
+    info: &baton_engine::ExecutorInfo,
+) -> Result<ModelInfo, WorkerError> {
+    let manifest = &model.manifest;
+    let fingerprint = ModelFingerprint::new(manifest.fingerprint.clone()).map_err(|error| {
+        WorkerError::Model {
+            path: config.model_dir.clone(),
+            detail: error.to_string(),
+        }
+    })?;
+    Ok(ModelInfo {
+        name: manifest.name.clone(),
+        fingerprint,
+        tokens_max: info.tokens_max.min(manifest.tokens_max as u32),
+        vocab: info.vocab,
+    })
+}
+
+/// Runs what blocks beside the async runtime.
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    body: impl FnOnce() -> Result<T, WorkerError> + Send + 'static,
+) -> Result<T, WorkerError> {
+    match spawn_blocking(body).await {
+        Ok(outcome) => outcome,
+        Err(error) => Err(WorkerError::System {
+            what,
+            detail: error.to_string(),
+        }),
+    }
+}

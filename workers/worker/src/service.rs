@@ -1,0 +1,77 @@
+//! Answers to the NATS service API, so that `nats micro ls`, `info` and `stats` show the worker; its one
+//! endpoint is `describe`, which peers ask too.
+
+use std::collections::HashMap;
+
+use async_nats::Client;
+use async_nats::service::{Service, ServiceExt};
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{WorkerDescriptor, encode};
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::task::JoinHandle;
+
+use crate::WorkerError;
+use crate::beat::SharedLoad;
+
+/// The running service.
+pub(crate) struct MicroService {
+    service: Service,
+    describe: JoinHandle<()>,
+}
+
+impl MicroService {
+    /// Registers `baton-<role>` and answers `describe.<worker>` with the descriptor.
+    pub(crate) async fn start(
+        client: &Client,
+        cluster: &Cluster,
+        descriptor: &WorkerDescriptor,
+        load: SharedLoad,
+    ) -> Result<Self, WorkerError> {
+        let failed = |detail: String| WorkerError::System {
+            what: "registering the NATS service",
+            detail,
+        };
+        let answer = Bytes::from(encode(descriptor).map_err(|error| failed(error.to_string()))?);
+        let role = descriptor.role.label();
+        let metadata = HashMap::from([
+            ("worker".to_owned(), descriptor.worker.to_string()),
+            ("cluster".to_owned(), cluster.name().to_owned()),
+            ("role".to_owned(), role.to_owned()),
+            ("model".to_owned(), descriptor.model.name.clone()),
+            ("incarnation".to_owned(), descriptor.incarnation.to_string()),
+        ]);
+        let service = client
+            .service_builder()
+            .description(format!(
+                "Baton {role} worker {} of {}",
+                descriptor.worker, descriptor.model.name
+            ))
+            .metadata(metadata)
+            .stats_handler(move |_, _| serde_json::to_value(load.load()).unwrap_or_default())
+            .start(format!("baton-{role}"), env!("CARGO_PKG_VERSION"))
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+        let mut endpoint = service
+            .endpoint_builder()
+            .name("describe")
+            .add(cluster.describe(&descriptor.worker))
+            .await
+            .map_err(|error| failed(error.to_string()))?;
+        let describe = tokio::spawn(async move {
+            while let Some(request) = endpoint.next().await {
+                if let Err(error) = request.respond(Ok(answer.clone())).await {
+                    tracing::debug!(%error, "a description was not sent");
+                }
+            }
+        });
+        Ok(Self { service, describe })
+    }
+
+    pub(crate) async fn stop(self) {
+        if let Err(error) = self.service.stop().await {
+            tracing::debug!(%error, "stopping the NATS service");
+        }
+        self.describe.abort();
+    }
+}
