@@ -70,7 +70,8 @@ pub struct SequenceStep {
     pub tokens: Range<usize>,
     /// Position of the first of them; the KV of all positions before it is in place.
     pub start: u32,
-    /// Its block table in [`StepPlan::blocks`]: covers positions `0 .. start + tokens.len()`.
+    /// Its block table in [`StepPlan::blocks`]: covers positions `0 .. start + tokens.len()`, and may go on
+    /// beyond them. Blocks before the one of `start` may stand in other sequences' tables too.
     pub blocks: Range<usize>,
     /// Choose the token that follows the last one here.
     pub sample: Option<SampleRequest>,

@@ -5,7 +5,7 @@
 //!
 //! 1. one token for every decoding sequence;
 //! 2. at least half of the rest for the oldest unfinished prompt, so that the longest prompt ends;
-//! 3. what is left for the younger prompts, shortest first, so that a short one does not wait behind it.
+//! 3. what is left by shortest remaining prompt, so that a short one does not wait behind a long one.
 //!
 //! A prompt takes all its blocks on admission, so two half-done prompts never wait for each other's. Output
 //! takes blocks one at a time, and when none is left the youngest generating sequence gives up its own.
@@ -192,21 +192,21 @@ impl Scheduler {
             return;
         };
         let mut budget = self.step_tokens - self.planned_decodes;
-        let oldest_remaining = oldest.remaining();
-        let oldest_share = oldest_remaining.min(budget.div_ceil(2));
-        budget -= oldest_share;
+        let guaranteed = oldest.remaining().min(budget.div_ceil(2));
+        budget -= guaranteed;
 
         let mut order = std::mem::take(&mut self.shortest_first);
         order.clear();
-        order.extend(1..self.prefilling.len());
+        order.extend(0..self.prefilling.len());
+        // Stable: among equals the oldest first.
         order.sort_by_key(|at| self.prefilling[*at].remaining());
         for at in &order {
-            let share = self.prefilling[*at].remaining().min(budget);
-            self.plan_chunk(*at, share, now);
-            budget -= share;
+            let sure = if *at == 0 { guaranteed } else { 0 };
+            let more = budget.min(self.prefilling[*at].remaining() - sure);
+            budget -= more;
+            self.plan_chunk(*at, sure + more, now);
         }
         self.shortest_first = order;
-        self.plan_chunk(0, oldest_remaining.min(oldest_share + budget), now);
     }
 
     fn plan_chunk(&mut self, at: usize, tokens: usize, now: Instant) {

@@ -221,9 +221,40 @@ fn a_short_prompt_does_not_wait_behind_a_long_one_nor_the_other_way_round() {
             steps_of.insert(key, step);
         }
     }
-    assert_eq!(steps_of[&0], 50, "half of each step is the long prompt's");
+    let long = steps_of[&0];
+    assert!(
+        (45..=50).contains(&long),
+        "half of each step is the long prompt's: {long}"
+    );
     assert!(steps_of[&1] <= 3 && steps_of[&2] <= 5);
     assert!(steps_of.len() > 120);
+}
+
+#[test]
+fn equal_prompts_end_one_after_the_other() {
+    let mut engine = engine(Setup {
+        step_tokens: 16,
+        ..Setup::default()
+    });
+    for key in 0..3 {
+        submit(&mut engine, key, spec(&prompt(key as u32, 16), 1)).expect("taken");
+    }
+    for expected in 0..3 {
+        let events = engine.step().expect("runs");
+        assert!(
+            matches!(&events[..], [Event::Prefilled { key, .. }] if *key == expected),
+            "{events:?}"
+        );
+    }
+}
+
+#[test]
+fn engines_and_blocks_move_between_threads() {
+    fn moves<T: Send>() {}
+    fn is_shared<T: Send + Sync>() {}
+    moves::<Engine>();
+    is_shared::<BlockPool>();
+    is_shared::<BlockTable>();
 }
 
 #[test]
