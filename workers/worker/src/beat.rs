@@ -2,10 +2,15 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use baton_protocol::{Beat, Load, PROTOCOL_VERSION};
+use baton_transfer::Agent;
 
 use crate::desk::Desk;
+
+/// A transfer thread that is well goes round its loop many times in this time.
+const PROGRESS_MAX: Duration = Duration::from_secs(3);
 
 /// The load as of the last beat, for the service's statistics.
 #[derive(Clone, Default)]
@@ -44,8 +49,24 @@ impl Desk {
             load: self.load(),
             capacity: self.me.capacity,
             peers: self.peers.health(),
-            transport: self.me.transport.clone(),
+            transport: self.transport(),
         }
+    }
+
+    /// How KV moves, or that it does not any more.
+    fn transport(&self) -> String {
+        let transport = self.me.transport.clone();
+        let Some(health) = self.agent.as_ref().map(Agent::health) else {
+            return transport;
+        };
+        if !health.running {
+            return format!("{transport}; its thread has stopped");
+        }
+        if health.last_progress > PROGRESS_MAX {
+            let seconds = health.last_progress.as_secs_f32();
+            return format!("{transport}; no progress for {seconds:.1} s");
+        }
+        transport
     }
 
     fn load(&self) -> Load {

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use async_nats::{Message, Subject};
-use baton_protocol::limits::PULL_TIMEOUT_MS;
 use baton_protocol::{
     DecodeJob, DecodeReply, Failure, FailureCode, KvHandle, PROTOCOL_VERSION, PullReport, Refusal,
     Release, SequenceSpec, WorkerState, decode,
@@ -233,7 +232,6 @@ impl Desk {
             handle: handle.clone(),
             blocks,
             places: self.pull_places.clone(),
-            deadline: deadline.min(now + Duration::from_millis(PULL_TIMEOUT_MS)),
         };
         let task = self.pulls.spawn(pull.run());
         let index = sequence.output_tokens() + 1;
@@ -300,6 +298,9 @@ impl Desk {
                     );
                     self.send_beat();
                 }
+                if failure.code == FailureCode::PullFailed {
+                    self.let_go(&route, &pulling.handle);
+                }
                 self.decode_left(key);
                 self.tell_failure(&route, index, failure);
             }
@@ -345,9 +346,7 @@ impl Desk {
                 let (route, index) = (entry.route.clone(), entry.index);
                 self.decodes.remove(&key);
                 pulling.task.abort();
-                // Nobody waits for the answer: it only spares the context worker the wait for the lease's end.
-                let release = self.release_of(route.request, &pulling.handle);
-                self.send(self.cluster.release(&pulling.handle.worker), &release);
+                self.let_go(&route, &pulling.handle);
                 if let Some(failure) = failure {
                     self.tell_failure(&route, index, failure);
                 }
@@ -386,6 +385,13 @@ impl Desk {
                 )),
             );
         }
+    }
+
+    /// Releases a handle that nobody will use. Nobody waits for the answer: it only spares the context worker
+    /// the wait for the lease's end.
+    fn let_go(&self, route: &Route, handle: &KvHandle) {
+        let release = self.release_of(route.request, handle);
+        self.send(self.cluster.release(&handle.worker), &release);
     }
 
     fn release_of(&self, request: baton_protocol::RequestId, handle: &KvHandle) -> Release {

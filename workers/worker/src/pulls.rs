@@ -6,19 +6,27 @@ use std::time::Duration;
 
 use async_nats::Client;
 use baton_engine::BlockTable;
-use baton_protocol::limits::CONTROL_TIMEOUT_MS;
+use baton_protocol::limits::{CONTROL_TIMEOUT_MS, PULL_TIMEOUT_MS};
 use baton_protocol::{
     Failure, FailureCode, KvGeometry, KvHandle, PullReport, Release, Released, decode, encode,
 };
-use baton_transfer::{Agent, PeerKey, plan_reads};
+use baton_transfer::{Agent, PeerKey, TransferError, plan_reads};
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout};
 
 use crate::engine_thread::HeldBlocks;
 
 /// Pulls that read at the same time; the rest wait their turn. A few fill any link, and with more each
 /// only takes longer.
 pub(crate) const PULLS_MAX: usize = 16;
+
+/// Waiting for its turn, and then reading, may each take this long. A request's budget is not the pull's deadline:
+/// when it runs out the desk cancels the task, which ends the reads one by one, while a transfer's deadline closes
+/// the connection under everybody else's.
+const PULL_TIMEOUT: Duration = Duration::from_millis(PULL_TIMEOUT_MS);
+
+/// The release is answered within this time or taken as invalid.
+const CONTROL_TIMEOUT: Duration = Duration::from_millis(CONTROL_TIMEOUT_MS);
 
 /// Everything one pull needs.
 pub(crate) struct Pull {
@@ -31,7 +39,6 @@ pub(crate) struct Pull {
     pub(crate) handle: KvHandle,
     pub(crate) blocks: HeldBlocks,
     pub(crate) places: Arc<Semaphore>,
-    pub(crate) deadline: Instant,
 }
 
 /// What became of it.
@@ -75,20 +82,16 @@ impl Pull {
             handle,
             blocks,
             places,
-            deadline,
             ..
         } = self;
         let from = &handle.worker;
-        let late = |what: &str| {
-            PullFailure::new(
-                FailureCode::PullFailed,
-                format!("{what} from {from}: the deadline passed"),
-            )
-        };
-
-        let _place = match timeout_at(deadline, places.acquire_owned()).await {
+        let _place = match timeout(PULL_TIMEOUT, places.acquire_owned()).await {
             Ok(Ok(place)) => place,
-            Ok(Err(_)) | Err(_) => return Err(late("waiting to pull KV")),
+            Ok(Err(_)) | Err(_) => {
+                let message =
+                    format!("{PULLS_MAX} other pulls kept one from {from} from beginning");
+                return Err(PullFailure::new(FailureCode::PullFailed, message));
+            }
         };
         let valid_blocks = kv.blocks_for(handle.valid_tokens as usize);
         let local = blocks.table().map(|table| table.ids()).unwrap_or_default();
@@ -110,13 +113,12 @@ impl Pull {
             blocks: Arc::new(Mutex::new(blocks)),
             is_done: false,
         };
-        let left = deadline.saturating_duration_since(begun);
         let stats = agent
             .pull(
                 PeerKey(handle.incarnation.0),
                 reads,
                 guard.blocks.clone(),
-                left,
+                PULL_TIMEOUT,
             )
             .await;
         let bytes = match stats {
@@ -124,14 +126,13 @@ impl Pull {
             Err(error) => {
                 let message = format!("pulling KV from {from}: {error}");
                 return Err(PullFailure {
-                    failure: Failure::new(FailureCode::PullFailed, message.clone()),
-                    connection: Some(message),
+                    connection: is_connection_lost(&error).then(|| message.clone()),
+                    failure: Failure::new(FailureCode::PullFailed, message),
                 });
             }
         };
         guard.is_done = true;
 
-        let answer_by = (Instant::now() + Duration::from_millis(CONTROL_TIMEOUT_MS)).min(deadline);
         let invalid = |why: String| {
             PullFailure::new(
                 FailureCode::HandleInvalid,
@@ -139,10 +140,13 @@ impl Pull {
             )
         };
         let payload = encode(&release).map_err(|error| invalid(error.to_string()))?;
-        let answer = timeout_at(answer_by, client.request(release_subject, payload.into()))
-            .await
-            .map_err(|_| invalid("its release was not answered in time".to_owned()))?
-            .map_err(|error| invalid(format!("its release was not answered: {error}")))?;
+        let answer = timeout(
+            CONTROL_TIMEOUT,
+            client.request(release_subject, payload.into()),
+        )
+        .await
+        .map_err(|_| invalid("its release was not answered in time".to_owned()))?
+        .map_err(|error| invalid(format!("its release was not answered: {error}")))?;
         let released: Released =
             decode(&answer.payload).map_err(|error| invalid(error.to_string()))?;
         if !released.valid {
@@ -158,6 +162,24 @@ impl Pull {
             .take()
             .ok_or_else(|| invalid("its blocks are gone".to_owned()))?;
         Ok((blocks, report))
+    }
+}
+
+/// Whether the connection must be made anew; else only this handle was bad.
+fn is_connection_lost(error: &TransferError) -> bool {
+    match error {
+        TransferError::PeerFailed { .. }
+        | TransferError::Deadline { .. }
+        | TransferError::NotConnected(_)
+        | TransferError::Ucx { .. }
+        | TransferError::Stopped => true,
+        TransferError::Bounds { .. }
+        | TransferError::Plan(_)
+        | TransferError::Busy { .. }
+        | TransferError::Descriptor(_)
+        | TransferError::Version { .. }
+        | TransferError::Arena { .. }
+        | TransferError::Library(_) => false,
     }
 }
 

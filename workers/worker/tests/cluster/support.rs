@@ -7,13 +7,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_nats::{Client, Subscriber};
-use baton_engine::{Engine, EngineConfig, Event, FakeConfig, FakeExecutor, NewSequence, ResumedSequence};
+use baton_engine::{
+    Engine, EngineConfig, Event, FakeConfig, FakeExecutor, NewSequence, ResumedSequence,
+};
 use baton_protocol::limits::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, End, FinishReason, FrameItem, Generation,
-    Hello, KvHandle, PROTOCOL_VERSION, PackedTokens, PeerState, PrefillJob, PrefillReply, PullReport, Refusal,
-    Release, Released, RequestId, Role, Sampling, SequenceSpec, TokenFrame, Versioned, WorkerId, decode, encode,
+    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, End, FinishReason, FrameItem,
+    Generation, Hello, KvHandle, PROTOCOL_VERSION, PackedTokens, PeerState, PrefillJob,
+    PrefillReply, PullReport, Refusal, Release, Released, RequestId, Role, Sampling, SequenceSpec,
+    TokenFrame, Versioned, WorkerId, decode, encode,
 };
 use baton_worker::{Device, WorkerConfig, WorkerError};
 use futures::StreamExt;
@@ -40,7 +43,11 @@ pub struct House {
 impl House {
     pub async fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let nats = Command::new(nats_server())
             .args(["-a", "127.0.0.1", "-p", &port.to_string()])
             .stdout(Stdio::null())
@@ -90,7 +97,8 @@ impl Drop for House {
 }
 
 fn nats_server() -> PathBuf {
-    let from_env = |variable: &str| std::env::var_os(variable).map(|dir| PathBuf::from(dir).join("bin"));
+    let from_env =
+        |variable: &str| std::env::var_os(variable).map(|dir| PathBuf::from(dir).join("bin"));
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let path = std::env::var_os("PATH").unwrap_or_default();
     let places = std::env::split_paths(&path)
@@ -109,7 +117,8 @@ pub fn write_model(path: &Path, digit: &str) {
     for name in names {
         std::fs::write(path.join(name), "").unwrap();
     }
-    let file = |name: &str| serde_json::json!({ "name": name, "bytes": 0, "sha256": "0".repeat(64) });
+    let file =
+        |name: &str| serde_json::json!({ "name": name, "bytes": 0, "sha256": "0".repeat(64) });
     let manifest = serde_json::json!({
         "format": 1,
         "name": "tiny",
@@ -146,7 +155,11 @@ impl Worker {
         let signal = async {
             let _ = signal.await;
         };
-        Self { id, shutdown: Some(shutdown), task: tokio::spawn(baton_worker::run(config, signal)) }
+        Self {
+            id,
+            shutdown: Some(shutdown),
+            task: tokio::spawn(baton_worker::run(config, signal)),
+        }
     }
 
     /// Tells it to leave.
@@ -156,7 +169,10 @@ impl Worker {
 
     /// Waits until it has left.
     pub async fn left(self) -> Result<(), WorkerError> {
-        timeout(PATIENCE, self.task).await.expect("it leaves").expect("it does not panic")
+        timeout(PATIENCE, self.task)
+            .await
+            .expect("it leaves")
+            .expect("it does not panic")
     }
 
     pub async fn stop(mut self) {
@@ -165,13 +181,16 @@ impl Worker {
     }
 }
 
+/// Each worker's last beat, and how many there have been.
+type Beats = HashMap<WorkerId, (u64, Beat)>;
+
 /// An API server played by hand.
 pub struct Api {
     pub id: ApiServerId,
     pub client: Client,
     pub cluster: Cluster,
     tokens: Subscriber,
-    beats: watch::Receiver<HashMap<WorkerId, Beat>>,
+    beats: watch::Receiver<Beats>,
     /// Beats of this API server; stopped to play a dead one.
     pub heart: JoinHandle<()>,
     /// What the streams have brought so far.
@@ -196,36 +215,76 @@ impl Api {
         tokio::spawn(async move {
             while let Some(message) = worker_beats.next().await {
                 if let Ok(beat) = decode::<Beat>(&message.payload) {
-                    sender.send_modify(|beats: &mut HashMap<WorkerId, Beat>| drop(beats.insert(beat.worker.clone(), beat)));
+                    sender.send_modify(|beats: &mut Beats| {
+                        let count = beats.get(&beat.worker).map_or(0, |(count, _)| *count);
+                        beats.insert(beat.worker.clone(), (count + 1, beat));
+                    });
                 }
             }
         });
-        let beat = ApiBeat { v: PROTOCOL_VERSION, api_server: id.clone(), in_flight: 0 };
+        let beat = ApiBeat {
+            v: PROTOCOL_VERSION,
+            api_server: id.clone(),
+            in_flight: 0,
+        };
         let (heart_client, subject) = (client.clone(), cluster.api_beat(&id));
         let heart = tokio::spawn(async move {
             loop {
-                let _ = heart_client.publish(subject.clone(), encode(&beat).unwrap().into()).await;
+                let _ = heart_client
+                    .publish(subject.clone(), encode(&beat).unwrap().into())
+                    .await;
                 tokio::time::sleep(Duration::from_millis(BEAT_INTERVAL_MS)).await;
             }
         });
-        Self { id, client, cluster, tokens, beats, heart, streams: HashMap::new() }
+        Self {
+            id,
+            client,
+            cluster,
+            tokens,
+            beats,
+            heart,
+            streams: HashMap::new(),
+        }
     }
 
-    /// Waits for a beat of this worker that fulfils the condition, asking for one again and again.
-    pub async fn until(&mut self, worker: &WorkerId, what: &str, condition: impl Fn(&Beat) -> bool) -> Beat {
-        let hello = Hello { v: PROTOCOL_VERSION, from: self.id.to_string() };
+    /// Waits for a beat of this worker that fulfils the condition, asking for one again and again. The next one may
+    /// have been on its way already, so it does not count.
+    pub async fn until(
+        &mut self,
+        worker: &WorkerId,
+        what: &str,
+        condition: impl Fn(&Beat) -> bool,
+    ) -> Beat {
+        let hello = Hello {
+            v: PROTOCOL_VERSION,
+            from: self.id.to_string(),
+        };
+        let before = self
+            .beats
+            .borrow()
+            .get(worker)
+            .map_or(0, |(count, _)| *count);
+        let holds = |beats: &Beats| {
+            beats
+                .get(worker)
+                .is_some_and(|(count, beat)| *count > before + 1 && condition(beat))
+        };
         let waiting = async {
             loop {
                 self.publish(self.cluster.hello(), &hello).await;
-                let beat = self.beats.wait_for(|beats| beats.get(worker).is_some_and(&condition));
-                if let Ok(beats) = timeout(Duration::from_millis(50), beat).await {
-                    return beats.unwrap()[worker].clone();
+                if let Ok(beats) =
+                    timeout(Duration::from_millis(20), self.beats.wait_for(holds)).await
+                {
+                    return beats.unwrap()[worker].1.clone();
                 }
             }
         };
         match timeout(PATIENCE, waiting).await {
             Ok(beat) => beat,
-            Err(_) => panic!("{worker} never beat {what}: {:?}", self.beats.borrow().get(worker)),
+            Err(_) => panic!(
+                "{worker} never beat {what}: {:?}",
+                self.beats.borrow().get(worker)
+            ),
         }
     }
 
@@ -233,26 +292,48 @@ impl Api {
     pub async fn until_empty(&mut self, worker: &WorkerId) {
         self.until(worker, "empty", |beat| {
             let load = beat.load;
-            load.blocks_used + load.blocks_quarantined + load.leased + load.pulling + load.running + load.waiting == 0
+            load.blocks_used
+                + load.blocks_quarantined
+                + load.leased
+                + load.pulling
+                + load.running
+                + load.waiting
+                == 0
         })
         .await;
     }
 
     pub async fn until_ready(&mut self, decode: &WorkerId, context: &WorkerId) -> Beat {
         self.until(decode, "that it can pull", |beat| {
-            beat.peers.iter().any(|peer| peer.worker == *context && peer.state == PeerState::Ready)
+            beat.peers
+                .iter()
+                .any(|peer| peer.worker == *context && peer.state == PeerState::Ready)
         })
         .await
     }
 
     pub async fn publish<M: Versioned>(&self, subject: String, message: &M) {
-        self.client.publish(subject, encode(message).unwrap().into()).await.unwrap();
+        self.client
+            .publish(subject, encode(message).unwrap().into())
+            .await
+            .unwrap();
         self.client.flush().await.unwrap();
     }
 
     pub async fn request<M: Versioned, R: Versioned>(&self, subject: String, message: &M) -> R {
-        let answer = timeout(PATIENCE, self.client.request(subject, encode(message).unwrap().into()));
-        decode(&answer.await.expect("an answer in time").expect("an answer").payload).unwrap()
+        let answer = timeout(
+            PATIENCE,
+            self.client
+                .request(subject, encode(message).unwrap().into()),
+        );
+        decode(
+            &answer
+                .await
+                .expect("an answer in time")
+                .expect("an answer")
+                .payload,
+        )
+        .unwrap()
     }
 
     pub fn prefill_job(&self, request: RequestId, sequence: &SequenceSpec) -> PrefillJob {
@@ -267,7 +348,12 @@ impl Api {
         }
     }
 
-    pub fn decode_job(&self, request: RequestId, sequence: &SequenceSpec, handle: &KvHandle) -> DecodeJob {
+    pub fn decode_job(
+        &self,
+        request: RequestId,
+        sequence: &SequenceSpec,
+        handle: &KvHandle,
+    ) -> DecodeJob {
         DecodeJob {
             v: PROTOCOL_VERSION,
             request,
@@ -284,8 +370,16 @@ impl Api {
     }
 
     /// A prefill that must succeed.
-    pub async fn staged(&self, worker: &WorkerId, request: RequestId, sequence: &SequenceSpec) -> KvHandle {
-        match self.prefill(worker, &self.prefill_job(request, sequence)).await {
+    pub async fn staged(
+        &self,
+        worker: &WorkerId,
+        request: RequestId,
+        sequence: &SequenceSpec,
+    ) -> KvHandle {
+        match self
+            .prefill(worker, &self.prefill_job(request, sequence))
+            .await
+        {
             PrefillReply::Ready { handle, .. } => *handle,
             other => panic!("not staged: {other:?}"),
         }
@@ -308,7 +402,11 @@ impl Api {
     }
 
     pub async fn abort(&self, worker: &WorkerId, request: RequestId) {
-        let abort = Abort { v: PROTOCOL_VERSION, request, reason: "the test wants it".to_owned() };
+        let abort = Abort {
+            v: PROTOCOL_VERSION,
+            request,
+            reason: "the test wants it".to_owned(),
+        };
         self.publish(self.cluster.abort(worker), &abort).await;
     }
 
@@ -322,14 +420,20 @@ impl Api {
             decode_worker: WorkerId::new("by-hand").unwrap(),
         };
         change(&mut release);
-        self.request::<_, Released>(self.cluster.release(&handle.worker), &release).await.valid
+        self.request::<_, Released>(self.cluster.release(&handle.worker), &release)
+            .await
+            .valid
     }
 
     /// The whole stream of a try: its tokens with gaps refused, what the pull cost, and how it ended.
     pub async fn stream(&mut self, request: RequestId, attempt: u32) -> Stream {
         let key = (request, attempt);
         let waiting = async {
-            while !self.streams.get(&key).is_some_and(|items| items.last().is_some_and(|item| item.end.is_some())) {
+            loop {
+                let last = self.streams.get(&key).and_then(|items| items.last());
+                if last.is_some_and(|item| item.end.is_some()) {
+                    break;
+                }
                 self.take_frame().await;
             }
         };
@@ -337,10 +441,22 @@ impl Api {
             panic!("the stream does not end: {:?}", self.streams.get(&key));
         }
         let items = self.streams.remove(&key).unwrap();
-        let mut stream = Stream { first_index: items[0].index, tokens: Vec::new(), pulled: None, end: None };
+        let mut stream = Stream {
+            first_index: items[0].index,
+            tokens: Vec::new(),
+            pulled: None,
+            end: None,
+        };
         for (i, item) in items.into_iter().enumerate() {
-            assert_eq!(item.index as usize, stream.first_index as usize + stream.tokens.len(), "a gap: {item:?}");
-            assert!(item.pulled.is_none() || i == 0, "the pull is reported first or never");
+            assert_eq!(
+                item.index as usize,
+                stream.first_index as usize + stream.tokens.len(),
+                "a gap: {item:?}"
+            );
+            assert!(
+                item.pulled.is_none() || i == 0,
+                "the pull is reported first or never"
+            );
             stream.tokens.extend(item.tokens.0);
             stream.pulled = stream.pulled.or(item.pulled);
             stream.end = item.end;
@@ -387,7 +503,8 @@ impl Stream {
 
 /// A prompt of this many tokens that no other seed has.
 pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
-    let token = |i: usize| (seed.wrapping_mul(7_919).wrapping_add(i as u32 * 31)) % (VOCAB - 10) + 10;
+    let token =
+        |i: usize| (seed.wrapping_mul(7_919).wrapping_add(i as u32 * 31)) % (VOCAB - 10) + 10;
     SequenceSpec {
         tokens: PackedTokens((0..tokens).map(token).collect()),
         prompt_tokens: tokens as u32,
@@ -403,28 +520,54 @@ pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
 /// What an engine alone makes of a sequence: all its output tokens.
 pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
     let executor = FakeExecutor::new(FakeConfig {
-        kv: baton_protocol::KvGeometry { block_tokens: 8, ..FakeConfig::default().kv },
+        kv: baton_protocol::KvGeometry {
+            block_tokens: 8,
+            ..FakeConfig::default().kv
+        },
         vocab: VOCAB,
         tokens_max: TOKENS_MAX,
         never_emit: vec![EOS],
         ..FakeConfig::default()
     });
-    let config = EngineConfig { step_tokens_max: 4_096, sequences_max: 1, queue_max: 1, prefix_cache: false };
+    let config = EngineConfig {
+        step_tokens_max: 4_096,
+        sequences_max: 1,
+        queue_max: 1,
+        prefix_cache: false,
+    };
     let mut engine = Engine::new(Box::new(executor), config);
     let spec = sequence.clone();
-    engine.submit(NewSequence { key: 1, spec: spec.clone(), prompt_logprobs: None }).unwrap();
+    engine
+        .submit(NewSequence {
+            key: 1,
+            spec: spec.clone(),
+            prompt_logprobs: None,
+        })
+        .unwrap();
     let mut tokens = Vec::new();
     loop {
         for event in engine.step().unwrap() {
             let (sampled, finish) = match event {
-                Event::Prefilled { blocks, sampled, finish, .. } => {
+                Event::Prefilled {
+                    blocks,
+                    sampled,
+                    finish,
+                    ..
+                } => {
                     if finish.is_none() {
-                        let resumed = ResumedSequence { key: 2, spec: spec.clone(), next: sampled.token, blocks };
+                        let resumed = ResumedSequence {
+                            key: 2,
+                            spec: spec.clone(),
+                            next: sampled.token,
+                            blocks,
+                        };
                         engine.resume(resumed).unwrap();
                     }
                     (sampled, finish)
                 }
-                Event::Token { sampled, finish, .. } => (sampled, finish),
+                Event::Token {
+                    sampled, finish, ..
+                } => (sampled, finish),
                 Event::Preempted { .. } => panic!("there is room for one"),
             };
             tokens.push(sampled.token);
@@ -443,4 +586,3 @@ pub fn assert_whole(stream: &Stream, sequence: &SequenceSpec, handle: &KvHandle)
     assert_eq!(stream.tokens, expected[1..], "the other tokens");
     assert_eq!(stream.end, Some(End::Finished(FinishReason::Length)));
 }
-

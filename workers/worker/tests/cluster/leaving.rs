@@ -1,0 +1,189 @@
+//! Ends that nobody asked for: budgets, silent API servers, draining workers.
+
+use std::time::Duration;
+
+use baton_protocol::{
+    DecodeJob, FailureCode, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
+};
+use baton_worker::{Device, WorkerError};
+
+use crate::support::*;
+
+fn slow(house: &House, name: &str, role: Role) -> baton_worker::WorkerConfig {
+    let mut config = house.config(name, role);
+    config.device = Device::Fake {
+        step_micros: 20_000,
+    };
+    config
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_budget_ends_prefill_and_decode() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let both = Worker::start(slow(&house, "both", Role::Both));
+    api.until(&both.id, "at all", |_| true).await;
+    // 2,000 tokens take 32 steps of 20 ms.
+    let job = PrefillJob {
+        budget_ms: 100,
+        ..api.prefill_job(new_request(), &prompt(1, 2_000, 10))
+    };
+    let PrefillReply::Failed { failure, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it went well")
+    };
+    assert_eq!(failure.code, FailureCode::Deadline);
+    api.until_empty(&both.id).await;
+
+    let (request, sequence) = (new_request(), prompt(1, 10, 1_000));
+    let handle = api.staged(&both.id, request, &sequence).await;
+    let job = DecodeJob {
+        budget_ms: 300,
+        ..api.decode_job(request, &sequence, &handle)
+    };
+    api.admitted(&both.id, &job).await;
+    let stream = api.stream(request, 0).await;
+    assert_eq!(stream.failure(), FailureCode::Deadline);
+    assert_eq!(
+        stream.tokens,
+        undisturbed(&sequence)[1..1 + stream.tokens.len()],
+        "what came is right"
+    );
+    api.until_empty(&both.id).await;
+    both.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_api_server_leaves_nothing_behind() {
+    let house = House::new().await;
+    let mut dead = Api::new(&house, "dead").await;
+    let mut alive = Api::new(&house, "alive").await;
+    let both = Worker::start(slow(&house, "both", Role::Both));
+    dead.until(&both.id, "at all", |_| true).await;
+    let sequence = prompt(1, 10, 2_000);
+    dead.staged(&both.id, new_request(), &sequence).await;
+    let decoding = new_request();
+    let handle = dead.staged(&both.id, decoding, &sequence).await;
+    dead.admitted(&both.id, &dead.decode_job(decoding, &sequence, &handle))
+        .await;
+    let kept = alive.staged(&both.id, new_request(), &sequence).await;
+    dead.until(&both.id, "two leases, one running", |beat| {
+        (beat.load.leased, beat.load.running) == (2, 1)
+    })
+    .await;
+    dead.heart.abort();
+    alive
+        .until(&both.id, "only the living one's lease", |beat| {
+            (beat.load.leased, beat.load.running) == (1, 0)
+        })
+        .await;
+    assert!(alive.release(&kept, |_| {}).await);
+    both.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_draining_worker_finishes_and_takes_nothing_new() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let context = Worker::start(house.config("ctx", Role::Context));
+    let mut decode = Worker::start(slow(&house, "dec", Role::Decode));
+    api.until_ready(&decode.id, &context.id).await;
+    let (request, sequence) = (new_request(), prompt(1, 10, 60));
+    let handle = api.staged(&context.id, request, &sequence).await;
+    let (late, late_handle) = (
+        new_request(),
+        api.staged(&context.id, new_request(), &sequence).await,
+    );
+    api.admitted(&decode.id, &api.decode_job(request, &sequence, &handle))
+        .await;
+    api.first_tokens(request).await;
+    decode.signal();
+    api.until(&decode.id, "that it drains", |beat| {
+        beat.state == WorkerState::Draining
+    })
+    .await;
+    assert_eq!(
+        api.refused(&decode.id, &api.decode_job(late, &sequence, &late_handle))
+            .await,
+        Refusal::Draining
+    );
+    assert_whole(&api.stream(request, 0).await, &sequence, &handle);
+    decode.left().await.unwrap();
+
+    // A context worker waits for what it has staged.
+    let mut context = context;
+    context.signal();
+    let beat = api
+        .until(&context.id, "that it drains", |beat| {
+            beat.state == WorkerState::Draining
+        })
+        .await;
+    assert_eq!(beat.load.leased, 1);
+    assert!(api.release(&late_handle, |_| {}).await);
+    context.left().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_that_takes_too_long_hands_the_rest_back() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let mut config = slow(&house, "both", Role::Both);
+    config.drain_ms = 200;
+    config.step_tokens = 16;
+    let mut both = Worker::start(config);
+    api.until(&both.id, "at all", |_| true).await;
+    let (request, sequence) = (new_request(), prompt(1, 10, 2_000));
+    let handle = api.staged(&both.id, request, &sequence).await;
+    api.admitted(&both.id, &api.decode_job(request, &sequence, &handle))
+        .await;
+    api.first_tokens(request).await;
+    let job = api.prefill_job(new_request(), &prompt(2, 2_000, 10));
+    let id = both.id.clone();
+    let prefill = api.prefill(&id, &job);
+    let drain = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        both.signal();
+    };
+    let (reply, ()) = tokio::join!(prefill, drain);
+    let PrefillReply::Failed { failure, .. } = reply else {
+        panic!("{reply:?}")
+    };
+    assert_eq!(failure.code, FailureCode::Draining);
+    let stream = api.stream(request, 0).await;
+    assert_eq!(stream.failure(), FailureCode::Draining);
+    assert_eq!(
+        stream.tokens,
+        undisturbed(&sequence)[1..1 + stream.tokens.len()],
+        "what came is right"
+    );
+    both.left().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_start_says_why() {
+    let house = House::new().await;
+    let run = async |config| Worker::start(config).left().await.unwrap_err();
+    let mut config = house.config("w", Role::Both);
+    config.device = Device::Cuda(0);
+    assert!(
+        run(config)
+            .await
+            .to_string()
+            .contains("no CUDA executor yet")
+    );
+    let mut config = house.config("w", Role::Both);
+    config.model_dir = "/nowhere".into();
+    let error = run(config).await;
+    assert!(matches!(error, WorkerError::Model { .. }), "{error}");
+    let mut config = house.config("w", Role::Both);
+    config.bus.url = "nats://127.0.0.1:1".into();
+    config.bus.connect_wait = Some(Duration::from_millis(500));
+    let error = run(config).await.to_string();
+    assert!(
+        error.contains("nats://127.0.0.1:1 was not reached"),
+        "{error}"
+    );
+    let mut config = house.config("w", Role::Both);
+    config.kv_bytes = Some(10);
+    let error = run(config).await.to_string();
+    assert!(error.contains("hold no block"), "{error}");
+}
