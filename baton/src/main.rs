@@ -1,1 +1,101 @@
-fn main() {}
+//! The one binary of Baton: a subcommand per role, and the tools around them.
+//!
+//! Each subcommand is one file. Here are only the table of them, the logging they share and the rule by which an
+//! error ends the process: one sentence on standard error, exit status 1.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod chat;
+mod logging;
+mod model_prep;
+mod model_source;
+mod shutdown;
+mod sse;
+mod status;
+mod tether;
+mod tuning;
+mod up;
+mod worker;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::logging::LogFormat;
+
+/// Serves large language models with prefill and decode on separate workers.
+#[derive(Parser, Debug)]
+#[command(
+    name = "baton",
+    version,
+    propagate_version = true,
+    max_term_width = 100
+)]
+struct Cli {
+    /// How log lines are written (what is logged: RUST_LOG, default `info`)
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, env = "BATON_LOG_FORMAT")]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Start a whole cluster on this machine: NATS, an API server, context and decode workers
+    Up(Box<up::UpArgs>),
+    /// Run a worker that computes prompts and stages their KV
+    ContextWorker(worker::WorkerArgs),
+    /// Run a worker that pulls KV and generates
+    DecodeWorker(worker::WorkerArgs),
+    /// Run a worker of any role
+    Worker(worker::RoleWorkerArgs),
+    /// Make a model directory from a Hugging Face name, a directory or a GGUF file
+    ModelPrep(model_prep::ModelPrepArgs),
+    /// Show the workers of a running cluster
+    Status(status::StatusArgs),
+    /// Talk to a running cluster
+    Chat(chat::ChatArgs),
+    /// Load a running cluster and measure it
+    Bench(bench::BenchArgs),
+    /// Become PROGRAM, but die with the process that started this one
+    #[command(hide = true)]
+    Tether(tether::TetherArgs),
+}
+
+/// What a subcommand ends with when it fails: a sentence for the person who ran it.
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging::start(cli.log_format);
+    let outcome = match cli.command {
+        Command::Up(args) => up::run(*args, cli.log_format),
+        Command::ContextWorker(args) => worker::run(args, baton_protocol::Role::Context),
+        Command::DecodeWorker(args) => worker::run(args, baton_protocol::Role::Decode),
+        Command::Worker(args) => worker::run_role(args),
+        Command::ModelPrep(args) => model_prep::run(args),
+        Command::Status(args) => status::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Tether(args) => tether::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("baton: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::Cli;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,58 @@
+//! `baton model-prep`: from a model's source to a directory that workers can serve.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use baton_model_prep::{Outcome, PrepareOptions, prepare};
+use clap::Args;
+
+use crate::Failure;
+
+#[derive(Args, Debug)]
+pub struct ModelPrepArgs {
+    /// A friendly name, a Hugging Face name (owner/model), a directory from there, or a GGUF file
+    #[arg(long)]
+    model: String,
+    /// Directory to make
+    #[arg(long)]
+    out: PathBuf,
+    /// Name to serve the model under [default: the source's]
+    #[arg(long)]
+    model_name: Option<String>,
+    /// Ranks to divide the weights over
+    #[arg(long, default_value_t = 1)]
+    tp_size: usize,
+    /// Longest sequence to serve, in tokens [default: the model's own limit]
+    #[arg(long)]
+    max_num_tokens: Option<usize>,
+    /// Most sequences to serve at once [default: left to the worker]
+    #[arg(long)]
+    max_batch_size: Option<usize>,
+    /// Check the source and say what would be made; write nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// Replace a model that is there already
+    #[arg(long)]
+    force: bool,
+}
+
+/// Prepares and says on standard output what was made.
+pub fn run(args: ModelPrepArgs) -> Result<(), Failure> {
+    let report = prepare(PrepareOptions {
+        source: args.model,
+        out: args.out,
+        name: args.model_name,
+        tp_size: args.tp_size,
+        tokens_max: args.max_num_tokens,
+        batch_max: args.max_batch_size,
+        dry_run: args.dry_run,
+        force: args.force,
+    })?;
+    let outcome = match report.outcome {
+        Outcome::Planned => "planned; nothing was written",
+        Outcome::Written => "written",
+        Outcome::AlreadyThere => "there already, and the same",
+    };
+    writeln!(std::io::stdout(), "{}\n{outcome}", report.plan)?;
+    Ok(())
+}

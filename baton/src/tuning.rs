@@ -1,0 +1,59 @@
+//! Sizes of a worker, said to it or to `baton up`, which passes them on.
+
+use std::ffi::OsString;
+
+use clap::Args;
+
+/// What is not said is left to the worker's own defaults.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TuningArgs {
+    /// Memory for KV of each worker, in MiB [default: what a full batch needs, at most 1024]
+    #[arg(long)]
+    pub kv_mib: Option<u64>,
+    /// Tokens of a KV block, the same on all workers
+    #[arg(long)]
+    pub block_tokens: Option<u32>,
+    /// Most tokens of one step: longer prompts are computed in chunks
+    #[arg(long)]
+    pub step_tokens: Option<usize>,
+    /// Most sequences of one step
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Most jobs that may wait; more are refused
+    #[arg(long)]
+    pub queue: Option<usize>,
+    /// Compute every prompt whole, even if its beginning is known
+    #[arg(long)]
+    pub no_prefix_cache: bool,
+    /// Transports for KV, as UCX names them: tcp,self
+    #[arg(long)]
+    pub ucx_tls: Option<String>,
+}
+
+impl TuningArgs {
+    /// The same again, as a command line.
+    pub fn to_args(&self) -> Vec<OsString> {
+        let mut args = Vec::new();
+        let mut add = |flag: &str, value: Option<String>| {
+            if let Some(value) = value {
+                args.extend([OsString::from(flag), value.into()]);
+            }
+        };
+        add("--kv-mib", self.kv_mib.map(|value| value.to_string()));
+        add(
+            "--block-tokens",
+            self.block_tokens.map(|value| value.to_string()),
+        );
+        add(
+            "--step-tokens",
+            self.step_tokens.map(|value| value.to_string()),
+        );
+        add("--batch", self.batch.map(|value| value.to_string()));
+        add("--queue", self.queue.map(|value| value.to_string()));
+        add("--ucx-tls", self.ucx_tls.clone());
+        if self.no_prefix_cache {
+            args.push("--no-prefix-cache".into());
+        }
+        args
+    }
+}

@@ -1,0 +1,201 @@
+//! `baton context-worker`, `decode-worker` and `worker --role`: one worker of a cluster.
+
+use std::path::PathBuf;
+
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{Role, WorkerId};
+use baton_worker::{BusConfig, WorkerConfig};
+use clap::{Args, ValueEnum};
+
+use crate::Failure;
+use crate::shutdown::Shutdown;
+use crate::tuning::TuningArgs;
+
+#[derive(Args, Debug)]
+pub struct WorkerArgs {
+    /// Model directory, as `baton model-prep` makes it
+    #[arg(long)]
+    model: PathBuf,
+    /// NATS server: nats://HOST:PORT
+    #[arg(
+        long,
+        default_value = "nats://127.0.0.1:4222",
+        env = "BATON_REQUEST_PLANE_URI"
+    )]
+    request_plane_uri: String,
+    /// File with NATS credentials (JWT and key)
+    #[arg(long)]
+    request_plane_credentials: Option<PathBuf>,
+    /// Name of the cluster to join
+    #[arg(long, default_value = "baton")]
+    cluster: String,
+    /// Name of this worker, its own in the cluster [default: role, host and process id]
+    #[arg(long)]
+    worker_name: Option<String>,
+    /// What to compute on: cpu, cuda:N or fake
+    #[arg(long, default_value = "cpu")]
+    device: String,
+    /// Compute threads [default: one for each CPU]
+    #[arg(long, default_value_t = 0, hide_default_value = true)]
+    threads: usize,
+    /// Time for requests under way to finish at the end, in seconds
+    #[arg(long)]
+    drain_s: Option<u64>,
+    #[command(flatten)]
+    tuning: TuningArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct RoleWorkerArgs {
+    /// What it does
+    #[arg(long, value_enum)]
+    role: RoleArg,
+    #[command(flatten)]
+    worker: WorkerArgs,
+}
+
+/// A worker's role on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RoleArg {
+    /// Computes prompts and stages their KV
+    Context,
+    /// Pulls KV and generates
+    Decode,
+    /// Does both: unsplit serving
+    Both,
+}
+
+/// Runs a worker of the role that the command line names.
+pub fn run_role(args: RoleWorkerArgs) -> Result<(), Failure> {
+    let role = match args.role {
+        RoleArg::Context => Role::Context,
+        RoleArg::Decode => Role::Decode,
+        RoleArg::Both => Role::Both,
+    };
+    run(args.worker, role)
+}
+
+/// Runs a worker until a signal comes and it has drained.
+pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
+    let config = config(args, role)?;
+    tokio::runtime::Builder::new_multi_thread()
+        // The bus is all that Tokio carries here; computing and moving KV have threads of their own.
+        .worker_threads(1)
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let mut shutdown = Shutdown::catch()?;
+            let drain = async move {
+                let signal = shutdown.requested().await;
+                tracing::info!("{signal}: draining");
+            };
+            Ok(baton_worker::run(config, drain).await?)
+        })
+}
+
+fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
+    let name = args.worker_name.unwrap_or_else(|| default_name(role));
+    let worker = WorkerId::new(name).map_err(|error| format!("--worker-name: {error}"))?;
+    let cluster = Cluster::new(args.cluster).map_err(|error| format!("--cluster: {error}"))?;
+    let mut config = WorkerConfig::new(worker, role, args.model, cluster);
+    config.bus = BusConfig {
+        url: args.request_plane_uri,
+        credentials: args.request_plane_credentials,
+        ..BusConfig::default()
+    };
+    config.device = args.device.parse()?;
+    config.threads = args.threads;
+    if let Some(seconds) = args.drain_s {
+        config.drain_ms = seconds.saturating_mul(1000);
+    }
+    apply(args.tuning, &mut config);
+    Ok(config)
+}
+
+fn apply(tuning: TuningArgs, config: &mut WorkerConfig) {
+    if let Some(mib) = tuning.kv_mib {
+        config.kv_bytes = Some(mib << 20);
+    }
+    config.block_tokens = tuning.block_tokens.unwrap_or(config.block_tokens);
+    config.step_tokens = tuning.step_tokens.unwrap_or(config.step_tokens);
+    config.batch = tuning.batch.unwrap_or(config.batch);
+    config.queue = tuning.queue.unwrap_or(config.queue);
+    config.prefix_cache = !tuning.no_prefix_cache;
+    config.ucx_tls = tuning.ucx_tls;
+}
+
+/// Tells workers of one cluster apart, and says where to look for this one.
+fn default_name(role: Role) -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = host
+        .trim()
+        .replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "-");
+    format!("{}-{host}-{}", role.label(), std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        worker: WorkerArgs,
+    }
+
+    fn parse<'a>(line: impl IntoIterator<Item = &'a str>) -> WorkerConfig {
+        let line = ["w", "--model", "/m"].into_iter().chain(line);
+        config(Line::parse_from(line).worker, Role::Decode).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_said_is_left_to_the_worker() {
+        let config = parse([]);
+        let worker = WorkerId::new("w").unwrap();
+        let default = WorkerConfig::new(worker, Role::Decode, "/m", Cluster::new("baton").unwrap());
+        assert_eq!(
+            format!(
+                "{:?}",
+                WorkerConfig {
+                    worker: config.worker.clone(),
+                    ..default
+                }
+            ),
+            format!("{config:?}")
+        );
+        assert!(
+            config.worker.as_str().starts_with("decode-"),
+            "{}",
+            config.worker
+        );
+    }
+
+    #[test]
+    fn tuning_survives_being_passed_on() {
+        let line = "--kv-mib 64 --block-tokens 16 --step-tokens 128 --batch 4 --queue 9 --ucx-tls tcp,self --no-prefix-cache";
+        let args =
+            Line::parse_from(["w", "--model", "/m"].into_iter().chain(line.split(' '))).worker;
+        let passed: Vec<_> = args
+            .tuning
+            .to_args()
+            .into_iter()
+            .map(|arg| arg.into_string().unwrap())
+            .collect();
+        assert_eq!(passed.join(" "), line);
+        let config = parse(passed.iter().map(String::as_str));
+        assert_eq!(
+            (
+                config.kv_bytes,
+                config.block_tokens,
+                config.step_tokens,
+                config.batch,
+                config.queue,
+                config.prefix_cache
+            ),
+            (Some(64 << 20), 16, 128, 4, 9, false)
+        );
+        assert_eq!(config.ucx_tls.as_deref(), Some("tcp,self"));
+    }
+}
