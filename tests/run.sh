@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# Installs what is missing and runs every test; CI runs exactly this. All steps run even if one fails.
+#
+#   tests/run.sh                 everything
+#   tests/run.sh lint rust       only these steps: lint, rust, python, container, quickstart
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+root=$PWD
+
+passed=0 failed=()
+# usage: step NAME COMMAND...
+step() {
+  local name=$1 started=$SECONDS
+  shift
+  echo "=== $name"
+  if "$@"; then
+    passed=$((passed + 1))
+    echo "=== $name: passed in $((SECONDS - started)) s"
+  else
+    failed+=("$name")
+    echo "=== $name: FAILED after $((SECONDS - started)) s"
+  fi
+}
+
+wants() {
+  local step=$1 asked
+  shift
+  [ $# -eq 0 ] && return 0
+  for asked in "$@"; do [ "$asked" = "$step" ] && return 0; done
+  return 1
+}
+for asked in "$@"; do
+  case "$asked" in
+    lint | rust | python | container | quickstart) ;;
+    *) echo "tests/run.sh: there is no step '$asked'" >&2; exit 2 ;;
+  esac
+done
+
+# CI starts from a fresh clone; what dependencies compile to is kept for the next. It starts over when it has grown.
+if [ -n "${CI:-}" ] && [ -z "${CARGO_TARGET_DIR:-}" ]; then
+  export CARGO_TARGET_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/baton-ci/target
+  mkdir -p "$CARGO_TARGET_DIR"
+  gigabytes=$(du -s --block-size=1G "$CARGO_TARGET_DIR" | cut -f 1)
+  [ "$gigabytes" -lt 20 ] || rm -rf "$CARGO_TARGET_DIR"
+fi
+target=${CARGO_TARGET_DIR:-$root/target}
+
+shell_checks() {
+  local scripts
+  mapfile -t scripts < <(git ls-files --cached --others --exclude-standard -- '*.sh' .ci/run)
+  local script
+  for script in "${scripts[@]}"; do bash -n "$script" || return 1; done
+  shellcheck --external-sources "${scripts[@]}"
+}
+
+documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet; }
+
+install_missing() {
+  # The packages before the environment: a python3 that can make one may be among them.
+  container/install-deps.sh run build python test && examples/venv.sh tests/requirements.txt
+}
+
+# Nothing after this makes sense without it.
+install_missing || { echo "0 passed, 1 failed"; exit 1; }
+# The tests find nats-server, the model and Python here, whatever else the machine has.
+export PATH="$root/.venv/bin:$PATH"
+# Real processes of the tests are this binary, the one that users build.
+export BATON_BINARY="$target/release/baton"
+
+if wants lint "$@"; then
+  step "shell scripts" shell_checks
+  step "format" cargo fmt --all --check
+  step "clippy" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+  step "documentation" documentation
+fi
+if wants rust "$@" || wants python "$@" || wants container "$@"; then
+  step "release build" cargo build --locked --release --package baton --quiet
+fi
+if wants rust "$@"; then
+  step "Rust tests" cargo test --locked --workspace --quiet
+fi
+if wants python "$@"; then
+  step "Python client" python -m pytest --quiet tests/python
+fi
+if wants container "$@"; then
+  step "container" tests/container.sh
+fi
+if wants quickstart "$@"; then
+  quickstart() {
+    local answer
+    answer=$(examples/quickstart.sh --once "What is the capital of France?") || return 1
+    echo "the answer: $answer"
+    [[ $answer == *Paris* ]]
+  }
+  step "quickstart" quickstart
+fi
+
+for name in "${failed[@]}"; do echo "failed: $name"; done
+echo "$passed passed, ${#failed[@]} failed"
+[ ${#failed[@]} -eq 0 ]
