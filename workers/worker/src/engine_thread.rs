@@ -168,6 +168,7 @@ impl EngineHandle {
                 load: thread_load,
                 decoding: HashMap::new(),
                 items: Vec::new(),
+                unsaid: Vec::new(),
                 checked: true,
             };
             thread.run();
@@ -226,6 +227,8 @@ struct EngineThread {
     decoding: HashMap<u64, Decoding>,
     /// Items of the step or command under way.
     items: Vec<(ApiServerId, FrameItem)>,
+    /// Events of the step or command under way.
+    unsaid: Vec<EngineEvent>,
     /// Pools were checked since the last work.
     checked: bool,
 }
@@ -487,8 +490,8 @@ impl EngineThread {
             self.end_decoding(key, End::Failed(failure));
         }
         self.report_load();
-        self.flush();
         self.say(EngineEvent::Failed { message });
+        self.flush();
     }
 
     /// Whenever it has nothing to do, the pools must add up.
@@ -516,13 +519,18 @@ impl EngineThread {
             .store(load.waiting_tokens as u32, Ordering::Relaxed);
     }
 
+    /// Hands over what steps and commands made: tokens first, so whoever hears that a sequence left can rely
+    /// on its last token being on its way.
     fn flush(&mut self) {
         self.tokens.push(std::mem::take(&mut self.items));
+        for event in self.unsaid.drain(..) {
+            // The desk never waits for this thread, so this cannot wait for ever; without a desk nobody listens.
+            let _ = self.events.blocking_send(event);
+        }
     }
 
-    /// The desk never waits for this thread, so this cannot wait for ever; without a desk nobody listens.
-    fn say(&self, event: EngineEvent) {
-        let _ = self.events.blocking_send(event);
+    fn say(&mut self, event: EngineEvent) {
+        self.unsaid.push(event);
     }
 }
 

@@ -198,12 +198,14 @@ pub async fn run(
         leases,
         ..
     } = desk;
-    drop((pulls, links, leases, outbox));
+    drop((pulls, links, leases));
     blocking("ending the engine", move || {
         engine.shutdown();
         Ok(())
     })
     .await?;
+    // The publisher ends with its last outbox, and not before the engine said its last.
+    drop(outbox);
     if timeout(FAREWELL, &mut publisher).await.is_err() {
         tracing::warn!("the last messages did not reach the bus in time");
         publisher.abort();

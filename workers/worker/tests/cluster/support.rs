@@ -438,7 +438,8 @@ impl Api {
             }
         };
         if timeout(PATIENCE, waiting).await.is_err() {
-            panic!("the stream does not end: {:?}", self.streams.get(&key));
+            let last = self.streams.get(&key).and_then(|items| items.last());
+            panic!("the stream does not end after {last:?}");
         }
         let items = self.streams.remove(&key).unwrap();
         let mut stream = Stream {
