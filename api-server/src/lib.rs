@@ -1,1 +1,27 @@
-//! Placeholder.
+//! The API server: OpenAI's HTTP API in front of a cluster of context and decode workers.
+//!
+//! A request's way through the modules: [`http`] takes it in, [`openai`] checks it, [`template`] and
+//! [`tokenizer`] make token ids of it, [`driver`] carries it through its [`lifecycle`] with workers that
+//! the [`router`] picks from the [`membership`], over the [`bus`]; tokens come back through
+//! [`detokenize`] and [`stop`] and leave as server-sent events or as one answer.
+#![forbid(unsafe_code)]
+
+mod bus;
+mod config;
+mod detokenize;
+mod driver;
+mod error;
+mod http;
+mod lifecycle;
+mod membership;
+mod metrics;
+mod openai;
+mod router;
+mod server;
+mod stop;
+mod template;
+mod tokenizer;
+
+pub use config::{ApiServerConfig, Limits};
+pub use error::{ApiServerError, ErrorKind, Row};
+pub use server::run;

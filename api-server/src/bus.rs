@@ -1,0 +1,407 @@
+//! The NATS side: requests with deadlines, the one subscription for tokens, and membership beats.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_nats::{Client, ConnectOptions, Event as NatsEvent, RequestErrorKind};
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{
+    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, FrameItem, Hello, PROTOCOL_VERSION,
+    PrefillJob, PrefillReply, ProtocolError, RequestId, TokenFrame, Versioned, decode, encode,
+    limits,
+};
+use futures::StreamExt;
+use tokio::sync::Notify;
+
+use crate::error::ApiServerError;
+use crate::lifecycle::{NoReply, Target};
+
+/// Messages a subscription may hold before NATS drops some. Drops are noticed by their numbers.
+const SUBSCRIPTION_CAPACITY: usize = 65_536;
+
+/// How long the first connection may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What may happen to a generation from outside.
+#[derive(Debug)]
+pub enum Event {
+    /// Its share of a token frame.
+    Item(FrameItem),
+    /// A worker is gone.
+    WorkerLost(Target),
+    /// The bus lost messages: frames may be missing without a gap to show for it.
+    FramesLost,
+    /// The client left.
+    ClientLeft,
+}
+
+/// Events on their way to one generation's driver. Nothing is dropped; the number of tokens bounds it.
+#[derive(Debug, Default)]
+pub struct Inbox {
+    events: Mutex<Vec<Event>>,
+    notify: Notify,
+}
+
+impl Inbox {
+    /// Adds an event and wakes the driver if it was idle.
+    pub fn push(&self, event: Event) {
+        let was_empty = {
+            let mut events = lock(&self.events);
+            events.push(event);
+            events.len() == 1
+        };
+        if was_empty {
+            self.notify.notify_one();
+        }
+    }
+
+    /// Waits for events and swaps them into `into`, which is empty.
+    pub async fn take(&self, into: &mut Vec<Event>) {
+        loop {
+            std::mem::swap(&mut *lock(&self.events), into);
+            if !into.is_empty() {
+                return;
+            }
+            self.notify.notified().await;
+        }
+    }
+}
+
+/// The inboxes of all generations in flight.
+#[derive(Debug, Default)]
+pub struct Registry {
+    inboxes: Mutex<HashMap<RequestId, Arc<Inbox>>>,
+}
+
+impl Registry {
+    /// Adds a generation; it is removed when the guard is dropped.
+    pub fn register(self: &Arc<Self>, request: RequestId, inbox: Arc<Inbox>) -> Registered {
+        lock(&self.inboxes).insert(request, inbox);
+        Registered {
+            registry: Arc::clone(self),
+            request,
+        }
+    }
+
+    /// Generations in flight.
+    pub fn len(&self) -> usize {
+        lock(&self.inboxes).len()
+    }
+
+    /// Hands every item of a frame to its generation.
+    pub fn dispatch(&self, frame: TokenFrame) {
+        let inboxes = lock(&self.inboxes);
+        for item in frame.items {
+            if let Some(inbox) = inboxes.get(&item.request) {
+                inbox.push(Event::Item(item));
+            }
+        }
+    }
+
+    /// Tells every generation.
+    pub fn broadcast(&self, event: impl Fn() -> Event) {
+        lock(&self.inboxes)
+            .values()
+            .for_each(|inbox| inbox.push(event()));
+    }
+}
+
+/// Keeps a generation in the registry.
+#[derive(Debug)]
+pub struct Registered {
+    registry: Arc<Registry>,
+    request: RequestId,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        lock(&self.registry.inboxes).remove(&self.request);
+    }
+}
+
+/// What beats and connection events are reported to.
+pub trait Watcher: Send + Sync + 'static {
+    /// A worker beat.
+    fn beat(&self, beat: Beat, now: Instant);
+    /// An API server beat.
+    fn api_beat(&self, beat: ApiBeat, now: Instant);
+    /// Time to look for who fell silent.
+    fn sweep(&self, now: Instant);
+    /// Generations in flight, for our own beat.
+    fn in_flight(&self) -> u32;
+    /// Messages that could not be read, or were dropped, by kind.
+    fn bus_fault(&self, kind: &'static str);
+}
+
+/// The connection.
+#[derive(Clone)]
+pub struct Bus {
+    client: Client,
+    cluster: Cluster,
+    name: ApiServerId,
+    runtime: tokio::runtime::Handle,
+    connected: Arc<AtomicBool>,
+}
+
+impl Bus {
+    /// Connects. Later breaks of the connection are mended in the background.
+    ///
+    /// # Errors
+    /// [`ApiServerError::Bus`] if there is no server, or it refuses.
+    pub async fn connect(
+        url: &str,
+        credentials: Option<&std::path::Path>,
+        cluster: Cluster,
+        name: ApiServerId,
+        registry: Arc<Registry>,
+    ) -> Result<Self, ApiServerError> {
+        let fault = |error: &dyn std::fmt::Display| {
+            ApiServerError::Bus(format!(
+                "cannot connect to NATS at {url}: {error}; start nats-server or correct --request-plane-uri"
+            ))
+        };
+        let connected = Arc::new(AtomicBool::new(true));
+        let flag = Arc::clone(&connected);
+        let mut options = ConnectOptions::new()
+            .name(format!("baton api-server {name}"))
+            .subscription_capacity(SUBSCRIPTION_CAPACITY)
+            .client_capacity(8192)
+            .connection_timeout(CONNECT_TIMEOUT)
+            .reconnect_delay_callback(|attempts| {
+                Duration::from_millis((50 * attempts as u64).min(1_000))
+            })
+            .event_callback(move |event| {
+                on_event(&event, &flag, &registry);
+                std::future::ready(())
+            });
+        if let Some(path) = credentials {
+            options = options.credentials_file(path).await.map_err(|error| {
+                ApiServerError::Bus(format!("NATS credentials {}: {error}", path.display()))
+            })?;
+        }
+        let connect = tokio::time::timeout(CONNECT_TIMEOUT, options.connect(url));
+        let client = match connect.await {
+            Ok(Ok(client)) => client,
+            Ok(Err(error)) => return Err(fault(&error)),
+            Err(_) => return Err(fault(&"no answer within 10 s")),
+        };
+        Ok(Self {
+            client,
+            cluster,
+            name,
+            runtime: tokio::runtime::Handle::current(),
+            connected,
+        })
+    }
+
+    /// Whether the connection stands.
+    pub fn connected(&self) -> bool {
+        self.connected.load(Ordering::Relaxed)
+            && self.client.connection_state() == async_nats::connection::State::Connected
+    }
+
+    /// Asks a context worker. The answer comes when the prompt has been run.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn prefill(
+        &self,
+        to: &Target,
+        job: &PrefillJob,
+        timeout: Duration,
+    ) -> Result<PrefillReply, NoReply> {
+        self.request(self.cluster.prefill(&to.worker), job, timeout)
+            .await
+    }
+
+    /// Asks a decode worker. The answer comes at once.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn decode(
+        &self,
+        to: &Target,
+        job: &DecodeJob,
+        timeout: Duration,
+    ) -> Result<DecodeReply, NoReply> {
+        self.request(self.cluster.decode(&to.worker), job, timeout)
+            .await
+    }
+
+    async fn request<M: Versioned, R: Versioned>(
+        &self,
+        subject: String,
+        message: &M,
+        timeout: Duration,
+    ) -> Result<R, NoReply> {
+        let payload = encode(message).map_err(|error| match error {
+            ProtocolError::TooLarge { bytes, .. } => NoReply::TooLarge {
+                bytes,
+                bytes_max: limits::MESSAGE_BYTES_MAX,
+            },
+            other => NoReply::Broken(other.to_string()),
+        })?;
+        let bytes = payload.len();
+        let request = async_nats::Request::new()
+            .payload(payload.into())
+            .timeout(Some(timeout));
+        match self.client.send_request(subject, request).await {
+            Ok(reply) => decode(&reply.payload).map_err(|error| NoReply::Broken(error.to_string())),
+            Err(error) => Err(match error.kind() {
+                RequestErrorKind::NoResponders => NoReply::NoResponders,
+                RequestErrorKind::TimedOut => NoReply::TimedOut,
+                RequestErrorKind::MaxPayloadExceeded => NoReply::TooLarge {
+                    bytes,
+                    bytes_max: self.client.max_payload(),
+                },
+                _ => NoReply::Broken(error.to_string()),
+            }),
+        }
+    }
+
+    /// Tells a worker to drop a request. Does not wait: it works from a destructor too.
+    pub fn abort(&self, target: &Target, request: RequestId, reason: &str) {
+        let subject = self.cluster.abort(&target.worker);
+        let abort = Abort {
+            v: PROTOCOL_VERSION,
+            request,
+            reason: reason.to_owned(),
+        };
+        let Ok(payload) = encode(&abort) else { return };
+        let client = self.client.clone();
+        self.runtime.spawn(async move {
+            if let Err(error) = client.publish(subject.clone(), payload.into()).await {
+                tracing::warn!(subject, %error, "abort not sent");
+            }
+        });
+    }
+
+    /// Subscribes to tokens and beats, asks everybody to beat, and serves both until the task is dropped.
+    ///
+    /// # Errors
+    /// [`ApiServerError::Bus`] if a subscription fails.
+    pub async fn serve<W: Watcher>(
+        &self,
+        registry: Arc<Registry>,
+        watcher: Arc<W>,
+    ) -> Result<Vec<tokio::task::JoinHandle<()>>, ApiServerError> {
+        let fault = |error: &dyn std::fmt::Display| {
+            ApiServerError::Bus(format!("NATS subscription: {error}"))
+        };
+        let subscribe = |subject: String| async move {
+            self.client
+                .subscribe(subject)
+                .await
+                .map_err(|error| fault(&error))
+        };
+        let mut tokens = subscribe(self.cluster.tokens(&self.name)).await?;
+        let mut beats = subscribe(self.cluster.beats()).await?;
+        let mut api_beats = subscribe(self.cluster.api_beats()).await?;
+        let mut hellos = subscribe(self.cluster.hello()).await?;
+
+        let on_tokens = Arc::clone(&watcher);
+        let token_task = tokio::spawn(async move {
+            while let Some(message) = tokens.next().await {
+                match decode::<TokenFrame>(&message.payload) {
+                    Ok(frame) => registry.dispatch(frame),
+                    Err(error) => {
+                        tracing::warn!(%error, "unreadable token frame");
+                        on_tokens.bus_fault("frame_unreadable");
+                        registry.broadcast(|| Event::FramesLost);
+                    }
+                }
+            }
+        });
+
+        let bus = self.clone();
+        let beat_task = tokio::spawn(async move {
+            let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
+            let mut sweep = tokio::time::interval(Duration::from_millis(250));
+            bus.hello().await;
+            loop {
+                tokio::select! {
+                    Some(message) = beats.next() => match decode::<Beat>(&message.payload) {
+                        Ok(beat) => watcher.beat(beat, Instant::now()),
+                        Err(error) => {
+                            tracing::warn!(subject = %message.subject, %error, "unreadable beat");
+                            watcher.bus_fault("beat_unreadable");
+                        }
+                    },
+                    Some(message) = api_beats.next() => {
+                        if let Ok(beat) = decode::<ApiBeat>(&message.payload) {
+                            watcher.api_beat(beat, Instant::now());
+                        }
+                    }
+                    Some(_) = hellos.next() => bus.beat(watcher.in_flight()).await,
+                    _ = tick.tick() => bus.beat(watcher.in_flight()).await,
+                    _ = sweep.tick() => {
+                        // While the bus is down silence says nothing about the workers.
+                        if bus.connected() {
+                            watcher.sweep(Instant::now());
+                        }
+                    }
+                }
+            }
+        });
+        Ok(vec![token_task, beat_task])
+    }
+
+    async fn hello(&self) {
+        let hello = Hello {
+            v: PROTOCOL_VERSION,
+            from: self.name.to_string(),
+        };
+        self.publish(self.cluster.hello(), &hello).await;
+    }
+
+    async fn beat(&self, in_flight: u32) {
+        let beat = ApiBeat {
+            v: PROTOCOL_VERSION,
+            api_server: self.name.clone(),
+            in_flight,
+        };
+        self.publish(self.cluster.api_beat(&self.name), &beat).await;
+    }
+
+    async fn publish<M: Versioned>(&self, subject: String, message: &M) {
+        let Ok(payload) = encode(message) else { return };
+        if let Err(error) = self.client.publish(subject.clone(), payload.into()).await {
+            tracing::warn!(subject, %error, "not published");
+        }
+    }
+
+    /// Sends what is buffered and closes the connection.
+    pub async fn close(&self) {
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.flush()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.drain()).await;
+    }
+}
+
+fn on_event(event: &NatsEvent, connected: &AtomicBool, registry: &Registry) {
+    match event {
+        NatsEvent::Connected => {
+            connected.store(true, Ordering::Relaxed);
+            tracing::info!("bus connected");
+        }
+        NatsEvent::Disconnected | NatsEvent::Closed => {
+            connected.store(false, Ordering::Relaxed);
+            tracing::warn!("bus disconnected");
+            registry.broadcast(|| Event::FramesLost);
+        }
+        NatsEvent::SlowConsumer(id) => {
+            tracing::warn!(
+                subscription = id,
+                "bus dropped messages: this server is too slow"
+            );
+            registry.broadcast(|| Event::FramesLost);
+        }
+        other => tracing::warn!(event = %other, "bus event"),
+    }
+}
+
+/// Locks; a panic elsewhere while it was held leaves plain data that is still whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,93 @@
+//! What an API server is told at start.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_protocol::limits::REQUEST_BUDGET_MS;
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{ApiServerId, ProtocolError};
+use tokio::sync::oneshot;
+
+/// Settings of one API server.
+pub struct ApiServerConfig {
+    /// Its name on the bus; one of its own in the cluster.
+    pub name: ApiServerId,
+    /// The cluster it serves.
+    pub cluster: Cluster,
+    /// `nats://host:port`.
+    pub nats_url: String,
+    /// A NATS credentials file.
+    pub nats_credentials: Option<PathBuf>,
+    /// Name under which clients ask for the model; `None` takes the manifest's.
+    pub model_name: Option<String>,
+    /// A prepared model directory: manifest, tokenizer, chat template and generation defaults.
+    pub tokenizer: PathBuf,
+    /// Address to listen on.
+    pub host: String,
+    /// Port to listen on; 0 picks a free one.
+    pub port: u16,
+    /// Time a request may take from its arrival to its last token.
+    pub request_budget: Duration,
+    /// Bounds on what clients may ask for.
+    pub limits: Limits,
+    /// Told the bound address once requests are served.
+    pub on_ready: Option<oneshot::Sender<SocketAddr>>,
+}
+
+impl ApiServerConfig {
+    /// A configuration with defaults: cluster `baton`, local NATS, 127.0.0.1:8000.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Name`] for a name that cannot be a subject token.
+    pub fn new(
+        name: impl Into<String>,
+        cluster: impl Into<String>,
+        tokenizer: impl Into<PathBuf>,
+    ) -> Result<Self, ProtocolError> {
+        Ok(Self {
+            name: ApiServerId::new(name)?,
+            cluster: Cluster::new(cluster)?,
+            nats_url: "nats://127.0.0.1:4222".to_owned(),
+            nats_credentials: None,
+            model_name: None,
+            tokenizer: tokenizer.into(),
+            host: "127.0.0.1".to_owned(),
+            port: 8000,
+            request_budget: Duration::from_millis(u64::from(REQUEST_BUDGET_MS)),
+            limits: Limits::default(),
+            on_ready: None,
+        })
+    }
+}
+
+/// Bounds on what clients may ask for.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Largest request body.
+    pub body_bytes_max: usize,
+    /// Generations (choices) in flight; more are answered 429.
+    pub in_flight_max: usize,
+    /// Most choices of one request: `n`, times the number of prompts.
+    pub choices_max: usize,
+    /// Most stop strings of one request.
+    pub stops_max: usize,
+    /// HTTP threads. One carries tens of thousands of tokens a second.
+    pub http_threads: usize,
+    /// Time that requests in flight get to finish at shutdown.
+    pub drain: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            body_bytes_max: 16 << 20,
+            in_flight_max: 4096,
+            choices_max: 128,
+            stops_max: 16,
+            http_threads: (cores / 4).clamp(1, 8),
+            drain: Duration::from_secs(10),
+        }
+    }
+}

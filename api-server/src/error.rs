@@ -1,0 +1,234 @@
+//! Everything a client can be told went wrong, and the one table that says how.
+
+use std::fmt;
+
+/// Kind of an error. [`ErrorKind::row`] holds status, code, retryability and metric label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// The request is not what the API takes.
+    InvalidRequest,
+    /// Prompt and output do not fit the model.
+    ContextLength,
+    /// The HTTP body is over the bound.
+    BodyTooLarge,
+    /// The prompt does not fit one message on the bus.
+    JobTooLarge,
+    /// No such model.
+    UnknownModel,
+    /// No such path.
+    UnknownPath,
+    /// The path takes another method.
+    Method,
+    /// This API server has its bound of requests in flight.
+    TooManyRequests,
+    /// Every worker refused for want of room.
+    Busy,
+    /// No worker is there to do it.
+    NoWorker,
+    /// The bus is not connected.
+    Bus,
+    /// The request's time ran out.
+    Deadline,
+    /// Workers failed, and so did the retries.
+    Worker,
+    /// A defect of this server.
+    Internal,
+    /// The client left; nobody reads the answer.
+    ClientLeft,
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// HTTP status.
+    pub status: u16,
+    /// OpenAI's `type`.
+    pub kind: &'static str,
+    /// OpenAI's `code`.
+    pub code: Option<&'static str>,
+    /// Whether the same request may succeed later.
+    pub retryable: bool,
+    /// Metric label.
+    pub label: &'static str,
+}
+
+impl ErrorKind {
+    /// All kinds, for metrics and tests.
+    pub const ALL: [Self; 15] = [
+        Self::InvalidRequest,
+        Self::ContextLength,
+        Self::BodyTooLarge,
+        Self::JobTooLarge,
+        Self::UnknownModel,
+        Self::UnknownPath,
+        Self::Method,
+        Self::TooManyRequests,
+        Self::Busy,
+        Self::NoWorker,
+        Self::Bus,
+        Self::Deadline,
+        Self::Worker,
+        Self::Internal,
+        Self::ClientLeft,
+    ];
+
+    /// The table.
+    pub const fn row(self) -> Row {
+        const BAD: &str = "invalid_request_error";
+        const OVERLOAD: &str = "overloaded_error";
+        const SERVER: &str = "server_error";
+        let (status, kind, code, retryable, label) = match self {
+            Self::InvalidRequest => (400, BAD, None, false, "invalid_request"),
+            Self::ContextLength => (
+                400,
+                BAD,
+                Some("context_length_exceeded"),
+                false,
+                "context_length",
+            ),
+            Self::BodyTooLarge => (413, BAD, Some("body_too_large"), false, "body_too_large"),
+            Self::JobTooLarge => (413, BAD, Some("prompt_too_large"), false, "job_too_large"),
+            Self::UnknownModel => (404, BAD, Some("model_not_found"), false, "unknown_model"),
+            Self::UnknownPath => (404, BAD, Some("not_found"), false, "unknown_path"),
+            Self::Method => (405, BAD, Some("method_not_allowed"), false, "method"),
+            Self::TooManyRequests => (
+                429,
+                OVERLOAD,
+                Some("too_many_requests"),
+                true,
+                "too_many_requests",
+            ),
+            Self::Busy => (503, OVERLOAD, Some("busy"), true, "busy"),
+            Self::NoWorker => (503, SERVER, Some("no_worker"), true, "no_worker"),
+            Self::Bus => (503, SERVER, Some("bus_unavailable"), true, "bus"),
+            Self::Deadline => (504, SERVER, Some("deadline_exceeded"), true, "deadline"),
+            Self::Worker => (502, SERVER, Some("worker_failed"), true, "worker"),
+            Self::Internal => (500, SERVER, Some("internal_error"), false, "internal"),
+            Self::ClientLeft => (499, SERVER, Some("client_left"), false, "client_left"),
+        };
+        Row {
+            status,
+            kind,
+            code,
+            retryable,
+            label,
+        }
+    }
+}
+
+/// An error on its way to a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError {
+    /// Kind.
+    pub kind: ErrorKind,
+    /// What is wrong and what to do, as a sentence.
+    pub message: String,
+    /// The request's parameter at fault.
+    pub param: Option<String>,
+    /// When it may be worth asking again.
+    pub retry_after_ms: Option<u32>,
+}
+
+impl ApiError {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        let retry_after_ms = kind.row().retryable.then_some(1_000);
+        Self {
+            kind,
+            message: message.into(),
+            param: None,
+            retry_after_ms,
+        }
+    }
+
+    /// A parameter with a wrong value.
+    pub fn param(param: impl Into<String>, message: impl Into<String>) -> Self {
+        let param = Some(param.into());
+        Self {
+            param,
+            ..Self::new(ErrorKind::InvalidRequest, message)
+        }
+    }
+
+    /// The same with another time to wait.
+    #[must_use]
+    pub fn retry_after(mut self, ms: u32) -> Self {
+        self.retry_after_ms = Some(ms);
+        self
+    }
+
+    /// OpenAI's error body.
+    pub fn body(&self) -> String {
+        let row = self.kind.row();
+        serde_json::json!({"error": {
+            "message": self.message,
+            "type": row.kind,
+            "param": self.param,
+            "code": row.code,
+        }})
+        .to_string()
+    }
+}
+
+impl fmt::Display for ApiError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+/// Why the API server could not start or had to stop.
+#[derive(Debug)]
+pub enum ApiServerError {
+    /// The model directory cannot be used.
+    Model(String),
+    /// The bus cannot be reached.
+    Bus(String),
+    /// The address cannot be listened on.
+    Listen(String),
+    /// The HTTP server failed.
+    Http(String),
+}
+
+impl fmt::Display for ApiServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Model(text) | Self::Bus(text) | Self::Listen(text) | Self::Http(text) => {
+                f.write_str(text)
+            }
+        }
+    }
+}
+
+impl std::error::Error for ApiServerError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_unique_and_only_overload_and_failures_are_retryable() {
+        let mut labels: Vec<_> = ErrorKind::ALL.iter().map(|kind| kind.row().label).collect();
+        labels.sort_unstable();
+        labels.dedup();
+        assert_eq!(labels.len(), ErrorKind::ALL.len());
+        for kind in ErrorKind::ALL {
+            let row = kind.row();
+            assert_eq!(
+                row.retryable,
+                row.status == 429 || row.status > 501,
+                "{kind:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_body_has_openais_shape() {
+        let body = ApiError::param("n", "n must be at least 1").body();
+        let value: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(value["error"]["param"], "n");
+        assert_eq!(value["error"]["type"], "invalid_request_error");
+        assert!(value["error"]["code"].is_null());
+    }
+}

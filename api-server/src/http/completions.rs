@@ -1,0 +1,157 @@
+//! The two endpoints that generate: from the body to prompts in tokens.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use actix_web::{HttpRequest, HttpResponse, web};
+
+use super::answer::{Prepared, answer};
+use super::body;
+use super::respond::error_response;
+use super::status::unknown_model;
+use crate::error::{ApiError, ErrorKind};
+use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt};
+use crate::server::Server;
+use crate::tokenizer::INLINE_BYTES_MAX;
+
+/// Output tokens of a text completion that names none: OpenAI's.
+const COMPLETION_TOKENS: u32 = 16;
+
+/// `POST /v1/chat/completions`.
+pub async fn chat(
+    server: web::Data<Server>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> HttpResponse {
+    let server = server.into_inner();
+    respond(&server.clone(), try_chat(server, request, payload).await)
+}
+
+/// `POST /v1/completions`.
+pub async fn text(
+    server: web::Data<Server>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> HttpResponse {
+    let server = server.into_inner();
+    respond(&server.clone(), try_text(server, request, payload).await)
+}
+
+fn respond(server: &Server, outcome: Result<HttpResponse, ApiError>) -> HttpResponse {
+    outcome.unwrap_or_else(|error| {
+        let label = error.kind.row().label;
+        tracing::debug!(reason = label, %error, "request refused");
+        server
+            .metrics
+            .errors_total
+            .with_label_values(&[label])
+            .inc();
+        error_response(&error)
+    })
+}
+
+async fn try_chat(
+    server: Arc<Server>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
+    let arrived = Instant::now();
+    let body = body::read(&request, payload, server.limits.body_bytes_max).await?;
+    let ChatRequest { params, messages } =
+        ChatRequest::parse(&body, &server.model.defaults, &server.limits)?;
+    check_model(&server, &params)?;
+    let large = body.len() > INLINE_BYTES_MAX;
+    let tokens = on_thread(&server, large, move |server| {
+        let refused = |message| ApiError::param("messages", message);
+        let text = server.model.render_chat(&messages).map_err(refused)?;
+        server.model.encode(&text, false).map_err(refused)
+    })
+    .await?;
+    let generation = params.generation(&server.model, tokens.len(), None)?;
+    let prepared = Prepared {
+        tokens: tokens.into(),
+        generation,
+        echo: None,
+    };
+    answer(server, ApiKind::Chat, params, vec![prepared], arrived).await
+}
+
+async fn try_text(
+    server: Arc<Server>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> Result<HttpResponse, ApiError> {
+    let arrived = Instant::now();
+    let body = body::read(&request, payload, server.limits.body_bytes_max).await?;
+    let CompletionRequest {
+        params,
+        prompts,
+        echo,
+    } = CompletionRequest::parse(&body, &server.model.defaults, &server.limits)?;
+    check_model(&server, &params)?;
+    let large = body.len() > INLINE_BYTES_MAX;
+    let wanted = params.clone();
+    let prepared = on_thread(&server, large, move |server| {
+        prompts
+            .into_iter()
+            .map(|prompt| prepare(server, &wanted, prompt, echo))
+            .collect()
+    })
+    .await?;
+    answer(server, ApiKind::Completion, params, prepared, arrived).await
+}
+
+fn prepare(
+    server: &Server,
+    params: &Params,
+    prompt: Prompt,
+    echo: bool,
+) -> Result<Prepared, ApiError> {
+    let model = &server.model;
+    let tokens = match &prompt {
+        Prompt::Text(text) => model
+            .encode(text, true)
+            .map_err(|message| ApiError::param("prompt", message))?,
+        Prompt::Tokens(tokens) => tokens.clone(),
+    };
+    if tokens.is_empty() {
+        return Err(ApiError::param("prompt", "prompt has no tokens"));
+    }
+    let vocabulary = model.vocabulary.len();
+    if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
+        let message = format!("prompt names token {token}; the vocabulary has {vocabulary}");
+        return Err(ApiError::param("prompt", message));
+    }
+    let generation = params.generation(model, tokens.len(), Some(COMPLETION_TOKENS))?;
+    let echo = echo.then(|| match prompt {
+        Prompt::Text(text) => text,
+        Prompt::Tokens(_) => model.text(&tokens),
+    });
+    Ok(Prepared {
+        tokens: tokens.into(),
+        generation,
+        echo,
+    })
+}
+
+fn check_model(server: &Server, params: &Params) -> Result<(), ApiError> {
+    match &params.model {
+        Some(name) if *name != server.model_name => Err(unknown_model(server, name)),
+        Some(_) => Ok(()),
+        None => Err(ApiError::param("model", "model is required")),
+    }
+}
+
+/// Runs what takes long for a large body on a thread of its own, and the rest here.
+async fn on_thread<T: Send + 'static>(
+    server: &Arc<Server>,
+    large: bool,
+    work: impl FnOnce(&Server) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    if !large {
+        return work(server);
+    }
+    let server = Arc::clone(server);
+    let outcome = web::block(move || work(&server)).await;
+    outcome.unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "a thread was lost")))
+}

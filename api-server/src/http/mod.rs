@@ -1,0 +1,77 @@
+//! HTTP: routes, bodies, answers.
+
+mod answer;
+mod body;
+mod choice;
+mod completions;
+mod respond;
+mod sse;
+mod status;
+
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix_web::dev::Server as HttpServerHandle;
+use actix_web::{App, HttpServer, web};
+
+use crate::error::{ApiError, ErrorKind};
+use crate::server::Server;
+use respond::error_response;
+
+/// Starts the HTTP threads on this listener.
+///
+/// # Errors
+/// If the listener cannot be used.
+pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<HttpServerHandle> {
+    let threads = server.limits.http_threads;
+    let drain = server.limits.drain.as_secs();
+    let app = move || {
+        App::new()
+            .app_data(web::Data::from(Arc::clone(&server)))
+            .service(only(
+                web::resource("/v1/chat/completions").route(web::post().to(completions::chat)),
+            ))
+            .service(only(
+                web::resource("/v1/completions").route(web::post().to(completions::text)),
+            ))
+            .service(only(
+                web::resource("/v1/models").route(web::get().to(status::models)),
+            ))
+            .service(only(
+                web::resource("/v1/models/{model:.*}").route(web::get().to(status::model)),
+            ))
+            .service(only(
+                web::resource("/health").route(web::get().to(status::health)),
+            ))
+            .service(only(
+                web::resource("/live").route(web::get().to(status::live)),
+            ))
+            .service(only(
+                web::resource("/metrics").route(web::get().to(status::metrics)),
+            ))
+            .service(only(
+                web::resource("/cluster").route(web::get().to(status::cluster)),
+            ))
+            .default_service(web::to(status::unknown_path))
+    };
+    Ok(HttpServer::new(app)
+        .workers(threads)
+        .tcp_nodelay(true)
+        // A client that closes its side has left: whatever runs for it is dropped at once.
+        .h1_allow_half_closed(false)
+        .keep_alive(Duration::from_secs(75))
+        .client_request_timeout(Duration::from_secs(15))
+        .shutdown_timeout(drain)
+        .disable_signals()
+        .listen(listener)?
+        .run())
+}
+
+/// Other methods on a known path are told so.
+fn only(resource: actix_web::Resource) -> actix_web::Resource {
+    resource.default_service(web::to(|request: actix_web::HttpRequest| async move {
+        let message = format!("{} does not take {}", request.path(), request.method());
+        error_response(&ApiError::new(ErrorKind::Method, message))
+    }))
+}

@@ -1,0 +1,206 @@
+//! Server-sent events: what the choices of one request write, and the response body that carries it.
+//! Both live on one HTTP thread. Whatever has gathered since the last write leaves in one piece.
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use actix_web::body::{BodySize, MessageBody};
+use bytes::Bytes;
+
+use crate::bus::{Event, Inbox};
+use crate::error::ApiError;
+use crate::openai::{Shape, Usage};
+
+/// A stream says something at least this often, also to notice that nobody listens any more.
+const KEEP_ALIVE: Duration = Duration::from_millis(500);
+
+/// The stream of one request, between its choices and its body.
+pub struct Outbox {
+    inner: RefCell<Inner>,
+}
+
+struct Inner {
+    bytes: Vec<u8>,
+    waker: Option<Waker>,
+    open_choices: usize,
+    usage: Usage,
+    /// Something was written already, so a failure can only be told in the stream.
+    started: bool,
+    failure: Option<ApiError>,
+    ended: bool,
+}
+
+impl Outbox {
+    /// An outbox for this many choices over prompts of this many tokens.
+    pub fn new(choices: usize, prompt_tokens: u64) -> Rc<Self> {
+        let usage = Usage {
+            prompt: prompt_tokens,
+            ..Usage::default()
+        };
+        Rc::new(Self {
+            inner: RefCell::new(Inner {
+                bytes: Vec::new(),
+                waker: None,
+                open_choices: choices,
+                usage,
+                started: false,
+                failure: None,
+                ended: false,
+            }),
+        })
+    }
+
+    /// Appends to the stream.
+    pub fn write(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut inner = self.inner.borrow_mut();
+        if inner.ended {
+            return;
+        }
+        inner.started = true;
+        write(&mut inner.bytes);
+        inner.wake();
+    }
+
+    /// A choice has ended; after the last one the stream does.
+    pub fn choice_done(&self, usage: Usage, shape: &Shape) {
+        let mut inner = self.inner.borrow_mut();
+        inner.usage.completion += usage.completion;
+        inner.usage.cached = inner.usage.cached.max(usage.cached);
+        inner.open_choices -= 1;
+        if inner.open_choices == 0 && !inner.ended {
+            let usage = inner.usage;
+            shape.done(usage, &mut inner.bytes);
+            inner.ended = true;
+        }
+        inner.wake();
+    }
+
+    /// A choice failed, and with it the request.
+    pub fn fail(&self, error: ApiError) {
+        let mut inner = self.inner.borrow_mut();
+        if inner.ended {
+            return;
+        }
+        if inner.started {
+            Shape::error_event(&error, &mut inner.bytes);
+        } else {
+            inner.failure = Some(error);
+        }
+        inner.ended = true;
+        inner.wake();
+    }
+
+    /// Waits until the stream has begun, or has failed before it did, but not longer than `patience`.
+    ///
+    /// # Errors
+    /// The failure: it can still become a status.
+    pub async fn begun(&self, patience: Duration) -> Result<(), ApiError> {
+        let first = std::future::poll_fn(|cx| {
+            let mut inner = self.inner.borrow_mut();
+            if let Some(error) = inner.failure.take() {
+                return Poll::Ready(Err(error));
+            }
+            if inner.started {
+                return Poll::Ready(Ok(()));
+            }
+            inner.waker = Some(cx.waker().clone());
+            Poll::Pending
+        });
+        let outcome = tokio::time::timeout(patience, first)
+            .await
+            .unwrap_or(Ok(()));
+        // From here on the status is sent.
+        self.inner.borrow_mut().started = true;
+        outcome
+    }
+}
+
+impl Inner {
+    fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+/// Tells the drivers of a request that its client left, when it is dropped. After the end nobody hears it.
+pub struct Presence(pub Vec<Arc<Inbox>>);
+
+impl Drop for Presence {
+    fn drop(&mut self) {
+        self.0
+            .iter()
+            .for_each(|inbox| inbox.push(Event::ClientLeft));
+    }
+}
+
+/// The body of a streamed response. Dropping it, as happens when the client leaves, ends the request.
+pub struct SseBody {
+    outbox: Rc<Outbox>,
+    _presence: Presence,
+    timer: Pin<Box<tokio::time::Sleep>>,
+    last_write: Instant,
+}
+
+impl SseBody {
+    /// The body that empties this outbox.
+    pub fn new(outbox: Rc<Outbox>, presence: Presence) -> Self {
+        let timer = Box::pin(tokio::time::sleep(KEEP_ALIVE));
+        Self {
+            outbox,
+            _presence: presence,
+            timer,
+            last_write: Instant::now(),
+        }
+    }
+}
+
+impl MessageBody for SseBody {
+    type Error = Infallible;
+
+    fn size(&self) -> BodySize {
+        BodySize::Stream
+    }
+
+    fn poll_next(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, Self::Error>>> {
+        let this = self.get_mut();
+        let mut inner = this.outbox.inner.borrow_mut();
+        if !inner.bytes.is_empty() {
+            this.last_write = Instant::now();
+            let bytes = std::mem::take(&mut inner.bytes);
+            return Poll::Ready(Some(Ok(Bytes::from(bytes))));
+        }
+        if inner.ended {
+            return Poll::Ready(None);
+        }
+        if !inner
+            .waker
+            .as_ref()
+            .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
+            inner.waker = Some(cx.waker().clone());
+        }
+        drop(inner);
+        while this.timer.as_mut().poll(cx).is_ready() {
+            // Writes do not touch the timer: it looks for itself how long the last one is ago.
+            let due = this.last_write + KEEP_ALIVE;
+            let now = Instant::now();
+            if now >= due {
+                this.last_write = now;
+                this.timer.as_mut().reset((now + KEEP_ALIVE).into());
+                return Poll::Ready(Some(Ok(Bytes::from_static(b": keep-alive\n\n"))));
+            }
+            this.timer.as_mut().reset(due.into());
+        }
+        Poll::Pending
+    }
+}

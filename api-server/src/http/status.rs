@@ -1,0 +1,134 @@
+//! What can be asked about the server and the cluster.
+
+use std::time::Instant;
+
+use actix_web::http::{StatusCode, header};
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::{Value, json};
+
+use super::respond::{self, error_response};
+use crate::error::{ApiError, ErrorKind};
+use crate::membership::Member;
+use crate::server::Server;
+
+/// `GET /v1/models`.
+pub async fn models(server: web::Data<Server>) -> HttpResponse {
+    let body = json!({"object": "list", "data": [model_object(&server)]});
+    respond::json(StatusCode::OK, body.to_string())
+}
+
+/// `GET /v1/models/{model}`.
+pub async fn model(server: web::Data<Server>, name: web::Path<String>) -> HttpResponse {
+    if *name == server.model_name {
+        respond::json(StatusCode::OK, model_object(&server).to_string())
+    } else {
+        error_response(&unknown_model(&server, &name))
+    }
+}
+
+/// The error for a model that is not served here.
+pub fn unknown_model(server: &Server, name: &str) -> ApiError {
+    let short: String = name.chars().take(100).collect();
+    let message = format!(
+        "the model {short:?} does not exist here; this server has {:?}",
+        server.model_name
+    );
+    let param = Some("model".to_owned());
+    ApiError {
+        param,
+        ..ApiError::new(ErrorKind::UnknownModel, message)
+    }
+}
+
+fn model_object(server: &Server) -> Value {
+    json!({
+        "id": server.model_name,
+        "object": "model",
+        "created": server.started_unix,
+        "owned_by": "baton",
+        "max_model_len": server.model.tokens_max,
+    })
+}
+
+/// `GET /health`: 200 if a request could be served now, else 503 with the reasons.
+pub async fn health(server: web::Data<Server>) -> HttpResponse {
+    let faults = server.faults();
+    let (status, word) = match faults.is_empty() {
+        true => (StatusCode::OK, "ok"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+    };
+    let body = json!({"status": word, "reasons": faults, "in_flight": server.registry.len()});
+    respond::json(status, body.to_string())
+}
+
+/// `GET /live`: the process answers.
+pub async fn live() -> HttpResponse {
+    respond::json(StatusCode::OK, json!({"status": "live"}).to_string())
+}
+
+/// `GET /metrics`.
+pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
+    match server
+        .metrics
+        .render(&server.fleet().members, Instant::now())
+    {
+        Ok(text) => HttpResponse::Ok()
+            .insert_header((header::CONTENT_TYPE, "text/plain; version=0.0.4"))
+            .body(text),
+        Err(error) => error_response(&ApiError::new(
+            ErrorKind::Internal,
+            format!("metrics: {error}"),
+        )),
+    }
+}
+
+/// `GET /cluster`: everything known of workers and API servers.
+pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
+    let now = Instant::now();
+    let faults = server.faults();
+    let fleet = server.fleet();
+    let mut workers: Vec<&Member> = fleet.members.workers().collect();
+    workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
+    let mut api_servers: Vec<_> = fleet.members.api_servers().collect();
+    api_servers.sort_unstable_by(|a, b| a.api_server.cmp(&b.api_server));
+    let body = json!({
+        "cluster": server.cluster,
+        "api_server": server.name,
+        "model": {"name": server.model_name, "fingerprint": server.model.fingerprint,
+                  "tokens_max": server.model.tokens_max},
+        "healthy": faults.is_empty(),
+        "reasons": faults,
+        "workers": workers.iter().map(|member| worker_object(member, now)).collect::<Vec<_>>(),
+        "api_servers": api_servers.iter()
+            .map(|beat| json!({"api_server": beat.api_server, "in_flight": beat.in_flight}))
+            .collect::<Vec<_>>(),
+    });
+    respond::json(StatusCode::OK, body.to_string())
+}
+
+fn worker_object(member: &Member, now: Instant) -> Value {
+    let beat = &member.beat;
+    json!({
+        "worker": beat.worker,
+        "incarnation": beat.incarnation,
+        "role": beat.role,
+        "state": member.state(now),
+        "silent_ms": member.silent(now).as_millis() as u64,
+        "device": beat.device,
+        "transport": beat.transport,
+        "model": beat.model,
+        "kv": beat.kv,
+        "load": beat.load,
+        "capacity": beat.capacity,
+        "peers": beat.peers,
+    })
+}
+
+/// Any other path.
+pub async fn unknown_path(request: HttpRequest) -> HttpResponse {
+    let path: String = request.path().chars().take(200).collect();
+    error_response(&ApiError::new(
+        ErrorKind::UnknownPath,
+        format!("there is nothing at {path}"),
+    ))
+}

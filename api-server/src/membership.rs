@@ -1,0 +1,243 @@
+//! Who is in the cluster: soft state, made of the last beat of each worker.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use baton_protocol::limits::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
+use baton_protocol::{
+    ApiBeat, ApiServerId, Beat, ModelFingerprint, PeerState, Role, WorkerId, WorkerState,
+};
+
+use crate::lifecycle::Target;
+
+const SUSPECT_AFTER: Duration = Duration::from_millis(SUSPECT_AFTER_MS);
+const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
+
+/// Most workers that are remembered; beats of others are ignored.
+const WORKERS_MAX: usize = 4096;
+
+/// A worker and when it was last heard.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its last beat.
+    pub beat: Beat,
+    /// When that came.
+    pub seen: Instant,
+}
+
+impl Member {
+    /// This life of the worker.
+    pub fn target(&self) -> Target {
+        Target {
+            worker: self.beat.worker.clone(),
+            incarnation: self.beat.incarnation,
+        }
+    }
+
+    /// How long it has been silent.
+    pub fn silent(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.seen)
+    }
+
+    /// Whether it may get new jobs.
+    pub fn serves(&self, model: &ModelFingerprint, now: Instant) -> bool {
+        self.beat.state == WorkerState::Serving
+            && self.beat.model.fingerprint == *model
+            && self.silent(now) < SUSPECT_AFTER
+    }
+
+    /// Its state in words: what it says, or that it fell silent.
+    pub fn state(&self, now: Instant) -> &'static str {
+        match self.beat.state {
+            _ if self.silent(now) >= SUSPECT_AFTER => "suspect",
+            WorkerState::Serving => "serving",
+            WorkerState::Draining => "draining",
+            WorkerState::Failed => "failed",
+        }
+    }
+
+    /// Whether it can take over KV that `context` holds.
+    pub fn reaches(&self, context: &Target) -> bool {
+        let own = self.beat.role == Role::Both && self.target() == *context;
+        own || self.beat.peers.iter().any(|peer| {
+            peer.state == PeerState::Ready
+                && peer.worker == context.worker
+                && peer.incarnation == context.incarnation
+        })
+    }
+}
+
+/// All workers and API servers heard of lately.
+#[derive(Debug, Default)]
+pub struct Membership {
+    workers: HashMap<WorkerId, Member>,
+    api_servers: HashMap<ApiServerId, (ApiBeat, Instant)>,
+}
+
+impl Membership {
+    /// Takes a beat in; the older life if this is a new one of a known worker.
+    pub fn beat(&mut self, beat: Beat, now: Instant) -> Option<Target> {
+        if self.workers.len() >= WORKERS_MAX && !self.workers.contains_key(&beat.worker) {
+            return None;
+        }
+        let name = beat.worker.clone();
+        let incarnation = beat.incarnation;
+        let old = self.workers.insert(name, Member { beat, seen: now })?;
+        (old.beat.incarnation != incarnation).then(|| old.target())
+    }
+
+    /// Takes an API server's beat in.
+    pub fn api_beat(&mut self, beat: ApiBeat, now: Instant) {
+        if self.api_servers.len() < WORKERS_MAX || self.api_servers.contains_key(&beat.api_server) {
+            self.api_servers
+                .insert(beat.api_server.clone(), (beat, now));
+        }
+    }
+
+    /// Forgets who was silent for too long, and returns the workers among them.
+    pub fn sweep(&mut self, now: Instant) -> Vec<Target> {
+        let gone = |seen: Instant| now.saturating_duration_since(seen) >= GONE_AFTER;
+        self.api_servers.retain(|_, (_, seen)| !gone(*seen));
+        let lost: Vec<Target> = self
+            .workers
+            .values()
+            .filter(|m| gone(m.seen))
+            .map(Member::target)
+            .collect();
+        self.workers.retain(|_, member| !gone(member.seen));
+        lost
+    }
+
+    /// The worker of this name.
+    pub fn worker(&self, worker: &WorkerId) -> Option<&Member> {
+        self.workers.get(worker)
+    }
+
+    /// All workers.
+    pub fn workers(&self) -> impl Iterator<Item = &Member> {
+        self.workers.values()
+    }
+
+    /// All API servers.
+    pub fn api_servers(&self) -> impl Iterator<Item = &ApiBeat> {
+        self.api_servers.values().map(|(beat, _)| beat)
+    }
+
+    /// Why requests for this model cannot be served now; empty if they can.
+    pub fn faults(&self, model: &ModelFingerprint, now: Instant) -> Vec<&'static str> {
+        let serving: Vec<_> = self
+            .workers
+            .values()
+            .filter(|m| m.serves(model, now))
+            .collect();
+        let contexts: Vec<_> = serving.iter().filter(|m| m.beat.role.prefills()).collect();
+        let decoders: Vec<_> = serving.iter().filter(|m| m.beat.role.decodes()).collect();
+        let mut faults = Vec::new();
+        if contexts.is_empty() {
+            faults.push("no context worker serves the model");
+        }
+        if decoders.is_empty() {
+            faults.push("no decode worker serves the model");
+        }
+        let road = contexts
+            .iter()
+            .any(|c| decoders.iter().any(|d| d.reaches(&c.target())));
+        if faults.is_empty() && !road {
+            faults.push("no decode worker can read KV from a context worker");
+        }
+        faults
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use baton_protocol::{
+        Capacity, Incarnation, KvDtype, KvGeometry, Load, ModelInfo, PROTOCOL_VERSION, PeerHealth,
+    };
+
+    pub(crate) fn fingerprint() -> ModelFingerprint {
+        ModelFingerprint::new("ab".repeat(32)).unwrap()
+    }
+
+    pub(crate) fn beat(name: &str, role: Role, peers: &[&str]) -> Beat {
+        Beat {
+            v: PROTOCOL_VERSION,
+            worker: WorkerId::new(name).unwrap(),
+            incarnation: Incarnation(1),
+            role,
+            state: WorkerState::Serving,
+            model: ModelInfo {
+                name: "m".to_owned(),
+                fingerprint: fingerprint(),
+                tokens_max: 2048,
+                vocab: 100,
+            },
+            kv: KvGeometry {
+                layout: KvGeometry::LAYOUT,
+                dtype: KvDtype::Bf16,
+                block_tokens: 16,
+                kv_heads: 1,
+                layers: 1,
+                head_dim: 2,
+            },
+            device: "test".to_owned(),
+            load: Load::default(),
+            capacity: Capacity {
+                blocks: 100,
+                batch: 8,
+                queue: 8,
+            },
+            peers: peers
+                .iter()
+                .map(|peer| PeerHealth {
+                    worker: WorkerId::new(*peer).unwrap(),
+                    incarnation: Incarnation(1),
+                    state: PeerState::Ready,
+                    transport: "tcp".to_owned(),
+                    gigabytes_per_second: 1.0,
+                    error: None,
+                })
+                .collect(),
+            transport: String::new(),
+        }
+    }
+
+    #[test]
+    fn silence_makes_suspect_then_gone() {
+        let start = Instant::now();
+        let mut members = Membership::default();
+        members.beat(beat("c", Role::Context, &[]), start);
+        let suspect = start + SUSPECT_AFTER;
+        let member = members.worker(&WorkerId::new("c").unwrap()).unwrap();
+        assert!(member.serves(&fingerprint(), start));
+        assert!(!member.serves(&fingerprint(), suspect));
+        assert_eq!(member.state(suspect), "suspect");
+        assert!(members.sweep(suspect).is_empty());
+        assert_eq!(members.sweep(start + GONE_AFTER).len(), 1);
+        assert_eq!(members.workers().count(), 0);
+    }
+
+    #[test]
+    fn a_restart_loses_the_old_life() {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        assert_eq!(members.beat(beat("c", Role::Context, &[]), now), None);
+        let mut reborn = beat("c", Role::Context, &[]);
+        reborn.incarnation = Incarnation(2);
+        let lost = members.beat(reborn, now).unwrap();
+        assert_eq!(lost.incarnation, Incarnation(1));
+    }
+
+    #[test]
+    fn health_names_what_is_missing() {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        assert_eq!(members.faults(&fingerprint(), now).len(), 2);
+        members.beat(beat("c", Role::Context, &[]), now);
+        members.beat(beat("d", Role::Decode, &[]), now);
+        assert_eq!(members.faults(&fingerprint(), now).len(), 1);
+        members.beat(beat("d", Role::Decode, &["c"]), now);
+        assert!(members.faults(&fingerprint(), now).is_empty());
+    }
+}

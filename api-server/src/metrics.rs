@@ -1,0 +1,186 @@
+//! Every metric of the API server, by name.
+
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+
+use crate::membership::Membership;
+
+/// Counters and histograms.
+pub struct Metrics {
+    registry: Registry,
+    /// From a request's arrival to its first token.
+    pub ttft_seconds: Histogram,
+    /// Between tokens of one generation.
+    pub inter_token_seconds: Histogram,
+    /// A prompt's wait on its context worker.
+    pub queue_seconds: Histogram,
+    /// A pull, release included.
+    pub kv_pull_seconds: Histogram,
+    /// Bytes of a pull.
+    pub kv_pull_bytes: Histogram,
+    /// Generations in flight.
+    pub requests_in_flight: IntGauge,
+    /// Generations that ended, by outcome.
+    pub requests_total: IntCounterVec,
+    /// Errors told to clients, by reason.
+    pub errors_total: IntCounterVec,
+    /// Generations begun anew, by reason.
+    pub retries_total: IntCounterVec,
+    /// Faults of the bus, by kind.
+    pub bus_faults_total: IntCounterVec,
+    /// Tokens, by kind: prompt, cached, output.
+    pub tokens_total: IntCounterVec,
+}
+
+impl Metrics {
+    /// A registry with all of them.
+    ///
+    /// # Errors
+    /// If a name or a label is not one Prometheus takes.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let histogram = |name: &str, help: &str, buckets: Vec<f64>| {
+            let metric = Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let counters = |name: &str, help: &str, label: &str| {
+            let metric = IntCounterVec::new(Opts::new(name, help), &[label])?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let seconds = |start: f64, count| prometheus::exponential_buckets(start, 2.0, count);
+        let in_flight = IntGauge::new("baton_requests_in_flight", "Generations in flight.")?;
+        registry.register(Box::new(in_flight.clone()))?;
+        Ok(Self {
+            ttft_seconds: histogram(
+                "baton_ttft_seconds",
+                "From a request's arrival to its first token.",
+                seconds(0.001, 17)?,
+            )?,
+            inter_token_seconds: histogram(
+                "baton_inter_token_seconds",
+                "Between tokens of one generation.",
+                seconds(0.000_1, 16)?,
+            )?,
+            queue_seconds: histogram(
+                "baton_queue_seconds",
+                "A prompt's wait on its context worker.",
+                seconds(0.000_5, 17)?,
+            )?,
+            kv_pull_seconds: histogram(
+                "baton_kv_pull_seconds",
+                "A KV pull, from the first read to the release answered.",
+                seconds(0.000_1, 17)?,
+            )?,
+            kv_pull_bytes: histogram(
+                "baton_kv_pull_bytes",
+                "Bytes of a KV pull.",
+                prometheus::exponential_buckets(65_536.0, 4.0, 10)?,
+            )?,
+            requests_in_flight: in_flight,
+            requests_total: counters(
+                "baton_requests_total",
+                "Generations that ended, by outcome.",
+                "outcome",
+            )?,
+            errors_total: counters("baton_errors_total", "Errors told to clients.", "reason")?,
+            retries_total: counters(
+                "baton_retries_total",
+                "Generations begun anew, by reason.",
+                "reason",
+            )?,
+            bus_faults_total: counters("baton_bus_faults_total", "Faults of the bus.", "kind")?,
+            tokens_total: counters("baton_tokens_total", "Tokens, by kind.", "kind")?,
+            registry,
+        })
+    }
+
+    /// Prometheus' text format, with the load of every worker as it last told.
+    ///
+    /// # Errors
+    /// If the registry cannot be written.
+    pub fn render(&self, members: &Membership, now: Instant) -> Result<String, prometheus::Error> {
+        let mut bytes = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut bytes)?;
+        let mut text = String::from_utf8_lossy(&bytes).into_owned();
+        worker_gauges(members, now, &mut text);
+        Ok(text)
+    }
+}
+
+/// One gauge per number of a beat. They come from membership as it is, so a worker that left leaves none.
+fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
+    type Read = fn(&baton_protocol::Beat) -> f64;
+    let gauges: [(&str, &str, Read); 12] = [
+        ("waiting", "Sequences waiting for their first step.", |b| {
+            b.load.waiting.into()
+        }),
+        ("running", "Sequences in the running batch.", |b| {
+            b.load.running.into()
+        }),
+        ("waiting_tokens", "Prompt tokens not yet run.", |b| {
+            b.load.waiting_tokens.into()
+        }),
+        ("leased", "Staged handles.", |b| b.load.leased.into()),
+        ("pulling", "Pulls under way.", |b| b.load.pulling.into()),
+        ("blocks_used", "Blocks held.", |b| b.load.blocks_used.into()),
+        ("blocks_cached", "Blocks kept for their prefix.", |b| {
+            b.load.blocks_cached.into()
+        }),
+        ("blocks_quarantined", "Blocks of broken transfers.", |b| {
+            b.load.blocks_quarantined.into()
+        }),
+        ("blocks_capacity", "Blocks of the arena.", |b| {
+            b.capacity.blocks.into()
+        }),
+        ("batch_capacity", "Sequences in one batch.", |b| {
+            b.capacity.batch.into()
+        }),
+        ("queue_capacity", "Jobs that may wait.", |b| {
+            b.capacity.queue.into()
+        }),
+        (
+            "peers_ready",
+            "Context workers that KV can be pulled from.",
+            |b| {
+                let ready =
+                    |p: &&baton_protocol::PeerHealth| p.state == baton_protocol::PeerState::Ready;
+                b.peers.iter().filter(ready).count() as f64
+            },
+        ),
+    ];
+    let mut workers: Vec<_> = members.workers().collect();
+    workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
+    // Writing to memory cannot fail.
+    for (name, help, read) in gauges {
+        let _ = writeln!(
+            out,
+            "# HELP baton_worker_{name} {help}\n# TYPE baton_worker_{name} gauge"
+        );
+        for member in &workers {
+            let (worker, role) = (&member.beat.worker, member.beat.role.label());
+            let value = read(&member.beat);
+            let _ = writeln!(
+                out,
+                "baton_worker_{name}{{worker=\"{worker}\",role=\"{role}\"}} {value}"
+            );
+        }
+    }
+    let _ = writeln!(
+        out,
+        "# HELP baton_worker_up Whether it serves.\n# TYPE baton_worker_up gauge"
+    );
+    for member in &workers {
+        let (worker, role) = (&member.beat.worker, member.beat.role.label());
+        let up = u8::from(member.state(now) == "serving");
+        let _ = writeln!(
+            out,
+            "baton_worker_up{{worker=\"{worker}\",role=\"{role}\"}} {up}"
+        );
+    }
+}

@@ -1,0 +1,147 @@
+//! Typed access to the fields of a JSON object, with errors that name the field.
+
+use serde_json::{Map, Value};
+
+use crate::error::{ApiError, ErrorKind};
+
+/// The fields of a request. Unknown ones are nobody's business; `null` is the same as absent.
+#[derive(Debug)]
+pub struct Fields(Map<String, Value>);
+
+impl Fields {
+    /// Parses a body.
+    ///
+    /// # Errors
+    /// 400 for anything but a JSON object.
+    pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let bad = |message: String| ApiError::new(ErrorKind::InvalidRequest, message);
+        if let Err(error) = std::str::from_utf8(body) {
+            return Err(bad(format!(
+                "the body is not valid UTF-8 (byte {})",
+                error.valid_up_to()
+            )));
+        }
+        match serde_json::from_slice(body) {
+            Ok(Value::Object(map)) => Ok(Self(map)),
+            Ok(_) => Err(bad("the body must be a JSON object".to_owned())),
+            Err(error) => Err(bad(format!("the body is not valid JSON: {error}"))),
+        }
+    }
+
+    /// The field, if it is there.
+    pub fn value(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    /// The field, taken out.
+    pub fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name).filter(|value| !value.is_null())
+    }
+
+    /// A boolean.
+    pub fn bool(&self, name: &str) -> Result<Option<bool>, ApiError> {
+        self.typed(name, "a boolean", Value::as_bool)
+    }
+
+    /// A string.
+    pub fn string(&self, name: &str) -> Result<Option<&str>, ApiError> {
+        match self.value(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(wrong_type(name, "a string", other)),
+        }
+    }
+
+    /// An integer from `min` to `max`.
+    pub fn integer(&self, name: &str, min: i64, max: i64) -> Result<Option<i64>, ApiError> {
+        let Some(value) = self.typed(name, "an integer", whole)? else {
+            return Ok(None);
+        };
+        if value < min || value > max {
+            let bounds = match max {
+                i64::MAX => format!("at least {min}"),
+                _ => format!("from {min} to {max}"),
+            };
+            return Err(ApiError::param(
+                name,
+                format!("{name} must be {bounds}, got {value}"),
+            ));
+        }
+        Ok(Some(value))
+    }
+
+    /// A number from `min` to `max`.
+    pub fn number(&self, name: &str, min: f64, max: f64) -> Result<Option<f32>, ApiError> {
+        let Some(value) = self.typed(name, "a number", Value::as_f64)? else {
+            return Ok(None);
+        };
+        if !(min..=max).contains(&value) {
+            let message = format!("{name} must be from {min} to {max}, got {value}");
+            return Err(ApiError::param(name, message));
+        }
+        Ok(Some(value as f32))
+    }
+
+    fn typed<T>(
+        &self,
+        name: &str,
+        expected: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Result<Option<T>, ApiError> {
+        match self.value(name) {
+            None => Ok(None),
+            Some(value) => read(value)
+                .map(Some)
+                .ok_or_else(|| wrong_type(name, expected, value)),
+        }
+    }
+}
+
+/// An integer, also when written `5.0`.
+pub fn whole(value: &Value) -> Option<i64> {
+    let float = |f: f64| (f.fract() == 0.0 && f.abs() < 9e15).then_some(f as i64);
+    value.as_i64().or_else(|| match value.as_u64() {
+        Some(_) => Some(i64::MAX),
+        None => value.as_f64().and_then(float),
+    })
+}
+
+/// A field of the wrong type.
+pub fn wrong_type(name: &str, expected: &str, value: &Value) -> ApiError {
+    let got = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    };
+    ApiError::param(name, format!("{name} must be {expected}, got {got}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_types_name_the_field() {
+        let fields = Fields::parse(br#"{"n":"2","t":3,"x":null,"f":2.0}"#).unwrap();
+        assert_eq!(
+            fields.integer("n", 1, 8).unwrap_err().param.as_deref(),
+            Some("n")
+        );
+        assert_eq!(
+            fields.integer("t", 1, 2).unwrap_err().message,
+            "t must be from 1 to 2, got 3"
+        );
+        assert_eq!(fields.bool("x").unwrap(), None);
+        assert_eq!(fields.integer("f", 0, 9).unwrap(), Some(2));
+        assert!(Fields::parse(b"[1]").is_err());
+        assert!(
+            Fields::parse(b"{\"a\":\"\xff\"}")
+                .unwrap_err()
+                .message
+                .contains("UTF-8")
+        );
+    }
+}

@@ -1,0 +1,12 @@
+//! OpenAI's schema: what requests may say, and what answers look like.
+
+mod chat;
+mod completions;
+mod fields;
+mod params;
+mod shape;
+
+pub use chat::ChatRequest;
+pub use completions::{CompletionRequest, Prompt};
+pub use params::Params;
+pub use shape::{ApiKind, LogprobEntry, Shape, Usage};

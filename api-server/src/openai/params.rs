@@ -1,0 +1,347 @@
+//! Parameters that chat and text completions share.
+
+use baton_protocol::limits::TOP_LOGPROBS_MAX;
+use baton_protocol::{Generation, Sampling};
+use serde_json::Value;
+
+use super::fields::{Fields, whole, wrong_type};
+use crate::config::Limits;
+use crate::error::{ApiError, ErrorKind};
+use crate::tokenizer::{GenerationDefaults, ModelText};
+
+/// Most entries of `logit_bias` and of `stop_token_ids`.
+const IDS_MAX: usize = 1024;
+
+/// Longest stop string, in bytes.
+const STOP_BYTES_MAX: usize = 1024;
+
+/// What a client asks for besides its prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params {
+    /// Name of the model.
+    pub model: Option<String>,
+    /// Choices per prompt.
+    pub n: u32,
+    /// Answer as a stream.
+    pub stream: bool,
+    /// Report usage at the end of the stream.
+    pub include_usage: bool,
+    /// Strings that end a generation.
+    pub stops: Vec<String>,
+    /// Most output tokens, if the client says.
+    pub max_tokens: Option<u32>,
+    /// No stop before this many tokens.
+    pub min_tokens: u32,
+    /// Go on past the model's end-of-sequence ids.
+    pub ignore_eos: bool,
+    /// More ids that end a generation.
+    pub stop_token_ids: Vec<u32>,
+    /// How tokens are chosen; `seed` is the client's, if [`Params::seeded`].
+    pub sampling: Sampling,
+    /// Whether the client gave a seed.
+    pub seeded: bool,
+}
+
+impl Params {
+    /// Reads the shared parameters.
+    ///
+    /// # Errors
+    /// 400 with the parameter's name.
+    pub fn read(
+        fields: &Fields,
+        defaults: &GenerationDefaults,
+        limits: &Limits,
+    ) -> Result<Self, ApiError> {
+        let max = i64::from(u32::MAX);
+        let max_completion = fields.integer("max_completion_tokens", 1, max)?;
+        let max_tokens = fields.integer("max_tokens", 1, max)?;
+        let choices_max = limits.choices_max as i64;
+        let seed = fields.integer("seed", i64::MIN, i64::MAX)?;
+        let stream = fields.bool("stream")?.unwrap_or(false);
+        Ok(Self {
+            model: fields.string("model")?.map(str::to_owned),
+            n: fields.integer("n", 1, choices_max)?.unwrap_or(1) as u32,
+            stream,
+            include_usage: include_usage(fields)? && stream,
+            stops: stops(fields, limits.stops_max)?,
+            max_tokens: max_completion.or(max_tokens).map(|n| n as u32),
+            min_tokens: fields.integer("min_tokens", 0, max)?.unwrap_or(0) as u32,
+            ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
+            stop_token_ids: stop_token_ids(fields)?,
+            sampling: sampling(fields, defaults, seed)?,
+            seeded: seed.is_some(),
+        })
+    }
+
+    /// The rules of generation for a prompt of this many tokens.
+    ///
+    /// # Errors
+    /// 400 if prompt and output do not fit the model.
+    pub fn generation(
+        &self,
+        model: &ModelText,
+        prompt_tokens: usize,
+        default_max_tokens: Option<u32>,
+    ) -> Result<Generation, ApiError> {
+        let tokens_max = model.tokens_max as usize;
+        if prompt_tokens >= tokens_max {
+            let message = format!(
+                "the prompt has {prompt_tokens} tokens, and the model holds {tokens_max} with at least \
+                 one for the output: shorten the prompt"
+            );
+            return Err(too_long("prompt", message));
+        }
+        let room = (tokens_max - prompt_tokens) as u32;
+        let max_tokens = match self.max_tokens {
+            Some(asked) if asked > room => {
+                let message = format!(
+                    "max_tokens is {asked}, but after a prompt of {prompt_tokens} tokens the model has \
+                     room for {room} ({tokens_max} in all)"
+                );
+                return Err(too_long("max_tokens", message));
+            }
+            Some(asked) => asked,
+            None => default_max_tokens.map_or(room, |default| default.min(room)),
+        };
+        if self.min_tokens > max_tokens {
+            let message = format!(
+                "min_tokens ({}) must not exceed max_tokens ({max_tokens})",
+                self.min_tokens
+            );
+            return Err(ApiError::param("min_tokens", message));
+        }
+        let vocabulary = model.vocabulary.len() as u32;
+        if let Some((id, _)) = self
+            .sampling
+            .logit_bias
+            .iter()
+            .find(|(id, _)| *id >= vocabulary)
+        {
+            let message = format!("logit_bias names token {id}; the vocabulary has {vocabulary}");
+            return Err(ApiError::param("logit_bias", message));
+        }
+        let mut stop_token_ids = self.stop_token_ids.clone();
+        if !self.ignore_eos {
+            stop_token_ids.extend(&model.eos_token_ids);
+        }
+        stop_token_ids.sort_unstable();
+        stop_token_ids.dedup();
+        Ok(Generation {
+            sampling: self.sampling.clone(),
+            stop_token_ids,
+            min_tokens: self.min_tokens,
+            max_tokens,
+        })
+    }
+}
+
+fn too_long(param: &str, message: String) -> ApiError {
+    let param = Some(param.to_owned());
+    ApiError {
+        param,
+        ..ApiError::new(ErrorKind::ContextLength, message)
+    }
+}
+
+fn sampling(
+    fields: &Fields,
+    defaults: &GenerationDefaults,
+    seed: Option<i64>,
+) -> Result<Sampling, ApiError> {
+    let temperature = fields
+        .number("temperature", 0.0, 2.0)?
+        .or(defaults.temperature);
+    let top_p = fields.number("top_p", 0.0, 1.0)?.or(defaults.top_p);
+    if top_p == Some(0.0) {
+        return Err(ApiError::param("top_p", "top_p must be over 0"));
+    }
+    let top_k = fields
+        .integer("top_k", -1, i64::from(u32::MAX))?
+        .or(defaults.top_k)
+        .unwrap_or(0);
+    let repetition = fields
+        .number("repetition_penalty", 0.0, 100.0)?
+        .or(defaults.repetition_penalty);
+    if repetition == Some(0.0) {
+        let message = "repetition_penalty must be over 0";
+        return Err(ApiError::param("repetition_penalty", message));
+    }
+    Ok(Sampling {
+        temperature: temperature.unwrap_or(1.0),
+        top_k: top_k.max(0) as u32,
+        top_p: top_p.unwrap_or(1.0),
+        min_p: fields
+            .number("min_p", 0.0, 1.0)?
+            .or(defaults.min_p)
+            .unwrap_or(0.0),
+        repetition_penalty: repetition.unwrap_or(1.0),
+        presence_penalty: fields.number("presence_penalty", -2.0, 2.0)?.unwrap_or(0.0),
+        frequency_penalty: fields
+            .number("frequency_penalty", -2.0, 2.0)?
+            .unwrap_or(0.0),
+        logit_bias: logit_bias(fields)?,
+        seed: seed.unwrap_or(0) as u64,
+        logprobs: None,
+    })
+}
+
+fn include_usage(fields: &Fields) -> Result<bool, ApiError> {
+    match fields.value("stream_options") {
+        None => Ok(false),
+        Some(Value::Object(options)) => match options.get("include_usage") {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(yes)) => Ok(*yes),
+            Some(other) => Err(wrong_type(
+                "stream_options.include_usage",
+                "a boolean",
+                other,
+            )),
+        },
+        Some(other) => Err(wrong_type("stream_options", "an object", other)),
+    }
+}
+
+fn stops(fields: &Fields, stops_max: usize) -> Result<Vec<String>, ApiError> {
+    const EXPECTED: &str = "a string or an array of strings";
+    let stops: Vec<String> = match fields.value("stop") {
+        None => Vec::new(),
+        Some(Value::String(stop)) => vec![stop.clone()],
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|stop| {
+                let text = stop
+                    .as_str()
+                    .ok_or_else(|| wrong_type("stop", EXPECTED, stop))?;
+                Ok(text.to_owned())
+            })
+            .collect::<Result<_, ApiError>>()?,
+        Some(other) => return Err(wrong_type("stop", EXPECTED, other)),
+    };
+    if stops.len() > stops_max {
+        let message = format!(
+            "stop takes at most {stops_max} strings, got {}",
+            stops.len()
+        );
+        return Err(ApiError::param("stop", message));
+    }
+    if stops
+        .iter()
+        .any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX)
+    {
+        let message = format!("stop strings must have 1 to {STOP_BYTES_MAX} bytes");
+        return Err(ApiError::param("stop", message));
+    }
+    Ok(stops)
+}
+
+fn stop_token_ids(fields: &Fields) -> Result<Vec<u32>, ApiError> {
+    const NAME: &str = "stop_token_ids";
+    let list = match fields.value(NAME) {
+        None => return Ok(Vec::new()),
+        Some(Value::Array(list)) if list.len() <= IDS_MAX => list,
+        Some(Value::Array(_)) => {
+            return Err(ApiError::param(
+                NAME,
+                format!("{NAME} takes at most {IDS_MAX} ids"),
+            ));
+        }
+        Some(other) => return Err(wrong_type(NAME, "an array of token ids", other)),
+    };
+    let id = |value: &Value| {
+        let id = whole(value).and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| wrong_type(NAME, "an array of token ids", value))
+    };
+    list.iter().map(id).collect()
+}
+
+fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>, ApiError> {
+    const NAME: &str = "logit_bias";
+    const EXPECTED: &str = "an object of token ids and numbers from -100 to 100";
+    let map = match fields.value(NAME) {
+        None => return Ok(Vec::new()),
+        Some(Value::Object(map)) if map.len() <= IDS_MAX => map,
+        Some(Value::Object(_)) => {
+            return Err(ApiError::param(
+                NAME,
+                format!("{NAME} takes at most {IDS_MAX} tokens"),
+            ));
+        }
+        Some(other) => return Err(wrong_type(NAME, EXPECTED, other)),
+    };
+    let entry = |(id, bias): (&String, &Value)| {
+        let id = id.parse::<u32>().ok();
+        let bias = bias.as_f64().filter(|bias| bias.abs() <= 100.0);
+        match (id, bias) {
+            (Some(id), Some(bias)) => Ok((id, bias as f32)),
+            _ => Err(ApiError::param(NAME, format!("{NAME} must be {EXPECTED}"))),
+        }
+    };
+    map.iter().map(entry).collect()
+}
+
+/// A number of alternatives to report, up to what the workers report.
+pub fn alternatives(fields: &Fields, name: &str) -> Result<Option<u8>, ApiError> {
+    let most = i64::from(TOP_LOGPROBS_MAX);
+    Ok(fields.integer(name, 0, most)?.map(|n| n as u8))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn read(body: Value) -> Result<Params, ApiError> {
+        let fields = Fields::parse(body.to_string().as_bytes()).unwrap();
+        Params::read(&fields, &GenerationDefaults::default(), &Limits::default())
+    }
+
+    #[test]
+    fn wrong_values_name_their_parameter() {
+        let cases = [
+            (json!({"max_tokens": 0}), "max_tokens"),
+            (json!({"max_tokens": -1}), "max_tokens"),
+            (
+                json!({"max_completion_tokens": "many"}),
+                "max_completion_tokens",
+            ),
+            (json!({"temperature": 3}), "temperature"),
+            (json!({"top_p": 0}), "top_p"),
+            (json!({"n": 0}), "n"),
+            (json!({"n": 1.5}), "n"),
+            (json!({"stop": [1]}), "stop"),
+            (json!({"stop": ""}), "stop"),
+            (json!({"stream": "yes"}), "stream"),
+            (
+                json!({"stream_options": {"include_usage": 1}}),
+                "stream_options.include_usage",
+            ),
+            (json!({"logit_bias": {"x": 1}}), "logit_bias"),
+            (json!({"logit_bias": {"1": 101}}), "logit_bias"),
+            (json!({"stop_token_ids": [-1]}), "stop_token_ids"),
+            (json!({"presence_penalty": -2.5}), "presence_penalty"),
+            (json!({"seed": "a"}), "seed"),
+            (json!({"model": 1}), "model"),
+        ];
+        for (body, name) in cases {
+            let error = read(body.clone()).expect_err(&body.to_string());
+            assert_eq!(error.param.as_deref(), Some(name), "{body}");
+            assert_eq!(error.kind, ErrorKind::InvalidRequest);
+        }
+    }
+
+    #[test]
+    fn right_values_are_read() {
+        let params = read(json!({
+            "model": "m", "n": 2, "stop": "x", "max_tokens": 5, "max_completion_tokens": 7,
+            "seed": -1, "top_k": -1, "temperature": 0, "logit_bias": {"5": -3.5}, "unknown": [],
+            "stream": true, "stream_options": {"include_usage": true}, "user": "me",
+        }))
+        .unwrap();
+        assert_eq!(params.max_tokens, Some(7));
+        assert_eq!(params.sampling.seed, u64::MAX);
+        assert_eq!(params.sampling.top_k, 0);
+        assert_eq!(params.sampling.temperature, 0.0);
+        assert_eq!(params.sampling.logit_bias, [(5, -3.5)]);
+        assert!(params.include_usage && params.stream && params.seeded);
+    }
+}

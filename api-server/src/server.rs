@@ -1,0 +1,194 @@
+//! One API server: what its parts share, how it starts and how it stops.
+
+use std::future::Future;
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use baton_protocol::{ApiBeat, ApiServerId, Beat};
+
+use crate::bus::{Bus, Event, Registry, Watcher, lock};
+use crate::config::{ApiServerConfig, Limits};
+use crate::error::ApiServerError;
+use crate::http;
+use crate::lifecycle::Target;
+use crate::membership::Membership;
+use crate::metrics::Metrics;
+use crate::router::Router;
+use crate::tokenizer::ModelText;
+
+/// What every request needs.
+pub struct Server {
+    /// This server's name.
+    pub name: ApiServerId,
+    /// The cluster's name.
+    pub cluster: String,
+    /// Name clients ask for.
+    pub model_name: String,
+    /// The model's text side.
+    pub model: ModelText,
+    /// The bus.
+    pub bus: Bus,
+    /// Generations in flight.
+    pub registry: Arc<Registry>,
+    /// Metrics.
+    pub metrics: Metrics,
+    /// Bounds.
+    pub limits: Limits,
+    /// Time a request may take.
+    pub request_budget: Duration,
+    /// When this server started, for `created` of the model.
+    pub started_unix: u64,
+    fleet: Mutex<Fleet>,
+}
+
+/// Who is there and what they are busy with.
+#[derive(Default)]
+pub struct Fleet {
+    /// Who is there.
+    pub members: Membership,
+    /// What we gave them.
+    pub router: Router,
+}
+
+impl Server {
+    /// The fleet, locked. Never held across an await.
+    pub fn fleet(&self) -> MutexGuard<'_, Fleet> {
+        lock(&self.fleet)
+    }
+
+    /// Why requests cannot be served now; empty if they can.
+    pub fn faults(&self) -> Vec<&'static str> {
+        if !self.bus.connected() {
+            return vec!["the bus is not connected"];
+        }
+        self.fleet()
+            .members
+            .faults(&self.model.fingerprint, Instant::now())
+    }
+
+    fn lost(&self, targets: Vec<Target>) {
+        for target in targets {
+            tracing::warn!(worker = %target.worker, incarnation = %target.incarnation, "worker gone");
+            self.fleet().router.forget(&target.worker);
+            self.registry
+                .broadcast(|| Event::WorkerLost(target.clone()));
+        }
+    }
+}
+
+impl Watcher for Server {
+    fn beat(&self, beat: Beat, now: Instant) {
+        let worker = beat.worker.clone();
+        let lost = {
+            let mut fleet = self.fleet();
+            if fleet.members.worker(&worker).is_none() {
+                tracing::info!(%worker, role = beat.role.label(), device = beat.device, "worker joined");
+            }
+            fleet.router.beaten(&worker);
+            fleet.members.beat(beat, now)
+        };
+        self.lost(lost.into_iter().collect());
+    }
+
+    fn api_beat(&self, beat: ApiBeat, now: Instant) {
+        self.fleet().members.api_beat(beat, now);
+    }
+
+    fn sweep(&self, now: Instant) {
+        let lost = self.fleet().members.sweep(now);
+        self.lost(lost);
+    }
+
+    fn in_flight(&self) -> u32 {
+        self.registry.len() as u32
+    }
+
+    fn bus_fault(&self, kind: &'static str) {
+        self.metrics
+            .bus_faults_total
+            .with_label_values(&[kind])
+            .inc();
+    }
+}
+
+/// Serves until `shutdown` is ready: then refuses new connections, lets requests in flight finish for a
+/// while, and returns. Runs inside a tokio runtime.
+///
+/// # Errors
+/// [`ApiServerError`] if the model directory, the bus or the address cannot be used.
+pub async fn run(
+    config: ApiServerConfig,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ApiServerError> {
+    let directory = config.tokenizer.clone();
+    let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
+        .await
+        .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??;
+    let metrics =
+        Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
+    let registry = Arc::new(Registry::default());
+    let bus = Bus::connect(
+        &config.nats_url,
+        config.nats_credentials.as_deref(),
+        config.cluster.clone(),
+        config.name.clone(),
+        Arc::clone(&registry),
+    )
+    .await?;
+    let listener = TcpListener::bind((config.host.as_str(), config.port)).map_err(|error| {
+        let (host, port) = (&config.host, config.port);
+        ApiServerError::Listen(format!("cannot listen on {host}:{port}: {error}"))
+    })?;
+    let address = listener
+        .local_addr()
+        .map_err(|error| ApiServerError::Listen(format!("no local address: {error}")))?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let server = Arc::new(Server {
+        model_name: config.model_name.unwrap_or_else(|| model.name.clone()),
+        name: config.name,
+        cluster: config.cluster.name().to_owned(),
+        model,
+        bus,
+        registry,
+        metrics,
+        limits: config.limits,
+        request_budget: config.request_budget,
+        started_unix: now.map_or(0, |since| since.as_secs()),
+        fleet: Mutex::default(),
+    });
+    let tasks = server
+        .bus
+        .serve(Arc::clone(&server.registry), Arc::clone(&server))
+        .await?;
+    let http = http::serve(Arc::clone(&server), listener)
+        .map_err(|error| ApiServerError::Http(format!("HTTP server: {error}")))?;
+    let handle = http.handle();
+    tracing::info!(%address, model = server.model_name, cluster = server.cluster, "serving");
+    if let Some(on_ready) = config.on_ready {
+        // Whoever asked may have gone.
+        let _ = on_ready.send(address);
+    }
+    let mut http = tokio::spawn(http);
+    let ended = tokio::select! {
+        ended = &mut http => Some(ended),
+        () = shutdown => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            tracing::info!(in_flight = server.registry.len(), "stopping");
+            handle.stop(true).await;
+            http.await
+        }
+    };
+    for task in tasks {
+        task.abort();
+    }
+    server.bus.close().await;
+    match ended {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
+        Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
+    }
+}

@@ -1,0 +1,480 @@
+//! The API server against a real nats-server and scripted workers.
+
+mod support;
+
+use baton_protocol::Role;
+use serde_json::{Value, json};
+use support::{Api, EOS, Nats, Script, TEXT, Worker, chat, within};
+
+/// One context and one decode worker that do everything right.
+async fn usual() -> (Nats, Worker, Worker, Api) {
+    let nats = Nats::start().await;
+    let context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;
+    let decode = Worker::start(&nats, "d1", Role::Decode, Script::default()).await;
+    let api = Api::start(&nats).await;
+    api.sees(2).await;
+    (nats, context, decode, api)
+}
+
+fn text_of(events: &[Value], index: usize) -> String {
+    let choice = |event: &Value| {
+        let choices = event["choices"].as_array().unwrap().clone();
+        choices.into_iter().find(|choice| choice["index"] == index)
+    };
+    let text = |choice: Value| {
+        let text = choice.get("text").unwrap_or(&choice["delta"]["content"]);
+        text.as_str().unwrap_or_default().to_owned()
+    };
+    events.iter().filter_map(choice).map(text).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_has_openais_shape() {
+    let (_nats, _context, _decode, api) = usual().await;
+    let body = chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let response = api.post("/v1/chat/completions", body).await;
+    assert!(response.head.contains("text/event-stream"));
+    let events = response.events();
+    assert_eq!(text_of(&events, 0), TEXT);
+    assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
+    let (usage, chunks) = events.split_last().unwrap();
+    for (i, chunk) in chunks.iter().enumerate() {
+        assert_eq!(chunk["object"], "chat.completion.chunk");
+        assert_eq!(chunk["id"], events[0]["id"]);
+        assert!(chunk["usage"].is_null() && chunk.get("usage").is_some());
+        let finish = &chunk["choices"][0]["finish_reason"];
+        let last = i + 1 == chunks.len();
+        assert_eq!(*finish, if last { json!("stop") } else { Value::Null });
+        assert!(chunk["choices"][0].get("finish_reason").is_some());
+    }
+    assert_eq!(usage["choices"], json!([]));
+    let prompt = "<user>hi\n<assistant>".len();
+    assert_eq!(usage["usage"]["prompt_tokens"], prompt);
+    assert_eq!(usage["usage"]["completion_tokens"], TEXT.len() + 1);
+    assert_eq!(usage["usage"]["prompt_tokens_details"]["cached_tokens"], 3);
+    api.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_in_one_piece() {
+    let (_nats, mut context, mut decode, api) = usual().await;
+    let response = api
+        .post(
+            "/v1/chat/completions",
+            chat(json!({"max_tokens": 5, "seed": 7})),
+        )
+        .await;
+    assert_eq!(response.status, 200, "{}", response.body);
+    let answer = response.json();
+    assert_eq!(answer["object"], "chat.completion");
+    assert_eq!(answer["choices"][0]["message"]["content"], "Hello");
+    assert_eq!(answer["choices"][0]["message"]["role"], "assistant");
+    assert_eq!(answer["choices"][0]["finish_reason"], "length");
+    assert_eq!(answer["usage"]["completion_tokens"], 5);
+    let prefill = context.prefills.recv().await.unwrap();
+    assert_eq!(prefill.sequence.generation.sampling.seed, 7);
+    assert_eq!(prefill.sequence.generation.stop_token_ids, [EOS]);
+    let job = decode.decodes.recv().await.unwrap();
+    assert_eq!(job.sequence, prefill.sequence);
+    assert_eq!(job.attempt, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_first_token_that_ends_it_needs_no_decode_worker() {
+    let (_nats, _context, mut decode, api) = usual().await;
+    let response = api
+        .post("/v1/chat/completions", chat(json!({"max_tokens": 1})))
+        .await;
+    assert_eq!(response.json()["choices"][0]["message"]["content"], "H");
+    assert!(decode.decodes.try_recv().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_choices_have_seeds_and_requests_of_their_own() {
+    let (_nats, mut context, _decode, api) = usual().await;
+    let body = chat(json!({"n": 3, "seed": 10, "stream": true}));
+    let events = api.post("/v1/chat/completions", body).await.events();
+    let mut seeds = Vec::new();
+    let mut requests = Vec::new();
+    for index in 0..3 {
+        assert_eq!(text_of(&events, index), TEXT);
+        let job = context.prefills.recv().await.unwrap();
+        seeds.push(job.sequence.generation.sampling.seed);
+        requests.push(job.request);
+    }
+    seeds.sort_unstable();
+    requests.sort_unstable();
+    requests.dedup();
+    assert_eq!(seeds, [10, 11, 12]);
+    assert_eq!(requests.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_string_ends_the_text_and_frees_the_worker() {
+    let (_nats, _context, mut decode, api) = usual().await;
+    decode.script.lock().unwrap().waits_at = Some(30);
+    let body =
+        json!({"model": "tiny", "prompt": "x", "max_tokens": 100, "stop": ["rld! Th", "zzz"]});
+    let response = api.post("/v1/completions", body).await;
+    let answer = response.json();
+    assert_eq!(answer["choices"][0]["text"], "Hello, wö");
+    assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    assert_eq!(decode.aborted().await.reason, "stop string found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn completions_echo_and_log_probabilities() {
+    let (_nats, mut context, _decode, api) = usual().await;
+    let body = json!({"model": "tiny", "prompt": [[104, 105], [111]], "max_tokens": 3,
+        "echo": true, "logprobs": 2});
+    let answer = api.post("/v1/completions", body).await.json();
+    assert_eq!(answer["choices"][0]["text"], "hiHel");
+    assert_eq!(answer["choices"][1]["text"], "oHel");
+    assert_eq!(answer["choices"][1]["index"], 1);
+    let logprobs = &answer["choices"][0]["logprobs"];
+    assert_eq!(logprobs["tokens"], json!(["h", "i", "H", "e", "l"]));
+    assert_eq!(
+        logprobs["token_logprobs"],
+        json!([null, -0.5, -0.5, -0.5, -0.5])
+    );
+    assert_eq!(logprobs["text_offset"], json!([0, 1, 2, 3, 4]));
+    assert_eq!(logprobs["top_logprobs"][2], json!({"H": -0.5, "I": -1.5}));
+    assert_eq!(answer["usage"]["prompt_tokens"], 3);
+    assert_eq!(
+        context.prefills.recv().await.unwrap().prompt_logprobs,
+        Some(2)
+    );
+
+    let body = chat(json!({"max_tokens": 2, "logprobs": true, "top_logprobs": 1, "stream": true}));
+    let events = api.post("/v1/chat/completions", body).await.events();
+    let entries: Vec<Value> = events
+        .iter()
+        .filter_map(|event| event["choices"][0]["logprobs"]["content"].as_array())
+        .flatten()
+        .cloned()
+        .collect();
+    assert_eq!(entries.len(), 2);
+    assert_eq!(entries[0]["token"], "H");
+    assert_eq!(entries[0]["bytes"], json!([72]));
+    assert_eq!(entries[0]["top_logprobs"][0]["token"], "H");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_get_a_clear_answer() {
+    let (_nats, mut context, _decode, api) = usual().await;
+    let path = "/v1/chat/completions";
+    let long = "x".repeat(2000);
+    let cases = [
+        (
+            chat(json!({"max_tokens": 0})),
+            400,
+            json!("max_tokens"),
+            Value::Null,
+        ),
+        (
+            chat(json!({"max_tokens": 990})),
+            400,
+            json!("max_tokens"),
+            json!("context_length_exceeded"),
+        ),
+        (
+            chat(json!({"temperature": "hot"})),
+            400,
+            json!("temperature"),
+            Value::Null,
+        ),
+        (
+            chat(json!({"messages": 1})),
+            400,
+            json!("messages"),
+            Value::Null,
+        ),
+        (
+            chat(json!({"tools": [{}]})),
+            400,
+            json!("tools"),
+            Value::Null,
+        ),
+        (
+            chat(json!({"model": "other"})),
+            404,
+            json!("model"),
+            json!("model_not_found"),
+        ),
+        (
+            chat(json!({"messages": [{"role": "user", "content": long}]})),
+            400,
+            json!("prompt"),
+            json!("context_length_exceeded"),
+        ),
+    ];
+    for (body, status, param, code) in cases {
+        let response = api.post(path, body.clone()).await;
+        assert_eq!(response.status, status, "{body}: {}", response.body);
+        let error = &response.json()["error"];
+        assert_eq!((&error["param"], &error["code"]), (&param, &code), "{body}");
+        assert_eq!(error["type"], "invalid_request_error");
+        assert!(error["message"].as_str().unwrap().len() > 10);
+    }
+    for body in [&b"{"[..], b"[]", b"", b"{\"model\":\"\xff\"}"] {
+        let response = api.send("POST", path, body).await;
+        assert_eq!(response.status, 400, "{}", response.body);
+        assert!(response.json()["error"]["message"].is_string());
+    }
+    assert_eq!(api.send("GET", path, b"").await.status, 405);
+    assert_eq!(api.send("POST", "/v1/nothing", b"{}").await.status, 404);
+    assert!(
+        context.prefills.try_recv().is_err(),
+        "no worker heard of any of them"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_over_the_bound_is_refused_unread() {
+    let (_nats, _context, _decode, api) = usual().await;
+    let mut stream = tokio::net::TcpStream::connect(api.address).await.unwrap();
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 52428800\r\n\r\n{\"prompt\":";
+    tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes())
+        .await
+        .unwrap();
+    let mut bytes = vec![0; 4096];
+    let read = tokio::io::AsyncReadExt::read(&mut stream, &mut bytes);
+    let count = within("an answer before the body is there", read)
+        .await
+        .unwrap();
+    let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+    assert!(text.starts_with("HTTP/1.1 413"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn busy_workers_make_503_with_retry_after() {
+    let (_nats, context, _decode, api) = usual().await;
+    context.script.lock().unwrap().busy = true;
+    for stream in [false, true] {
+        let response = api
+            .post("/v1/chat/completions", chat(json!({"stream": stream})))
+            .await;
+        assert_eq!(response.status, 503, "{}", response.body);
+        assert!(
+            response.head.contains("retry-after: 2"),
+            "{}",
+            response.head
+        );
+        assert_eq!(response.json()["error"]["code"], "busy");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn busy_goes_to_the_next_worker() {
+    let (nats, mut first, _decode, api) = usual().await;
+    first.script.lock().unwrap().busy = true;
+    let mut second = Worker::start(&nats, "c2", Role::Context, Script::default()).await;
+    api.sees(3).await;
+    for _ in 0..2 {
+        let response = api.post("/v1/chat/completions", chat(json!({}))).await;
+        assert_eq!(response.json()["choices"][0]["message"]["content"], TEXT);
+        second.prefills.recv().await.unwrap();
+    }
+    assert!(first.prefills.recv().await.is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_frame_is_noticed_and_the_text_is_whole() {
+    let (_nats, mut context, mut decode, api) = usual().await;
+    decode.script.lock().unwrap().gap_at = Some(8);
+    let events = api
+        .post("/v1/chat/completions", chat(json!({"stream": true})))
+        .await
+        .events();
+    assert_eq!(text_of(&events, 0), TEXT);
+    assert_eq!(decode.aborted().await.reason, "tokens were lost on the bus");
+    context.prefills.recv().await.unwrap();
+    let again = context.prefills.recv().await.unwrap();
+    let output = again.sequence.output_tokens() as usize;
+    assert_eq!(output, 8);
+    let (_, tail) = again
+        .sequence
+        .tokens
+        .0
+        .split_at(again.sequence.prompt_tokens as usize);
+    let expected: Vec<u32> = TEXT.bytes().take(output).map(u32::from).collect();
+    assert_eq!(tail, expected);
+    let metrics = api.get("/metrics").await.1;
+    assert!(metrics.contains("baton_retries_total{reason=\"tokens were lost on the bus\"} 1"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_context_worker_that_falls_silent_is_replaced() {
+    let (nats, mut silent, _decode, api) = usual().await;
+    silent.script.lock().unwrap().silent = true;
+    let body = chat(json!({"stream": true})).to_string();
+    let mut connection = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    within("the prefill job", silent.prefills.recv())
+        .await
+        .unwrap();
+    let _second = Worker::start(&nats, "c2", Role::Context, Script::default()).await;
+    connection.read_until(": keep-alive").await;
+    let response = within("the answer", connection.finish()).await;
+    assert_eq!(text_of(&response.events(), 0), TEXT);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decode_worker_that_dies_in_mid_stream_is_replaced() {
+    let (nats, _context, dying, api) = usual().await;
+    dying.script.lock().unwrap().dies_at = Some(12);
+    let body = chat(json!({"stream": true})).to_string();
+    let mut connection = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    connection.read_until("w").await;
+    let mut second = Worker::start(&nats, "d2", Role::Decode, Script::default()).await;
+    let response = within("the answer", connection.finish()).await;
+    assert_eq!(text_of(&response.events(), 0), TEXT);
+    assert_eq!(second.decodes.recv().await.unwrap().attempt, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_frees_the_workers() {
+    let (_nats, mut context, mut decode, api) = usual().await;
+    // In mid-stream.
+    decode.script.lock().unwrap().waits_at = Some(10);
+    let body = chat(json!({"stream": true})).to_string();
+    let mut connection = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    connection.read_until("\"content\":\"H").await;
+    drop(connection);
+    let job = decode.decodes.recv().await.unwrap();
+    let abort = decode.aborted().await;
+    assert_eq!(
+        (abort.request, abort.reason.as_str()),
+        (job.request, "client left")
+    );
+    // While it waits for an answer in one piece.
+    let body = chat(json!({})).to_string();
+    let connection = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    within("the decode job", decode.decodes.recv())
+        .await
+        .unwrap();
+    drop(connection);
+    assert_eq!(decode.aborted().await.reason, "client left");
+    // In the prompt.
+    context.script.lock().unwrap().silent = true;
+    while context.prefills.try_recv().is_ok() {}
+    for stream in [true, false] {
+        let body = chat(json!({"stream": stream})).to_string();
+        let connection = api
+            .open("POST", "/v1/chat/completions", body.as_bytes())
+            .await;
+        within("the prefill job", context.prefills.recv())
+            .await
+            .unwrap();
+        drop(connection);
+        assert_eq!(context.aborted().await.reason, "client left");
+        context.beats.send_replace(true);
+    }
+    within("nothing is in flight", async {
+        while !api
+            .get("/metrics")
+            .await
+            .1
+            .contains("baton_requests_in_flight 0")
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_stream_is_kept_alive() {
+    let (_nats, _context, decode, api) = usual().await;
+    decode.script.lock().unwrap().waits_at = Some(3);
+    let body = chat(json!({"stream": true})).to_string();
+    let mut connection = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    connection.read_until(": keep-alive").await;
+    decode.go_on.send_replace(true);
+    let response = within("the answer", connection.finish()).await;
+    assert_eq!(text_of(&response.events(), 0), TEXT);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_deadline_ends_a_request() {
+    let nats = Nats::start().await;
+    let mut context = Worker::start(
+        &nats,
+        "c1",
+        Role::Context,
+        Script {
+            silent: true,
+            ..Script::default()
+        },
+    )
+    .await;
+    let _decode = Worker::start(&nats, "d1", Role::Decode, Script::default()).await;
+    let api = Api::with(&nats, |config| {
+        config.request_budget = std::time::Duration::from_millis(300);
+    })
+    .await;
+    api.sees(2).await;
+    let response = api.post("/v1/chat/completions", chat(json!({}))).await;
+    assert_eq!(response.status, 504, "{}", response.body);
+    assert_eq!(context.aborted().await.reason, "deadline");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_too_large_for_the_bus_is_refused_clearly() {
+    let nats = Nats::with_max_payload(4096).await;
+    let _context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;
+    let _decode = Worker::start(&nats, "d1", Role::Decode, Script::default()).await;
+    let api = Api::start(&nats).await;
+    api.sees(2).await;
+    let body = json!({"model": "tiny", "prompt": "x".repeat(900)});
+    let response = api.post("/v1/completions", body).await;
+    assert_eq!(response.status, 413, "{}", response.body);
+    assert_eq!(response.json()["error"]["code"], "prompt_too_large");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn status_pages_tell_what_is_there() {
+    let nats = Nats::start().await;
+    let api = Api::start(&nats).await;
+    let (status, body) = api.get("/health").await;
+    assert_eq!(status, 503, "{body}");
+    assert!(body.contains("no context worker") && body.contains("no decode worker"));
+    assert_eq!(api.get("/live").await.0, 200);
+    let response = api.post("/v1/chat/completions", chat(json!({}))).await;
+    assert_eq!(response.status, 503);
+    let _both = Worker::start(&nats, "b1", Role::Both, Script::default()).await;
+    api.sees(1).await;
+    assert_eq!(api.get("/health").await.0, 200);
+    let (_, body) = api.get("/v1/models").await;
+    let models: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(models["data"][0]["id"], "tiny");
+    assert_eq!(api.get("/v1/models/tiny").await.0, 200);
+    assert_eq!(api.get("/v1/models/other").await.0, 404);
+    let response = api.post("/v1/chat/completions", chat(json!({}))).await;
+    assert_eq!(response.json()["choices"][0]["message"]["content"], TEXT);
+    let (_, body) = api.get("/cluster").await;
+    let cluster: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(cluster["workers"][0]["worker"], "b1");
+    assert_eq!(cluster["workers"][0]["peers"][0]["transport"], "posix");
+    let metrics = api.get("/metrics").await.1;
+    for name in [
+        "baton_ttft_seconds_count 1",
+        "baton_inter_token_seconds_bucket",
+        "baton_kv_pull_bytes_sum 4096",
+        "baton_requests_total{outcome=\"stop\"} 1",
+        "baton_errors_total{reason=\"no_worker\"}",
+        "baton_worker_waiting{worker=\"b1\",role=\"both\"} 0",
+    ] {
+        assert!(metrics.contains(name), "{name} in {metrics}");
+    }
+}

