@@ -50,6 +50,9 @@ pub(crate) trait WeightSource {
         elements: Range<usize>,
         out: &mut Vec<u8>,
     ) -> Result<(), PrepError>;
+
+    /// An error about a checked tensor, with the file it is in.
+    fn fault(&self, tensor: &TensorSpec, reason: &str) -> PrepError;
 }
 
 /// A hash over names, sizes and times of files: the same files, untouched, have the same.

@@ -9,12 +9,17 @@
 
 mod checkpoint;
 mod error;
+mod friendly;
 mod gguf;
+mod hf_dir;
+mod hub;
 mod options;
 mod prepare;
+mod source;
 mod stage;
 mod writer;
 
 pub use error::PrepError;
+pub use friendly::{friendly_names, hub_name};
 pub use options::{Outcome, Plan, PrepareOptions, PrepareReport};
 pub use prepare::prepare;

@@ -1,7 +1,6 @@
 //! The steps of a run: open the source, check all of it, plan, write, publish.
 
 use std::fs;
-use std::path::Path;
 
 use baton_model::{
     Dtype, FingerprintHasher, MANIFEST, MANIFEST_FORMAT, Manifest, ModelDir, ModelSpec, TOKENIZER,
@@ -13,11 +12,11 @@ use crate::checkpoint::Checkpoint;
 use crate::error::PrepError;
 use crate::options::{Outcome, Plan, PrepareOptions, PrepareReport};
 use crate::stage::Stage;
-use crate::{gguf, writer};
+use crate::{source, writer};
 
 /// Make a model directory. Progress goes to standard error if that is a terminal.
 pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
-    let checkpoint = open_source(&options)?;
+    let checkpoint = source::open(&options.source)?;
     let tensors = expected_tensors(&checkpoint.spec);
     let plan = plan(&options, &checkpoint, &tensors)?;
     for tensor in &tensors {
@@ -43,17 +42,6 @@ pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
         plan,
         manifest: Some(manifest),
     })
-}
-
-fn open_source(options: &PrepareOptions) -> Result<Checkpoint, PrepError> {
-    let path = Path::new(&options.source);
-    if path.is_file() {
-        return gguf::open(path);
-    }
-    Err(PrepError::Source(format!(
-        "there is no model {:?}",
-        options.source
-    )))
 }
 
 fn plan(

@@ -92,11 +92,22 @@ fn read_pieces(
             (end - start) * BF16,
             "a source returns what it is asked for"
         );
+        if let Some(at) = piece.chunks_exact(BF16).position(is_not_finite) {
+            return Err(weights.fault(
+                tensor,
+                &format!("holds a number that is not finite, element {}", start + at),
+            ));
+        }
         fingerprint.data(&piece);
         each(start..end, &piece)?;
         start = end;
     }
     Ok(())
+}
+
+/// Infinite or not a number: all bits of the exponent are set.
+fn is_not_finite(bf16: &[u8]) -> bool {
+    u16::from_le_bytes([bf16[0], bf16[1]]) & 0x7F80 == 0x7F80
 }
 
 /// Write to each rank what it holds of a piece that covers these elements of the tensor.

@@ -103,6 +103,10 @@ impl WeightSource for GgufWeights {
         llama::round_to_bf16(&values, out);
         Ok(())
     }
+
+    fn fault(&self, tensor: &TensorSpec, reason: &str) -> PrepError {
+        PrepError::tensor(&self.container.path, &gguf_name(&tensor.name), reason)
+    }
 }
 
 /// `model.layers.3.self_attn.q_proj.weight` is `blk.3.attn_q.weight`.
