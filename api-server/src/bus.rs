@@ -21,6 +21,9 @@ use crate::lifecycle::{NoReply, Target};
 /// Messages a subscription may hold before NATS drops some. Drops are noticed by their numbers.
 const SUBSCRIPTION_CAPACITY: usize = 65_536;
 
+/// Silence of this length means that a worker is gone.
+const GONE_AFTER: Duration = Duration::from_millis(limits::GONE_AFTER_MS);
+
 /// How long the first connection may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -319,6 +322,7 @@ impl Bus {
         let beat_task = tokio::spawn(async move {
             let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
             let mut sweep = tokio::time::interval(Duration::from_millis(250));
+            let mut down: Option<Instant> = None;
             bus.hello().await;
             loop {
                 tokio::select! {
@@ -337,9 +341,14 @@ impl Bus {
                     Some(_) = hellos.next() => bus.beat(watcher.in_flight()).await,
                     _ = tick.tick() => bus.beat(watcher.in_flight()).await,
                     _ = sweep.tick() => {
-                        // While the bus is down silence says nothing about the workers.
-                        if bus.connected() {
-                            watcher.sweep(Instant::now());
+                        let now = Instant::now();
+                        let was_down = down.is_some_and(|at| now - at < GONE_AFTER);
+                        if !bus.connected() {
+                            down = Some(now);
+                        } else if !was_down {
+                            // While the bus is down, and until all had time to beat again, silence
+                            // says nothing about the workers.
+                            watcher.sweep(now);
                         }
                     }
                 }
