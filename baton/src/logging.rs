@@ -24,9 +24,12 @@ impl LogFormat {
     }
 }
 
-/// Starts logging for this process. `RUST_LOG` chooses what is logged; without it, `info`.
+/// What is logged where nothing is said. Two libraries tell of each connection and thread, and Baton tells what matters.
+const DEFAULT: &str = "info,async_nats=warn,actix_server=warn";
+
+/// Starts logging for this process. `RUST_LOG` chooses what is logged.
 pub fn start(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)

@@ -4,6 +4,7 @@
 //! error ends the process: one sentence on standard error, exit status 1.
 #![forbid(unsafe_code)]
 
+mod api_server;
 mod bench;
 mod chat;
 mod logging;
@@ -43,6 +44,8 @@ struct Cli {
 enum Command {
     /// Start a whole cluster on this machine: NATS, an API server, context and decode workers
     Up(Box<up::UpArgs>),
+    /// Serve the OpenAI-compatible HTTP API
+    ApiServer(api_server::ApiServerArgs),
     /// Run a worker that computes prompts and stages their KV
     ContextWorker(worker::WorkerArgs),
     /// Run a worker that pulls KV and generates
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
     logging::start(cli.log_format);
     let outcome = match cli.command {
         Command::Up(args) => up::run(*args, cli.log_format),
+        Command::ApiServer(args) => api_server::run(args),
         Command::ContextWorker(args) => worker::run(args, baton_protocol::Role::Context),
         Command::DecodeWorker(args) => worker::run(args, baton_protocol::Role::Decode),
         Command::Worker(args) => worker::run_role(args),

@@ -73,10 +73,21 @@ impl std::fmt::Display for Exit {
             self.status,
             self.lived.as_secs_f32()
         )?;
-        match self.tail.last() {
-            Some(line) => write!(f, "; its last line was: {line}"),
+        match self.telling_line() {
+            Some(line) => write!(f, "; it said: {line}"),
             None => write!(f, " and said nothing"),
         }
+    }
+}
+
+impl Exit {
+    /// The line that most likely says why: the last that speaks of an error, else the last.
+    fn telling_line(&self) -> Option<&String> {
+        let tells = |line: &&String| {
+            let line = line.to_lowercase();
+            line.starts_with("baton:") || line.contains("error") || line.contains("panicked")
+        };
+        self.tail.iter().rev().find(tells).or(self.tail.last())
     }
 }
 

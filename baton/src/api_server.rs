@@ -1,0 +1,99 @@
+//! `baton api-server`: the OpenAI-compatible HTTP API in front of a cluster.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_api_server::ApiServerConfig;
+use clap::Args;
+
+use crate::Failure;
+use crate::shutdown::Shutdown;
+
+#[derive(Args, Debug)]
+pub struct ApiServerArgs {
+    /// NATS server: nats://HOST:PORT
+    #[arg(
+        long,
+        default_value = "nats://127.0.0.1:4222",
+        env = "BATON_REQUEST_PLANE_URI"
+    )]
+    request_plane_uri: String,
+    /// File with NATS credentials (JWT and key)
+    #[arg(long)]
+    request_plane_credentials: Option<PathBuf>,
+    /// Name of the cluster to serve
+    #[arg(long, default_value = "baton")]
+    cluster: String,
+    /// Name of this API server, its own in the cluster [default: host and process id]
+    #[arg(long)]
+    api_server_name: Option<String>,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    api_server_host: String,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    api_server_port: u16,
+    /// Name that clients ask for [default: the model's own]
+    #[arg(long)]
+    model_name: Option<String>,
+    /// Model directory, for its tokenizer, chat template and limits; weights are not read
+    #[arg(long)]
+    tokenizer: PathBuf,
+    /// Time a request may take from its arrival to its last token, in seconds
+    #[arg(long)]
+    request_budget_s: Option<u64>,
+    /// Most answers under way; more are told to come back (429)
+    #[arg(long)]
+    in_flight_max: Option<usize>,
+    /// Threads that serve HTTP [default: one for each four CPUs]
+    #[arg(long)]
+    http_threads: Option<usize>,
+    /// Time for requests under way to finish at the end, in seconds
+    #[arg(long)]
+    drain_s: Option<u64>,
+}
+
+/// Serves until a signal comes and requests under way have finished.
+pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
+    let config = config(args)?;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?
+        .block_on(async {
+            let mut shutdown = Shutdown::catch()?;
+            let stop = async move {
+                let signal = shutdown.requested().await;
+                tracing::info!("{signal}: finishing what is under way");
+            };
+            Ok(baton_api_server::run(config, stop).await?)
+        })
+}
+
+fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
+    let name = args.api_server_name.unwrap_or_else(default_name);
+    let mut config = ApiServerConfig::new(name, args.cluster, args.tokenizer)?;
+    config.nats_url = args.request_plane_uri;
+    config.nats_credentials = args.request_plane_credentials;
+    config.model_name = args.model_name;
+    config.host = args.api_server_host;
+    config.port = args.api_server_port;
+    if let Some(seconds) = args.request_budget_s {
+        config.request_budget = Duration::from_secs(seconds);
+    }
+    let limits = &mut config.limits;
+    limits.in_flight_max = args.in_flight_max.unwrap_or(limits.in_flight_max);
+    limits.http_threads = args.http_threads.unwrap_or(limits.http_threads).max(1);
+    if let Some(seconds) = args.drain_s {
+        limits.drain = Duration::from_secs(seconds);
+    }
+    Ok(config)
+}
+
+fn default_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let host = host
+        .trim()
+        .replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "-");
+    format!("api-{host}-{}", std::process::id())
+}
