@@ -1,12 +1,13 @@
 //! Ceilings of this machine, products, and whole steps of a real model.
 //!
 //! `BATON_BENCH_MODEL=<prepared model directory> cargo bench -p baton-cpu`; without it, only the ceilings and
-//! the products. `BATON_BENCH_THREADS` (default 2) sets the threads.
+//! the products. `BATON_BENCH_THREADS` (default 2) sets the threads; with one, processor time is measured, which
+//! programs beside it disturb less. `BATON_BENCH_KERNEL` sets the kernel.
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_cpu::probe::{Gemm, peak_flops, read_bandwidth};
+use baton_cpu::probe::{Gemm, peak_flops, read_bandwidth, seconds};
 use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel, kv_geometry};
 use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan};
 use baton_model::ModelDir;
@@ -142,9 +143,9 @@ fn step_of(
             target_top: 0,
         });
     }
-    let since = Instant::now();
+    let since = seconds(executor.threads());
     executor.forward(&plan).expect("a step");
-    since.elapsed().as_secs_f64()
+    seconds(executor.threads()) - since
 }
 
 fn sorted(tries: usize, mut run: impl FnMut() -> f64) -> Vec<f64> {

@@ -161,6 +161,11 @@ impl CpuExecutor {
         })
     }
 
+    /// Threads, the caller of `forward` included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
     /// Bytes of weights that a step of one row reads, for benchmarks.
     pub fn streamed_bytes(&self) -> usize {
         self.weights.streamed_bytes()
