@@ -12,10 +12,10 @@ use std::ops::Range;
 
 use baton_protocol::KvGeometry;
 
-use crate::gemm::Tile;
+use crate::gemm::{Prefetch, Tile};
 use crate::math::{bf16_of, exp2, f32_of};
 use crate::memory::Pages;
-use crate::pack::{PANEL, pack_values};
+use crate::pack::PANEL;
 use crate::plan::Rows;
 
 /// KV tokens of one step: the columns of a panel.
@@ -188,6 +188,7 @@ pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut 
                     scores,
                     STEP,
                     false,
+                    Prefetch::none(scratch.keys.as_ptr()),
                 );
             }
         });
@@ -220,6 +221,7 @@ pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut 
                         scratch.sums.as_mut_ptr().add(first * dim + panel * PANEL),
                         dim,
                         true,
+                        Prefetch::none(scratch.values.as_ptr()),
                     );
                 }
             });
@@ -294,7 +296,7 @@ unsafe fn load_step<T: Tile>(
     // SAFETY: rows of head_dim numbers in the arena, or zeros; the scratch is sized for one step.
     unsafe {
         T::pack_keys(&keys, shape.head_dim, scratch.keys.as_mut_ptr());
-        pack_values(&values, shape.head_dim, scratch.values.as_mut_ptr());
+        T::pack_values(&values, shape.head_dim, scratch.values.as_mut_ptr());
     }
 }
 

@@ -514,7 +514,9 @@ pub fn multiply(
     };
     let row_pieces = rows.div_ceil(ROWS);
     // Enough pieces for an even end, few enough that claiming them costs nothing.
-    let panels = weights.panels.div_ceil(16 * pool.threads()).clamp(1, 8);
+    // Runs of panels let one fetch the next while it computes.
+    let share = if rows <= 12 { 16 } else { 4 };
+    let panels = weights.panels.div_ceil(share * pool.threads()).clamp(1, 16);
     let panel_pieces = weights.panels.div_ceil(panels);
     pool.run(row_pieces * panel_pieces, &|_, piece| {
         let (r, p) = (piece / panel_pieces, piece % panel_pieces);

@@ -24,10 +24,10 @@ pub fn bf16_of(x: f32) -> u16 {
 /// `2^x` to about one unit in the last place; zero below -126, infinity from 128.
 #[inline(always)]
 pub fn exp2(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves an integer in the low bits
     let clamped = x.clamp(-126.0, 127.0);
-    let whole = (clamped + ROUND) - ROUND;
-    let f = clamped - whole;
+    let shifted = clamped + ROUND;
+    let f = clamped - (shifted - ROUND);
     // Taylor series of 2^f on [-0.5, 0.5]; the first dropped term is under 2e-7.
     let mut p = 1.540_353e-4;
     p = p * f + 1.333_355_8e-3;
@@ -36,8 +36,12 @@ pub fn exp2(x: f32) -> f32 {
     p = p * f + 2.402_265e-1;
     p = p * f + std::f32::consts::LN_2;
     p = p * f + 1.0;
-    // SAFETY-free bit trick: `whole` lies in [-126, 127], so the exponent field is in [1, 254].
-    let scale = f32::from_bits(((whole as i32 + 127) as u32) << 23);
+    // The integer lies in [-126, 127], so the exponent field lies in [1, 254].
+    let exponent = shifted
+        .to_bits()
+        .wrapping_sub(ROUND.to_bits())
+        .wrapping_add(127);
+    let scale = f32::from_bits(exponent << 23);
     let y = p * scale;
     let y = if x < -126.0 { 0.0 } else { y };
     if x >= 128.0 { f32::INFINITY } else { y }

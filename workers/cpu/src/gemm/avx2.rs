@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Tile;
+use super::{Prefetch, Tile};
 use crate::pack::PANEL;
 
 /// Three rows of 32 columns: 12 accumulators of the 16 registers.
@@ -21,6 +21,7 @@ impl Tile for Avx2 {
         c: *mut f32,
         ldc: usize,
         load: bool,
+        _: Prefetch,
     ) {
         let mut row = 0;
         // SAFETY: the caller's promise, row by row.

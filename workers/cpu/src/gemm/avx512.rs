@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::Tile;
+use super::{Prefetch, Tile};
 use crate::pack::PANEL;
 
 /// Twelve rows times two vectors: 24 accumulators, two vectors of the panel, broadcasts in the rest. Per pair of
@@ -23,22 +23,23 @@ impl Tile for Avx512 {
         c: *mut f32,
         ldc: usize,
         load: bool,
+        prefetch: Prefetch,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
             match rows {
-                1 => strip::<1>(a, lda, b, pairs, c, ldc, load),
-                2 => strip::<2>(a, lda, b, pairs, c, ldc, load),
-                3 => strip::<3>(a, lda, b, pairs, c, ldc, load),
-                4 => strip::<4>(a, lda, b, pairs, c, ldc, load),
-                5 => strip::<5>(a, lda, b, pairs, c, ldc, load),
-                6 => strip::<6>(a, lda, b, pairs, c, ldc, load),
-                7 => strip::<7>(a, lda, b, pairs, c, ldc, load),
-                8 => strip::<8>(a, lda, b, pairs, c, ldc, load),
-                9 => strip::<9>(a, lda, b, pairs, c, ldc, load),
-                10 => strip::<10>(a, lda, b, pairs, c, ldc, load),
-                11 => strip::<11>(a, lda, b, pairs, c, ldc, load),
-                _ => strip::<12>(a, lda, b, pairs, c, ldc, load),
+                1 => strip::<1>(a, lda, b, pairs, c, ldc, load, prefetch),
+                2 => strip::<2>(a, lda, b, pairs, c, ldc, load, prefetch),
+                3 => strip::<3>(a, lda, b, pairs, c, ldc, load, prefetch),
+                4 => strip::<4>(a, lda, b, pairs, c, ldc, load, prefetch),
+                5 => strip::<5>(a, lda, b, pairs, c, ldc, load, prefetch),
+                6 => strip::<6>(a, lda, b, pairs, c, ldc, load, prefetch),
+                7 => strip::<7>(a, lda, b, pairs, c, ldc, load, prefetch),
+                8 => strip::<8>(a, lda, b, pairs, c, ldc, load, prefetch),
+                9 => strip::<9>(a, lda, b, pairs, c, ldc, load, prefetch),
+                10 => strip::<10>(a, lda, b, pairs, c, ldc, load, prefetch),
+                11 => strip::<11>(a, lda, b, pairs, c, ldc, load, prefetch),
+                _ => strip::<12>(a, lda, b, pairs, c, ldc, load, prefetch),
             }
         }
     }
@@ -54,6 +55,18 @@ impl Tile for Avx512 {
             }
         }
     }
+
+    #[inline(always)]
+    unsafe fn pack_values(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+        // SAFETY: as above.
+        unsafe {
+            if head_dim.is_multiple_of(PANEL) {
+                interleave(rows, head_dim, out);
+            } else {
+                crate::pack::pack_values(rows, head_dim, out);
+            }
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bf16")]
@@ -65,9 +78,8 @@ unsafe fn strip<const R: usize>(
     c: *mut f32,
     ldc: usize,
     load: bool,
+    mut prefetch: Prefetch,
 ) {
-    /// Panel bytes fetched ahead: some 64 lines in flight are what one core needs to stream from memory.
-    const AHEAD: usize = 4096;
     let mut acc = [[_mm512_setzero_ps(); 2]; R];
     // SAFETY: the caller's promise covers R rows of `a` and `c`, and `pairs` rows of the panel; a prefetch of
     // any address is harmless; the transmutes are between 64-byte vectors.
@@ -80,8 +92,10 @@ unsafe fn strip<const R: usize>(
         }
         let mut b = b;
         for pair in 0..pairs {
-            _mm_prefetch::<_MM_HINT_T0>(b.cast::<i8>().wrapping_add(AHEAD));
-            _mm_prefetch::<_MM_HINT_T0>(b.cast::<i8>().wrapping_add(AHEAD + 64));
+            _mm_prefetch::<_MM_HINT_T1>(prefetch.first.cast());
+            _mm_prefetch::<_MM_HINT_T1>(prefetch.second.cast());
+            prefetch.first = prefetch.first.wrapping_add(prefetch.step);
+            prefetch.second = prefetch.second.wrapping_add(prefetch.step);
             let b0: __m512bh = transmute(_mm512_loadu_si512(b.cast()));
             let b1: __m512bh = transmute(_mm512_loadu_si512(b.add(PANEL).cast()));
             for r in 0..R {
@@ -140,6 +154,38 @@ unsafe fn transpose(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) 
                         _mm512_storeu_si512(out.add((pair * PANEL + 16 * half) * 2).cast(), column);
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Values `[32 tokens][head_dim]` to panels of 32 dimensions `[16 pairs of tokens][32][2]`.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn interleave(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+    const fn order(first: u16) -> [u16; PANEL] {
+        let mut order = [0; PANEL];
+        let mut i = 0;
+        while i < PANEL {
+            order[i] = first + i as u16 / 2 + if i % 2 == 1 { 32 } else { 0 };
+            i += 1;
+        }
+        order
+    }
+    const LOW: [u16; PANEL] = order(0);
+    const HIGH: [u16; PANEL] = order(16);
+    // SAFETY: 64-byte arrays; 32 numbers of a row of `head_dim`; one pair's row of a panel.
+    unsafe {
+        let low = _mm512_loadu_si512(LOW.as_ptr().cast());
+        let high = _mm512_loadu_si512(HIGH.as_ptr().cast());
+        for pair in 0..PANEL / 2 {
+            for panel in 0..head_dim / PANEL {
+                let even = _mm512_loadu_si512(rows[2 * pair].add(panel * PANEL).cast());
+                let odd = _mm512_loadu_si512(rows[2 * pair + 1].add(panel * PANEL).cast());
+                let out = out.add(panel * PANEL * PANEL + pair * 2 * PANEL);
+                let first = _mm512_permutex2var_epi16(even, low, odd);
+                let second = _mm512_permutex2var_epi16(even, high, odd);
+                _mm512_storeu_si512(out.cast(), first);
+                _mm512_storeu_si512(out.add(PANEL).cast(), second);
             }
         }
     }

@@ -47,6 +47,7 @@ pub trait Tile {
         c: *mut f32,
         ldc: usize,
         load: bool,
+        prefetch: Prefetch,
     );
 
     /// As [`crate::pack::pack_keys`].
@@ -57,6 +58,61 @@ pub trait Tile {
     unsafe fn pack_keys(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
         // SAFETY: the same promise.
         unsafe { crate::pack::pack_keys(rows, head_dim, out) }
+    }
+
+    /// As [`crate::pack::pack_values`].
+    ///
+    /// # Safety
+    /// As there, and the CPU has the kernel's features.
+    #[inline(always)]
+    unsafe fn pack_values(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+        // SAFETY: the same promise.
+        unsafe { crate::pack::pack_values(rows, head_dim, out) }
+    }
+}
+
+/// Lines to fetch while a tile computes: two per pair of K, each `step` bytes after the last.
+#[derive(Clone, Copy)]
+pub struct Prefetch {
+    pub first: *const u8,
+    pub second: *const u8,
+    pub step: usize,
+}
+
+impl Prefetch {
+    /// Nothing worth fetching: touches what is there already.
+    #[inline(always)]
+    pub fn none(b: *const u16) -> Self {
+        Self {
+            first: b.cast(),
+            second: b.cast(),
+            step: 0,
+        }
+    }
+
+    /// The panel being computed, some way ahead: 64 lines in flight stream from memory on one core.
+    #[inline(always)]
+    fn ahead(panel: &[u16]) -> Self {
+        const AHEAD: usize = 4096;
+        let first = panel.as_ptr().cast::<u8>().wrapping_add(AHEAD);
+        Self {
+            first,
+            second: first.wrapping_add(64),
+            step: 128,
+        }
+    }
+
+    /// The share of `next` that tile `tile` of `tiles` brings in, so that memory works while all of them
+    /// compute and not only while the first one does.
+    #[inline(always)]
+    fn share(next: &[u16], tile: usize, tiles: usize) -> Self {
+        let half = size_of_val(next) / 2;
+        let first = next.as_ptr().cast::<u8>().wrapping_add(half * tile / tiles);
+        Self {
+            first,
+            second: first.wrapping_add(half),
+            step: 64usize.div_ceil(tiles),
+        }
     }
 }
 
@@ -107,8 +163,9 @@ pub unsafe fn product<T: Tile>(product: &Product<'_>, rows: Range<usize>, panels
     let tiles = rows.len().div_ceil(T::ROWS);
     // SAFETY: by the caller's promise.
     unsafe { T::begin() };
-    for panel in panels {
-        let b = product.weights.panel(panel).as_ptr();
+    for panel in panels.clone() {
+        let b = product.weights.panel(panel);
+        let next = product.weights.panel((panel + 1).min(panels.end - 1));
         for tile in 0..tiles {
             let first = rows.start + rows.len() * tile / tiles;
             let height = rows.start + rows.len() * (tile + 1) / tiles - first;
@@ -116,16 +173,12 @@ pub unsafe fn product<T: Tile>(product: &Product<'_>, rows: Range<usize>, panels
             // SAFETY: by the caller's promise; the scratch holds ROW_STEP rows of one panel.
             unsafe {
                 let a = product.a.add(first * product.lda);
-                T::run(
-                    height,
-                    a,
-                    product.lda,
-                    b,
-                    product.weights.k / 2,
-                    c,
-                    PANEL,
-                    false,
-                );
+                let prefetch = match tiles {
+                    1 => Prefetch::ahead(b),
+                    _ => Prefetch::share(next, tile, tiles),
+                };
+                let (b, pairs) = (b.as_ptr(), product.weights.k / 2);
+                T::run(height, a, product.lda, b, pairs, c, PANEL, false, prefetch);
                 finish(&product.epilogue, &scratch.0, first, height, panel);
             }
         }
@@ -186,7 +239,7 @@ mod tests {
     use super::*;
     use crate::kernel::Kernel;
     use crate::math::f32_of;
-    use crate::pack::{K_STEP, pack_keys};
+    use crate::pack::{K_STEP, pack_keys, pack_values};
     use crate::threads::Pool;
 
     /// What padding and outputs hold before: a product that reads or keeps any of it shows it.
@@ -368,6 +421,32 @@ mod tests {
                         "{ours} {truth}"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn values_are_packed_alike_by_every_kernel() {
+        for head_dim in [6usize, 32, 64, 80, 128] {
+            let values: Vec<u16> = (0..32 * head_dim).map(|i| i as u16).collect();
+            let rows = std::array::from_fn(|t| values[t * head_dim..].as_ptr());
+            let room = head_dim.next_multiple_of(PANEL) * PANEL;
+            let mut plain = vec![9u16; room];
+            // SAFETY: 32 rows of head_dim numbers; room for whole panels.
+            unsafe { pack_values(&rows, head_dim, plain.as_mut_ptr()) };
+            for token in 0..PANEL {
+                for dim in 0..head_dim {
+                    let at = dim / PANEL * PANEL * PANEL + token / 2 * 2 * PANEL;
+                    let packed = plain[at + dim % PANEL * 2 + token % 2];
+                    assert_eq!(packed, values[token * head_dim + dim]);
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            if Kernel::Avx512Bf16.available() {
+                let mut fast = vec![9u16; room];
+                // SAFETY: as above, and the CPU has AVX512.
+                unsafe { avx512::Avx512::pack_values(&rows, head_dim, fast.as_mut_ptr()) };
+                assert_eq!(fast, plain);
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The tile in plain Rust, for any CPU; with AVX2 switched on it would still lack the fused multiply-add.
 
-use super::Tile;
+use super::{Prefetch, Tile};
 use crate::math::f32_of;
 use crate::pack::PANEL;
 
@@ -20,6 +20,7 @@ impl Tile for Portable {
         c: *mut f32,
         ldc: usize,
         load: bool,
+        _: Prefetch,
     ) {
         for row in 0..rows {
             // SAFETY: the caller's promise covers `rows` rows of each.
