@@ -18,6 +18,8 @@ pub struct Report {
     elapsed: Duration,
     succeeded: u64,
     output_tokens: u64,
+    /// Chunks with text: a server may put tokens that come together into one.
+    chunks: u64,
     prompt_tokens: u64,
     cached_tokens: u64,
     first: Histogram<u64>,
@@ -47,6 +49,7 @@ impl Report {
             elapsed: Duration::ZERO,
             succeeded: 0,
             output_tokens: 0,
+            chunks: 0,
             prompt_tokens: 0,
             cached_tokens: 0,
             first: histogram(),
@@ -86,6 +89,7 @@ impl Report {
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.succeeded += 1;
         self.output_tokens += streamed.output_tokens;
+        self.chunks += streamed.chunks.len() as u64;
         self.prompt_tokens += streamed.prompt_tokens;
         self.cached_tokens += streamed.cached_tokens;
         self.whole.saturating_record(micros(since.elapsed()));
@@ -134,12 +138,12 @@ impl Report {
         json!({
             "requests": self.requests(), "succeeded": self.succeeded, "failed": self.failed(),
             "failures": self.failures, "seconds": seconds,
-            "output_tokens": self.output_tokens, "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens, "chunks": self.chunks, "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "output_tokens_per_second": self.output_tokens as f64 / seconds,
             "prompt_tokens_per_second": self.prompt_tokens as f64 / seconds,
             "requests_per_second": self.succeeded as f64 / seconds,
-            "ttft_ms": quantiles(&self.first), "itl_ms": quantiles(&self.between),
+            "ttft_ms": quantiles(&self.first), "between_chunks_ms": quantiles(&self.between),
             "longest_pause_ms": quantiles(&self.longest_pause), "request_ms": quantiles(&self.whole),
             "cpu": cpu,
         })
@@ -174,8 +178,9 @@ impl fmt::Display for Report {
         let rate = |count: u64| count as f64 / seconds;
         writeln!(
             f,
-            "output         {} tokens, {:.1} tok/s",
+            "output         {} tokens in {} chunks, {:.1} tok/s",
             self.output_tokens,
+            self.chunks,
             rate(self.output_tokens)
         )?;
         writeln!(
@@ -193,7 +198,7 @@ impl fmt::Display for Report {
         )?;
         let rows = [
             ("TTFT", &self.first),
-            ("ITL", &self.between),
+            ("between chunks", &self.between),
             ("longest pause", &self.longest_pause),
             ("request", &self.whole),
         ];
@@ -259,7 +264,7 @@ mod tests {
             )
         };
         near(&json["ttft_ms"]["p50"], 10.0);
-        near(&json["itl_ms"]["p50"], 10.0);
+        near(&json["between_chunks_ms"]["p50"], 10.0);
         near(&json["longest_pause_ms"]["p50"], 30.0);
         assert!(report.to_string().contains("1 x    HTTP 503"), "{report}");
     }
