@@ -141,13 +141,14 @@ impl Region {
         })?;
         // SAFETY: UCX says that there are `length` bytes.
         let packed = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), length) };
-        let rkey = Base64Bytes(seal(Kind::Key, packed));
+        let (base, bytes) = (self.base.addr() as u64, self.bytes());
+        let rkey = Base64Bytes(seal(Kind::Key { base, bytes }, packed));
         // SAFETY: packed above, and copied.
         unsafe { (ucp.ucp_rkey_buffer_release)(buffer) };
         Ok(RankRegion {
             rkey,
-            base: self.base.addr() as u64,
-            bytes: self.bytes as u64,
+            base,
+            bytes,
             memory: self.memory,
         })
     }

@@ -9,14 +9,19 @@ use crate::TransferError;
 
 /// Settings without which the agent does not do what it promises. An environment variable `UCX_…` of the
 /// same name wins over them.
-const SETTINGS: [(&str, &str); 3] = [
-    // Error handling drops shared memory otherwise.
-    ("MM_ERROR_HANDLING", "y"),
+const SETTINGS: [(&str, &str); 2] = [
     // Death of a peer over shared memory is seen by this alone; the default is 20 s.
     ("KEEPALIVE_INTERVAL", "1s"),
     // The cache cannot cope with memory of cudaMalloc that it did not see allocated.
     ("MEMTYPE_CACHE", "n"),
 ];
+
+/// One more where shared memory may be used: error handling drops it otherwise. Elsewhere UCX would warn of
+/// a setting that nobody reads.
+const SHARED_MEMORY_SETTING: (&str, &str) = ("MM_ERROR_HANDLING", "y");
+
+/// Names in a list of transports that stand for shared memory.
+const SHARED_MEMORY: [&str; 7] = ["all", "sm", "shm", "mm", "posix", "sysv", "xpmem"];
 
 /// A UCX context. Threads may share it: it is set up so.
 pub(crate) struct Context {
@@ -38,9 +43,15 @@ impl Context {
         check(ucp, "ucp_config_read", unsafe {
             (ucp.ucp_config_read)(null(), null(), &mut config)
         })?;
+        let chosen = tls
+            .map(str::to_owned)
+            .or_else(|| std::env::var("UCX_TLS").ok());
+        let shared_memory = chosen
+            .is_none_or(|list| may_share_memory(&list))
+            .then_some(SHARED_MEMORY_SETTING);
         let own = SETTINGS
-            .iter()
-            .copied()
+            .into_iter()
+            .chain(shared_memory)
             .filter(|(name, _)| std::env::var_os(format!("UCX_{name}")).is_none());
         let mut outcome = Ok(());
         for (name, value) in own.chain(tls.map(|tls| ("TLS", tls))) {
@@ -73,6 +84,11 @@ impl Drop for Context {
         // SAFETY: workers and regions hold the context by `Arc`, so all of them are gone.
         unsafe { (self.ucp.ucp_cleanup)(self.handle) };
     }
+}
+
+/// Whether a `UCX_TLS` names shared memory, or excludes (`^`) something else.
+fn may_share_memory(list: &str) -> bool {
+    list.starts_with('^') || list.split(',').any(|name| SHARED_MEMORY.contains(&name))
 }
 
 fn modify(

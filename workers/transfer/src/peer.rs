@@ -51,19 +51,18 @@ impl PeerPlan {
         }
         let address = unseal(Kind::Address, &descriptor.address.0)?.to_vec();
         let ranks = descriptor.ranks.iter().map(|rank| {
-            if rank.bytes == 0 || rank.base.checked_add(rank.bytes).is_none() {
-                return Err(TransferError::Descriptor(format!(
-                    "no memory has {} bytes at address {}",
-                    rank.bytes, rank.base
-                )));
-            }
+            let place = Kind::Key {
+                base: rank.base,
+                bytes: rank.bytes,
+            };
+            let rkey = unseal(place, &rank.rkey.0)?.to_vec();
             Ok(RankPlan {
-                rkey: unseal(Kind::Key, &rank.rkey.0)?.to_vec(),
+                rkey,
                 base: rank.base,
                 bytes: rank.bytes,
             })
         });
-        let ranks: Vec<_> = ranks.collect::<Result<_, _>>()?;
+        let ranks = ranks.collect::<Result<Vec<_>, TransferError>>()?;
         if ranks.is_empty() {
             return Err(TransferError::Descriptor("it names no arena".into()));
         }

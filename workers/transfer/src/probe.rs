@@ -2,6 +2,7 @@
 
 use std::ptr::null_mut;
 
+use baton_protocol::UcxVersion;
 use libc::FILE;
 
 use crate::context::Context;
@@ -17,7 +18,11 @@ pub(crate) const SCRATCH_BYTES: usize = 4 << 20;
 const FIRST_READ_BYTES: u64 = 4096;
 
 /// Most bytes of the measurement.
-const PROBE_BYTES: u64 = 64 << 20;
+const PROBE_BYTES: u64 = 128 << 20;
+
+/// The measurement stays within this much of the arena: pages of shared memory are slow to touch for the
+/// first time, and it is the lasting rate that matters.
+const PROBE_WINDOW_BYTES: u64 = 16 << 20;
 
 /// A connection that was tried and measured.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,14 +47,15 @@ pub(crate) fn first_reads(link: &Link, scratch: u64) -> Vec<Read> {
         .collect()
 }
 
-/// Reads that walk through the first rank's arena. All go to the same place; nobody looks at it.
+/// Reads that walk round the first rank's arena. All go to the same place; nobody looks at it.
 pub(crate) fn probe_reads(link: &Link, scratch: u64) -> Vec<Read> {
-    let arena = link.regions()[0].bytes;
-    let length = arena.min(SCRATCH_BYTES as u64);
-    (0..PROBE_BYTES / length.max(64 << 10))
+    let window = link.regions()[0].bytes.min(PROBE_WINDOW_BYTES);
+    let length = window.min(SCRATCH_BYTES as u64);
+    // An arena shorter than a page or so gives no rate worth the time.
+    (0..(PROBE_BYTES / length).min(1024))
         .map(|i| Read {
             rank: 0,
-            remote_offset: (i * length) % (arena - length + 1),
+            remote_offset: i % (window / length) * length,
             local_offset: scratch,
             bytes: length,
         })
@@ -71,25 +77,31 @@ pub(crate) fn transports(context: &Context) -> String {
 }
 
 /// How reads over this connection travel.
-pub(crate) fn describe(link: &Link) -> String {
+pub(crate) fn describe(link: &Link, ucx: UcxVersion) -> String {
     let text = printed(|file| link.print_info(file));
     tracing::debug!("{text}");
-    let lanes: Vec<&str> = text.lines().filter(|line| line.contains("lane[")).collect();
-    let zero_copy = |line: &&&str| line.split_whitespace().any(|word| word.starts_with("rma"));
-    let reading = distinct(
-        lanes
-            .iter()
-            .filter(zero_copy)
-            .filter_map(|line| transport_name(line)),
-    );
-    if !reading.is_empty() {
-        return reading;
+    road(&text, ucx)
+}
+
+/// Reads UCX's description of an endpoint: `lane[1]:  4:posix/memory.0 md[3] …` is a lane, and
+/// `get[1]: …` says that lane 1 can read remote memory by itself. Where none can, reads become messages
+/// that the peer answers. Releases since 1.14 no longer say which.
+fn road(text: &str, ucx: UcxVersion) -> String {
+    let lanes = || text.lines().filter(|line| line.contains("lane["));
+    let reads = |lane: &&str| {
+        let number = lane
+            .split_once("lane[")
+            .and_then(|(_, rest)| rest.split_once(']'));
+        number.is_some_and(|(number, _)| text.contains(&format!("get[{number}]:")))
+            || lane.split_whitespace().any(|word| word.starts_with("rma"))
+    };
+    let reading = distinct(lanes().filter(reads).filter_map(transport_name));
+    let all = distinct(lanes().filter_map(transport_name));
+    match (reading.is_empty(), (ucx.0, ucx.1) < (1, 14)) {
+        (false, _) => reading,
+        (true, true) => format!("{all} emulated"),
+        (true, false) => all,
     }
-    // Without a lane for remote memory access, reads become messages that the peer answers.
-    format!(
-        "{} emulated",
-        distinct(lanes.iter().filter_map(|line| transport_name(line)))
-    )
 }
 
 /// The `posix` of `… posix/memory …`.
@@ -130,4 +142,40 @@ fn printed(print: impl FnOnce(*mut FILE)) -> String {
     // SAFETY: the stream's buffer is to be freed by us.
     unsafe { libc::free(text.cast()) };
     string
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: UcxVersion = UcxVersion(1, 13, 1);
+
+    #[test]
+    fn lanes_that_read_by_themselves_are_named() {
+        let text = "
+# lane[0]:  3:sysv/memory.0 md[2]  -> md[2]/sysv/sysdev[255] am am_bw#0 keepalive
+# lane[1]:  4:posix/memory.0 md[3]  -> md[3]/posix/sysdev[255]
+# get[1]: 0..<bcopy>..(inf)";
+        assert_eq!(road(text, OLD), "posix");
+    }
+
+    #[test]
+    fn without_one_reads_are_emulated() {
+        let text =
+            "# lane[0]:  1:tcp/lo.0 md[1]  -> md[1]/tcp/sysdev[255] am am_bw#0 keepalive wireup\n#";
+        assert_eq!(road(text, OLD), "tcp emulated");
+        assert_eq!(road(text, UcxVersion(1, 22, 0)), "tcp");
+    }
+
+    #[test]
+    fn resources_are_named() {
+        assert_eq!(
+            transport_name("#      resource 4  :  md 3  dev 3  flags -- posix/memory"),
+            Some("posix".into())
+        );
+        assert_eq!(
+            transport_name("#            md 0  :  component 0  self "),
+            None
+        );
+    }
 }

@@ -11,29 +11,40 @@ use crate::TransferError;
 pub(crate) enum Kind {
     /// A UCX worker address.
     Address,
-    /// A packed remote key.
-    Key,
+    /// A packed remote key, for an arena that lies here in its owner's address space.
+    Key {
+        /// Address of its first byte.
+        base: u64,
+        /// Its length.
+        bytes: u64,
+    },
 }
 
 impl Kind {
-    fn tag(self) -> [u8; 4] {
+    /// What stands before the bytes. A key's place is part of it: UCX would read from any other.
+    fn head(self) -> Vec<u8> {
         match self {
-            Self::Address => *b"UCXa",
-            Self::Key => *b"UCXk",
+            Self::Address => b"UCXa".to_vec(),
+            Self::Key { base, bytes } => [
+                b"UCXk".as_slice(),
+                &base.to_le_bytes(),
+                &bytes.to_le_bytes(),
+            ]
+            .concat(),
         }
     }
 
     fn name(self) -> &'static str {
         match self {
             Self::Address => "worker address",
-            Self::Key => "remote key",
+            Self::Key { .. } => "remote key",
         }
     }
 }
 
-/// Tag, bytes, checksum.
+/// Head, bytes, checksum.
 pub(crate) fn seal(kind: Kind, bytes: &[u8]) -> Vec<u8> {
-    let mut framed = kind.tag().to_vec();
+    let mut framed = kind.head();
     framed.extend_from_slice(bytes);
     framed.extend_from_slice(&fnv1a(&framed).to_le_bytes());
     framed
@@ -53,9 +64,9 @@ pub(crate) fn unseal(kind: Kind, framed: &[u8]) -> Result<&[u8], TransferError> 
     if fnv1a(body) != u64::from_le_bytes(*checksum) {
         return damaged("does not match its checksum");
     }
-    match body.split_first_chunk::<4>() {
-        Some((tag, bytes)) if *tag == kind.tag() && !bytes.is_empty() => Ok(bytes),
-        _ => damaged("is something else"),
+    match body.strip_prefix(kind.head().as_slice()) {
+        Some(bytes) if !bytes.is_empty() => Ok(bytes),
+        _ => damaged("belongs to something else"),
     }
 }
 
@@ -74,8 +85,11 @@ mod tests {
     proptest! {
         #[test]
         fn whole_frames_open(bytes in prop::collection::vec(any::<u8>(), 1..300)) {
-            let framed = seal(Kind::Key, &bytes);
-            prop_assert_eq!(unseal(Kind::Key, &framed), Ok(&bytes[..]));
+            let key = Kind::Key { base: 4096, bytes: 100 };
+            let framed = seal(key, &bytes);
+            prop_assert_eq!(unseal(key, &framed), Ok(&bytes[..]));
+            let elsewhere = Kind::Key { base: 4096, bytes: 101 };
+            prop_assert!(unseal(elsewhere, &framed).is_err());
             prop_assert!(unseal(Kind::Address, &framed).is_err());
         }
 

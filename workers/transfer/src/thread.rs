@@ -402,7 +402,7 @@ impl Mover {
                 let _ = reply.send(Ok((guard, stats)));
             }
             Then::Probe { reply } => {
-                let transport = probe::describe(&reading.link);
+                let transport = probe::describe(&reading.link, version(self.ucp));
                 let reads = probe::probe_reads(&reading.link, self.region.scratch());
                 let left = reading.deadline().saturating_duration_since(now);
                 let reading = Reading::new(self.ucp, reading.link, reads, now, left);

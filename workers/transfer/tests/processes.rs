@@ -2,76 +2,483 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use baton_transfer::{Agent, AgentConfig, PeerKey, Read};
-use support::{ROADS, SERVER_TEST, Server, matches};
+use baton_protocol::{TransferDescriptor, UcxVersion};
+use baton_transfer::{Agent, AgentConfig, Arena, PeerKey, Read, TransferError};
+use support::{ROADS, SERVER_TEST, Server, fill, matches, until};
 
 const MIB: u64 = 1 << 20;
 /// Long enough for a machine under load; nothing waits for it unless something is wrong.
 const LONG: Duration = Duration::from_secs(20);
+const PEER: PeerKey = PeerKey(1);
 
+/// Not a test: what this program does when it is a [`Server`].
 #[test]
 fn serve_an_arena() {
     assert_eq!(SERVER_TEST, "serve_an_arena");
     support::serve();
 }
 
-/// An agent of this process, and a runtime to await it on.
-fn agent(
-    arena_bytes: u64,
-    tls: Option<&str>,
-) -> (tokio::runtime::Runtime, Agent, baton_transfer::Arena) {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .build()
-        .expect("a runtime");
+fn agent(arena_bytes: u64, tls: Option<&str>) -> (Agent, Arena) {
     let config = AgentConfig {
         arena_bytes: arena_bytes as usize,
         tls: tls.map(str::to_owned),
     };
-    let (agent, arena) = Agent::start(config).expect("UCX works here: install libucx0");
-    (runtime, agent, arena)
+    Agent::start(config).expect("UCX works here: install libucx0")
+}
+
+/// Runs a test over each road.
+fn over_each_road(test: impl AsyncFn(Option<&'static str>)) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    for tls in ROADS {
+        println!("UCX_TLS {tls:?}");
+        runtime.block_on(test(tls));
+    }
+}
+
+/// One read that is the same range on both sides.
+fn range(offset: u64, bytes: u64) -> Vec<Read> {
+    vec![Read {
+        rank: 0,
+        remote_offset: offset,
+        local_offset: offset,
+        bytes,
+    }]
+}
+
+/// More than can be read while a test runs: seventeen terabytes.
+fn endless() -> Vec<Read> {
+    range(0, 64 * MIB).repeat(1 << 18)
+}
+
+async fn pulls_rightly(agent: &Agent, arena: &Arena, peer: PeerKey, seed: u64) {
+    let bytes = 4 * MIB;
+    agent
+        .pull(peer, range(0, bytes), (), LONG)
+        .await
+        .expect("the agent is usable");
+    assert!(matches(arena, 0, seed, 0, bytes), "the pull was right");
 }
 
 #[test]
 fn scattered_blocks_arrive_whole() {
-    for tls in ROADS {
+    over_each_road(async |tls| {
         let server = Server::start(64 << 20, 7, tls);
-        let (runtime, agent, arena) = agent(64 * MIB, tls);
-        runtime.block_on(async {
-            let peer = PeerKey(1);
-            let report = agent
-                .connect(peer, server.descriptor.clone(), LONG)
+        let (agent, arena) = agent(64 * MIB, tls);
+        let report = agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        println!("{}; {report:?}", agent.summary());
+        assert!(report.gigabytes_per_second > 0.0);
+        assert!(agent.summary().starts_with("ucx 1."), "{}", agent.summary());
+        let expected = if tls.is_some() {
+            ["tcp"].as_slice()
+        } else {
+            &["sysv", "posix"]
+        };
+        assert!(
+            expected.iter().any(|name| report.transport.contains(name)),
+            "{report:?}"
+        );
+
+        let reads: Vec<Read> = (0..512)
+            .map(|i| Read {
+                rank: 0,
+                remote_offset: (i * 197 + 13) % 512 * (128 << 10),
+                local_offset: i * (128 << 10),
+                bytes: 128 << 10,
+            })
+            .collect();
+        let (guard, stats) = agent
+            .pull(PEER, reads.clone(), "guard", LONG)
+            .await
+            .expect("pulls");
+        assert_eq!((guard, stats.bytes), ("guard", 64 * MIB));
+        for read in reads {
+            assert!(
+                matches(&arena, read.local_offset, 7, read.remote_offset, read.bytes),
+                "{read:?}"
+            );
+        }
+        agent.shutdown();
+        assert!(!agent.health().running);
+        assert!(
+            matches(&arena, 0, 7, 13 * (128 << 10), 8),
+            "the arena outlives the agent"
+        );
+    });
+}
+
+#[test]
+fn a_killed_peer_fails_the_pull_and_nothing_else() {
+    over_each_road(async |tls| {
+        let mut server = Server::start(64 << 20, 1, tls);
+        let other = Server::start(64 << 20, 2, tls);
+        let (agent, arena) = agent(64 * MIB, tls);
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        agent
+            .connect(PeerKey(2), other.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+
+        let guard = Arc::new(());
+        let pull = tokio::spawn({
+            let (agent, guard) = (agent.clone(), guard.clone());
+            async move { agent.pull(PEER, endless(), guard, LONG).await.map(|_| ()) }
+        });
+        wait_for(&agent, "the pull", |agent| agent.health().in_flight == 1).await;
+        server.kill();
+        let error = pull.await.expect("no panic").expect_err("the peer is dead");
+        println!("{error}");
+        assert!(
+            matches!(
+                error,
+                TransferError::PeerFailed { .. } | TransferError::Deadline { .. }
+            ),
+            "{error}"
+        );
+        // Released, or counted for as long as UCX might still write.
+        until(&agent, "the guard's end", |health| {
+            Arc::strong_count(&guard) == 1 + health.quarantined
+        });
+        println!("{:?}", agent.health());
+
+        let error = agent
+            .pull(PEER, range(0, 8), (), LONG)
+            .await
+            .map(|_| ())
+            .expect_err("it is closed");
+        assert_eq!(error, TransferError::NotConnected(PEER));
+        pulls_rightly(&agent, &arena, PeerKey(2), 2).await;
+        // The same worker comes back: another life, another address; the key may be an old one.
+        let server = Server::start(64 << 20, 3, tls);
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects again");
+        pulls_rightly(&agent, &arena, PEER, 3).await;
+        agent.shutdown();
+    });
+}
+
+#[test]
+fn a_stopped_peer_runs_into_the_deadline() {
+    over_each_road(async |tls| {
+        let server = Server::start(64 << 20, 1, tls);
+        let (agent, arena) = agent(64 * MIB, tls);
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        server.stop();
+        let guard = Arc::new(());
+        let deadline = Duration::from_millis(500);
+        // Over shared memory a stopped peer is read all the same, so the pull is one that cannot end.
+        let error = agent
+            .pull(PEER, endless(), guard.clone(), deadline)
+            .await
+            .map(|_| ())
+            .expect_err("too much");
+        assert!(
+            matches!(error, TransferError::Deadline { after, .. } if after == deadline),
+            "{error}"
+        );
+        until(&agent, "the guard's end", |health| {
+            Arc::strong_count(&guard) == 1 + health.quarantined
+        });
+        if tls.is_some() {
+            let outcome = agent
+                .connect(PEER, server.descriptor.clone(), deadline)
+                .await;
+            assert!(
+                matches!(outcome, Err(TransferError::Deadline { .. })),
+                "{outcome:?}"
+            );
+        }
+        server.resume();
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects again");
+        pulls_rightly(&agent, &arena, PEER, 1).await;
+        until(&agent, "all requests' end", |health| {
+            health.quarantined == 0
+        });
+        assert_eq!(Arc::strong_count(&guard), 1);
+        agent.shutdown();
+    });
+}
+
+#[test]
+fn an_abandoned_pull_lets_go_of_its_guard() {
+    over_each_road(async |tls| {
+        let server = Server::start(64 << 20, 1, tls);
+        let (agent, arena) = agent(64 * MIB, tls);
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        let guard = Arc::new(());
+        let pull = tokio::spawn({
+            let (agent, guard) = (agent.clone(), guard.clone());
+            async move { agent.pull(PEER, endless(), guard, LONG).await.map(|_| ()) }
+        });
+        wait_for(&agent, "the pull", |agent| agent.health().in_flight == 1).await;
+        pull.abort();
+        let _ = pull.await;
+        until(&agent, "the guard's end", |_| {
+            Arc::strong_count(&guard) == 1
+        });
+        pulls_rightly(&agent, &arena, PEER, 1).await;
+        agent.shutdown();
+    });
+}
+
+#[test]
+fn a_dead_reader_does_no_harm_to_its_target() {
+    over_each_road(async |tls| {
+        let (target, arena) = agent(64 * MIB, tls);
+        fill(&arena, 5);
+        let mut reader = Server::start(64 << 20, 0, tls);
+        reader.pull_from(&target.descriptor());
+        reader.kill();
+        let (second, second_arena) = agent(64 * MIB, tls);
+        second
+            .connect(PEER, target.descriptor(), LONG)
+            .await
+            .expect("the target still answers");
+        pulls_rightly(&second, &second_arena, PEER, 5).await;
+        second.shutdown();
+        assert!(target.health().running);
+        target.shutdown();
+    });
+}
+
+#[test]
+fn shutdown_ends_what_is_under_way() {
+    over_each_road(async |tls| {
+        let server = Server::start(64 << 20, 1, tls);
+        let (agent, _arena) = agent(64 * MIB, tls);
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        let guard = Arc::new(());
+        let pull = tokio::spawn({
+            let (agent, guard) = (agent.clone(), guard.clone());
+            async move { agent.pull(PEER, endless(), guard, LONG).await.map(|_| ()) }
+        });
+        wait_for(&agent, "the pull", |agent| agent.health().in_flight == 1).await;
+        agent.shutdown();
+        assert_eq!(pull.await.expect("no panic"), Err(TransferError::Stopped));
+        assert_eq!(Arc::strong_count(&guard), 1);
+        assert_eq!(
+            agent.pull(PEER, range(0, 8), (), LONG).await.map(|_| ()),
+            Err(TransferError::Stopped)
+        );
+        agent.shutdown();
+    });
+}
+
+#[test]
+fn damaged_and_foreign_descriptors_are_refused() {
+    over_each_road(async |tls| {
+        let server = Server::start(1 << 20, 1, tls);
+        let good = &server.descriptor;
+        let (agent, arena) = agent(8 * MIB, tls);
+        let UcxVersion(major, minor, release) = good.ucx;
+        let foreign = TransferDescriptor {
+            ucx: UcxVersion(major, minor + 9, release),
+            ..good.clone()
+        };
+        let error = agent
+            .connect(PEER, foreign.clone(), LONG)
+            .await
+            .expect_err("another UCX");
+        assert_eq!(
+            error,
+            TransferError::Version {
+                theirs: foreign.ucx,
+                ours: good.ucx
+            }
+        );
+
+        let damages: [fn(&mut TransferDescriptor); 8] = [
+            |d| d.address.0.clear(),
+            |d| d.address.0.truncate(20),
+            |d| d.address.0[9] ^= 1,
+            |d| std::mem::swap(&mut d.address, &mut d.ranks[0].rkey),
+            |d| d.ranks[0].rkey.0[25] ^= 128,
+            |d| d.ranks[0].bytes *= 2,
+            |d| d.ranks[0].base -= 4096,
+            |d| d.ranks.clear(),
+        ];
+        for (index, damage) in damages.into_iter().enumerate() {
+            let mut descriptor = good.clone();
+            damage(&mut descriptor);
+            let outcome = agent.connect(PEER, descriptor, LONG).await;
+            assert!(
+                matches!(outcome, Err(TransferError::Descriptor(_))),
+                "damage {index}: {outcome:?}"
+            );
+        }
+        agent
+            .connect(PEER, good.clone(), LONG)
+            .await
+            .expect("the true one connects");
+        agent
+            .pull(PEER, range(0, MIB), (), LONG)
+            .await
+            .expect("and serves");
+        assert!(matches(&arena, 0, 1, 0, MIB));
+        agent.shutdown();
+    });
+}
+
+#[test]
+fn reads_out_of_bounds_are_refused() {
+    over_each_road(async |tls| {
+        let server = Server::start(8 << 20, 1, tls);
+        let (agent, arena) = agent(4 * MIB, tls);
+        let unknown = agent.pull(PEER, range(0, 8), (), LONG).await.map(|_| ());
+        assert_eq!(unknown, Err(TransferError::NotConnected(PEER)));
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        for (remote_offset, local_offset, bytes) in [
+            (8 * MIB, 0, 1),
+            (8 * MIB - 1, 0, 2),
+            (0, 4 * MIB - 8, 16),
+            (u64::MAX, 0, 8),
+            (0, u64::MAX - 4, 8),
+            (0, 0, 0),
+        ] {
+            let read = Read {
+                rank: 0,
+                remote_offset,
+                local_offset,
+                bytes,
+            };
+            let outcome = agent.pull(PEER, vec![read], (), LONG).await.map(|_| ());
+            assert!(
+                matches!(outcome, Err(TransferError::Bounds { .. })),
+                "{read:?}: {outcome:?}"
+            );
+        }
+        let foreign_rank = vec![Read {
+            rank: 1,
+            remote_offset: 0,
+            local_offset: 0,
+            bytes: 8,
+        }];
+        let outcome = agent.pull(PEER, foreign_rank, (), LONG).await.map(|_| ());
+        assert!(
+            matches!(outcome, Err(TransferError::Plan(_))),
+            "{outcome:?}"
+        );
+        assert_eq!(
+            agent
+                .pull(PEER, vec![], 1, LONG)
                 .await
-                .expect("connects");
-            println!("{tls:?}: {} | {report:?}", agent.summary());
-            assert!(report.gigabytes_per_second > 0.0);
-            let reads: Vec<Read> = (0..512)
-                .map(|i| Read {
-                    rank: 0,
-                    remote_offset: (i * 197 + 13) % 512 * (128 << 10),
-                    local_offset: i * (128 << 10),
-                    bytes: 128 << 10,
-                })
-                .collect();
-            let (guard, stats) = agent
-                .pull(peer, reads.clone(), "guard", LONG)
+                .map(|(guard, stats)| (guard, stats.bytes)),
+            Ok((1, 0))
+        );
+        pulls_rightly(&agent, &arena, PEER, 1).await;
+        agent.disconnect(PEER).await;
+        until(&agent, "the end of the connection", |health| health.peers == 0);
+        agent.shutdown();
+    });
+}
+
+#[test]
+fn a_thousand_small_pulls() {
+    over_each_road(async |tls| {
+        let server = Server::start(8 << 20, 9, tls);
+        let (agent, arena) = agent(8 * MIB, tls);
+        agent
+            .connect(PEER, server.descriptor.clone(), LONG)
+            .await
+            .expect("connects");
+        for i in 0..1000 {
+            let offset = i * 8192 % (8 * MIB);
+            agent
+                .pull(PEER, range(offset, 4096), (), LONG)
                 .await
                 .expect("pulls");
-            assert_eq!((guard, stats.bytes), ("guard", 64 * MIB));
-            println!(
-                "{stats:?} {:.2} GB/s",
-                stats.bytes as f32 / stats.seconds / 1e9
-            );
-            for read in reads {
-                assert!(
-                    matches(&arena, read.local_offset, 7, read.remote_offset, read.bytes),
-                    "{read:?}"
-                );
-            }
-        });
+            assert!(matches(&arena, offset, 9, offset, 4096));
+        }
         agent.shutdown();
-        drop(arena);
-    }
+    });
+}
+
+#[test]
+fn concurrent_pulls_from_two_peers() {
+    over_each_road(async |tls| {
+        let servers = [
+            Server::start(32 << 20, 1, tls),
+            Server::start(32 << 20, 2, tls),
+        ];
+        let (agent, arena) = agent(64 * MIB, tls);
+        for (key, server) in servers.iter().enumerate() {
+            agent
+                .connect(PeerKey(key as u64), server.descriptor.clone(), LONG)
+                .await
+                .expect("connects");
+        }
+        let mut pulls = tokio::task::JoinSet::new();
+        for slot in 0..32 {
+            let agent = agent.clone();
+            pulls.spawn(async move {
+                let (peer, local_offset) = (slot % 2, slot * 2 * MIB);
+                let remote_offset = slot * 37 % 30 * MIB;
+                let read = Read {
+                    rank: 0,
+                    remote_offset,
+                    local_offset,
+                    bytes: 2 * MIB,
+                };
+                agent
+                    .pull(PeerKey(peer), vec![read], (peer, read), LONG)
+                    .await
+                    .expect("pulls")
+                    .0
+            });
+        }
+        while let Some(outcome) = pulls.join_next().await {
+            let (peer, read) = outcome.expect("no panic");
+            assert!(
+                matches(
+                    &arena,
+                    read.local_offset,
+                    peer + 1,
+                    read.remote_offset,
+                    read.bytes
+                ),
+                "{read:?}"
+            );
+        }
+        agent.shutdown();
+    });
+}
+
+/// Like [`until`], letting tasks of this thread run.
+async fn wait_for(agent: &Agent, what: &str, condition: impl Fn(&Agent) -> bool) {
+    let waited = tokio::time::timeout(LONG, async {
+        while !condition(agent) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    waited
+        .await
+        .unwrap_or_else(|_| panic!("never came: {what}; {:?}", agent.health()));
 }

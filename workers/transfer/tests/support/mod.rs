@@ -5,12 +5,12 @@
 
 #![allow(dead_code, reason = "each user needs a part")]
 
-use std::io::{BufRead, BufReader, Read as _};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use baton_protocol::TransferDescriptor;
-use baton_transfer::{Agent, AgentConfig, AgentHealth, Arena};
+use baton_transfer::{Agent, AgentConfig, AgentHealth, Arena, PeerKey, Read};
 
 /// Set to `<arena bytes>,<seed>,<UCX_TLS or nothing>` in a server.
 pub const SERVE_VARIABLE: &str = "BATON_TEST_SERVE";
@@ -18,6 +18,9 @@ pub const SERVE_VARIABLE: &str = "BATON_TEST_SERVE";
 pub const SERVER_TEST: &str = "serve_an_arena";
 /// Marks the server's one line that counts: libtest prints others.
 const MARK: &str = "DESCRIPTOR ";
+/// Printed by a server that reads.
+const PULLING: &str = "PULLING";
+const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Shared memory and whatever else UCX chooses; or sockets alone.
 pub const ROADS: [Option<&str>; 2] = [None, Some("tcp,self")];
@@ -26,6 +29,7 @@ pub const ROADS: [Option<&str>; 2] = [None, Some("tcp,self")];
 pub struct Server {
     child: Child,
     pub descriptor: TransferDescriptor,
+    lines: std::sync::mpsc::Receiver<String>,
 }
 
 impl Server {
@@ -53,8 +57,31 @@ impl Server {
             }
         };
         // It goes on reading, or the server would block when it has more to say.
-        std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
-        Self { child, descriptor }
+        let (sender, lines) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            output
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
+        Self {
+            child,
+            descriptor,
+            lines,
+        }
+    }
+
+    /// Makes the server read from a peer for ever; returns when it does.
+    pub fn pull_from(&mut self, peer: &TransferDescriptor) {
+        let json = serde_json::to_string(peer).expect("it is plain data");
+        let input = self.child.stdin.as_mut().expect("it is piped");
+        writeln!(input, "{json}").expect("the server listens");
+        while !self
+            .lines
+            .recv_timeout(DEADLINE)
+            .expect("the server pulls")
+            .contains(PULLING)
+        {}
     }
 
     pub fn kill(&mut self) {
@@ -111,9 +138,36 @@ pub fn serve() -> bool {
         serde_json::to_string(&agent.descriptor()).expect("it is plain data")
     );
     // Standard input closes when the parent ends, however it ends.
-    let _ = std::io::stdin().read(&mut [0]);
+    let mut line = String::new();
+    if matches!(std::io::stdin().read_line(&mut line), Ok(bytes) if bytes > 0) {
+        let peer = serde_json::from_str(&line).expect("the parent sends a descriptor");
+        pull_for_ever(&agent, peer);
+    }
     agent.shutdown();
     true
+}
+
+/// Until killed, or until the parent or the peer is gone.
+fn pull_for_ever(agent: &Agent, descriptor: TransferDescriptor) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    runtime.block_on(async {
+        let peer = PeerKey(1);
+        agent
+            .connect(peer, descriptor, DEADLINE)
+            .await
+            .expect("connects");
+        println!("{PULLING}");
+        let read = Read {
+            rank: 0,
+            remote_offset: 0,
+            local_offset: 0,
+            bytes: 1 << 20,
+        };
+        while agent.pull(peer, vec![read; 64], (), DEADLINE).await.is_ok() {}
+    });
 }
 
 /// The word at a byte offset (a multiple of 8) of an arena filled with `seed`.
@@ -152,7 +206,7 @@ pub fn matches(arena: &Arena, local: u64, seed: u64, remote: u64, bytes: u64) ->
 
 /// Waits until the agent's health satisfies a condition; it has a deadline and no other clock.
 pub fn until(agent: &Agent, what: &str, condition: impl Fn(&AgentHealth) -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + DEADLINE;
     while !condition(&agent.health()) {
         assert!(
             Instant::now() < end,
