@@ -76,16 +76,21 @@ pub(crate) fn transports(context: &Context) -> String {
     distinct(names)
 }
 
-/// How reads over this connection travel.
+/// Ends the name of a road on which the peer answers reads with messages.
+const EMULATED: &str = " emulated";
+
+/// How reads over this connection travel; the link is told too.
 pub(crate) fn describe(link: &Link, ucx: UcxVersion) -> String {
     let text = printed(|file| link.print_info(file));
     tracing::debug!("{text}");
-    road(&text, ucx)
+    let road = road(&text, ucx);
+    link.emulated.set(road.ends_with(EMULATED));
+    road
 }
 
 /// Reads UCX's description of an endpoint: `lane[1]:  4:posix/memory.0 md[3] …` is a lane, and
 /// `get[1]: …` says that lane 1 can read remote memory by itself. Where none can, reads become messages
-/// that the peer answers. Releases since 1.14 no longer say which.
+/// that the peer answers. Releases since 1.14 no longer say which, but sockets never can.
 fn road(text: &str, ucx: UcxVersion) -> String {
     let lanes = || text.lines().filter(|line| line.contains("lane["));
     let reads = |lane: &&str| {
@@ -99,8 +104,8 @@ fn road(text: &str, ucx: UcxVersion) -> String {
     let all = distinct(lanes().filter_map(transport_name));
     match (reading.is_empty(), (ucx.0, ucx.1) < (1, 14)) {
         (false, _) => reading,
-        (true, true) => format!("{all} emulated"),
-        (true, false) => all,
+        (true, old) if old || all == "tcp" => format!("{all}{EMULATED}"),
+        (true, _) => all,
     }
 }
 
@@ -164,7 +169,11 @@ mod tests {
         let text =
             "# lane[0]:  1:tcp/lo.0 md[1]  -> md[1]/tcp/sysdev[255] am am_bw#0 keepalive wireup\n#";
         assert_eq!(road(text, OLD), "tcp emulated");
-        assert_eq!(road(text, UcxVersion(1, 22, 0)), "tcp");
+        assert_eq!(road(text, UcxVersion(1, 22, 0)), "tcp emulated");
+        assert_eq!(
+            road("# lane[0]:  3:sysv/memory.0 md[2]", UcxVersion(1, 22, 0)),
+            "sysv"
+        );
     }
 
     #[test]

@@ -11,13 +11,30 @@ use crate::TransferError;
 use crate::arena::Region;
 use crate::peer::Link;
 
-/// Longest single read. A GPU's copy engine needs some 16 MiB to come near its peak; and between two host
-/// memories one read of this length blocks the agent's thread for a few milliseconds only.
-const READ_BYTES_MAX: u64 = 16 << 20;
+/// How much is posted at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Window {
+    /// Longest single read.
+    read_bytes: u64,
+    /// Most reads that UCX holds for one peer at once.
+    reads: usize,
+}
 
-/// Most reads of one transfer that UCX holds at once. Posting costs some 4 µs and a lone read 40 to 50 µs,
-/// so a dozen keep every transport busy; more would only make a forced close longer.
-const IN_FLIGHT_MAX: usize = 32;
+/// Where the transport reads by itself. A GPU's copy engine needs some 16 MiB to come near its peak, and
+/// between two host memories one read of this length blocks the agent's thread for a few milliseconds only.
+/// Posting costs some 4 µs and a lone read 40 to 50 µs, so a dozen keep every transport busy; more would
+/// only make a forced close longer.
+const DIRECT: Window = Window {
+    read_bytes: 16 << 20,
+    reads: 32,
+};
+
+/// Where the peer answers with messages: what the sockets' buffers hold, so that its answers do not queue
+/// up inside UCX. UCX aborts the *peer* when its reader dies while they do (see docs/transfer.md).
+const EMULATED: Window = Window {
+    read_bytes: 128 << 10,
+    reads: 4,
+};
 
 /// A transfer posts at most this much before others have their turn.
 const TURN_BYTES: u64 = 32 << 20;
@@ -72,9 +89,19 @@ pub(crate) enum Progress {
 
 /// Counts the requests that UCX holds. Callbacks write to it, so it lives until there are none.
 struct Tally {
+    /// All of the peer's.
+    link_in_flight: Rc<Cell<usize>>,
     request_free: unsafe extern "C" fn(*mut c_void),
     in_flight: Cell<usize>,
     failure: Cell<Option<ucs_status_t>>,
+}
+
+impl Tally {
+    fn add(&self, requests: isize) {
+        for count in [&self.in_flight, &*self.link_in_flight] {
+            count.set(count.get().strict_add_signed(requests));
+        }
+    }
 }
 
 impl Reading {
@@ -86,6 +113,7 @@ impl Reading {
         allowed: Duration,
     ) -> Self {
         let tally = Tally {
+            link_in_flight: link.in_flight.clone(),
             request_free: ucp.ucp_request_free,
             in_flight: Cell::new(0),
             failure: Cell::new(None),
@@ -103,12 +131,17 @@ impl Reading {
 
     /// Posts what may be posted now. Returns whether that was anything.
     pub(crate) fn post(&mut self, ucp: &Ucp, region: &Region) -> bool {
+        let window = if self.link.emulated.get() {
+            EMULATED
+        } else {
+            DIRECT
+        };
         let mut turn = 0;
         while turn < TURN_BYTES
-            && self.tally.in_flight.get() < IN_FLIGHT_MAX
+            && self.link.in_flight.get() < window.reads
             && self.tally.failure.get().is_none()
             && self.link.failure().is_none()
-            && let Some(piece) = self.next_piece()
+            && let Some(piece) = self.next_piece(window.read_bytes)
         {
             turn += piece.bytes;
             self.post_one(ucp, region, piece);
@@ -117,10 +150,10 @@ impl Reading {
         turn > 0
     }
 
-    fn next_piece(&mut self) -> Option<Read> {
+    fn next_piece(&mut self, bytes_max: u64) -> Option<Read> {
         let (index, done) = self.next;
         let read = self.reads.get(index)?;
-        let bytes = (read.bytes - done).min(READ_BYTES_MAX);
+        let bytes = (read.bytes - done).min(bytes_max);
         self.next = if done + bytes == read.bytes {
             (index + 1, 0)
         } else {
@@ -163,7 +196,7 @@ impl Reading {
         match status_of_pointer(pointer) {
             // Done, and no callback will come.
             Ok(None) => {}
-            Ok(Some(_)) => self.tally.in_flight.set(self.tally.in_flight.get() + 1),
+            Ok(Some(_)) => self.tally.add(1),
             Err(status) => self.tally.failure.set(Some(status)),
         }
     }
@@ -235,7 +268,7 @@ unsafe extern "C" fn on_read_end(
     // SAFETY: `user_data` is the tally that `post_one` passed, alive while any request is in flight; UCX
     // calls from the agent's thread alone.
     let tally = unsafe { &*user_data.cast::<Tally>() };
-    tally.in_flight.set(tally.in_flight.get() - 1);
+    tally.add(-1);
     if status != UCS_OK {
         tally.failure.set(Some(status));
     }

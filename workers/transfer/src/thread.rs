@@ -311,6 +311,7 @@ impl Mover {
             },
             Command::Disconnect { peer, reply } => {
                 self.disconnect(peer);
+                self.count();
                 let _ = reply.send(Ok(()));
             }
             Command::Shutdown => self.stopping = true,
@@ -364,6 +365,7 @@ impl Mover {
             }
             busy = true;
             let transfer = self.transfers.swap_remove(index);
+            self.count();
             match progress {
                 Progress::Pending => unreachable!("it was skipped above"),
                 Progress::Done => self.succeed(transfer, now),
@@ -510,13 +512,18 @@ impl Mover {
     }
 
     fn tell(&self, now: Instant) {
-        let vitals = &self.vitals;
-        vitals
-            .turn_micros
-            .store(now.duration_since(vitals.epoch).as_micros() as u64, Relaxed);
-        vitals.peers.store(self.links.len(), Relaxed);
-        vitals.in_flight.store(self.transfers.len(), Relaxed);
-        vitals.quarantined.store(self.quarantine.len(), Relaxed);
+        let turn = now.duration_since(self.vitals.epoch).as_micros() as u64;
+        self.vitals.turn_micros.store(turn, Relaxed);
+        self.count();
+    }
+
+    /// Before every answer, so that who gets one finds it in the figures.
+    fn count(&self) {
+        self.vitals.peers.store(self.links.len(), Relaxed);
+        self.vitals.in_flight.store(self.transfers.len(), Relaxed);
+        self.vitals
+            .quarantined
+            .store(self.quarantine.len(), Relaxed);
     }
 
     /// Until UCX has news, a command comes, a deadline ends or [`SLEEP_MAX`] is over.

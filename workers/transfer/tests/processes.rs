@@ -395,7 +395,7 @@ fn reads_out_of_bounds_are_refused() {
         );
         pulls_rightly(&agent, &arena, PEER, 1).await;
         agent.disconnect(PEER).await;
-        until(&agent, "the end of the connection", |health| health.peers == 0);
+        assert_eq!(agent.health().peers, 0);
         agent.shutdown();
     });
 }
