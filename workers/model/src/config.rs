@@ -152,9 +152,11 @@ fn family(config: &Fields) -> Result<&'static Family, String> {
 fn refuse_unsupported(config: &Fields, family: &Family) -> Result<(), String> {
     if let Some(quantization) = config.present("quantization_config") {
         let method = quantization.get("quant_method").unwrap_or(&Value::Null);
-        return Err(format!(
-            "the weights are quantized (`quant_method` {method}); use the unquantized model, or a GGUF file"
-        ));
+        if method != "none" {
+            return Err(format!(
+                "the weights are quantized (`quant_method` {method}); use the unquantized model, or a GGUF file"
+            ));
+        }
     }
     if let Some(act) = config.text("hidden_act")?
         && act != "silu"

@@ -246,7 +246,28 @@ fn parse_header(file: &[u8]) -> Result<HashMap<String, TensorEntry>, HeaderError
         }
         tensors.insert(name, entry);
     }
+    refuse_overlaps(&tensors)?;
     Ok(tensors)
+}
+
+/// The format allows no byte to belong to two tensors.
+fn refuse_overlaps(tensors: &HashMap<String, TensorEntry>) -> Result<(), HeaderError> {
+    let mut ranges: Vec<_> = tensors
+        .iter()
+        .filter(|(_, entry)| entry.range.0 < entry.range.1)
+        .map(|(name, entry)| (entry.range, name))
+        .collect();
+    ranges.sort_unstable();
+    for pair in ranges.windows(2) {
+        let (((_, end), before), ((start, _), name)) = (&pair[0], &pair[1]);
+        if start < end {
+            return Err(HeaderError::Tensor(
+                (*name).clone(),
+                format!("overlaps `{before}`, so the file is corrupt"),
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn check_entry(raw: RawEntry, data_start: usize, data_len: usize) -> Result<TensorEntry, String> {
