@@ -18,6 +18,12 @@ use crate::error::PrepError;
 /// vocabulary.
 const HEADER_BYTES_MAX: u64 = 64 << 20;
 
+/// Most entries of a list, most pairs and most tensors that are read: above any real vocabulary, pair count
+/// and tensor count. They bound what small entries of a large file could grow to in memory.
+const LIST_ENTRIES_MAX: u64 = 1 << 22;
+const PAIRS_MAX: u64 = 1 << 16;
+const TENSORS_MAX: u64 = 1 << 16;
+
 /// Tensors begin at multiples of this where the metadata says nothing else.
 const ALIGNMENT_DEFAULT: u64 = 32;
 
@@ -192,6 +198,16 @@ fn read_header<R: Read>(
     }
     let tensor_count = reader.u64()?;
     let pair_count = reader.u64()?;
+    for (count, what, max) in [
+        (pair_count, "metadata pairs", PAIRS_MAX),
+        (tensor_count, "tensors", TENSORS_MAX),
+    ] {
+        if count > max {
+            return Err(HeaderError::File(format!(
+                "is corrupt: it claims to hold {count} {what}, at most {max} are read"
+            )));
+        }
+    }
 
     let mut metadata = Metadata::default();
     for i in 0..pair_count {
@@ -251,6 +267,11 @@ fn read_value<R: Read>(
                 })?,
             };
             reader.reserve(count.checked_mul(size))?;
+            if count > LIST_ENTRIES_MAX {
+                return Err(format!(
+                    "the metadata `{key}` has {count} entries, at most {LIST_ENTRIES_MAX} are read"
+                ));
+            }
             read_array(reader, kind, count, key)
         }
         _ => read_scalar(reader, kind, key),
@@ -334,23 +355,34 @@ fn place_tensors(
     }
     let data_start = header_bytes.next_multiple_of(alignment);
     let mut tensors = HashMap::with_capacity(raw.len());
+    let mut ranges = Vec::with_capacity(raw.len());
     for tensor in raw {
         let name = tensor.name.clone();
-        let info = place_tensor(tensor, data_start, alignment, file_bytes)
+        let (info, end) = place_tensor(tensor, data_start, alignment, file_bytes)
             .map_err(|reason| HeaderError::Tensor(name.clone(), reason))?;
+        ranges.push((info.start, end, name.clone()));
         if tensors.insert(name.clone(), info).is_some() {
             return Err(HeaderError::Tensor(name, "is there twice".to_owned()));
+        }
+    }
+    ranges.sort_unstable();
+    for pair in ranges.windows(2) {
+        let ((_, end, before), (start, _, name)) = (&pair[0], &pair[1]);
+        if start < end {
+            let reason = format!("overlaps `{before}`, so the file is corrupt");
+            return Err(HeaderError::Tensor(name.clone(), reason));
         }
     }
     Ok(tensors)
 }
 
+/// The tensor and the byte after its last.
 fn place_tensor(
     raw: RawTensor,
     data_start: u64,
     alignment: u64,
     file_bytes: u64,
-) -> Result<TensorInfo, String> {
+) -> Result<(TensorInfo, u64), String> {
     let format = Format::from_id(raw.format)?;
     let columns = raw.dims.first().copied().unwrap_or(0);
     let elements = raw
@@ -379,12 +411,15 @@ fn place_tensor(
         .zip(bytes)
         .and_then(|(start, bytes)| start.checked_add(bytes));
     match (start, end) {
-        (Some(start), Some(end)) if end <= file_bytes => Ok(TensorInfo {
-            // Each dimension is at most the number of elements, of which the file holds several a byte.
-            shape: raw.dims.iter().rev().map(|&n| n as usize).collect(),
-            format,
-            start,
-        }),
+        (Some(start), Some(end)) if end <= file_bytes => {
+            let info = TensorInfo {
+                // Each dimension is at most the number of elements, of which a byte holds two at most.
+                shape: raw.dims.iter().rev().map(|&n| n as usize).collect(),
+                format,
+                start,
+            };
+            Ok((info, end))
+        }
         _ => Err(format!(
             "is cut off: it takes {} bytes from byte {} of the data on, but the file ends at byte {file_bytes}; fetch it again",
             bytes.map_or("too many".to_owned(), |n| n.to_string()),

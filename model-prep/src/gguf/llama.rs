@@ -228,3 +228,32 @@ pub(crate) fn round_to_bf16(values: &[f32], out: &mut Vec<u8>) {
             .flat_map(|&value| bf16::from_f32(value).to_le_bytes()),
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::round_to_bf16;
+
+    #[test]
+    fn rounding_is_to_nearest_and_ties_go_to_even() {
+        let cases = [
+            (0x3F80_0000, 0x3F80),
+            (0x3F80_7FFF, 0x3F80), // under the middle
+            (0x3F80_8000, 0x3F80), // the middle, even below
+            (0x3F80_8001, 0x3F81), // over the middle
+            (0x3F81_8000, 0x3F82), // the middle, even above
+            (0xBF81_8000, 0xBF82), // away from zero just so
+            (0xBF80_8000, 0xBF80),
+            (0x3FFF_8000, 0x4000), // into the next power of two
+            (0x0000_8000, 0x0000), // subnormal numbers are no exception
+            (0x0001_8000, 0x0002),
+            (0x8000_0000, 0x8000), // minus zero
+            (0x7F7F_7FFF, 0x7F7F), // the largest that stays finite
+            (0x7F7F_8000, 0x7F80),
+        ];
+        for (bits, expected) in cases {
+            let mut out = Vec::new();
+            round_to_bf16(&[f32::from_bits(bits)], &mut out);
+            assert_eq!(out, u16::to_le_bytes(expected), "{bits:#010x}");
+        }
+    }
+}

@@ -2,6 +2,8 @@
 
 mod byte_level;
 mod sentence_piece;
+#[cfg(test)]
+mod tests;
 
 use baton_model::ModelSpec;
 use serde_json::{Value, json};

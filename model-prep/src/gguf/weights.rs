@@ -141,3 +141,28 @@ fn permuted_row(row: usize, head_dim: usize) -> usize {
     let half = head_dim / 2;
     head * head_dim + 2 * (i % half) + i / half
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{gguf_name, permuted_row};
+
+    /// Two heads of eight: what llama.cpp's converter puts into each row of the file.
+    const STORED: [usize; 16] = [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15];
+
+    #[test]
+    fn rows_of_q_and_k_are_found_where_the_converter_put_them() {
+        for row in 0..16 {
+            assert_eq!(STORED[permuted_row(row, 8)], row);
+        }
+    }
+
+    #[test]
+    fn names_are_translated() {
+        assert_eq!(
+            gguf_name("model.layers.12.self_attn.o_proj.weight"),
+            "blk.12.attn_output.weight"
+        );
+        assert_eq!(gguf_name("model.embed_tokens.weight"), "token_embd.weight");
+        assert_eq!(gguf_name("model.norm.weight"), "output_norm.weight");
+    }
+}
