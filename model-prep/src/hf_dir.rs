@@ -27,20 +27,8 @@ const SMALL_FILE_BYTES_MAX: u64 = 128 << 20;
 
 /// Open a directory with `config.json`, `tokenizer.json` and safetensors.
 pub(crate) fn open(dir: &Path) -> Result<Checkpoint, PrepError> {
-    let config_path = dir.join(CONFIG);
-    let config = read_small(&config_path)?.ok_or_else(|| {
-        PrepError::file(
-            dir,
-            format!("has no {CONFIG}, so it is no Hugging Face model directory"),
-        )
-    })?;
-    let spec = parse_config(&config).map_err(|error| match error {
-        ModelError::Config(reason) => PrepError::file(dir, reason),
-        other => other.into(),
-    })?;
-    let text = read_text_files(dir, &spec, config)?;
+    let (spec, text) = read_config_and_text(dir)?;
     let weights = Safetensors::open(dir, &spec)?;
-
     let named: Vec<PathBuf> = text
         .files
         .iter()
@@ -53,6 +41,25 @@ pub(crate) fn open(dir: &Path) -> Result<Checkpoint, PrepError> {
             .map(PathBuf::as_path)
             .chain(weights.files.iter().map(SafetensorsFile::path)),
     )?;
+    checkpoint(dir, spec, text, stamp, Box::new(weights))
+}
+
+/// Open a directory in which the weights are still missing; `weights` stands for them.
+pub(crate) fn open_without_weights(
+    dir: &Path,
+    weights: Box<dyn WeightSource>,
+) -> Result<Checkpoint, PrepError> {
+    let (spec, text) = read_config_and_text(dir)?;
+    checkpoint(dir, spec, text, String::new(), weights)
+}
+
+fn checkpoint(
+    dir: &Path,
+    spec: ModelSpec,
+    text: TextFiles,
+    stamp: String,
+    weights: Box<dyn WeightSource>,
+) -> Result<Checkpoint, PrepError> {
     let full = dir
         .canonicalize()
         .map_err(|e| PrepError::io("find", dir, e))?;
@@ -68,9 +75,25 @@ pub(crate) fn open(dir: &Path) -> Result<Checkpoint, PrepError> {
         bos_token_id: text.bos_token_id,
         eos_token_ids: text.eos_token_ids,
         files: text.files,
-        weights: Box::new(weights),
+        weights,
         spec,
     })
+}
+
+fn read_config_and_text(dir: &Path) -> Result<(ModelSpec, TextFiles), PrepError> {
+    let config_path = dir.join(CONFIG);
+    let config = read_small(&config_path)?.ok_or_else(|| {
+        PrepError::file(
+            dir,
+            format!("has no {CONFIG}, so it is no Hugging Face model directory"),
+        )
+    })?;
+    let spec = parse_config(&config).map_err(|error| match error {
+        ModelError::Config(reason) => PrepError::file(dir, reason),
+        other => other.into(),
+    })?;
+    let text = read_text_files(dir, &spec, config)?;
+    Ok((spec, text))
 }
 
 // === configuration and tokenizer ===

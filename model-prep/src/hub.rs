@@ -2,38 +2,63 @@
 //!
 //! Files go to `baton/<owner>--<model>/<commit>` under Hugging Face's home (`HF_HOME`), except those that
 //! its own cache holds already. A download that breaks off leaves a `.part` file and goes on from its end
-//! the next time. `HF_TOKEN` and `HF_ENDPOINT` are honoured.
+//! the next time; one process at a time appends to it. `HF_TOKEN` and `HF_ENDPOINT` are honoured.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+mod download;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use baton_model::{CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG};
-use futures::StreamExt;
-use hf_hub::repository::{HFRepository, RepoTypeModel};
+use baton_model::{
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, TensorSpec,
+};
+use hf_hub::repository::{HFRepository, RepoTreeEntry, RepoTypeModel};
 use hf_hub::{HFClient, HFError};
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use indicatif::MultiProgress;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, WeightSource};
 use crate::error::PrepError;
 use crate::hf_dir::{self, INDEX, Index, SINGLE};
+use download::Download;
 
 /// Longest wait for an answer or for the next bytes of a file.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-/// Times in a row that a download may break off without having brought anything.
-const FRUITLESS_MAX: u32 = 3;
+/// What to have of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    /// All of it.
+    Everything,
+    /// All but the weights, which are only looked up: enough for a plan.
+    Plan,
+}
 
 /// Fetch a model and open it.
-pub(crate) fn open(name: &str) -> Result<Checkpoint, PrepError> {
+pub(crate) fn open(name: &str, want: Want) -> Result<Checkpoint, PrepError> {
+    let client = HFClient::builder()
+        .user_agent(concat!("baton/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .map_err(|e| PrepError::Source(format!("cannot reach the Hugging Face hub: {e}")))?;
+    open_with(client, name, want)
+}
+
+fn open_with(client: HFClient, name: &str, want: Want) -> Result<Checkpoint, PrepError> {
     // A thread and runtime of its own: the caller may be inside another runtime.
-    let dir = std::thread::scope(|scope| scope.spawn(|| fetch_blocking(name)).join())
+    let fetch = || fetch_blocking(client, name, want);
+    let fetched = std::thread::scope(|scope| scope.spawn(fetch).join())
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-    let checkpoint = hf_dir::open(&dir.path)?;
+    let checkpoint = match fetched.unfetched {
+        None => hf_dir::open(&fetched.path)?,
+        Some(weights) => hf_dir::open_without_weights(&fetched.path, Box::new(weights))?,
+    };
     Ok(Checkpoint {
         name: name.to_owned(),
-        source: format!("Hugging Face {name}, commit {}", dir.commit),
+        source: format!("Hugging Face {name}, commit {}", fetched.commit),
         ..checkpoint
     })
 }
@@ -41,15 +66,48 @@ pub(crate) fn open(name: &str) -> Result<Checkpoint, PrepError> {
 struct Fetched {
     path: PathBuf,
     commit: String,
+    /// What is known of weights that were not fetched.
+    unfetched: Option<Unfetched>,
 }
 
-fn fetch_blocking(name: &str) -> Result<Fetched, PrepError> {
+fn fetch_blocking(client: HFClient, name: &str, want: Want) -> Result<Fetched, PrepError> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| PrepError::Source(format!("cannot start the download: {e}")))?
-        .block_on(Hub::new(name)?.fetch())
+        .block_on(Hub::new(client, name).fetch(want))
+}
+
+/// Weights that lie on the hub, of which the index at most was read.
+struct Unfetched {
+    place: PathBuf,
+    /// Names of the tensors, where there is an index.
+    tensors: Option<BTreeSet<String>>,
+}
+
+impl WeightSource for Unfetched {
+    fn check(&self, tensor: &TensorSpec) -> Result<(), PrepError> {
+        match &self.tensors {
+            Some(names) if !names.contains(&tensor.name) => Err(self.fault(tensor, "is missing")),
+            _ => Ok(()),
+        }
+    }
+
+    fn read(&self, tensor: &TensorSpec, _: Range<usize>, _: &mut Vec<u8>) -> Result<(), PrepError> {
+        Err(self.fault(tensor, "was not fetched"))
+    }
+
+    fn fault(&self, tensor: &TensorSpec, reason: &str) -> PrepError {
+        PrepError::tensor(&self.place, &tensor.name, reason)
+    }
+}
+
+/// What the hub says of a file.
+struct Remote {
+    bytes: u64,
+    /// SHA-256 of its content; known for large files alone.
+    sha256: Option<String>,
 }
 
 struct Hub<'a> {
@@ -61,24 +119,20 @@ struct Hub<'a> {
 }
 
 impl<'a> Hub<'a> {
-    fn new(name: &'a str) -> Result<Self, PrepError> {
-        let client = HFClient::builder()
-            .user_agent(concat!("baton/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(|e| PrepError::Source(format!("cannot reach the Hugging Face hub: {e}")))?;
+    fn new(client: HFClient, name: &'a str) -> Self {
         let (owner, model) = hf_hub::split_id(name);
         // The cache is `<home>/hub`, wherever the environment puts it.
         let cache = client.cache_dir();
-        Ok(Hub {
+        Hub {
             name,
             endpoint: client.endpoint().to_owned(),
             home: cache.parent().unwrap_or(cache).join("baton"),
             repo: client.model(owner, model),
             bars: MultiProgress::new(),
-        })
+        }
     }
 
-    async fn fetch(self) -> Result<Fetched, PrepError> {
+    async fn fetch(self, want: Want) -> Result<Fetched, PrepError> {
         let info = within(self.repo.info().send())
             .await
             .map_err(|e| self.explain(e, ""))?;
@@ -94,140 +148,124 @@ impl<'a> Hub<'a> {
         let path = self.home.join(self.name.replace('/', "--")).join(&commit);
         fs::create_dir_all(&path).map_err(|e| PrepError::io("create", &path, e))?;
 
-        for file in [CONFIG, TOKENIZER] {
-            self.fetch_file(&path, &commit, file).await?;
-        }
-        for file in [TOKENIZER_CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE] {
-            if has(file) {
-                self.fetch_file(&path, &commit, file).await?;
-            }
-        }
-        if has(INDEX) {
-            self.fetch_file(&path, &commit, INDEX).await?;
+        let optional = [TOKENIZER_CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE, INDEX];
+        let small = [CONFIG, TOKENIZER]
+            .into_iter()
+            .chain(optional.into_iter().filter(|file| has(file)));
+        let small: Vec<String> = small.map(str::to_owned).collect();
+        self.fetch_files(&path, &commit, &small).await?;
+
+        let (weights, tensors) = if has(INDEX) {
             let index_path = path.join(INDEX);
             let text = fs::read(&index_path).map_err(|e| PrepError::io("read", &index_path, e))?;
-            for file in Index::parse(&index_path, &text)?.1 {
-                self.fetch_file(&path, &commit, &file).await?;
-            }
+            let (index, files) = Index::parse(&index_path, &text)?;
+            (
+                Vec::from_iter(files),
+                Some(index.weight_map.into_keys().collect()),
+            )
         } else {
-            self.fetch_file(&path, &commit, SINGLE).await?;
+            (vec![SINGLE.to_owned()], None)
+        };
+        let mut unfetched = None;
+        match want {
+            Want::Everything => self.fetch_files(&path, &commit, &weights).await?,
+            Want::Plan if weights.iter().all(|file| path.join(file).exists()) => {}
+            Want::Plan => {
+                self.look_up(&commit, &weights).await?;
+                let place = PathBuf::from(format!("{}/{}", self.endpoint, self.name));
+                unfetched = Some(Unfetched { place, tensors });
+            }
         }
-        Ok(Fetched { path, commit })
+        Ok(Fetched {
+            path,
+            commit,
+            unfetched,
+        })
     }
 
-    /// Make sure that a file is in the directory, whole.
-    async fn fetch_file(&self, dir: &Path, commit: &str, file: &str) -> Result<(), PrepError> {
-        let path = dir.join(file);
-        if path.exists() {
+    /// Make sure that files are in the directory, whole.
+    async fn fetch_files(
+        &self,
+        dir: &Path,
+        commit: &str,
+        files: &[String],
+    ) -> Result<(), PrepError> {
+        let mut missing = Vec::new();
+        for file in files {
+            if !dir.join(file).exists() && !self.link_cached(dir, commit, file).await? {
+                missing.push(file.clone());
+            }
+        }
+        if missing.is_empty() {
             return Ok(());
         }
+        let remote = self.look_up(commit, &missing).await?;
+        for (file, remote) in missing.iter().zip(&remote) {
+            let download = Download {
+                hub: self,
+                commit,
+                file,
+                remote,
+                path: dir.join(file),
+            };
+            download.run().await?;
+        }
+        Ok(())
+    }
+
+    /// Link to a file of the hub's own cache, if it is there.
+    async fn link_cached(&self, dir: &Path, commit: &str, file: &str) -> Result<bool, PrepError> {
         let cached = self
             .repo
             .download_file()
             .filename(file)
             .revision(commit)
             .local_files_only(true);
-        if let Ok(cached) = within(cached.send()).await {
-            let cached = cached
-                .canonicalize()
-                .map_err(|e| PrepError::io("find", &cached, e))?;
-            return std::os::unix::fs::symlink(&cached, &path)
-                .map_err(|e| PrepError::io("link", &path, e));
+        let Ok(cached) = within(cached.send()).await else {
+            return Ok(false);
+        };
+        let cached = cached
+            .canonicalize()
+            .map_err(|e| PrepError::io("find", &cached, e))?;
+        let path = dir.join(file);
+        match std::os::unix::fs::symlink(&cached, &path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(true),
+            Err(e) => Err(PrepError::io("link", &path, e)),
+            Ok(()) => Ok(true),
         }
-        let metadata = within(
-            self.repo
-                .get_file_metadata()
-                .filepath(file)
-                .revision(commit)
-                .send(),
-        )
-        .await
-        .map_err(|e| self.explain(e, file))?;
-        let part = dir.join(format!("{file}.part"));
-        self.download(&part, commit, file, metadata.file_size)
-            .await?;
-        fs::rename(&part, &path).map_err(|e| PrepError::io("rename", &part, e))
     }
 
-    /// Append to the partial file until it has all bytes.
-    async fn download(
-        &self,
-        part: &Path,
-        commit: &str,
-        file: &str,
-        bytes: u64,
-    ) -> Result<(), PrepError> {
-        let io = |doing| move |e| PrepError::io(doing, part, e);
-        let mut target = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(part)
-            .map_err(io("open"))?;
-        let mut have = target.metadata().map_err(io("read the size of"))?.len();
-        let bar = self.bars.add(progress_bar(file, bytes));
-        let mut fruitless = 0;
-        while have != bytes {
-            if have > bytes {
-                target.set_len(0).map_err(io("truncate"))?; // not a beginning of this file
-                have = 0;
-            }
-            bar.set_position(have);
-            let before = have;
-            let broke = self
-                .download_from(&mut target, part, commit, file, &mut have, bytes, &bar)
-                .await;
-            fruitless = if have > before { 0 } else { fruitless + 1 };
-            match broke {
-                Err(Broke::Disk(error)) => return Err(PrepError::io("write", part, error)),
-                Err(Broke::Hub(error)) if fruitless >= FRUITLESS_MAX => {
-                    return Err(self.explain(error, file));
-                }
-                Ok(()) if fruitless >= FRUITLESS_MAX => {
-                    let reason = format!(
-                        "the hub sent {have} of the {bytes} bytes of {file}; run again to go on from there"
-                    );
-                    return Err(PrepError::Source(reason));
-                }
-                _ => {}
-            }
-        }
-        bar.finish_and_clear();
-        target.sync_all().map_err(io("write"))
-    }
-
-    #[allow(clippy::too_many_arguments)] // one stream's whole state, used once
-    async fn download_from(
-        &self,
-        target: &mut fs::File,
-        part: &Path,
-        commit: &str,
-        file: &str,
-        have: &mut u64,
-        bytes: u64,
-        bar: &ProgressBar,
-    ) -> Result<(), Broke> {
-        let _ = part;
-        let stream = self
+    /// Sizes and checksums of files, in their order. The hub's answer to a request for the file itself
+    /// would not do: for large files it leads elsewhere, where the hub's own headers are missing.
+    async fn look_up(&self, commit: &str, files: &[String]) -> Result<Vec<Remote>, PrepError> {
+        let entries = self
             .repo
-            .download_file_stream()
-            .filename(file)
+            .get_paths_info()
+            .paths(files.to_vec())
             .revision(commit);
-        let range = (*have > 0).then_some(*have..bytes);
-        let (length, mut stream) = within(stream.maybe_range(range).send())
+        let entries = within(entries.send())
             .await
-            .map_err(Broke::Hub)?;
-        if *have > 0 && length.is_some_and(|length| length != bytes - *have) {
-            // The server ignored the range and sends everything.
-            target.set_len(0).map_err(Broke::Disk)?;
-            *have = 0;
-        }
-        while let Some(piece) = within_next(&mut stream).await {
-            let piece = piece.map_err(Broke::Hub)?;
-            target.write_all(&piece).map_err(Broke::Disk)?;
-            *have += piece.len() as u64;
-            bar.set_position(*have);
-        }
-        Ok(())
+            .map_err(|e| self.explain(e, &files.join(", ")))?;
+        let find = |file: &String| {
+            let found = entries.iter().find_map(|entry| match entry {
+                RepoTreeEntry::File {
+                    path, size, lfs, ..
+                } if path == file => Some(Remote {
+                    bytes: *size,
+                    sha256: lfs.as_ref().and_then(|lfs| lfs.sha256.clone()),
+                }),
+                _ => None,
+            });
+            found.ok_or_else(|| self.no_such_file(file))
+        };
+        files.iter().map(find).collect()
+    }
+
+    fn no_such_file(&self, file: &str) -> PrepError {
+        PrepError::Source(format!(
+            "{} has no {file}; only models with {TOKENIZER} and safetensors weights can be used",
+            self.name
+        ))
     }
 
     /// A sentence that says what to do.
@@ -247,9 +285,7 @@ impl<'a> Hub<'a> {
             HFError::RepoNotFound { .. } => {
                 format!("there is no model {name} at {}", self.endpoint)
             }
-            HFError::EntryNotFound { .. } => format!(
-                "{name} has no {file}; only models with {TOKENIZER} and safetensors weights can be used"
-            ),
+            HFError::EntryNotFound { .. } => return self.no_such_file(file),
             HFError::RateLimited { .. } => format!(
                 "{} asks to wait before fetching {what}; run again later",
                 self.endpoint
@@ -264,29 +300,17 @@ impl<'a> Hub<'a> {
     }
 }
 
-enum Broke {
-    Hub(HFError),
-    Disk(std::io::Error),
-}
-
 /// The answer, or an error when nothing comes for too long.
-async fn within<T>(answer: impl Future<Output = Result<T, HFError>>) -> Result<T, HFError> {
+pub(super) async fn within<T>(
+    answer: impl Future<Output = Result<T, HFError>>,
+) -> Result<T, HFError> {
     match tokio::time::timeout(SILENCE_MAX, answer).await {
         Ok(answer) => answer,
         Err(_) => Err(silence()),
     }
 }
 
-async fn within_next<T>(
-    stream: &mut (impl futures::Stream<Item = Result<T, HFError>> + Unpin),
-) -> Option<Result<T, HFError>> {
-    match tokio::time::timeout(SILENCE_MAX, stream.next()).await {
-        Ok(next) => next,
-        Err(_) => Some(Err(silence())),
-    }
-}
-
-fn silence() -> HFError {
+pub(super) fn silence() -> HFError {
     HFError::Other(format!(
         "nothing came for {} seconds",
         SILENCE_MAX.as_secs()
@@ -299,14 +323,4 @@ fn root_cause(error: &dyn std::error::Error) -> String {
         cause = deeper;
     }
     cause.to_string()
-}
-
-fn progress_bar(file: &str, bytes: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template(
-        "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}, {eta} left",
-    )
-    .expect("the template is well-formed");
-    ProgressBar::new(bytes)
-        .with_style(style)
-        .with_message(file.to_owned())
 }

@@ -10,13 +10,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::PrepError;
+use crate::hub::Want;
 use crate::options::{Outcome, Plan, PrepareOptions, PrepareReport};
 use crate::stage::Stage;
 use crate::{source, writer};
 
 /// Make a model directory. Progress goes to standard error if that is a terminal.
 pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
-    let checkpoint = source::open(&options.source)?;
+    let want = match options.dry_run {
+        true => Want::Plan,
+        false => Want::Everything,
+    };
+    let checkpoint = source::open(&options.source, want)?;
     let tensors = expected_tensors(&checkpoint.spec);
     let plan = plan(&options, &checkpoint, &tensors)?;
     for tensor in &tensors {

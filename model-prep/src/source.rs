@@ -4,11 +4,12 @@ use std::path::Path;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::PrepError;
+use crate::hub::Want;
 use crate::{friendly, gguf, hf_dir, hub};
 
 /// Open a GGUF file, a Hugging Face directory, or a model of the hub by its own or a short name. What is
-/// on disk goes first.
-pub(crate) fn open(source: &str) -> Result<Checkpoint, PrepError> {
+/// on disk goes first. `want` says whether weights must be fetched.
+pub(crate) fn open(source: &str, want: Want) -> Result<Checkpoint, PrepError> {
     let path = Path::new(source);
     if path.is_dir() {
         return hf_dir::open(path);
@@ -25,14 +26,14 @@ pub(crate) fn open(source: &str) -> Result<Checkpoint, PrepError> {
         };
     }
     if let Some(name) = friendly::hub_name(source) {
-        let checkpoint = hub::open(name)?;
+        let checkpoint = hub::open(name, want)?;
         return Ok(Checkpoint {
             name: source.to_ascii_lowercase(),
             ..checkpoint
         });
     }
     if is_hub_name(source) {
-        return hub::open(source);
+        return hub::open(source, want);
     }
     let names: Vec<_> = friendly::friendly_names()
         .iter()
