@@ -201,3 +201,100 @@ fn broken_sources_leave_nothing_behind() {
         "a partial directory is left"
     );
 }
+
+#[test]
+fn limits_are_kept_within_the_model_and_noted() {
+    let temporary = tempfile::tempdir().unwrap();
+    let source = temporary.path().join("source");
+    write_source(&source, &families().remove(0), Dtype::Bf16, 1);
+    let options = |tokens_max, batch_max| {
+        let out = temporary.path().join("out");
+        let mut options = PrepareOptions::new(source.to_str().unwrap(), &out);
+        (options.tokens_max, options.batch_max) = (tokens_max, batch_max);
+        options
+    };
+    for (tokens, batch, expected) in [
+        (Some(0), None, "at least 1 token"),
+        (Some(65), None, "cannot be 65 tokens: the model goes to 64"),
+        (None, Some(0), "at least 1 sequence"),
+    ] {
+        let error = prepare(options(tokens, batch)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    let mut uneven = options(None, None);
+    uneven.tp_size = 3;
+    let error = prepare(uneven).unwrap_err().to_string();
+    assert!(
+        error.contains("size 3 does not divide the model's 2 key/value heads"),
+        "{error}"
+    );
+    assert_eq!(
+        fs::read_dir(temporary.path()).unwrap().count(),
+        1,
+        "something was written"
+    );
+
+    prepare(options(Some(32), Some(4))).unwrap();
+    let manifest = ModelDir::open(temporary.path().join("out"))
+        .unwrap()
+        .manifest;
+    assert_eq!((manifest.tokens_max, manifest.spec.tokens_max), (32, 32));
+    assert_eq!(manifest.batch_max, Some(4));
+    // Other limits are another model directory, of the same model.
+    let error = prepare(options(None, Some(4))).unwrap_err().to_string();
+    assert!(error.contains("prepared otherwise; use --force"), "{error}");
+    let mut forced = options(None, Some(4));
+    forced.force = true;
+    let report = prepare(forced).unwrap();
+    assert_eq!(report.outcome, Outcome::Written);
+    assert_eq!(report.manifest.unwrap().fingerprint, manifest.fingerprint);
+    assert_eq!(
+        fs::read_dir(temporary.path()).unwrap().count(),
+        2,
+        "the old model is left"
+    );
+}
+
+#[test]
+fn force_replaces_models_and_nothing_else() {
+    let temporary = tempfile::tempdir().unwrap();
+    let source = temporary.path().join("source");
+    write_source(&source, &families().remove(0), Dtype::Bf16, 1);
+    let out = temporary.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("thesis.txt"), "irreplaceable").unwrap();
+    for force in [false, true] {
+        let mut options = PrepareOptions::new(source.to_str().unwrap(), &out);
+        options.force = force;
+        let error = prepare(options).unwrap_err().to_string();
+        assert!(error.starts_with("cannot write the model to"), "{error}");
+        assert_eq!(fs::read(out.join("thesis.txt")).unwrap(), b"irreplaceable");
+    }
+    // A broken model is one to replace.
+    fs::remove_file(out.join("thesis.txt")).unwrap();
+    fs::write(out.join("manifest.json"), "{").unwrap();
+    let mut options = PrepareOptions::new(source.to_str().unwrap(), &out);
+    let error = prepare(options.clone()).unwrap_err().to_string();
+    assert!(error.contains("use --force"), "{error}");
+    options.force = true;
+    prepare(options).unwrap();
+    ModelDir::open(&out).unwrap().verify().unwrap();
+}
+
+#[test]
+fn a_dry_run_plans_and_writes_nothing() {
+    let temporary = tempfile::tempdir().unwrap();
+    let source = temporary.path().join("source");
+    write_source(&source, &families().remove(0), Dtype::Bf16, 1);
+    let mut options = PrepareOptions::new(source.to_str().unwrap(), temporary.path().join("a/b"));
+    (options.dry_run, options.tp_size, options.name) = (true, 2, Some("mine".to_owned()));
+    let report = prepare(options).unwrap();
+    assert_eq!(report.outcome, Outcome::Planned);
+    assert!(report.manifest.is_none());
+    assert_eq!(
+        (report.plan.name.as_str(), report.plan.tp_size),
+        ("mine", 2)
+    );
+    assert!(report.plan.to_string().contains("64 tokens a sequence"));
+    assert!(!temporary.path().join("a").exists());
+}
