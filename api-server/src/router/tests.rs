@@ -1,0 +1,209 @@
+use super::*;
+use crate::membership::tests::{beat, fingerprint};
+use baton_protocol::{HandleId, Incarnation, Nonce, PrefillTimings};
+
+fn worker(name: &str) -> WorkerId {
+    WorkerId::new(name).unwrap()
+}
+
+struct Setup {
+    members: Membership,
+    router: Router,
+    model: ModelFingerprint,
+    now: Instant,
+}
+
+impl Setup {
+    fn new(workers: &[(&str, Role, &[&str])]) -> Self {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        for (name, role, peers) in workers {
+            members.beat(beat(name, *role, peers), now);
+        }
+        Self {
+            members,
+            router: Router::default(),
+            model: fingerprint(),
+            now,
+        }
+    }
+
+    fn context(&mut self, refused: &[WorkerId], tokens: usize, chain: &[u64]) -> Option<String> {
+        let rules = Constraints {
+            model: &self.model,
+            refused,
+            failed: &[],
+            now: self.now,
+        };
+        let target = self
+            .router
+            .choose_context(&self.members, rules, tokens, chain)?;
+        Some(target.worker.to_string())
+    }
+
+    fn decode(&mut self, failed: &[WorkerId], context: &str) -> Option<String> {
+        let rules = Constraints {
+            model: &self.model,
+            refused: &[],
+            failed,
+            now: self.now,
+        };
+        let handle = KvHandle {
+            worker: worker(context),
+            incarnation: Incarnation(1),
+            handle: HandleId(1),
+            nonce: Nonce(1),
+            model: self.model.clone(),
+            kv: beat("x", Role::Both, &[]).kv,
+            ranks: Vec::new(),
+            valid_tokens: 1,
+            lease_ms: 1,
+            first_token: 1,
+            first_logprobs: None,
+            finish: None,
+            cached_tokens: 0,
+            timings: PrefillTimings::default(),
+        };
+        let target = self.router.choose_decode(&self.members, rules, &handle)?;
+        Some(target.worker.to_string())
+    }
+}
+
+const TWO_AND_TWO: &[(&str, Role, &[&str])] = &[
+    ("c1", Role::Context, &[]),
+    ("c2", Role::Context, &[]),
+    ("d1", Role::Decode, &["c1", "c2"]),
+    ("d2", Role::Decode, &["c2"]),
+];
+
+#[test]
+fn bursts_spread_between_beats() {
+    let mut s = Setup::new(TWO_AND_TWO);
+    let job = Outstanding {
+        prefills: 1,
+        prefill_tokens: 100,
+        decodes: 0,
+    };
+    let mut counts = HashMap::new();
+    for _ in 0..10 {
+        let name = s.context(&[], 100, &[]).unwrap();
+        s.router.begin(&worker(&name), job);
+        *counts.entry(name).or_insert(0) += 1;
+    }
+    assert_eq!(counts["c1"], 5);
+    assert_eq!(counts["c2"], 5);
+}
+
+#[test]
+fn a_known_prefix_attracts_until_the_queue_outweighs_it() {
+    let mut s = Setup::new(TWO_AND_TWO);
+    let prompt: Vec<u32> = (0..256).collect();
+    let chain = prefix_chain(&prompt);
+    assert_eq!(chain.len(), 8);
+    s.router.remember(&worker("c2"), &chain);
+    for _ in 0..4 {
+        assert_eq!(s.context(&[], 256, &chain).unwrap(), "c2");
+    }
+    let other: Vec<u32> = (7..263).collect();
+    assert_ne!(prefix_chain(&other)[0], chain[0]);
+    let heavy = Outstanding {
+        prefills: 1,
+        prefill_tokens: 1000,
+        decodes: 0,
+    };
+    s.router.begin(&worker("c2"), heavy);
+    assert_eq!(s.context(&[], 256, &chain).unwrap(), "c1");
+    s.router.end(&worker("c2"), heavy);
+    assert_eq!(s.context(&[], 256, &chain).unwrap(), "c2");
+}
+
+#[test]
+fn own_jobs_in_a_beat_are_not_counted_twice() {
+    let mut s = Setup::new(TWO_AND_TWO);
+    let job = Outstanding {
+        prefills: 1,
+        prefill_tokens: 500,
+        decodes: 0,
+    };
+    s.router.begin(&worker("c1"), job);
+    let mut told = beat("c1", Role::Context, &[]);
+    told.load.waiting_tokens = 500;
+    s.router.beaten(&worker("c1"));
+    s.members.beat(told, s.now);
+    s.router.end(&worker("c1"), job);
+    // Ours is done: what the beat told was all ours, so the worker is idle again.
+    let names: Vec<_> = (0..2).map(|_| s.context(&[], 10, &[]).unwrap()).collect();
+    assert!(names.contains(&"c1".to_owned()));
+}
+
+#[test]
+fn refused_suspect_and_unreachable_workers_are_not_chosen() {
+    let mut s = Setup::new(TWO_AND_TWO);
+    assert_eq!(s.context(&[worker("c1")], 1, &[]).unwrap(), "c2");
+    assert_eq!(s.context(&[worker("c1"), worker("c2")], 1, &[]), None);
+    s.now += std::time::Duration::from_secs(3);
+    assert_eq!(s.context(&[], 1, &[]), None);
+    let mut s = Setup::new(&[("c1", Role::Context, &[]), ("d1", Role::Decode, &[])]);
+    assert_eq!(s.context(&[], 1, &[]), None, "no decode worker reaches it");
+}
+
+#[test]
+fn decode_goes_where_the_kv_can_be_read_and_the_load_is_least() {
+    let mut s = Setup::new(TWO_AND_TWO);
+    assert_eq!(s.decode(&[], "c1").unwrap(), "d1");
+    s.router.begin(
+        &worker("d1"),
+        Outstanding {
+            decodes: 1,
+            ..Outstanding::default()
+        },
+    );
+    assert_eq!(s.decode(&[], "c2").unwrap(), "d2");
+    assert_eq!(
+        s.decode(&[worker("d2")], "c2").unwrap(),
+        "d1",
+        "d2 failed this request"
+    );
+    assert_eq!(
+        s.decode(&[worker("d1")], "c1").unwrap(),
+        "d1",
+        "there is no other"
+    );
+}
+
+#[test]
+fn equals_take_turns_also_when_choices_of_both_kinds_alternate() {
+    let mut s = Setup::new(TWO_AND_TWO);
+    let names: Vec<_> = (0..2)
+        .map(|_| {
+            s.decode(&[], "c2").unwrap();
+            s.context(&[], 10, &[]).unwrap()
+        })
+        .collect();
+    assert_ne!(names[0], names[1]);
+}
+
+#[test]
+fn a_worker_that_does_both_keeps_its_own() {
+    let mut s = Setup::new(&[("b", Role::Both, &[]), ("d", Role::Decode, &["b"])]);
+    s.router.begin(
+        &worker("b"),
+        Outstanding {
+            decodes: 5,
+            ..Outstanding::default()
+        },
+    );
+    assert_eq!(s.decode(&[], "b").unwrap(), "b");
+    assert_eq!(s.decode(&[worker("b")], "b").unwrap(), "d");
+}
+
+#[test]
+fn the_prefix_map_is_bounded() {
+    let mut map = PrefixMap::default();
+    for i in 0..(PREFIXES_MAX as u64 * 2) {
+        map.insert(&worker("c"), &[i]);
+    }
+    assert!(map.holders.len() <= PREFIXES_MAX);
+    assert!(map.order.len() <= 2 * PREFIXES_MAX);
+    assert!(map.cached_blocks(&[0]).is_empty());
+}
