@@ -11,6 +11,9 @@ use tokenizers::Tokenizer;
 /// Tokens of context that the slow road decodes together with new ones.
 const WINDOW_TOKENS: usize = 6;
 
+/// Tokens that one character may be spread over: UTF-8 has at most four bytes.
+const CHARACTER_TOKENS: usize = 4;
+
 /// The text of every token.
 pub struct Vocabulary {
     tokenizer: Arc<Tokenizer>,
@@ -157,6 +160,8 @@ pub struct Detokenizer {
     /// The slow road: latest tokens, and how much of their text was given out.
     window: Vec<u32>,
     sent: usize,
+    /// The slow road: tokens in a row whose text ended in a broken character.
+    held: usize,
 }
 
 impl Detokenizer {
@@ -202,10 +207,13 @@ impl Detokenizer {
             .tokenizer
             .decode(&self.window, true)
             .unwrap_or_default();
-        // A character that is not whole shows as a replacement character at the end.
-        if text.ends_with(char::REPLACEMENT_CHARACTER) {
+        // A character that is not whole shows as a replacement character at the end. One that is not whole
+        // after so many tokens is broken for good.
+        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.held + 1 < CHARACTER_TOKENS {
+            self.held += 1;
             return;
         }
+        self.held = 0;
         if let Some(new) = text.get(self.sent..) {
             out.push_str(new);
         }
@@ -269,7 +277,63 @@ mod tests {
         assert_eq!(out, b" a\xf0");
     }
 
+    /// A tokenizer whose decoder joins pieces in a way of its own: words by spaces, `##` by nothing.
+    fn word_pieces() -> Vocabulary {
+        let pieces = [
+            "[UNK]",
+            "hand",
+            "##ball",
+            "##s",
+            "Köln",
+            "runs",
+            "🎉",
+            "##\u{4e16}",
+        ];
+        let vocab: serde_json::Map<_, _> = pieces
+            .iter()
+            .enumerate()
+            .map(|(id, piece)| ((*piece).to_owned(), id.into()))
+            .collect();
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
+            "added_tokens": [{"id": 0, "content": "[UNK]", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "pre_tokenizer": null, "post_processor": null,
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": false},
+            "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100, "vocab": vocab},
+        });
+        let tokenizer = Arc::new(json.to_string().parse().unwrap());
+        Vocabulary::new(tokenizer, &json)
+    }
+
+    #[test]
+    fn the_slow_road_is_taken_for_decoders_of_their_own() {
+        let vocabulary = word_pieces();
+        assert!(!vocabulary.exact);
+        let mut texts = Vec::new();
+        let mut detokenizer = Detokenizer::default();
+        for token in [1, 2, 3, 0, 4, 5] {
+            let mut text = String::new();
+            detokenizer.push(&vocabulary, token, &mut text);
+            texts.push(text);
+        }
+        assert_eq!(texts, ["hand", "ball", "s", "", " Köln", " runs"]);
+    }
+
     proptest! {
+        #[test]
+        fn the_slow_road_gives_the_whole_text(tokens in prop::collection::vec(0u32..8, 0..60)) {
+            let vocabulary = word_pieces();
+            let mut out = String::new();
+            let mut detokenizer = Detokenizer::default();
+            for token in &tokens {
+                detokenizer.push(&vocabulary, *token, &mut out);
+            }
+            detokenizer.finish(&vocabulary, &mut out);
+            prop_assert_eq!(out, vocabulary.tokenizer.decode(&tokens, true).unwrap());
+        }
+
         #[test]
         fn cutting_bytes_anywhere_gives_the_lossy_text(bytes in prop::collection::vec(any::<u8>(), 0..40), cut in 1usize..5) {
             let mut out = String::new();
