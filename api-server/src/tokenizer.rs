@@ -174,3 +174,6 @@ fn named(config: &Value, key: &str) -> String {
     let text = token.and_then(|t| t.as_str().or_else(|| t.get("content")?.as_str()));
     text.unwrap_or_default().to_owned()
 }
+
+#[cfg(test)]
+mod tests;
