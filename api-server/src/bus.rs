@@ -1,6 +1,6 @@
 //! The NATS side: requests with deadlines, the one subscription for tokens, and membership beats.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -43,7 +43,7 @@ pub enum Event {
 /// Events on their way to one generation's driver. Nothing is dropped; the number of tokens bounds it.
 #[derive(Debug, Default)]
 pub struct Inbox {
-    events: Mutex<Vec<Event>>,
+    events: Mutex<VecDeque<Event>>,
     notify: Notify,
 }
 
@@ -52,7 +52,7 @@ impl Inbox {
     pub fn push(&self, event: Event) {
         let was_empty = {
             let mut events = lock(&self.events);
-            events.push(event);
+            events.push_back(event);
             events.len() == 1
         };
         if was_empty {
@@ -61,7 +61,7 @@ impl Inbox {
     }
 
     /// Waits for events and swaps them into `into`, which is empty.
-    pub async fn take(&self, into: &mut Vec<Event>) {
+    pub async fn take(&self, into: &mut VecDeque<Event>) {
         loop {
             std::mem::swap(&mut *lock(&self.events), into);
             if !into.is_empty() {

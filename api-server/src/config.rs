@@ -74,6 +74,8 @@ pub struct Limits {
     pub stops_max: usize,
     /// HTTP threads. One carries tens of thousands of tokens a second.
     pub http_threads: usize,
+    /// A client that leaves its stream full for this long is given up.
+    pub reader_stall: Duration,
     /// Time that requests in flight get to finish at shutdown.
     pub drain: Duration,
 }
@@ -87,6 +89,9 @@ impl Default for Limits {
             choices_max: 128,
             stops_max: 16,
             http_threads: (cores / 4).clamp(1, 8),
+            // A page in the background or a proxy may pause for seconds; whoever lets 64 KiB and all
+            // buffers on the way lie for half a minute has gone.
+            reader_stall: Duration::from_secs(30),
             drain: Duration::from_secs(10),
         }
     }

@@ -1,6 +1,7 @@
 //! Carries one generation through its lifecycle: does what the state machine says, over the bus, and
 //! tells it what came of it. One local task per choice.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -53,6 +54,10 @@ pub trait Sink {
     fn tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool;
     /// Sends what came since the last flush.
     fn flush(&mut self);
+    /// Whether more may come: the client has read most of what was sent.
+    fn has_room(&self) -> bool;
+    /// Waits until there is room.
+    fn room(&self) -> impl Future<Output = ()>;
     /// The end.
     fn end(&mut self, end: Result<FinishReason, ApiError>);
 }
@@ -81,6 +86,7 @@ pub async fn drive(server: Arc<Server>, job: Job, inbox: Arc<Inbox>, sink: impl 
         heard: now,
         stall_by: None,
         last_token: None,
+        full_since: None,
     };
     driver.run(&inbox).await;
 }
@@ -99,30 +105,38 @@ struct Driver<S: Sink> {
     /// Set after a loss on the bus: something must be heard until then.
     stall_by: Option<Instant>,
     last_token: Option<Instant>,
+    /// The client has left the sink full since then.
+    full_since: Option<Instant>,
 }
 
 impl<S: Sink> Driver<S> {
     async fn run(&mut self, inbox: &Inbox) {
-        let mut events = Vec::new();
+        let mut events = VecDeque::new();
         self.carry_out();
         self.sink.flush();
         let timer = tokio::time::sleep_until(self.wake_at().into());
         tokio::pin!(timer);
         while !self.lifecycle.ended() {
+            self.note_room();
             // Times only move away while tokens come, so a timer that fires early is set again then.
             if self.wake_at() < timer.deadline().into_std() {
                 timer.as_mut().reset(self.wake_at().into());
             }
             tokio::select! {
                 biased;
-                () = inbox.take(&mut events) => {
-                    for event in events.drain(..) {
+                () = next_events(&self.sink, inbox, &mut events) => {
+                    // What there is no room for stays as it came: token ids, bounded by max_tokens.
+                    while self.sink.has_room() && let Some(event) = events.pop_front() {
                         self.event(event);
                     }
                 }
                 input = reply(&mut self.reply) => {
                     self.reply = None;
                     self.input(input);
+                }
+                () = self.server.decode_room.notified(), if self.waits_for_decode() => {
+                    self.wait_until = None;
+                    self.input(Input::WaitOver);
                 }
                 () = timer.as_mut() => {
                     self.time(Instant::now());
@@ -133,9 +147,31 @@ impl<S: Sink> Driver<S> {
         }
     }
 
+    /// Notes since when the sink is full. Nothing is heard of the workers meanwhile, so their clock
+    /// begins anew when there is room again.
+    fn note_room(&mut self) {
+        if !self.sink.has_room() {
+            self.full_since.get_or_insert_with(Instant::now);
+        } else if self.full_since.take().is_some() {
+            self.heard = Instant::now();
+        }
+    }
+
+    /// Until when the client may leave the sink full.
+    fn full_until(&self) -> Option<Instant> {
+        Some(self.full_since? + self.server.limits.reader_stall)
+    }
+
+    fn waits_for_decode(&self) -> bool {
+        self.wait_until.is_some() && matches!(self.lifecycle.phase(), Phase::Staged { .. })
+    }
+
     fn event(&mut self, event: Event) {
         match event {
             Event::Item(item) => {
+                if let Some(placed) = &mut self.placed {
+                    placed.admitted = true;
+                }
                 self.heard = Instant::now();
                 self.stall_by = None;
                 self.input(Input::Item(item));
@@ -157,6 +193,8 @@ impl<S: Sink> Driver<S> {
         } else if self.wait_until.is_some_and(|until| now >= until) {
             self.wait_until = None;
             self.input(Input::WaitOver);
+        } else if self.full_until().is_some_and(|until| now >= until) {
+            self.input(Input::ClientStalled);
         } else if self.silent_until().is_some_and(|until| now >= until) {
             self.stall_by = None;
             self.heard = now;
@@ -166,7 +204,7 @@ impl<S: Sink> Driver<S> {
 
     /// When something is due next.
     fn wake_at(&self) -> Instant {
-        let times = [self.wait_until, self.silent_until()];
+        let times = [self.wait_until, self.full_until(), self.silent_until()];
         times
             .into_iter()
             .flatten()
@@ -176,6 +214,7 @@ impl<S: Sink> Driver<S> {
     /// Until when a decode worker may be silent.
     fn silent_until(&self) -> Option<Instant> {
         let allowed = match self.lifecycle.phase() {
+            _ if self.full_since.is_some() => return None,
             Phase::Pulling { .. } => PULL_STALL,
             Phase::Decoding { .. } => STALL,
             _ => return None,
@@ -421,6 +460,14 @@ impl<S: Sink> Drop for Driver<S> {
     }
 }
 
+/// Waits for room, and then for events unless some are left.
+async fn next_events(sink: &impl Sink, inbox: &Inbox, events: &mut VecDeque<Event>) {
+    sink.room().await;
+    if events.is_empty() {
+        inbox.take(events).await;
+    }
+}
+
 async fn reply(pending: &mut Option<Pin<Box<dyn Future<Output = Input>>>>) -> Input {
     match pending {
         Some(future) => future.await,
@@ -433,6 +480,8 @@ struct Placed {
     server: Arc<Server>,
     target: Target,
     job: Outstanding,
+    /// It was taken: its end leaves a place.
+    admitted: bool,
 }
 
 impl Placed {
@@ -442,6 +491,7 @@ impl Placed {
             server: Arc::clone(server),
             target: target.clone(),
             job,
+            admitted: false,
         }
     }
 }
@@ -452,5 +502,8 @@ impl Drop for Placed {
             .fleet()
             .router
             .end(&self.target.worker, self.job);
+        if self.admitted {
+            self.server.decode_room.notify_one();
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! One API server: what its parts share, how it starts and how it stops.
 
 use std::future::Future;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use baton_protocol::{ApiBeat, ApiServerId, Beat};
+use tokio::net::TcpSocket;
+use tokio::sync::Notify;
 
 use crate::bus::{Bus, Event, Registry, Watcher, lock};
 use crate::config::{ApiServerConfig, Limits};
@@ -39,6 +41,8 @@ pub struct Server {
     pub request_budget: Duration,
     /// When this server started, for `created` of the model.
     pub started_unix: u64,
+    /// Told when a generation leaves its decode worker, to wake one that waits for a place there.
+    pub decode_room: Notify,
     fleet: Mutex<Fleet>,
 }
 
@@ -136,8 +140,8 @@ pub async fn run(
         Arc::clone(&registry),
     )
     .await?;
-    let listener = TcpListener::bind((config.host.as_str(), config.port)).map_err(|error| {
-        let (host, port) = (&config.host, config.port);
+    let (host, port) = (config.host.as_str(), config.port);
+    let listener = listen(host, port).await.map_err(|error| {
         ApiServerError::Listen(format!("cannot listen on {host}:{port}: {error}"))
     })?;
     let address = listener
@@ -155,6 +159,7 @@ pub async fn run(
         limits: config.limits,
         request_budget: config.request_budget,
         started_unix: now.map_or(0, |since| since.as_secs()),
+        decode_room: Notify::new(),
         fleet: Mutex::default(),
     });
     let tasks = server
@@ -191,4 +196,30 @@ pub async fn run(
         Ok(Err(error)) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
         Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
     }
+}
+
+/// Connections that may wait to be accepted. The standard library's 128 are fewer than clients that begin
+/// together; one that finds no place tries again after a whole second.
+const BACKLOG: u32 = 4096;
+
+/// Listens on the first of the host's addresses that can be had.
+async fn listen(host: &str, port: u16) -> std::io::Result<TcpListener> {
+    let mut fault = std::io::Error::other("the host has no address");
+    for address in tokio::net::lookup_host((host, port)).await? {
+        match listen_on(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => fault = error,
+        }
+    }
+    Err(fault)
+}
+
+fn listen_on(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)?.into_std()
 }

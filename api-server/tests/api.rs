@@ -405,6 +405,68 @@ async fn a_slow_stream_is_kept_alive() {
     assert_eq!(text_of(&response.events(), 0), TEXT);
 }
 
+/// A request whose answer takes megabytes.
+fn flood() -> Value {
+    chat(
+        json!({"stream": true, "ignore_eos": true, "max_tokens": 900, "n": 16,
+        "logprobs": true, "top_logprobs": 20}),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_is_given_up_and_little_waits_for_it() {
+    let nats = Nats::start().await;
+    let _context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;
+    let endless = Script {
+        endless: true,
+        waits_at: Some(800),
+        ..Script::default()
+    };
+    let mut decode = Worker::start(&nats, "d1", Role::Decode, endless).await;
+    let api = Api::with(&nats, |config| {
+        config.limits.reader_stall = std::time::Duration::from_millis(300);
+    })
+    .await;
+    api.sees(2).await;
+    let mut connection = api
+        .open(
+            "POST",
+            "/v1/chat/completions",
+            flood().to_string().as_bytes(),
+        )
+        .await;
+    for _ in 0..16 {
+        assert_eq!(decode.aborted().await.reason, "client does not read");
+    }
+    let response = within("what was sent before", connection.finish()).await;
+    assert!(response.body.contains("event: error"));
+    let bytes = response.body.len();
+    // All of it is 12 MB. The kernel takes up to 4 MB, and each choice stops within one frame of the bound.
+    assert!(bytes < 6 << 20, "{bytes} bytes were rendered for nobody");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_reads_slowly_gets_everything() {
+    let (_nats, _context, decode, api) = usual().await;
+    decode.script.lock().unwrap().endless = true;
+    let mut connection = api
+        .open(
+            "POST",
+            "/v1/chat/completions",
+            flood().to_string().as_bytes(),
+        )
+        .await;
+    let response = within("the answer", connection.finish()).await;
+    let bytes = response.body.len();
+    assert!(bytes > 10 << 20, "{bytes} bytes are no flood");
+    let events = response.events();
+    let long = TEXT.repeat(900 / TEXT.len() + 1);
+    let expected = String::from_utf8_lossy(&long.as_bytes()[..900]).into_owned();
+    for index in 0..16 {
+        assert_eq!(text_of(&events, index), expected);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_deadline_ends_a_request() {
     let nats = Nats::start().await;

@@ -15,7 +15,7 @@ use super::sse::{Outbox, Presence, SseBody};
 use crate::bus::Inbox;
 use crate::driver::{Job, drive};
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{ApiKind, Params, Shape, Usage};
+use crate::openai::{ApiKind, Params, Shape, Tally};
 use crate::router::prefix_chain;
 use crate::server::Server;
 
@@ -63,8 +63,9 @@ pub async fn answer(
         .iter()
         .map(|prompt| prompt.tokens.len() as u64)
         .sum();
+    let mut tally = Tally::new(prompt_tokens, prompts.len(), params.n as usize);
     if params.stream {
-        let outbox = Outbox::new(choices, prompt_tokens);
+        let outbox = Outbox::new(choices, tally);
         let to = || Destination::Stream(Rc::clone(&outbox), Arc::clone(&shape));
         let presence = start(&server, &params, prompts, id, arrived, to)?;
         outbox.begun(STATUS_PATIENCE).await?;
@@ -89,15 +90,11 @@ pub async fn answer(
     drop(presence);
     Ok(respond::json(
         StatusCode::OK,
-        in_one_piece(&server, &shape, prompt_tokens, &whole),
+        in_one_piece(&server, &shape, &mut tally, &whole),
     ))
 }
 
-fn in_one_piece(server: &Server, shape: &Shape, prompt_tokens: u64, choices: &[Whole]) -> Vec<u8> {
-    let mut usage = Usage {
-        prompt: prompt_tokens,
-        ..Usage::default()
-    };
+fn in_one_piece(server: &Server, shape: &Shape, tally: &mut Tally, choices: &[Whole]) -> Vec<u8> {
     let mut out = Vec::with_capacity(1 << 10);
     shape.open_answer(&mut out);
     for (index, choice) in choices.iter().enumerate() {
@@ -105,13 +102,12 @@ fn in_one_piece(server: &Server, shape: &Shape, prompt_tokens: u64, choices: &[W
             text,
             logprobs,
             finish,
-            usage: own,
+            usage,
         } = choice;
-        usage.completion += own.completion;
-        usage.cached = usage.cached.max(own.cached);
+        tally.add(index, *usage);
         shape.choice(index, text, logprobs, *finish, &server.model, &mut out);
     }
-    shape.close_answer(usage, &mut out);
+    shape.close_answer(tally.usage(), &mut out);
     out
 }
 

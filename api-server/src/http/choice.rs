@@ -14,6 +14,9 @@ use crate::openai::{LogprobEntry, Shape, Usage};
 use crate::server::Server;
 use crate::stop::StopMatcher;
 
+/// What one log-probability takes in the stream, nearly.
+const LOGPROB_BYTES: usize = 64;
+
 /// A finished choice of an answer in one piece.
 pub struct Whole {
     /// Its text.
@@ -151,6 +154,22 @@ impl Sink for Choice {
         false
     }
 
+    fn has_room(&self) -> bool {
+        match &self.to {
+            Destination::Stream(outbox, _) => {
+                let logprobs: usize = self.logprobs.iter().map(|entry| 1 + entry.top.len()).sum();
+                outbox.has_room(self.text.len() + logprobs * LOGPROB_BYTES)
+            }
+            Destination::Whole(_) => true,
+        }
+    }
+
+    async fn room(&self) {
+        if let Destination::Stream(outbox, _) = &self.to {
+            outbox.room().await;
+        }
+    }
+
     fn flush(&mut self) {
         let Destination::Stream(outbox, shape) = &self.to else {
             return;
@@ -190,7 +209,7 @@ impl Sink for Choice {
                     }
                     shape.finish_chunk(index, finish, out);
                 });
-                outbox.choice_done(self.usage, shape);
+                outbox.choice_done(self.index, self.usage, shape);
             }
             (Destination::Stream(outbox, _), Err(error)) => outbox.fail(error),
             (Destination::Whole(sender), end) => {

@@ -12,46 +12,52 @@ use std::time::{Duration, Instant};
 
 use actix_web::body::{BodySize, MessageBody};
 use bytes::Bytes;
+use tokio::sync::Notify;
 
 use crate::bus::{Event, Inbox};
 use crate::error::ApiError;
-use crate::openai::{Shape, Usage};
+use crate::openai::{Shape, Tally, Usage};
 
 /// A stream says something at least this often, also to notice that nobody listens any more.
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
 
+/// Bytes that may wait for a slow reader. With these written no more tokens are rendered; they wait as ids.
+const WAITING_BYTES_MAX: usize = 64 << 10;
+
 /// The stream of one request, between its choices and its body.
 pub struct Outbox {
     inner: RefCell<Inner>,
+    /// Told when what waited was taken.
+    taken: Notify,
 }
 
 struct Inner {
     bytes: Vec<u8>,
     waker: Option<Waker>,
     open_choices: usize,
-    usage: Usage,
+    tally: Tally,
     /// Something was written already, so a failure can only be told in the stream.
     started: bool,
     failure: Option<ApiError>,
     ended: bool,
+    /// The body is gone: whoever writes will hear that the client left.
+    closed: bool,
 }
 
 impl Outbox {
-    /// An outbox for this many choices over prompts of this many tokens.
-    pub fn new(choices: usize, prompt_tokens: u64) -> Rc<Self> {
-        let usage = Usage {
-            prompt: prompt_tokens,
-            ..Usage::default()
-        };
+    /// An outbox for this many choices, whose tokens are counted here.
+    pub fn new(choices: usize, tally: Tally) -> Rc<Self> {
         Rc::new(Self {
+            taken: Notify::new(),
             inner: RefCell::new(Inner {
                 bytes: Vec::new(),
                 waker: None,
                 open_choices: choices,
-                usage,
+                tally,
                 started: false,
                 failure: None,
                 ended: false,
+                closed: false,
             }),
         })
     }
@@ -67,14 +73,27 @@ impl Outbox {
         inner.wake();
     }
 
+    /// Whether another `bytes` may be written.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        let inner = self.inner.borrow();
+        // After a failure there is nothing more to write, and the body's end brings the news to the other choices.
+        inner.closed || !inner.ended && inner.bytes.len() + bytes < WAITING_BYTES_MAX
+    }
+
+    /// Waits until what was written has been taken.
+    pub async fn room(&self) {
+        while !self.has_room(0) {
+            self.taken.notified().await;
+        }
+    }
+
     /// A choice has ended; after the last one the stream does.
-    pub fn choice_done(&self, usage: Usage, shape: &Shape) {
+    pub fn choice_done(&self, index: usize, usage: Usage, shape: &Shape) {
         let mut inner = self.inner.borrow_mut();
-        inner.usage.completion += usage.completion;
-        inner.usage.cached = inner.usage.cached.max(usage.cached);
+        inner.tally.add(index, usage);
         inner.open_choices -= 1;
         if inner.open_choices == 0 && !inner.ended {
-            let usage = inner.usage;
+            let usage = inner.tally.usage();
             shape.done(usage, &mut inner.bytes);
             inner.ended = true;
         }
@@ -94,6 +113,15 @@ impl Outbox {
         }
         inner.ended = true;
         inner.wake();
+    }
+
+    /// The body is gone, and with it whoever read.
+    fn close(&self) {
+        let mut inner = self.inner.borrow_mut();
+        inner.ended = true;
+        inner.closed = true;
+        inner.bytes = Vec::new();
+        self.taken.notify_waiters();
     }
 
     /// Waits until the stream has begun, or has failed before it did, but not longer than `patience`.
@@ -161,6 +189,12 @@ impl SseBody {
     }
 }
 
+impl Drop for SseBody {
+    fn drop(&mut self) {
+        self.outbox.close();
+    }
+}
+
 impl MessageBody for SseBody {
     type Error = Infallible;
 
@@ -177,6 +211,7 @@ impl MessageBody for SseBody {
         if !inner.bytes.is_empty() {
             this.last_write = Instant::now();
             let bytes = std::mem::take(&mut inner.bytes);
+            this.outbox.taken.notify_waiters();
             return Poll::Ready(Some(Ok(Bytes::from(bytes))));
         }
         if inner.ended {

@@ -5,8 +5,10 @@ mod completions;
 mod fields;
 mod params;
 mod shape;
+mod usage;
 
 pub use chat::ChatRequest;
 pub use completions::{CompletionRequest, Prompt};
 pub use params::Params;
-pub use shape::{ApiKind, LogprobEntry, Shape, Usage};
+pub use shape::{ApiKind, LogprobEntry, Shape};
+pub use usage::{Tally, Usage};

@@ -5,6 +5,7 @@ use std::io::Write as _;
 
 use baton_protocol::{FinishReason, TopLogprob};
 
+use super::Usage;
 use crate::error::ApiError;
 use crate::tokenizer::ModelText;
 
@@ -15,17 +16,6 @@ pub enum ApiKind {
     Chat,
     /// `/v1/completions`.
     Completion,
-}
-
-/// Tokens used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Of the prompts.
-    pub prompt: u64,
-    /// Of the output.
-    pub completion: u64,
-    /// Of the prompts, those that a prefix index had.
-    pub cached: u64,
 }
 
 /// One token's log-probabilities, ready to be written.

@@ -12,7 +12,7 @@ use baton_protocol::*;
 use futures::StreamExt;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// What every worker here generates: token `i` of any output is byte `i` of this, then the end.
@@ -149,6 +149,8 @@ pub struct Script {
     pub waits_at: Option<u32>,
     /// Tokens of one frame.
     pub frame_tokens: usize,
+    /// Begins [`TEXT`] again where it ends.
+    pub endless: bool,
 }
 
 /// A scripted worker.
@@ -333,7 +335,7 @@ impl FakeWorker {
                 .await;
         }
         let index = job.sequence.output_tokens();
-        let (first_token, finish) = token_at(index, &job.sequence.generation);
+        let (first_token, finish) = token_at(index, &job.sequence.generation, script.endless);
         let want = job.sequence.generation.sampling.logprobs;
         let handle = Box::new(KvHandle {
             worker: self.name.clone(),
@@ -418,7 +420,7 @@ impl FakeWorker {
                     self.beats.send_replace(false);
                     return;
                 }
-                let (token, finish) = token_at(index, &job.sequence.generation);
+                let (token, finish) = token_at(index, &job.sequence.generation, script.endless);
                 item.tokens.0.push(token);
                 if let Some(top) = job.sequence.generation.sampling.logprobs {
                     item.logprobs.push(logprobs(token, top));
@@ -452,10 +454,14 @@ impl FakeWorker {
     }
 }
 
-fn token_at(index: u32, generation: &Generation) -> (u32, Option<FinishReason>) {
+fn token_at(index: u32, generation: &Generation, endless: bool) -> (u32, Option<FinishReason>) {
+    let place = match endless {
+        true => index as usize % TEXT.len(),
+        false => index as usize,
+    };
     let token = TEXT
         .as_bytes()
-        .get(index as usize)
+        .get(place)
         .map_or(EOS, |byte| u32::from(*byte));
     let stop = generation
         .stop_token_ids
@@ -548,7 +554,10 @@ impl Api {
 
     /// Sends a request and leaves the answer to be read.
     pub async fn open(&self, method: &str, path: &str, body: &[u8]) -> Connection {
-        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        // A small buffer, so that what a test does not read soon stands still on the server.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(8 << 10).unwrap();
+        let mut stream = socket.connect(self.address).await.unwrap();
         // HTTP/1.0: a streamed body comes as it is and ends with the connection.
         let head = format!(
             "{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",

@@ -1,0 +1,368 @@
+use super::*;
+use baton_protocol::{
+    HandleId, Incarnation, ModelFingerprint, Nonce, PackedTokens, PrefillTimings,
+};
+use proptest::prelude::*;
+
+use crate::membership::tests::beat;
+use baton_protocol::{PROTOCOL_VERSION, RequestId, Role};
+
+const V: u16 = PROTOCOL_VERSION;
+
+fn target(name: &str) -> Target {
+    Target {
+        worker: WorkerId::new(name).unwrap(),
+        incarnation: Incarnation(1),
+    }
+}
+
+fn handle(worker: &str, first_token: u32) -> Box<KvHandle> {
+    Box::new(KvHandle {
+        worker: WorkerId::new(worker).unwrap(),
+        incarnation: Incarnation(1),
+        handle: HandleId(1),
+        nonce: Nonce(2),
+        model: ModelFingerprint::new("0".repeat(64)).unwrap(),
+        kv: beat("x", Role::Both, &[]).kv,
+        ranks: Vec::new(),
+        valid_tokens: 3,
+        lease_ms: 1000,
+        first_token,
+        first_logprobs: None,
+        finish: None,
+        cached_tokens: 0,
+        timings: PrefillTimings::default(),
+    })
+}
+
+fn ready(worker: &str, token: u32) -> Input {
+    let handle = handle(worker, token);
+    Input::Prefill(Ok(PrefillReply::Ready {
+        v: V,
+        handle,
+        prompt_logprobs: None,
+    }))
+}
+
+fn item(attempt: u32, index: u32, tokens: &[u32], end: Option<End>) -> Input {
+    Input::Item(FrameItem {
+        request: RequestId(1),
+        attempt,
+        index,
+        tokens: PackedTokens(tokens.to_vec()),
+        logprobs: Vec::new(),
+        pulled: None,
+        end,
+    })
+}
+
+fn admitted() -> Input {
+    Input::Decode(Ok(DecodeReply::Admitted {
+        v: V,
+        incarnation: Incarnation(1),
+    }))
+}
+
+fn busy_prefill() -> Input {
+    let refusal = Refusal::Busy {
+        retry_after_ms: 700,
+    };
+    Input::Prefill(Ok(PrefillReply::Refused { v: V, refusal }))
+}
+
+struct Run {
+    life: Lifecycle,
+    out: Vec<Action>,
+}
+
+impl Run {
+    fn new() -> Self {
+        let mut out = Vec::new();
+        let rules = Rules {
+            max_tokens: 100,
+            stop_token_ids: vec![2],
+            min_tokens: 0,
+        };
+        let life = Lifecycle::new(rules, &mut out);
+        out.clear();
+        Self { life, out }
+    }
+
+    fn step(&mut self, input: Input) -> Vec<Action> {
+        self.life.step(input, &mut self.out);
+        std::mem::take(&mut self.out)
+    }
+
+    fn decoding() -> Self {
+        let mut run = Self::new();
+        run.step(Input::Chosen(Some(target("c"))));
+        run.step(ready("c", 10));
+        run.step(Input::Chosen(Some(target("d"))));
+        run.step(admitted());
+        run.step(item(0, 1, &[11], None));
+        assert_eq!(
+            run.life.phase(),
+            &Phase::Decoding {
+                decode: target("d")
+            }
+        );
+        run
+    }
+}
+
+fn aborts(actions: &[Action]) -> Vec<&str> {
+    let abort = |action: &'_ Action| match action {
+        Action::Abort { target, .. } => Some(target.worker.clone()),
+        _ => None,
+    };
+    let names: Vec<WorkerId> = actions.iter().filter_map(abort).collect();
+    names
+        .iter()
+        .map(|name| if name.as_str() == "c" { "c" } else { "d" })
+        .collect()
+}
+
+#[test]
+fn the_straight_road() {
+    let mut run = Run::new();
+    let context = target("c");
+    assert_eq!(
+        run.step(Input::Chosen(Some(context.clone()))),
+        [Action::SendPrefill(context)]
+    );
+    let actions = run.step(ready("c", 10));
+    assert!(matches!(actions[0], Action::Prompt { .. }));
+    let first = Action::Emit {
+        tokens: vec![10],
+        logprobs: Vec::new(),
+        stop: false,
+    };
+    assert_eq!(actions[1..], [first, Action::ChooseDecode]);
+    let decode = target("d");
+    assert_eq!(
+        run.step(Input::Chosen(Some(decode.clone()))),
+        [Action::SendDecode { decode, attempt: 0 }]
+    );
+    assert!(run.step(admitted()).is_empty());
+    let end = Some(End::Finished(FinishReason::Stop));
+    let actions = run.step(item(0, 1, &[11, 2], end));
+    let last = Action::Emit {
+        tokens: vec![11, 2],
+        logprobs: Vec::new(),
+        stop: true,
+    };
+    assert_eq!(actions, [last, Action::Finish(FinishReason::Stop)]);
+    assert_eq!(run.life.output(), [10, 11, 2]);
+}
+
+#[test]
+fn a_first_token_that_ends_it_needs_no_decode_worker() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    let mut done = handle("c", 2);
+    done.finish = Some(FinishReason::Stop);
+    let reply = PrefillReply::Ready {
+        v: V,
+        handle: done,
+        prompt_logprobs: None,
+    };
+    let actions = run.step(Input::Prefill(Ok(reply)));
+    assert_eq!(actions.last(), Some(&Action::Finish(FinishReason::Stop)));
+}
+
+#[test]
+fn busy_goes_to_the_next_worker_and_then_to_the_client() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    assert_eq!(run.step(busy_prefill()), [Action::ChooseContext]);
+    assert_eq!(run.life.refused(), [WorkerId::new("c").unwrap()]);
+    let actions = run.step(Input::Chosen(None));
+    let [Action::Fail(error)] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(
+        (error.kind, error.retry_after_ms),
+        (ErrorKind::Busy, Some(700))
+    );
+}
+
+#[test]
+fn tokens_may_overtake_the_admission_and_duplicates_are_dropped() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    run.step(ready("c", 10));
+    run.step(Input::Chosen(Some(target("d"))));
+    run.step(item(0, 1, &[11, 12], None));
+    assert!(run.step(admitted()).is_empty());
+    assert!(run.step(item(0, 1, &[11, 12], None)).is_empty());
+    let actions = run.step(item(0, 2, &[12, 13], None));
+    let new = Action::Emit {
+        tokens: vec![13],
+        logprobs: Vec::new(),
+        stop: false,
+    };
+    assert_eq!(actions, [new]);
+}
+
+#[test]
+fn a_gap_begins_anew_with_the_output_so_far() {
+    let mut run = Run::decoding();
+    let actions = run.step(item(0, 3, &[13], None));
+    assert_eq!(aborts(&actions), ["d"]);
+    assert_eq!(actions.last(), Some(&Action::ChooseContext));
+    run.step(Input::Chosen(Some(target("c"))));
+    assert_eq!(run.life.prefilled_output(), [10, 11]);
+    run.step(ready("c", 12));
+    let actions = run.step(Input::Chosen(Some(target("d"))));
+    assert_eq!(
+        actions,
+        [Action::SendDecode {
+            decode: target("d"),
+            attempt: 1
+        }]
+    );
+    assert!(
+        run.step(item(0, 3, &[99], None)).is_empty(),
+        "an old try's frame"
+    );
+    run.step(item(1, 3, &[13], None));
+    assert_eq!(run.life.output(), [10, 11, 12, 13]);
+}
+
+#[test]
+fn a_lost_worker_is_avoided() {
+    let mut run = Run::decoding();
+    assert!(
+        run.step(Input::WorkerLost(target("c"))).is_empty(),
+        "its part is done"
+    );
+    run.step(Input::WorkerLost(target("d")));
+    assert_eq!(run.life.failed(), [WorkerId::new("d").unwrap()]);
+    assert_eq!(run.life.phase(), &Phase::Queued);
+}
+
+#[test]
+fn leaving_aborts_whoever_holds_something_in_every_phase() {
+    let inputs = [
+        Input::Chosen(Some(target("c"))),
+        ready("c", 10),
+        Input::Chosen(Some(target("d"))),
+        item(0, 1, &[11], None),
+    ];
+    let expected: [&[&str]; 5] = [&[], &["c"], &["c"], &["c", "d"], &["d"]];
+    for (steps, expected) in expected.iter().enumerate() {
+        let mut run = Run::new();
+        inputs[..steps]
+            .iter()
+            .cloned()
+            .for_each(|input| drop(run.step(input)));
+        let actions = run.step(Input::ClientLeft);
+        assert_eq!(aborts(&actions), *expected, "after {steps} steps");
+        assert_eq!(run.life.phase(), &Phase::Failed);
+    }
+}
+
+#[test]
+fn only_the_news_of_the_end_was_lost() {
+    let mut run = Run::decoding();
+    run.step(item(0, 2, &[2], None));
+    let actions = run.step(Input::Stalled);
+    assert_eq!(actions.last(), Some(&Action::Finish(FinishReason::Stop)));
+}
+
+#[test]
+fn retries_end() {
+    let mut run = Run::new();
+    let mut sent = 0;
+    let mut inputs = vec![Input::Chosen(Some(target("c")))];
+    while let Some(input) = inputs.pop() {
+        for action in run.step(input) {
+            match action {
+                Action::ChooseContext => inputs.push(Input::Chosen(Some(target("c")))),
+                Action::Wait(_) => inputs.push(Input::WaitOver),
+                Action::SendPrefill(_) => {
+                    sent += 1;
+                    let failure = Failure::new(FailureCode::Executor, "broken");
+                    inputs.push(Input::Prefill(Ok(PrefillReply::Failed { v: V, failure })));
+                }
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(sent, RETRIES_MAX + 1);
+    assert_eq!(run.life.phase(), &Phase::Failed);
+}
+
+fn any_input() -> impl Strategy<Value = Input> {
+    let worker = prop_oneof![Just("c"), Just("d")];
+    let failure = prop_oneof![
+        Just(FailureCode::HandleInvalid),
+        Just(FailureCode::Preempted),
+        Just(FailureCode::Draining)
+    ];
+    let end = prop_oneof![
+        8 => Just(None),
+        1 => Just(Some(End::Finished(FinishReason::Length))),
+        2 => failure.prop_map(|code| Some(End::Failed(Failure::new(code, "broken")))),
+    ];
+    let item = (0u32..4, 0u32..12, 0u32..4, end).prop_map(|(attempt, index, count, end)| {
+        let tokens: Vec<u32> = (index..index + count).map(|i| 1000 + i).collect();
+        item(attempt, index, &tokens, end)
+    });
+    prop_oneof![
+        6 => worker.clone().prop_map(|name| Input::Chosen(Some(target(name)))),
+        1 => Just(Input::Chosen(None)),
+        4 => Just(Input::Prefill(Err(NoReply::TimedOut))),
+        2 => Just(busy_prefill()),
+        2 => Just(Input::Decode(Err(NoReply::NoResponders))),
+        3 => Just(admitted()),
+        12 => item,
+        1 => worker.prop_map(|name| Input::WorkerLost(target(name))),
+        1 => Just(Input::Stalled),
+        3 => Just(Input::WaitOver),
+        1 => Just(Input::StopFound),
+        1 => Just(Input::ClientLeft),
+    ]
+}
+
+proptest! {
+    /// Whatever comes in whatever order: the output has no gap and no duplicate, whoever holds
+    /// something is told when it is not needed, and the end is the end.
+    #[test]
+    fn nothing_breaks_it(inputs in prop::collection::vec((any_input(), any::<bool>()), 0..60)) {
+        let mut run = Run::new();
+        let mut emitted: Vec<u32> = Vec::new();
+        let mut prefills = 0;
+        for (input, prefill) in inputs {
+            let was_ended = run.life.ended();
+            let held = run.life.involved();
+            // Prefill answers continue the output as a worker would.
+            let input = match run.life.phase() {
+                Phase::Prefilling { context } if prefill => {
+                    ready(context.worker.as_str(), 1000 + run.life.output().len() as u32)
+                }
+                _ => input,
+            };
+            let lost = matches!(input, Input::WorkerLost(_));
+            let actions = run.step(input);
+            prop_assert!(!was_ended || actions.is_empty());
+            for action in &actions {
+                match action {
+                    Action::Emit { tokens, .. } => emitted.extend(tokens),
+                    Action::SendPrefill(_) => prefills += 1,
+                    _ => {}
+                }
+            }
+            let failed = actions.iter().any(|a| matches!(a, Action::Fail(_) | Action::Retried(_)));
+            if failed && !lost && matches!(actions[0], Action::Abort { .. }) {
+                let aborted = actions.iter().filter(|a| matches!(a, Action::Abort { .. })).count();
+                prop_assert_eq!(aborted, held.len());
+            }
+        }
+        prop_assert_eq!(&emitted, run.life.output());
+        for (i, token) in emitted.iter().enumerate() {
+            prop_assert_eq!(*token, 1000 + i as u32);
+        }
+        prop_assert!(prefills <= (RETRIES_MAX + 1) * 2 * WAITS_MAX);
+    }
+}
