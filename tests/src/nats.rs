@@ -1,0 +1,70 @@
+//! A nats-server of the test's own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use baton_protocol::limits::MESSAGE_BYTES_MAX;
+use serde_json::Value;
+
+use crate::fixture::command;
+use crate::process::Process;
+use crate::wait::{PATIENCE, eventually};
+
+/// A nats-server on a port that it chose itself.
+pub struct Nats {
+    process: Process,
+    port: u16,
+    dir: PathBuf,
+}
+
+impl Nats {
+    /// Starts it and waits until it listens.
+    pub async fn start(dir: &Path) -> Self {
+        let ports = dir.join("ports");
+        fs::create_dir_all(&ports).expect("a directory below a temporary one");
+        let process = spawn(dir, -1);
+        let file = ports.join(format!("nats-server_{}.ports", process.id()));
+        let port = eventually("nats-server to write its port", PATIENCE, async || {
+            let text = fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
+            let value: Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+            let uri = value["nats"][0].as_str().ok_or("no uri")?;
+            let port = uri.rsplit(':').next().ok_or("no port")?;
+            port.parse::<u16>().map_err(|e| format!("{uri}: {e}"))
+        })
+        .await;
+        Self {
+            process,
+            port,
+            dir: dir.to_owned(),
+        }
+    }
+
+    /// Where it is.
+    pub fn uri(&self) -> String {
+        format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Starts it again on the same port.
+    pub fn restart(&mut self) {
+        self.process.kill();
+        self.process = spawn(&self.dir, i32::from(self.port));
+    }
+}
+
+fn spawn(dir: &Path, port: i32) -> Process {
+    let config = dir.join("nats.conf");
+    let text = format!(
+        "listen: \"127.0.0.1:{port}\"\nmax_payload: {MESSAGE_BYTES_MAX}\nports_file_dir: {:?}\n",
+        dir.join("ports")
+    );
+    fs::write(&config, text).expect("a file below a temporary directory");
+    let mut server = Command::new(command("nats-server"));
+    server.arg("-c").arg(&config);
+    Process::start("nats-server", &server, dir)
+}

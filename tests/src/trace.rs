@@ -1,0 +1,124 @@
+//! What happened to each request, put together from what was said on the bus.
+
+use std::collections::BTreeMap;
+
+use baton_protocol::{
+    Abort, DecodeJob, End, KvHandle, PrefillJob, PrefillReply, RequestId, TokenFrame,
+};
+
+use crate::tap::Tap;
+
+/// The life of one generation.
+#[derive(Clone, Debug, Default)]
+pub struct Trace {
+    /// Prefill jobs, each with the worker that it was sent to.
+    pub prefills: Vec<(String, PrefillJob)>,
+    /// Handles that came back.
+    pub handles: Vec<KvHandle>,
+    /// Decode jobs, each with the worker that it was sent to.
+    pub decodes: Vec<(String, DecodeJob)>,
+    /// Bytes of KV read, one for each pull that was reported.
+    pub pulled: Vec<u64>,
+    /// Ends of the tries on decode workers.
+    pub ends: Vec<End>,
+    /// Workers that were told to end it.
+    pub aborts: Vec<String>,
+    tokens: BTreeMap<u32, u32>,
+}
+
+impl Trace {
+    /// All generations of which anything was heard since `from`.
+    ///
+    /// # Panics
+    /// If two tries of one generation made different tokens: a retry must give the same text.
+    pub async fn all(tap: &Tap, from: usize) -> BTreeMap<RequestId, Self> {
+        tap.catch_up().await;
+        let mut all: BTreeMap<RequestId, Self> = BTreeMap::new();
+        let mut asked: BTreeMap<String, RequestId> = BTreeMap::new();
+        for message in tap.heard(from, |message| Some(message.clone())) {
+            if let Some(request) = asked.get(&message.subject) {
+                if let PrefillReply::Ready { handle, .. } = message.read() {
+                    let trace = all.entry(*request).or_default();
+                    trace.note(handle.valid_tokens, &[handle.first_token]);
+                    trace.handles.push(*handle);
+                }
+                continue;
+            }
+            match message.kind() {
+                Some(("prefill", worker)) => {
+                    let job: PrefillJob = message.read();
+                    let reply = message.reply.clone().expect("a prefill job is a request");
+                    asked.insert(reply, job.request);
+                    let trace = all.entry(job.request).or_default();
+                    trace.prefills.push((worker.to_owned(), job));
+                }
+                Some(("decode", worker)) => {
+                    let job: DecodeJob = message.read();
+                    let trace = all.entry(job.request).or_default();
+                    trace.decodes.push((worker.to_owned(), job));
+                }
+                Some(("abort", worker)) => {
+                    let abort: Abort = message.read();
+                    let trace = all.entry(abort.request).or_default();
+                    trace.aborts.push(worker.to_owned());
+                }
+                Some(("tokens", _)) => {
+                    let frame: TokenFrame = message.read();
+                    for item in frame.items {
+                        let trace = all.entry(item.request).or_default();
+                        let prompt = trace.prompt().len() as u32;
+                        trace.note(prompt + item.index, &item.tokens.0);
+                        trace.pulled.extend(item.pulled.map(|report| report.bytes));
+                        trace.ends.extend(item.end);
+                    }
+                }
+                _ => {}
+            }
+        }
+        all
+    }
+
+    /// The only generation since `from`.
+    ///
+    /// # Panics
+    /// If there is none, or another one.
+    pub async fn only(tap: &Tap, from: usize) -> Self {
+        let all = Self::all(tap, from).await;
+        assert_eq!(all.len(), 1, "generations: {:?}", all.keys());
+        all.into_values().next().expect("just counted")
+    }
+
+    /// Ids of the prompt, as the API server made them.
+    pub fn prompt(&self) -> &[u32] {
+        match self.prefills.first() {
+            Some((_, job)) => &job.sequence.tokens.0[..job.sequence.prompt_tokens as usize],
+            None => &[],
+        }
+    }
+
+    /// Ids of the output, all that was made.
+    ///
+    /// # Panics
+    /// If one is missing.
+    pub fn output(&self) -> Vec<u32> {
+        let first = self.prompt().len() as u32;
+        for (expected, position) in (first..).zip(self.tokens.keys()) {
+            assert_eq!(
+                *position, expected,
+                "a gap in the tokens: {:?}",
+                self.tokens
+            );
+        }
+        self.tokens.values().copied().collect()
+    }
+
+    fn note(&mut self, position: u32, tokens: &[u32]) {
+        for (position, token) in (position..).zip(tokens) {
+            let was = self.tokens.insert(position, *token).unwrap_or(*token);
+            assert_eq!(
+                was, *token,
+                "two tries made different tokens at position {position}"
+            );
+        }
+    }
+}

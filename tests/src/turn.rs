@@ -1,0 +1,37 @@
+//! One cluster at a time.
+
+use std::fs::{File, OpenOptions};
+
+use crate::fixture;
+
+/// The right to use the machine. Held by a file lock, so it works between the threads of `cargo test` and between the
+/// processes of `cargo nextest`; the kernel takes it back from a test that dies.
+pub struct Turn {
+    _lock: File,
+}
+
+impl Turn {
+    /// Waits for the other tests.
+    ///
+    /// # Panics
+    /// If the lock file cannot be made.
+    pub fn take() -> Self {
+        Self {
+            _lock: lock("cluster.lock"),
+        }
+    }
+}
+
+/// Locks a file of this name below the target directory, for as long as the value lives.
+pub(crate) fn lock(name: &str) -> File {
+    let path = fixture::scratch().join(name);
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .unwrap_or_else(|e| panic!("cannot open {}: {e}", path.display()));
+    file.lock()
+        .unwrap_or_else(|e| panic!("cannot lock {}: {e}", path.display()));
+    file
+}

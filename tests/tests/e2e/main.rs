@@ -1,0 +1,9 @@
+//! The whole road, end to end. One binary, so that it is linked once.
+
+mod bad_input;
+mod failure;
+mod golden;
+mod leaving;
+mod load;
+mod same_text;
+mod tools;

@@ -1,0 +1,260 @@
+//! What people type: `baton up`, `status`, `model-prep`.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use baton_tests::{
+    Api, Cluster, PATIENCE, Process, Setup, Signal, Turn, baton, eventually, model_dir,
+    smollm2_gguf,
+};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Runs `baton` to its end. A tool that hangs is caught by the runner's own time limit.
+fn run(args: &[&str]) -> Output {
+    Command::new(baton())
+        .args(args)
+        .output()
+        .expect("the binary was just built")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+async fn up(dir: &Path, more: &[&str]) -> (Process, Value) {
+    let ready = dir.join("ready.json");
+    let mut command = Command::new(baton());
+    command
+        .args(["up", "--threads", "1", "--kv-mib", "64", "--model"])
+        .arg(model_dir())
+        .arg("--ready-file")
+        .arg(&ready)
+        .args(more);
+    let mut process = Process::start("up", &command, dir);
+    let ready = eventually("baton up to serve", 2 * PATIENCE, async || {
+        if let Some(status) = process.ended() {
+            panic!("baton up ended: {status}");
+        }
+        let text = fs::read(&ready).map_err(|e| format!("{}: {e}", ready.display()))?;
+        serde_json::from_slice::<Value>(&text).map_err(|e| e.to_string())
+    })
+    .await;
+    (process, ready)
+}
+
+fn api(ready: &Value) -> Api {
+    let url = ready["url"].as_str().expect("an address");
+    let port = url.rsplit(':').next().expect("a port");
+    Api::new(port.parse().expect("a port"))
+}
+
+fn pids(ready: &Value) -> Vec<(String, u64)> {
+    let pids = ready["pids"].as_object().expect("process ids");
+    pids.iter()
+        .map(|(name, pid)| (name.clone(), pid.as_u64().expect("a process id")))
+        .collect()
+}
+
+/// Waits until none of these processes is left; a zombie is not left.
+async fn all_gone(ready: &Value) {
+    eventually("all processes to end", PATIENCE, async || {
+        let left: Vec<_> = pids(ready)
+            .into_iter()
+            .filter(|(_, pid)| {
+                let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+                let state = stat
+                    .rsplit(") ")
+                    .next()
+                    .and_then(|rest| rest.chars().next());
+                state.is_some_and(|state| state != 'Z')
+            })
+            .collect();
+        if left.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{left:?}"))
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn up_serves_and_leaves_nothing_behind() {
+    let _turn = Turn::take();
+    let dir = TempDir::new().expect("a temporary directory");
+    let counts = [
+        "--context-worker-count",
+        "2",
+        "--generate-worker-count",
+        "2",
+    ];
+    let (mut process, ready) = up(dir.path(), &counts).await;
+    // nats-server, API server, four workers, and itself
+    assert_eq!(pids(&ready).len(), 7, "{ready}");
+    let api = api(&ready);
+    let answer = api
+        .chat(&json!({"model": ready["model"], "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}))
+        .await;
+    let said = &answer["choices"][0]["message"]["content"];
+    assert!(said.as_str().is_some_and(|said| !said.is_empty()), "{said}");
+
+    let url = ready["url"].as_str().expect("an address");
+    let status = run(&["status", "--url", url]);
+    let shown = text(&status.stdout);
+    assert!(status.status.success(), "{}", text(&status.stderr));
+    for (name, _) in pids(&ready) {
+        let worker =
+            name.contains("context") || name.contains("generate") || name.contains("decode");
+        assert!(!worker || shown.contains(&name), "no {name} in\n{shown}");
+    }
+    assert!(shown.contains("ucx"), "no transport in\n{shown}");
+
+    process.signal(Signal::Interrupt);
+    let status = process.end(PATIENCE).await;
+    assert!(status.success(), "{status}");
+    all_gone(&ready).await;
+}
+
+#[tokio::test]
+async fn up_ends_clearly_when_a_part_dies_and_takes_all_with_it() {
+    let _turn = Turn::take();
+    let dir = TempDir::new().expect("a temporary directory");
+    let (mut process, ready) = up(dir.path(), &["--device", "fake"]).await;
+    let (name, pid) = pids(&ready)
+        .into_iter()
+        .find(|(name, _)| name.contains("context"))
+        .expect("a context worker");
+    let killed = Command::new("kill")
+        .args(["-KILL", &pid.to_string()])
+        .status();
+    assert!(killed.expect("kill").success());
+    let status = process.end(PATIENCE).await;
+    assert!(!status.success());
+    let log = process.log();
+    let last = log
+        .lines()
+        .rfind(|line| line.starts_with("baton: "))
+        .unwrap_or_default();
+    assert!(last.contains(&name), "the last word: {last:?}");
+    all_gone(&ready).await;
+}
+
+#[tokio::test]
+async fn up_itself_dies_and_takes_all_with_it() {
+    let _turn = Turn::take();
+    let dir = TempDir::new().expect("a temporary directory");
+    let (mut process, ready) = up(dir.path(), &["--device", "fake"]).await;
+    process.kill();
+    all_gone(&ready).await;
+}
+
+#[tokio::test]
+async fn status_says_what_is_wrong() {
+    let turn = Turn::take();
+    let nobody = run(&["status", "--url", "http://127.0.0.1:9"]);
+    assert!(!nobody.status.success());
+    let said = text(&nobody.stderr);
+    assert!(said.contains("http://127.0.0.1:9"), "{said}");
+
+    let setup = Setup {
+        device: "fake",
+        ..Setup::split(1, 1)
+    };
+    let mut cluster = Cluster::start(&turn, setup).await;
+    assert!(
+        run(&["status", "--url", cluster.api.base()])
+            .status
+            .success()
+    );
+    cluster.kill("decode-0");
+    eventually("status to fail", PATIENCE, async || {
+        let status = run(&["status", "--url", cluster.api.base()]);
+        if status.status.success() {
+            return Err(text(&status.stdout));
+        }
+        assert!(
+            text(&status.stdout).contains("decode"),
+            "{}",
+            text(&status.stdout)
+        );
+        Ok(())
+    })
+    .await;
+}
+
+#[test]
+fn a_truncated_gguf_is_refused_with_a_sentence() {
+    let dir = TempDir::new().expect("a temporary directory");
+    let whole = fs::read(smollm2_gguf()).expect("the model");
+    for kept in [3, 1000, whole.len() / 2, whole.len() - 1] {
+        let file = dir.path().join(format!("cut-{kept}.gguf"));
+        fs::write(&file, &whole[..kept]).expect("a file below a temporary directory");
+        let out = dir.path().join("out");
+        let outcome = run(&[
+            "model-prep",
+            "--model",
+            file.to_str().expect("a plain path"),
+            "--out",
+            out.to_str().expect("a plain path"),
+        ]);
+        let said = text(&outcome.stderr);
+        assert!(
+            !outcome.status.success(),
+            "{kept} bytes were taken for a model"
+        );
+        assert!(said.contains(&format!("cut-{kept}.gguf")), "{said}");
+        assert!(!said.contains("panicked"), "{said}");
+        assert!(!out.exists(), "something was left after {kept} bytes");
+        fs::remove_file(&file).expect("the file just written");
+    }
+}
+
+#[test]
+fn a_prepared_model_is_not_made_twice() {
+    let model = model_dir().to_str().expect("a plain path").to_owned();
+    let manifest =
+        || fs::metadata(model_dir().join("manifest.json")).and_then(|meta| meta.modified());
+    let before = manifest().expect("the manifest");
+    let gguf = smollm2_gguf();
+    let gguf = gguf.to_str().expect("a plain path");
+    let again = run(&[
+        "model-prep",
+        "--model",
+        gguf,
+        "--max-num-tokens",
+        "2048",
+        "--out",
+        &model,
+    ]);
+    assert!(again.status.success(), "{}", text(&again.stderr));
+    assert_eq!(manifest().expect("the manifest"), before);
+    let dry = run(&[
+        "model-prep",
+        "--model",
+        gguf,
+        "--dry-run",
+        "--out",
+        "/nowhere/at/all",
+    ]);
+    assert!(dry.status.success(), "{}", text(&dry.stderr));
+    assert!(!Path::new("/nowhere").exists());
+}
+
+#[test]
+fn a_worker_without_a_model_says_so() {
+    let outcome = run(&[
+        "worker",
+        "--role",
+        "both",
+        "--model",
+        "/nowhere/model",
+        "--request-plane-uri",
+        "nats://127.0.0.1:9",
+    ]);
+    let said = text(&outcome.stderr);
+    assert!(!outcome.status.success());
+    assert!(said.contains("/nowhere/model"), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+}
