@@ -18,9 +18,9 @@ STOP_TIMEOUT_S = 60
 
 
 def baton() -> Path:
-    """The binary: $BATON_BIN, or the one built last, or a new one."""
-    if "BATON_BIN" in os.environ:
-        return Path(os.environ["BATON_BIN"])
+    """The binary: $BATON_BINARY, or the one built last, or a new one."""
+    if "BATON_BINARY" in os.environ:
+        return Path(os.environ["BATON_BINARY"])
     built = [REPOSITORY / "target" / profile / "baton" for profile in ("release", "debug")]
     built = [path for path in built if path.is_file()]
     if not built:

@@ -28,11 +28,11 @@ pub(crate) fn scratch() -> PathBuf {
 }
 
 /// The `baton` binary, of the profile that the tests are built with. Cargo makes it up to date first, once a process:
-/// a test of an old binary is worth nothing. `BATON_BIN` names another one.
+/// a test of an old binary is worth nothing. `BATON_BINARY` names another one.
 pub fn baton() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
-        if let Some(binary) = env::var_os("BATON_BIN") {
+        if let Some(binary) = env::var_os("BATON_BINARY") {
             return binary.into();
         }
         let profile = profile_dir();
