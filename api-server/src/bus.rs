@@ -12,7 +12,7 @@ use baton_protocol::{
     PrefillJob, PrefillReply, ProtocolError, RequestId, TokenFrame, Versioned, decode, encode,
     limits,
 };
-use futures::StreamExt;
+use futures::{FutureExt, StreamExt};
 use tokio::sync::Notify;
 
 use crate::error::ApiServerError;
@@ -264,7 +264,8 @@ impl Bus {
         }
     }
 
-    /// Tells a worker to drop a request. Does not wait: it works from a destructor too.
+    /// Tells a worker to drop a request. Does not wait: it works from a destructor too. Whatever is sent
+    /// after this call reaches the worker after the abort; a job sent anew would be dropped otherwise.
     pub fn abort(&self, target: &Target, request: RequestId, reason: &str) {
         let subject = self.cluster.abort(&target.worker);
         let abort = Abort {
@@ -274,11 +275,17 @@ impl Bus {
         };
         let Ok(payload) = encode(&abort) else { return };
         let client = self.client.clone();
-        self.runtime.spawn(async move {
+        let send = async move {
             if let Err(error) = client.publish(subject.clone(), payload.into()).await {
                 tracing::warn!(subject, %error, "abort not sent");
             }
-        });
+        };
+        // It ends at the first poll unless the connection's queue is full. Then order is lost, and a job
+        // that is dropped for it comes back as failed.
+        let mut send = Box::pin(tokio::task::unconstrained(send));
+        if send.as_mut().now_or_never().is_none() {
+            self.runtime.spawn(send);
+        }
     }
 
     /// Subscribes to tokens and beats, asks everybody to beat, and serves both until the task is dropped.

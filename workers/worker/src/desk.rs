@@ -160,6 +160,15 @@ impl Desk {
     fn on_abort(&mut self, message: &Message) {
         match decode::<Abort>(&message.payload) {
             Ok(abort) => {
+                // A prefill job is answered once, whatever becomes of it: should it be wanted after all,
+                // its sender must not wait for ever.
+                let failure = Failure::new(
+                    FailureCode::Internal,
+                    format!("aborted by the API server: {}", abort.reason),
+                );
+                for key in self.keys_of(|of| *of == abort.request) {
+                    self.end_prefill(key, Some(failure.clone()));
+                }
                 let held = self.end_request(abort.request, None);
                 tracing::debug!(request = %abort.request, reason = abort.reason, held, "aborted");
             }
