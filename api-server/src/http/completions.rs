@@ -67,7 +67,7 @@ async fn try_chat(
         server.model.encode(&text, false).map_err(refused)
     })
     .await?;
-    let generation = params.generation(&server.model, tokens.len(), None)?;
+    let generation = params.generation(&server.model, "messages", tokens.len(), None)?;
     let prepared = Prepared {
         tokens: tokens.into(),
         generation,
@@ -122,7 +122,7 @@ fn prepare(
         let message = format!("prompt names token {token}; the vocabulary has {vocabulary}");
         return Err(ApiError::param("prompt", message));
     }
-    let generation = params.generation(model, tokens.len(), Some(COMPLETION_TOKENS))?;
+    let generation = params.generation(model, "prompt", tokens.len(), Some(COMPLETION_TOKENS))?;
     let echo = echo.then(|| match prompt {
         Prompt::Text(text) => text,
         Prompt::Tokens(_) => model.text(&tokens),

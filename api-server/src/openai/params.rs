@@ -73,13 +73,15 @@ impl Params {
         })
     }
 
-    /// The rules of generation for a prompt of this many tokens.
+    /// The rules of generation for a prompt of this many tokens. `prompt` names the parameter that it came
+    /// from.
     ///
     /// # Errors
     /// 400 if prompt and output do not fit the model.
     pub fn generation(
         &self,
         model: &ModelText,
+        prompt: &str,
         prompt_tokens: usize,
         default_max_tokens: Option<u32>,
     ) -> Result<Generation, ApiError> {
@@ -89,7 +91,7 @@ impl Params {
                 "the prompt has {prompt_tokens} tokens, and the model holds {tokens_max} with at least \
                  one for the output: shorten the prompt"
             );
-            return Err(too_long("prompt", message));
+            return Err(too_long(prompt, message));
         }
         let room = (tokens_max - prompt_tokens) as u32;
         let max_tokens = match self.max_tokens {
