@@ -41,6 +41,9 @@ pub struct WorkerArgs {
     /// Time for requests under way to finish at the end, in seconds
     #[arg(long)]
     drain_s: Option<u64>,
+    /// How long finished prompts' KV waits to be fetched, in milliseconds
+    #[arg(long)]
+    lease_ms: Option<u32>,
     #[command(flatten)]
     tuning: TuningArgs,
 }
@@ -108,6 +111,7 @@ fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
     if let Some(seconds) = args.drain_s {
         config.drain_ms = seconds.saturating_mul(1000);
     }
+    config.lease_ms = args.lease_ms.unwrap_or(config.lease_ms);
     apply(args.tuning, &mut config);
     Ok(config)
 }
