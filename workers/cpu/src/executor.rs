@@ -13,7 +13,6 @@ use crate::attention::{self, Attention, Piece, Scratch, Shape};
 use crate::error::CpuError;
 use crate::gemm::{Epilogue, Product, ROW_STEP};
 use crate::kernel::{Kernel, Ops};
-use crate::logprobs;
 use crate::memory::{Pages, Shared};
 use crate::pack::{K_STEP, PANEL, Packed};
 use crate::plan::Rows;
@@ -343,12 +342,11 @@ impl CpuExecutor {
                 Shared::new(&mut self.buffers.logits),
                 Shared::new(&mut answers),
             );
-            let ops = self.ops;
             self.pool.run(wants.len(), &|_, i| {
-                // SAFETY: one row and one answer per piece; the kernel was available at load.
+                // SAFETY: one row and one answer per piece.
                 unsafe {
                     let logits = &mut rows.slice(i * stride, vocab)[..];
-                    out.slice(i, 1)[0] = Some(answer(ops, &wants[i], logits, plan.want_logits));
+                    out.slice(i, 1)[0] = Some(answer(&wants[i], logits, plan.want_logits));
                 }
             });
             for (want, answer) in wants.iter().zip(answers.into_iter().flatten()) {
@@ -405,7 +403,7 @@ struct Want<'a> {
 
 enum What<'a> {
     Sample(&'a SampleRequest),
-    Target { token: u32, top: usize },
+    Target { token: u32, top: u8 },
 }
 
 fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
@@ -415,7 +413,7 @@ fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
         for (i, token) in plan.targets[s.targets.clone()].iter().enumerate() {
             let what = What::Target {
                 token: *token,
-                top: s.target_top.into(),
+                top: s.target_top,
             };
             wants.push(Want {
                 sequence,
@@ -435,22 +433,13 @@ fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
     wants
 }
 
-/// # Safety
-/// The CPU has the kernel's features.
-unsafe fn answer(
-    ops: &Ops,
-    want: &Want<'_>,
-    logits: &mut [f32],
-    want_logits: bool,
-) -> SequenceOutput {
+fn answer(want: &Want<'_>, logits: &mut [f32], want_logits: bool) -> SequenceOutput {
     let mut output = SequenceOutput::default();
     match want.what {
         What::Target { token, top } => {
-            // SAFETY: the caller's promise.
-            let log_sum_exp = unsafe { (ops.log_sum_exp)(logits) };
             output
                 .target_logprobs
-                .push(logprobs::of_target(logits, log_sum_exp, token, top));
+                .push(baton_engine::token_logprobs(logits, token, top));
         }
         What::Sample(request) => {
             if want_logits {

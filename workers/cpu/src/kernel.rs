@@ -109,7 +109,6 @@ pub struct Ops {
     pub rotate: unsafe fn(&Qkv<'_>, Range<usize>),
     pub rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [u16]),
     pub widen: unsafe fn(&[u16], &mut [f32]),
-    pub log_sum_exp: unsafe fn(&[f32]) -> f32,
 }
 
 /// Compiles the operations with some target features on. The bodies are `#[inline(always)]`, so they are
@@ -125,7 +124,6 @@ macro_rules! compile {
                 rotate: run_rotate,
                 rms_norm,
                 widen,
-                log_sum_exp,
             };
 
             #[$features]
@@ -156,11 +154,6 @@ macro_rules! compile {
                 for (out, x) in out.iter_mut().zip(x) {
                     *out = math::f32_of(*x);
                 }
-            }
-
-            #[$features]
-            unsafe fn log_sum_exp(x: &[f32]) -> f32 {
-                math::log_sum_exp(x)
             }
         }
     };

@@ -23,7 +23,6 @@ mod error;
 mod executor;
 mod gemm;
 mod kernel;
-mod logprobs;
 mod math;
 mod memory;
 mod pack;

@@ -92,43 +92,6 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [u16]) {
     }
 }
 
-/// The largest number of a row.
-#[inline(always)]
-pub fn max(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (whole, rest) = x.as_chunks::<LANES>();
-    for chunk in whole {
-        for i in 0..LANES {
-            lanes[i] = if chunk[i] > lanes[i] {
-                chunk[i]
-            } else {
-                lanes[i]
-            };
-        }
-    }
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane = lane.max(*value);
-    }
-    lanes.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-}
-
-/// `ln(sum(exp(x)))`.
-#[inline(always)]
-pub fn log_sum_exp(x: &[f32]) -> f32 {
-    let top = max(x);
-    let mut lanes = [0.0f32; LANES];
-    let (whole, rest) = x.as_chunks::<LANES>();
-    for chunk in whole {
-        for i in 0..LANES {
-            lanes[i] += exp2((chunk[i] - top) * std::f32::consts::LOG2_E);
-        }
-    }
-    for (lane, value) in lanes.iter_mut().zip(rest) {
-        *lane += exp2((value - top) * std::f32::consts::LOG2_E);
-    }
-    top + sum_lanes(lanes).ln()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -176,8 +139,6 @@ mod tests {
             let x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.37).sin()).collect();
             let mean = x.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n as f64;
             assert!((f64::from(inverse_rms(&x, 1e-5)) * (mean + 1e-5).sqrt() - 1.0).abs() < 1e-6);
-            let lse = x.iter().map(|v| f64::from(*v).exp()).sum::<f64>().ln();
-            assert!((f64::from(log_sum_exp(&x)) - lse).abs() < 1e-5);
         }
     }
 }
