@@ -99,11 +99,6 @@ fn cases(model: &str) -> Vec<Case> {
             json!([{"content": "Hi"}]),
         ),
         (
-            "message of an unknown role",
-            "messages",
-            json!([{"role": "king", "content": "Hi"}]),
-        ),
-        (
             "content a number",
             "messages",
             json!([{"role": "user", "content": 5}]),
