@@ -2,7 +2,8 @@
 //!
 //! `BATON_BENCH_MODEL=<prepared model directory> cargo bench -p baton-cpu`; without it, only the ceilings and
 //! the products. `BATON_BENCH_THREADS` (default 2) sets the threads; with one, processor time is measured, which
-//! programs beside it disturb less. `BATON_BENCH_KERNEL` sets the kernel.
+//! programs beside it disturb less. `BATON_BENCH_KERNEL` sets the kernel, `BATON_BENCH_CONTEXT` the tokens before a
+//! decode step (default and most: 512).
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -86,12 +87,18 @@ fn model(path: &str, kernel: Kernel, threads: usize, bandwidth: f64, peak: f64) 
     let head = (spec.vocab * spec.hidden) as f64;
     let floor = 2.0 * (512.0 * (parameters - head) + head) / peak;
     report("prefill 512", 512.0, seconds, floor);
+    let context: u32 =
+        std::env::var("BATON_BENCH_CONTEXT").map_or(512, |c| c.parse().expect("a number"));
+    assert!(
+        context <= 512,
+        "the benchmark's sequences have room for 512 tokens"
+    );
     for batch in [1usize, 8, 32] {
         for sequence in 0..batch {
-            step_of(&mut executor, sequence, 1, 0, 512);
+            step_of(&mut executor, sequence, 1, 0, context as usize);
         }
-        let seconds = best_and_median(25, || step(&mut executor, batch, 512, 1));
-        let kv_bytes = (batch * kv.blocks_for(512) * kv.block_bytes()) as f64;
+        let seconds = best_and_median(25, || step(&mut executor, batch, context, 1));
+        let kv_bytes = (batch * kv.blocks_for(context as usize) * kv.block_bytes()) as f64;
         let floor = (executor.streamed_bytes() as f64 + kv_bytes) / bandwidth;
         report(&format!("decode b={batch}"), batch as f64, seconds, floor);
     }

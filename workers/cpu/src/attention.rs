@@ -1,6 +1,6 @@
 //! Attention over the paged arena, one piece per (sequence, KV head, some query tokens).
 //!
-//! A piece walks the KV in steps of 32 tokens at absolute positions, oldest first. Of each step it packs keys
+//! A piece walks the KV in steps of 64 tokens at absolute positions, oldest first. Of each step it packs keys
 //! and values as panels once, for all query heads that share the KV head and all its query tokens; scores and
 //! weighted values then go through the kernel's tile, with a running maximum and sum per row (Milakov and
 //! Gimelshein, arXiv:1805.02867). Decode is the same code with one query token, hence the same arithmetic.
@@ -12,14 +12,15 @@ use std::ops::Range;
 
 use baton_protocol::KvGeometry;
 
-use crate::gemm::{Prefetch, Tile};
-use crate::math::{bf16_of, exp2, f32_of};
+use crate::gemm::Tile;
+use crate::math::{LANES, bf16_of, exp2, f32_of, sum_lanes};
 use crate::memory::Pages;
 use crate::pack::PANEL;
 use crate::plan::Rows;
 
-/// KV tokens of one step: the columns of a panel.
-const STEP: usize = PANEL;
+/// KV tokens of one step: two panels, so that the few rows of a decode step still fill the pipeline, and a
+/// row's maximum moves half as often.
+const STEP: usize = 2 * PANEL;
 
 /// Query rows of one piece: packing a step is spread over these, and their sums stay in the second-level cache.
 const PIECE_ROWS: usize = 96;
@@ -112,7 +113,8 @@ pub struct Scratch {
     weights: Pages<u16>,
     sums: Pages<f32>,
     top: Vec<f32>,
-    total: Vec<f32>,
+    /// Partial sums of the weights of each row.
+    total: Vec<[f32; LANES]>,
     /// What stands in for the rows of tokens that do not exist.
     zeros: Pages<u16>,
 }
@@ -128,7 +130,7 @@ impl Scratch {
             weights: Pages::zeroed(rows * STEP),
             sums: Pages::zeroed(rows * dim),
             top: vec![0.0; rows],
-            total: vec![0.0; rows],
+            total: vec![[0.0; LANES]; rows],
             zeros: Pages::zeroed(dim),
         }
     }
@@ -154,7 +156,7 @@ pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut 
 
     scratch.sums[..rows * dim].fill(0.0);
     scratch.top[..rows].fill(f32::NEG_INFINITY);
-    scratch.total[..rows].fill(0.0);
+    scratch.total[..rows].fill([0.0; LANES]);
     let q_row = job.q_rows * piece.head + sequence.row + piece.tokens.start;
     // SAFETY: rows of `q` by the caller's promise.
     let q = unsafe { job.q.add(q_row * group * dim) };
@@ -174,21 +176,17 @@ pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut 
         }
         // SAFETY: tokens below `kv_tokens` have blocks, by the caller's promise.
         unsafe { load_step::<T>(job, piece, at, kv_tokens, scratch) };
+        // Of a second panel without tokens nothing is read: its weights are zero.
+        let panels = (kv_tokens - at).div_ceil(PANEL).min(STEP / PANEL);
 
         for_tiles::<T>(begin..end, |first, height| {
             // SAFETY: rows of `q`, the packed keys, rows of the scores.
             unsafe {
-                let scores = scratch.scores.as_mut_ptr().add(first * STEP);
-                T::run(
-                    height,
-                    q.add(first * dim),
-                    dim,
-                    scratch.keys.as_ptr(),
-                    dim / 2,
-                    scores,
-                    STEP,
-                    false,
-                    Prefetch::none(scratch.keys.as_ptr()),
+                let (q, scores) = (q.add(first * dim), scratch.scores.as_mut_ptr());
+                let (keys, scores) = (scratch.keys.as_ptr(), scores.add(first * STEP));
+                let (panel, pairs) = (dim * PANEL, dim / 2);
+                T::panels(
+                    panels, height, q, dim, keys, panel, pairs, scores, STEP, false,
                 );
             }
         });
@@ -204,31 +202,36 @@ pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut 
                 &mut scratch.total[row],
                 &mut weights[0],
             );
-            for sum in &mut scratch.sums[row * dim..][..dim] {
-                *sum *= decay;
+            if decay != 1.0 {
+                for sum in &mut scratch.sums[row * dim..][..dim] {
+                    *sum *= decay;
+                }
             }
         }
-        for panel in 0..dim / PANEL {
-            for_tiles::<T>(begin..end, |first, height| {
-                // SAFETY: rows of the weights, a panel of the packed values, rows of the sums.
-                unsafe {
-                    T::run(
-                        height,
-                        scratch.weights.as_ptr().add(first * STEP),
-                        STEP,
-                        scratch.values.as_ptr().add(panel * PANEL * STEP),
-                        STEP / 2,
-                        scratch.sums.as_mut_ptr().add(first * dim + panel * PANEL),
-                        dim,
-                        true,
-                        Prefetch::none(scratch.values.as_ptr()),
-                    );
-                }
-            });
-        }
+        for_tiles::<T>(begin..end, |first, height| {
+            // SAFETY: rows of the weights, the packed values, rows of the sums.
+            unsafe {
+                let (weights, values) = (scratch.weights.as_ptr(), scratch.values.as_ptr());
+                let (weights, sums) = (weights.add(first * STEP), scratch.sums.as_mut_ptr());
+                let (panel, pairs) = (PANEL * STEP, panels * PANEL / 2);
+                let sums = sums.add(first * dim);
+                T::panels(
+                    dim / PANEL,
+                    height,
+                    weights,
+                    STEP,
+                    values,
+                    panel,
+                    pairs,
+                    sums,
+                    dim,
+                    true,
+                );
+            }
+        });
     }
     for row in 0..rows {
-        let inverse = 1.0 / scratch.total[row];
+        let inverse = 1.0 / sum_lanes(scratch.total[row]);
         let out_row = sequence.row + piece.tokens.start + row / group;
         let head = piece.head * group + row % group;
         // SAFETY: this row and head of the output are this piece's.
@@ -264,7 +267,7 @@ unsafe fn load_step<T: Tile>(
     let shape = job.shape;
     let blocks = job.rows.blocks(piece.sequence);
     let block_tokens = shape.kv.block_tokens as usize;
-    let mut keys = [scratch.zeros.as_ptr(); STEP];
+    let mut keys = [[scratch.zeros.as_ptr(); PANEL]; STEP / PANEL];
     let mut values = keys;
     let mut token = 0;
     while token < STEP && at + token < kv_tokens {
@@ -277,8 +280,9 @@ unsafe fn load_step<T: Tile>(
             // SAFETY: inside the arena by the caller's promise.
             unsafe {
                 let key = job.arena.add(offset + i * shape.head_dim * 2);
-                keys[token + i] = key.cast();
-                values[token + i] = key.add(shape.value_offset()).cast();
+                let (panel, column) = ((token + i) / PANEL, (token + i) % PANEL);
+                keys[panel][column] = key.cast();
+                values[panel][column] = key.add(shape.value_offset()).cast();
             }
         }
         token += run;
@@ -295,8 +299,13 @@ unsafe fn load_step<T: Tile>(
     }
     // SAFETY: rows of head_dim numbers in the arena, or zeros; the scratch is sized for one step.
     unsafe {
-        T::pack_keys(&keys, shape.head_dim, scratch.keys.as_mut_ptr());
-        T::pack_values(&values, shape.head_dim, scratch.values.as_mut_ptr());
+        for panel in 0..token.div_ceil(PANEL) {
+            let out = scratch.keys.as_mut_ptr();
+            let out = out.add(panel * PANEL * shape.head_dim_padded);
+            T::pack_keys(&keys[panel], shape.head_dim, out);
+            let out = scratch.values.as_mut_ptr().add(panel * PANEL * PANEL);
+            T::pack_values(&values[panel], shape.head_dim, out, PANEL * STEP);
+        }
     }
 }
 
@@ -307,48 +316,60 @@ fn soften(
     scores: &[f32; STEP],
     seen: Range<usize>,
     top: &mut f32,
-    total: &mut f32,
+    total: &mut [f32; LANES],
     weights: &mut [u16; STEP],
 ) -> f32 {
-    let mut s = [f32::NEG_INFINITY; STEP];
-    for i in 0..STEP {
-        let visible = i >= seen.start && i < seen.end;
-        s[i] = if visible {
-            scores[i]
-        } else {
-            f32::NEG_INFINITY
-        };
-    }
-    let mut lanes = s;
-    let mut width = STEP / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] = if lanes[i + width] > lanes[i] {
-                lanes[i + width]
+    let mut s = *scores;
+    if seen.len() < STEP {
+        // Lane numbers as narrow as the lanes.
+        let (start, end) = (seen.start as i32, seen.end as i32);
+        for (i, s) in (0..).zip(&mut s) {
+            *s = if i >= start && i < end {
+                *s
             } else {
-                lanes[i]
+                f32::NEG_INFINITY
             };
         }
-        width /= 2;
     }
-    let new_top = if lanes[0] > *top { lanes[0] } else { *top };
-    let decay = exp2(*top - new_top);
-    let mut sums = [0.0f32; STEP];
-    for i in 0..STEP {
-        let weight = bf16_of(exp2(s[i] - new_top));
-        weights[i] = weight;
-        sums[i] = f32_of(weight);
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for chunk in s.as_chunks::<LANES>().0 {
+        for i in 0..LANES {
+            lanes[i] = larger(lanes[i], chunk[i]);
+        }
     }
-    let mut width = STEP / 2;
+    let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
-            sums[i] += sums[i + width];
+            lanes[i] = larger(lanes[i], lanes[i + width]);
         }
         width /= 2;
     }
-    *total = *total * decay + sums[0];
-    *top = new_top;
+    let mut decay = 1.0;
+    if lanes[0] > *top {
+        decay = exp2(*top - lanes[0]);
+        *top = lanes[0];
+        for total in total.iter_mut() {
+            *total *= decay;
+        }
+    }
+    for (s, weights) in s
+        .as_chunks::<LANES>()
+        .0
+        .iter()
+        .zip(weights.as_chunks_mut::<LANES>().0)
+    {
+        for i in 0..LANES {
+            let weight = bf16_of(exp2(s[i] - *top));
+            weights[i] = weight;
+            total[i] += f32_of(weight);
+        }
+    }
     decay
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 #[inline(always)]

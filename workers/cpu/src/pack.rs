@@ -87,12 +87,17 @@ pub unsafe fn pack_keys(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u
     }
 }
 
-/// Values of 32 tokens as panels of 32 dimensions, each `[token / 2][dimension][2]`.
+/// Values of 32 tokens as panels of 32 dimensions, each `[token / 2][dimension][2]`, `panel_stride` elements apart.
 ///
 /// # Safety
-/// Every row is readable for `head_dim` numbers, `out` writable for `head_dim` rounded up to panels, times 32.
+/// Every row is readable for `head_dim` numbers, `out` writable for 32 × 32 of each panel.
 #[inline(always)]
-pub unsafe fn pack_values(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+pub unsafe fn pack_values(
+    rows: &[*const u16; PANEL],
+    head_dim: usize,
+    out: *mut u16,
+    panel_stride: usize,
+) {
     for (pair, tokens) in rows.as_chunks::<2>().0.iter().enumerate() {
         // SAFETY: by the caller's promise.
         let (even, odd) = unsafe {
@@ -102,7 +107,7 @@ pub unsafe fn pack_values(rows: &[*const u16; PANEL], head_dim: usize, out: *mut
             )
         };
         for (panel, (even, odd)) in even.chunks(PANEL).zip(odd.chunks(PANEL)).enumerate() {
-            let at = panel * PANEL * PANEL + pair * PANEL * 2;
+            let at = panel * panel_stride + pair * PANEL * 2;
             // SAFETY: one pair's row of one panel, inside `out` by the caller's promise.
             let out = unsafe { std::slice::from_raw_parts_mut(out.add(at), PANEL * 2) };
             if let (Ok(even), Ok(odd)) = (

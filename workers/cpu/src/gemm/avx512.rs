@@ -44,6 +44,38 @@ impl Tile for Avx512 {
         }
     }
 
+    /// Few rows leave `vdpbf16ps` waiting for itself, so they take two panels at once.
+    #[inline(always)]
+    unsafe fn panels(
+        panels: usize,
+        rows: usize,
+        a: *const u16,
+        lda: usize,
+        b: *const u16,
+        panel: usize,
+        pairs: usize,
+        c: *mut f32,
+        ldc: usize,
+        load: bool,
+    ) {
+        let mut at = 0;
+        while at < panels {
+            // SAFETY: the caller's promise; two panels only where two are left.
+            unsafe {
+                let (b, c) = (b.add(at * panel), c.add(at * PANEL));
+                let two = at + 1 < panels && rows <= 4;
+                match rows {
+                    1 if two => wide::<1>(a, lda, b, panel, pairs, c, ldc, load),
+                    2 if two => wide::<2>(a, lda, b, panel, pairs, c, ldc, load),
+                    3 if two => wide::<3>(a, lda, b, panel, pairs, c, ldc, load),
+                    4 if two => wide::<4>(a, lda, b, panel, pairs, c, ldc, load),
+                    _ => Self::run(rows, a, lda, b, pairs, c, ldc, load, Prefetch::none(b)),
+                }
+                at += if two { 2 } else { 1 };
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn pack_keys(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
         // SAFETY: the caller's promise; sixteen pairs at a time stay inside a row of a multiple of 32.
@@ -57,13 +89,18 @@ impl Tile for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn pack_values(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+    unsafe fn pack_values(
+        rows: &[*const u16; PANEL],
+        head_dim: usize,
+        out: *mut u16,
+        panel: usize,
+    ) {
         // SAFETY: as above.
         unsafe {
             if head_dim.is_multiple_of(PANEL) {
-                interleave(rows, head_dim, out);
+                interleave(rows, head_dim, out, panel);
             } else {
-                crate::pack::pack_values(rows, head_dim, out);
+                crate::pack::pack_values(rows, head_dim, out, panel);
             }
         }
     }
@@ -109,6 +146,51 @@ unsafe fn strip<const R: usize>(
         for r in 0..R {
             _mm512_storeu_ps(c.add(r * ldc), acc[r][0]);
             _mm512_storeu_ps(c.add(r * ldc + 16), acc[r][1]);
+        }
+    }
+}
+
+/// [`strip`] over two panels, `panel` elements apart: twice the accumulators, the same sums.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn wide<const R: usize>(
+    a: *const u16,
+    lda: usize,
+    b: *const u16,
+    panel: usize,
+    pairs: usize,
+    c: *mut f32,
+    ldc: usize,
+    load: bool,
+) {
+    let mut acc = [[_mm512_setzero_ps(); 4]; R];
+    // SAFETY: the caller's promise covers R rows of `a`, 64 columns of R rows of `c`, and `pairs` rows of both
+    // panels; the transmutes are between 64-byte vectors.
+    unsafe {
+        if load {
+            for r in 0..R {
+                for i in 0..4 {
+                    acc[r][i] = _mm512_loadu_ps(c.add(r * ldc + 16 * i));
+                }
+            }
+        }
+        for pair in 0..pairs {
+            let mut columns: [__m512bh; 4] = transmute([_mm512_setzero_si512(); 4]);
+            for i in 0..4 {
+                let at = i / 2 * panel + 2 * PANEL * pair + i % 2 * PANEL;
+                columns[i] = transmute::<__m512i, __m512bh>(_mm512_loadu_si512(b.add(at).cast()));
+            }
+            for r in 0..R {
+                let both = a.add(r * lda + 2 * pair).cast::<i32>().read_unaligned();
+                let a: __m512bh = transmute(_mm512_set1_epi32(both));
+                for i in 0..4 {
+                    acc[r][i] = _mm512_dpbf16_ps(acc[r][i], columns[i], a);
+                }
+            }
+        }
+        for r in 0..R {
+            for i in 0..4 {
+                _mm512_storeu_ps(c.add(r * ldc + 16 * i), acc[r][i]);
+            }
         }
     }
 }
@@ -159,9 +241,14 @@ unsafe fn transpose(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) 
     }
 }
 
-/// Values `[32 tokens][head_dim]` to panels of 32 dimensions `[16 pairs of tokens][32][2]`.
+/// Values `[32 tokens][head_dim]` to panels of 32 dimensions `[16 pairs of tokens][32][2]`, `panel_stride` apart.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn interleave(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+unsafe fn interleave(
+    rows: &[*const u16; PANEL],
+    head_dim: usize,
+    out: *mut u16,
+    panel_stride: usize,
+) {
     const fn order(first: u16) -> [u16; PANEL] {
         let mut order = [0; PANEL];
         let mut i = 0;
@@ -181,7 +268,7 @@ unsafe fn interleave(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16)
             for panel in 0..head_dim / PANEL {
                 let even = _mm512_loadu_si512(rows[2 * pair].add(panel * PANEL).cast());
                 let odd = _mm512_loadu_si512(rows[2 * pair + 1].add(panel * PANEL).cast());
-                let out = out.add(panel * PANEL * PANEL + pair * 2 * PANEL);
+                let out = out.add(panel * panel_stride + pair * 2 * PANEL);
                 let first = _mm512_permutex2var_epi16(even, low, odd);
                 let second = _mm512_permutex2var_epi16(even, high, odd);
                 _mm512_storeu_si512(out.cast(), first);

@@ -50,6 +50,33 @@ pub trait Tile {
         prefetch: Prefetch,
     );
 
+    /// The product with `panels` panels, `panel` elements apart, whose columns stand side by side in `c`: every
+    /// element is what [`Tile::run`] makes of it.
+    ///
+    /// # Safety
+    /// As for [`Tile::run`], for each panel.
+    #[inline(always)]
+    unsafe fn panels(
+        panels: usize,
+        rows: usize,
+        a: *const u16,
+        lda: usize,
+        b: *const u16,
+        panel: usize,
+        pairs: usize,
+        c: *mut f32,
+        ldc: usize,
+        load: bool,
+    ) {
+        for i in 0..panels {
+            // SAFETY: the same promise.
+            unsafe {
+                let (b, c) = (b.add(i * panel), c.add(i * PANEL));
+                Self::run(rows, a, lda, b, pairs, c, ldc, load, Prefetch::none(b));
+            }
+        }
+    }
+
     /// As [`crate::pack::pack_keys`].
     ///
     /// # Safety
@@ -65,9 +92,14 @@ pub trait Tile {
     /// # Safety
     /// As there, and the CPU has the kernel's features.
     #[inline(always)]
-    unsafe fn pack_values(rows: &[*const u16; PANEL], head_dim: usize, out: *mut u16) {
+    unsafe fn pack_values(
+        rows: &[*const u16; PANEL],
+        head_dim: usize,
+        out: *mut u16,
+        panel: usize,
+    ) {
         // SAFETY: the same promise.
-        unsafe { crate::pack::pack_values(rows, head_dim, out) }
+        unsafe { crate::pack::pack_values(rows, head_dim, out, panel) }
     }
 }
 
@@ -433,7 +465,7 @@ mod tests {
             let room = head_dim.next_multiple_of(PANEL) * PANEL;
             let mut plain = vec![9u16; room];
             // SAFETY: 32 rows of head_dim numbers; room for whole panels.
-            unsafe { pack_values(&rows, head_dim, plain.as_mut_ptr()) };
+            unsafe { pack_values(&rows, head_dim, plain.as_mut_ptr(), PANEL * PANEL) };
             for token in 0..PANEL {
                 for dim in 0..head_dim {
                     let at = dim / PANEL * PANEL * PANEL + token / 2 * 2 * PANEL;
@@ -445,7 +477,10 @@ mod tests {
             if Kernel::Avx512Bf16.available() {
                 let mut fast = vec![9u16; room];
                 // SAFETY: as above, and the CPU has AVX512.
-                unsafe { avx512::Avx512::pack_values(&rows, head_dim, fast.as_mut_ptr()) };
+                unsafe {
+                    let out = fast.as_mut_ptr();
+                    avx512::Avx512::pack_values(&rows, head_dim, out, PANEL * PANEL);
+                }
                 assert_eq!(fast, plain);
             }
         }
