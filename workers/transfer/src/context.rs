@@ -1,27 +1,81 @@
 //! UCX's configuration and its context.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_void};
 use std::ptr::{null, null_mut};
 
 use ucx_sys::*;
 
 use crate::TransferError;
+use crate::pull::EMULATED_READ_BYTES;
 
-/// Settings without which the agent does not do what it promises. An environment variable `UCX_…` of the
-/// same name wins over them.
-const SETTINGS: [(&str, &str); 2] = [
-    // Death of a peer over shared memory is seen by this alone; the default is 20 s.
-    ("KEEPALIVE_INTERVAL", "1s"),
-    // The cache cannot cope with memory of cudaMalloc that it did not see allocated.
-    ("MEMTYPE_CACHE", "n"),
-];
+/// A setting without which the agent does not do what it promises. An environment variable `UCX_…` of the
+/// same name wins over it.
+struct Setting {
+    name: &'static str,
+    /// What 1.13 calls it here, if not so: there a transport's own prefix is left out. Releases that want
+    /// the prefix refuse the name without it, so it is tried first.
+    short: Option<&'static str>,
+    value: String,
+    /// Names in a list of transports that make UCX read the setting: it warns of those that nobody reads.
+    /// None: it always does.
+    transports: &'static [&'static str],
+}
 
-/// One more where shared memory may be used: error handling drops it otherwise. Elsewhere UCX would warn of
-/// a setting that nobody reads.
-const SHARED_MEMORY_SETTING: (&str, &str) = ("MM_ERROR_HANDLING", "y");
+fn settings() -> [Setting; 5] {
+    let always = |name, value: &str| Setting {
+        name,
+        short: None,
+        value: value.into(),
+        transports: &[],
+    };
+    // An answer to a read travels in one piece, with room for its header: see `pull::EMULATED`.
+    let segment = |name, short| Setting {
+        name,
+        short: Some(short),
+        value: (EMULATED_READ_BYTES + (8 << 10)).to_string(),
+        transports: &["tcp"],
+    };
+    [
+        // Death of a peer over shared memory is seen by this alone; the default is 20 s.
+        always("KEEPALIVE_INTERVAL", "1s"),
+        // The cache cannot cope with memory of cudaMalloc that it did not see allocated.
+        always("MEMTYPE_CACHE", "n"),
+        // Error handling drops shared memory otherwise.
+        Setting {
+            name: "MM_ERROR_HANDLING",
+            short: None,
+            value: "y".into(),
+            transports: &["sm", "shm", "mm", "posix", "sysv", "xpmem"],
+        },
+        segment("TCP_TX_SEG_SIZE", "TX_SEG_SIZE"),
+        segment("TCP_RX_SEG_SIZE", "RX_SEG_SIZE"),
+    ]
+}
 
-/// Names in a list of transports that stand for shared memory.
-const SHARED_MEMORY: [&str; 7] = ["all", "sm", "shm", "mm", "posix", "sysv", "xpmem"];
+impl Setting {
+    /// Whether it is to be made, with this list of transports.
+    fn applies(&self, list: Option<&str>) -> bool {
+        let read = self.transports.is_empty()
+            || list.is_none_or(|list| {
+                // `^x` names what is left out; which rest stays is UCX's affair.
+                list.starts_with('^')
+                    || list
+                        .split(',')
+                        .any(|name| name == "all" || self.transports.contains(&name))
+            });
+        read && std::env::var_os(format!("UCX_{}", self.name)).is_none()
+    }
+
+    fn make(&self, ucp: &Ucp, config: *mut c_void) -> Result<(), TransferError> {
+        match self
+            .short
+            .map(|short| modify(ucp, config, short, &self.value))
+        {
+            Some(Ok(())) => Ok(()),
+            _ => modify(ucp, config, self.name, &self.value),
+        }
+    }
+}
 
 /// A UCX context. Threads may share it: it is set up so.
 pub(crate) struct Context {
@@ -43,19 +97,15 @@ impl Context {
         check(ucp, "ucp_config_read", unsafe {
             (ucp.ucp_config_read)(null(), null(), &mut config)
         })?;
-        let chosen = tls
-            .map(str::to_owned)
-            .or_else(|| std::env::var("UCX_TLS").ok());
-        let shared_memory = chosen
-            .is_none_or(|list| may_share_memory(&list))
-            .then_some(SHARED_MEMORY_SETTING);
-        let own = SETTINGS
-            .into_iter()
-            .chain(shared_memory)
-            .filter(|(name, _)| std::env::var_os(format!("UCX_{name}")).is_none());
+        let environment = std::env::var("UCX_TLS").ok();
+        let tls = tls.or(default_tls(ucp.version()).filter(|_| environment.is_none()));
+        let chosen = tls.or(environment.as_deref());
         let mut outcome = Ok(());
-        for (name, value) in own.chain(tls.map(|tls| ("TLS", tls))) {
-            outcome = outcome.and_then(|()| modify(ucp, config, name, value));
+        for setting in settings().iter().filter(|setting| setting.applies(chosen)) {
+            outcome = outcome.and_then(|()| setting.make(ucp, config));
+        }
+        if let Some(tls) = tls {
+            outcome = outcome.and_then(|()| modify(ucp, config, "TLS", tls));
         }
         let context = outcome.and_then(|()| Self::init(ucp, config));
         // SAFETY: it was read above and is used no more.
@@ -63,7 +113,7 @@ impl Context {
         context
     }
 
-    fn init(ucp: &'static Ucp, config: *const std::ffi::c_void) -> Result<Self, TransferError> {
+    fn init(ucp: &'static Ucp, config: *const c_void) -> Result<Self, TransferError> {
         let params = ucp_params_t {
             field_mask: UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_MT_WORKERS_SHARED,
             features: UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP,
@@ -86,17 +136,13 @@ impl Drop for Context {
     }
 }
 
-/// Whether a `UCX_TLS` names shared memory, or excludes (`^`) something else.
-fn may_share_memory(list: &str) -> bool {
-    list.starts_with('^') || list.split(',').any(|name| SHARED_MEMORY.contains(&name))
+/// What to say of transports when nobody chose: nothing, or, since 1.14, no shared memory. There it only carries messages, and a reader killed while it writes one into the target's
+/// queue blocks that queue for ever: 7 of 80 times with 1.22.
+fn default_tls((major, minor, _): (u32, u32, u32)) -> Option<&'static str> {
+    ((major, minor) >= (1, 14)).then_some("^sm")
 }
 
-fn modify(
-    ucp: &Ucp,
-    config: *mut std::ffi::c_void,
-    name: &str,
-    value: &str,
-) -> Result<(), TransferError> {
+fn modify(ucp: &Ucp, config: *mut c_void, name: &str, value: &str) -> Result<(), TransferError> {
     let c = |text: &str| {
         CString::new(text).map_err(|_| TransferError::Ucx {
             call: "ucp_config_modify",
@@ -137,4 +183,28 @@ pub(crate) fn status_text(ucp: &Ucp, status: ucs_status_t) -> String {
     unsafe { CStr::from_ptr((ucp.ucs_status_string)(status)) }
         .to_string_lossy()
         .into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_memory_is_for_releases_that_read_it_in_place() {
+        assert_eq!(default_tls((1, 13, 1)), None);
+        assert_eq!(default_tls((1, 22, 0)), Some("^sm"));
+    }
+
+    #[test]
+    fn settings_follow_the_transports() {
+        let made = |list| {
+            let settings = settings();
+            let made = settings.iter().filter(|setting| setting.applies(list));
+            made.map(|setting| setting.name).collect::<Vec<_>>()
+        };
+        assert_eq!(made(None).len(), 5);
+        assert_eq!(made(Some("^cma")).len(), 5);
+        assert!(!made(Some("tcp,self")).contains(&"MM_ERROR_HANDLING"));
+        assert!(!made(Some("shm,self")).contains(&"TCP_TX_SEG_SIZE"));
+    }
 }

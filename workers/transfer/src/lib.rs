@@ -15,9 +15,10 @@
 //! to it.** The `guard` of a pull owns the destination blocks; the agent returns it with the success or
 //! drops it when the last UCX request has ended, whatever became of the caller, the peer or the deadline.
 //!
-//! Files: `agent` is the handle, `thread` the loop behind it, `peer` one connection, `pull` one set of
-//! reads, `context` UCX's configuration, `arena` the memory, `probe` what is told of a connection, `seal`
-//! the check on bytes that UCX itself would trust blindly, `plan` pure arithmetic.
+//! Files: `agent` is the handle, `thread` the loop behind it, `worker` the UCX worker that it turns, `peer`
+//! one connection, `pull` one set of reads, `context` UCX's configuration, `arena` the memory, `probe`
+//! what is told of a connection, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
+//! bell, `plan` pure arithmetic.
 
 mod agent;
 mod arena;
@@ -30,6 +31,7 @@ mod pull;
 mod seal;
 mod thread;
 mod wake;
+mod worker;
 
 pub use agent::{Agent, AgentConfig, AgentHealth};
 pub use arena::Arena;

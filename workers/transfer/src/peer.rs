@@ -87,7 +87,7 @@ pub(crate) struct Link {
     ep: ucp_ep_h,
     regions: Vec<RemoteRegion>,
     failure: Rc<Cell<Option<ucs_status_t>>>,
-    /// Whether the peer has to answer reads with messages.
+    /// Whether the peer has to answer reads with messages; assumed until it is known.
     pub(crate) emulated: Cell<bool>,
     /// Requests that UCX holds, of all transfers.
     pub(crate) in_flight: Rc<Cell<usize>>,
@@ -128,7 +128,7 @@ impl Link {
             ep,
             regions: Vec::with_capacity(plan.ranks.len()),
             failure,
-            emulated: Cell::new(false),
+            emulated: Cell::new(true),
             in_flight: Rc::default(),
         };
         let outcome = plan.ranks.iter().try_for_each(|rank| link.unpack(rank));

@@ -29,11 +29,16 @@ const DIRECT: Window = Window {
     reads: 32,
 };
 
-/// Where the peer answers with messages: what the sockets' buffers hold, so that its answers do not queue
-/// up inside UCX. UCX aborts the *peer* when its reader dies while they do (see docs/transfer.md).
+/// Length of one read where the peer answers with messages. UCX is told to send as much in one piece.
+pub(crate) const EMULATED_READ_BYTES: u64 = 256 << 10;
+
+/// Where the peer answers with messages: one read at a time, whose answer is one piece. If the connection
+/// breaks between two pieces of an answer, or while another request waits, UCX aborts the *peer's* process;
+/// with this window it never has anything to send on a connection that it knows to be broken
+/// (docs/transfer.md).
 const EMULATED: Window = Window {
-    read_bytes: 128 << 10,
-    reads: 4,
+    read_bytes: EMULATED_READ_BYTES,
+    reads: 1,
 };
 
 /// A transfer posts at most this much before others have their turn.

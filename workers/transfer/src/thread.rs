@@ -4,7 +4,6 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::mem::ManuallyDrop;
-use std::ptr::null_mut;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -18,12 +17,13 @@ use ucx_sys::*;
 use crate::TransferError;
 use crate::agent::{Vitals, version};
 use crate::arena::{Arena, Region, Source};
-use crate::context::{Context, check, status_text};
+use crate::context::{Context, status_text};
 use crate::peer::{Link, PeerKey, PeerPlan};
 use crate::probe::{self, PeerReport};
 use crate::pull::{Progress, PullStats, Read, Reading};
 use crate::seal::{Kind, seal};
 use crate::wake::Wake;
+use crate::worker::Worker;
 
 /// The thread spins this long after the last activity before it sleeps. A target that slept at once would
 /// be scheduled anew for each fragment of an emulated read: that was twenty times slower.
@@ -570,79 +570,5 @@ impl Mover {
     /// Whether UCX holds nothing of ours.
     fn idle(&self) -> bool {
         self.quarantine.is_empty() && self.closing.is_empty()
-    }
-}
-
-/// A UCX worker, owned by this thread.
-struct Worker {
-    context: Arc<Context>,
-    handle: ucp_worker_h,
-    event_fd: i32,
-}
-
-impl Worker {
-    fn new(context: Arc<Context>) -> Result<Self, TransferError> {
-        let ucp = context.ucp;
-        let params = ucp_worker_params_t {
-            field_mask: UCP_WORKER_PARAM_FIELD_THREAD_MODE,
-            thread_mode: UCS_THREAD_MODE_SINGLE,
-            ..Default::default()
-        };
-        let mut handle = null_mut();
-        // SAFETY: context and params are valid; `handle` is a place to write to.
-        check(ucp, "ucp_worker_create", unsafe {
-            (ucp.ucp_worker_create)(context.handle, &params, &mut handle)
-        })?;
-        let mut worker = Self {
-            context,
-            handle,
-            event_fd: -1,
-        };
-        // SAFETY: the worker was just made, with the wakeup feature.
-        check(ucp, "ucp_worker_get_efd", unsafe {
-            (ucp.ucp_worker_get_efd)(handle, &mut worker.event_fd)
-        })?;
-        Ok(worker)
-    }
-
-    fn address(&self) -> Result<Vec<u8>, TransferError> {
-        let ucp = self.context.ucp;
-        let (mut address, mut length) = (null_mut(), 0);
-        // SAFETY: the worker is alive; the rest are places to write to.
-        check(ucp, "ucp_worker_get_address", unsafe {
-            (ucp.ucp_worker_get_address)(self.handle, &mut address, &mut length)
-        })?;
-        // SAFETY: UCX says that there are `length` bytes.
-        let bytes = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), length) }.to_vec();
-        // SAFETY: got above, and copied.
-        unsafe { (ucp.ucp_worker_release_address)(self.handle, address) };
-        Ok(bytes)
-    }
-
-    /// Returns whether anything happened.
-    fn progress(&self) -> bool {
-        // SAFETY: the worker is alive and this is its thread. Callbacks touch nothing but tallies and
-        // failure cells.
-        unsafe { (self.context.ucp.ucp_worker_progress)(self.handle) > 0 }
-    }
-
-    /// Whether UCX will now signal news on `event_fd`. If not, there is news already.
-    fn arm(&self) -> bool {
-        // SAFETY: as in `progress`.
-        let status = unsafe { (self.context.ucp.ucp_worker_arm)(self.handle) };
-        if status != UCS_OK && status != UCS_ERR_BUSY {
-            tracing::error!(
-                "UCX: ucp_worker_arm failed: {}",
-                status_text(self.context.ucp, status)
-            );
-        }
-        status == UCS_OK
-    }
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        // SAFETY: its endpoints are closed or unused, and nothing is in flight.
-        unsafe { (self.context.ucp.ucp_worker_destroy)(self.handle) };
     }
 }
