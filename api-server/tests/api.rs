@@ -204,7 +204,7 @@ async fn bad_requests_get_a_clear_answer() {
         (
             chat(json!({"messages": [{"role": "user", "content": long}]})),
             400,
-            json!("prompt"),
+            json!("messages"),
             json!("context_length_exceeded"),
         ),
     ];
