@@ -53,7 +53,8 @@ shell_checks() {
   shellcheck --external-sources "${scripts[@]}"
 }
 
-documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --quiet; }
+# Private items too: the crates are programs, and their module pages are the way into the code.
+documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items --quiet; }
 
 install_missing() {
   # The packages before the environment: a python3 that can make one may be among them.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Why [`crate::run`] ended other than by its shutdown.
+/// Why [`crate::run()`] ended other than by its shutdown.
 #[derive(Debug)]
 pub enum WorkerError {
     /// A setting that cannot be used.
