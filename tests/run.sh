@@ -54,7 +54,7 @@ shell_checks() {
 }
 
 # Private items too: the crates are programs, and their module pages are the way into the code.
-documentation() { RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items --quiet; }
+documentation() { RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --locked --workspace --no-deps --document-private-items --quiet; }
 
 install_missing() {
   # The packages before the environment: a python3 that can make one may be among them.
