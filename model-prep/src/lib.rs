@@ -1,6 +1,6 @@
 //! From a model's source to a model directory that workers can serve.
 //!
-//! A source is a Hugging Face name, a local Hugging Face directory or a GGUF file. [`prepare`] checks it
+//! A source is a Hugging Face name, a local Hugging Face directory or a GGUF file. [`mod@prepare`] checks it
 //! whole before it writes a byte, streams its weights (rounded to BF16 and divided over the ranks) into a
 //! temporary directory beside the output, and renames that when all of it is on disk. So memory stays
 //! bounded by one piece of one tensor, and a broken run never looks finished.
