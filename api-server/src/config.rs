@@ -76,6 +76,10 @@ pub struct Limits {
     pub http_threads: usize,
     /// A client that leaves its stream full for this long is given up.
     pub reader_stall: Duration,
+    /// A connection that takes not one byte for this long is closed, whatever it was to carry.
+    pub connection_stall: Duration,
+    /// A request body of which nothing comes for this long is given up.
+    pub body_stall: Duration,
     /// Time that requests in flight get to finish at shutdown.
     pub drain: Duration,
 }
@@ -92,6 +96,9 @@ impl Default for Limits {
             // A page in the background or a proxy may pause for seconds; whoever lets 64 KiB and all
             // buffers on the way lie for half a minute has gone.
             reader_stall: Duration::from_secs(30),
+            // Later than the above, so that whoever reads again finds the reason in the stream.
+            connection_stall: Duration::from_secs(60),
+            body_stall: Duration::from_secs(15),
             drain: Duration::from_secs(10),
         }
     }

@@ -13,7 +13,7 @@ use baton_protocol::{
     SequenceSpec, TokenLogprobs,
 };
 
-use crate::bus::{Event, Inbox};
+use crate::bus::{Event, Inbox, Registered};
 use crate::error::ApiError;
 use crate::lifecycle::{Action, Input, Lifecycle, Phase, Rules, Target};
 use crate::router::{Constraints, Outstanding};
@@ -62,9 +62,15 @@ pub trait Sink {
     fn end(&mut self, end: Result<FinishReason, ApiError>);
 }
 
-/// Carries out one generation to its end.
-pub async fn drive(server: Arc<Server>, job: Job, inbox: Arc<Inbox>, sink: impl Sink) {
-    let _registered = server.registry.register(job.request, Arc::clone(&inbox));
+/// Carries out one generation to its end. Its inbox gets events for as long as it is registered.
+pub async fn drive(
+    server: Arc<Server>,
+    job: Job,
+    inbox: Arc<Inbox>,
+    registered: Registered,
+    sink: impl Sink,
+) {
+    let _registered = registered;
     let rules = Rules {
         max_tokens: job.generation.max_tokens,
         stop_token_ids: job.generation.stop_token_ids.clone(),
@@ -87,6 +93,7 @@ pub async fn drive(server: Arc<Server>, job: Job, inbox: Arc<Inbox>, sink: impl 
         stall_by: None,
         last_token: None,
         full_since: None,
+        stop_found: false,
     };
     driver.run(&inbox).await;
 }
@@ -107,6 +114,8 @@ struct Driver<S: Sink> {
     last_token: Option<Instant>,
     /// The client has left the sink full since then.
     full_since: Option<Instant>,
+    /// The text has come to a stop string.
+    stop_found: bool,
 }
 
 impl<S: Sink> Driver<S> {
@@ -136,7 +145,8 @@ impl<S: Sink> Driver<S> {
                 }
                 () = self.server.decode_room.notified(), if self.waits_for_decode() => {
                     self.wait_until = None;
-                    self.input(Input::WaitOver);
+                    self.server.metrics.decode_room_total.inc();
+                    self.input(Input::RoomMade);
                 }
                 () = timer.as_mut() => {
                     self.time(Instant::now());
@@ -279,6 +289,8 @@ impl<S: Sink> Driver<S> {
                     .with_label_values(&[reason])
                     .inc();
             }
+            // The token that completes a stop string may be the last of max_tokens too.
+            Action::Finish(_) if self.stop_found => self.end(Ok(FinishReason::Stop)),
             Action::Finish(finish) => self.end(Ok(finish)),
             Action::Fail(error) => self.end(Err(error)),
         }
@@ -420,6 +432,7 @@ impl<S: Sink> Driver<S> {
                 .remember(&handle.worker, &self.job.chain);
         }
         if self.sink.tokens(tokens, logprobs, stop) {
+            self.stop_found = true;
             self.actions.clear();
             self.lifecycle.step(Input::StopFound, &mut self.actions);
         }

@@ -11,6 +11,8 @@ pub enum ErrorKind {
     ContextLength,
     /// The HTTP body is over the bound.
     BodyTooLarge,
+    /// The HTTP body stopped coming.
+    BodyStalled,
     /// The prompt does not fit one message on the bus.
     JobTooLarge,
     /// No such model.
@@ -54,10 +56,11 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
+        Self::BodyStalled,
         Self::JobTooLarge,
         Self::UnknownModel,
         Self::UnknownPath,
@@ -87,6 +90,7 @@ impl ErrorKind {
                 "context_length",
             ),
             Self::BodyTooLarge => (413, BAD, Some("body_too_large"), false, "body_too_large"),
+            Self::BodyStalled => (408, BAD, Some("body_stalled"), false, "body_stalled"),
             Self::JobTooLarge => (413, BAD, Some("prompt_too_large"), false, "job_too_large"),
             Self::UnknownModel => (404, BAD, Some("model_not_found"), false, "unknown_model"),
             Self::UnknownPath => (404, BAD, Some("not_found"), false, "unknown_path"),

@@ -22,8 +22,8 @@ pub use words::{Action, Input, NoReply, Phase, Target};
 /// How often a generation is begun anew after something broke.
 pub const RETRIES_MAX: u32 = 4;
 
-/// How often it waits for room before it gives up: half a minute, as long as a lease, in waits of at most half
-/// a second.
+/// How often in a row it waits for room before it gives up: half a minute, as long as a lease, in waits of at
+/// most half a second.
 pub const WAITS_MAX: u32 = 60;
 
 /// The state machine of one generation.
@@ -128,6 +128,13 @@ impl Lifecycle {
             Input::WorkerLost(target) => self.worker_lost(&target, out),
             Input::Stalled => self.stalled(out),
             Input::WaitOver => self.wait_over(out),
+            Input::RoomMade => {
+                // A wait cut short does not count: others may take the place again and again.
+                if self.waiting && matches!(self.phase, Phase::Staged { .. }) {
+                    self.waits = self.waits.saturating_sub(1);
+                    self.wait_over(out);
+                }
+            }
             Input::StopFound => self.end_early("stop string found", Ok(FinishReason::Stop), out),
             Input::Deadline => {
                 let phase = self.phase.label();
@@ -326,6 +333,7 @@ impl Lifecycle {
             return out.push(Action::Finish(finish));
         }
         self.next_round();
+        self.waits = 0;
         self.phase = Phase::Staged { handle };
         out.push(Action::ChooseDecode);
     }
@@ -338,6 +346,7 @@ impl Lifecycle {
         let (handle, decode) = (handle.clone(), decode.clone());
         match reply {
             Ok(DecodeReply::Admitted { incarnation, .. }) => {
+                self.waits = 0;
                 if incarnation != decode.incarnation {
                     let decode = Target {
                         worker: decode.worker,
@@ -460,6 +469,11 @@ impl Lifecycle {
 
     fn worker_failed(&mut self, failure: Failure, worker: WorkerId, out: &mut Vec<Action>) {
         if failure.code.retryable() {
+            // To give way for want of room is no fault. While every try brings tokens it comes to its end.
+            let has_moved = self.output.len() > self.prefilled_output + 1;
+            if failure.code == FailureCode::Preempted && has_moved {
+                self.retries = 0;
+            }
             self.retry(failure.code.label(), Some(worker), out);
         } else {
             let error = ApiError::new(ErrorKind::Deadline, failure.message);

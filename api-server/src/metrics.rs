@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::membership::Membership;
@@ -30,6 +31,8 @@ pub struct Metrics {
     pub errors_total: IntCounterVec,
     /// Generations begun anew, by reason.
     pub retries_total: IntCounterVec,
+    /// Waits for a place on a decode worker that ended because one became free.
+    pub decode_room_total: IntCounter,
     /// Faults of the bus, by kind.
     pub bus_faults_total: IntCounterVec,
     /// Tokens, by kind: prompt, cached, output.
@@ -56,6 +59,11 @@ impl Metrics {
         let seconds = |start: f64, count| prometheus::exponential_buckets(start, 2.0, count);
         let in_flight = IntGauge::new("baton_requests_in_flight", "Generations in flight.")?;
         registry.register(Box::new(in_flight.clone()))?;
+        let decode_room = IntCounter::new(
+            "baton_decode_room_total",
+            "Waits for a decode worker that ended because a place became free.",
+        )?;
+        registry.register(Box::new(decode_room.clone()))?;
         Ok(Self {
             ttft_seconds: histogram(
                 "baton_ttft_seconds",
@@ -94,6 +102,7 @@ impl Metrics {
                 "Generations begun anew, by reason.",
                 "reason",
             )?,
+            decode_room_total: decode_room,
             bus_faults_total: counters("baton_bus_faults_total", "Faults of the bus.", "kind")?,
             tokens_total: counters("baton_tokens_total", "Tokens, by kind.", "kind")?,
             registry,

@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use baton_protocol::Role;
 use serde_json::{Value, json};
 use support::{Api, EOS, Nats, Script, TEXT, Worker, chat, within};
@@ -385,7 +387,7 @@ async fn a_client_that_leaves_frees_the_workers() {
             .1
             .contains("baton_requests_in_flight 0")
         {
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     })
     .await;
@@ -424,7 +426,7 @@ async fn a_client_that_does_not_read_is_given_up_and_little_waits_for_it() {
     };
     let mut decode = Worker::start(&nats, "d1", Role::Decode, endless).await;
     let api = Api::with(&nats, |config| {
-        config.limits.reader_stall = std::time::Duration::from_millis(300);
+        config.limits.reader_stall = Duration::from_millis(300);
     })
     .await;
     api.sees(2).await;
@@ -443,6 +445,111 @@ async fn a_client_that_does_not_read_is_given_up_and_little_waits_for_it() {
     let bytes = response.body.len();
     // All of it is 12 MB. The kernel takes up to 4 MB, and each choice stops within one frame of the bound.
     assert!(bytes < 6 << 20, "{bytes} bytes were rendered for nobody");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_takes_nothing_is_closed() {
+    let nats = Nats::start().await;
+    let _context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;
+    let endless = Script {
+        endless: true,
+        ..Script::default()
+    };
+    let mut decode = Worker::start(&nats, "d1", Role::Decode, endless).await;
+    let api = Api::with(&nats, |config| {
+        config.limits.reader_stall = Duration::from_millis(100);
+        config.limits.connection_stall = Duration::from_millis(200);
+    })
+    .await;
+    api.sees(2).await;
+    // A stream whose request ends early, and an answer in one piece.
+    let mut whole = flood();
+    whole["stream"] = false.into();
+    for body in [flood(), whole] {
+        let connection = api
+            .open("POST", "/v1/chat/completions", body.to_string().as_bytes())
+            .await;
+        within("a decode job", decode.decodes.recv()).await.unwrap();
+        connection.closed_by_server().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_stops_coming_is_given_up() {
+    let nats = Nats::start().await;
+    let api = Api::with(&nats, |config| {
+        config.limits.body_stall = Duration::from_millis(100);
+    })
+    .await;
+    let mut stream = tokio::net::TcpStream::connect(api.address).await.unwrap();
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 1000\r\n\r\n{\"prompt\":";
+    tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes())
+        .await
+        .unwrap();
+    let mut bytes = vec![0; 4096];
+    let read = tokio::io::AsyncReadExt::read(&mut stream, &mut bytes);
+    let count = within("an answer without the rest", read).await.unwrap();
+    let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+    assert!(text.starts_with("HTTP/1.1 408"), "{text}");
+    assert!(text.contains("body_stalled"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn when_one_choice_fails_before_the_stream_began_the_others_end() {
+    let (_nats, mut context, _decode, api) = usual().await;
+    context.script.lock().unwrap().refuses_odd_seeds = true;
+    let body = chat(json!({"stream": true, "n": 2, "seed": 0}));
+    let response = api.post("/v1/chat/completions", body).await;
+    assert_eq!(response.status, 500, "{}", response.body);
+    assert_eq!(context.aborted().await.reason, "client left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_string_in_the_last_token_is_the_reason() {
+    let (_nats, _context, _decode, api) = usual().await;
+    for stream in [false, true] {
+        let body = json!({"model": "tiny", "prompt": "x", "max_tokens": 5, "stop": "lo", "stream": stream});
+        let response = api.post("/v1/completions", body).await;
+        let answer = match stream {
+            true => response.events().pop().unwrap(),
+            false => response.json(),
+        };
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop", "{answer}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_place_that_becomes_free_goes_to_who_waits_for_it() {
+    let (_nats, _context, mut decode, api) = usual().await;
+    *decode.script.lock().unwrap() = Script {
+        places: 1,
+        waits_at: Some(10),
+        ..Script::default()
+    };
+    let body = chat(json!({"max_tokens": 20})).to_string();
+    let mut connections = Vec::new();
+    for _ in 0..4 {
+        let path = "/v1/chat/completions";
+        connections.push(api.open("POST", path, body.as_bytes()).await);
+        // The first is taken, the others are refused and wait.
+        within("the decode job", decode.decodes.recv())
+            .await
+            .unwrap();
+    }
+    decode.go_on.send_replace(true);
+    for connection in &mut connections {
+        let response = within("the answer", connection.finish()).await;
+        let text = &response.json()["choices"][0]["message"]["content"];
+        assert_eq!(*text, TEXT[..TEXT.floor_char_boundary(20)]);
+    }
+    // Each of the three may also have found the place by asking again in time, but hardly all of them.
+    let metrics = api.get("/metrics").await.1;
+    let woken = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("baton_decode_room_total "))
+        .unwrap();
+    assert_ne!(woken, "0");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -482,7 +589,7 @@ async fn the_deadline_ends_a_request() {
     .await;
     let _decode = Worker::start(&nats, "d1", Role::Decode, Script::default()).await;
     let api = Api::with(&nats, |config| {
-        config.request_budget = std::time::Duration::from_millis(300);
+        config.request_budget = Duration::from_millis(300);
     })
     .await;
     api.sees(2).await;

@@ -68,7 +68,11 @@ pub async fn answer(
         let outbox = Outbox::new(choices, tally);
         let to = || Destination::Stream(Rc::clone(&outbox), Arc::clone(&shape));
         let presence = start(&server, &params, prompts, id, arrived, to)?;
-        outbox.begun(STATUS_PATIENCE).await?;
+        if let Err(error) = outbox.begun(STATUS_PATIENCE).await {
+            // There will be no body: the other choices need not wait for one to read.
+            outbox.close();
+            return Err(error);
+        }
         return Ok(HttpResponse::Ok()
             .insert_header((header::CONTENT_TYPE, "text/event-stream; charset=utf-8"))
             .insert_header((header::CACHE_CONTROL, "no-cache"))
@@ -160,7 +164,9 @@ fn start(
             );
             let inbox = Arc::new(Inbox::default());
             presence.0.push(Arc::clone(&inbox));
-            rt::spawn(drive(Arc::clone(server), job, inbox, choice));
+            // Registered at once: the bound on requests in flight counts it from here on.
+            let registered = server.registry.register(request, Arc::clone(&inbox));
+            rt::spawn(drive(Arc::clone(server), job, inbox, registered, choice));
         }
     }
     Ok(presence)

@@ -56,7 +56,7 @@ async fn try_chat(
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
-    let body = body::read(&request, payload, server.limits.body_bytes_max).await?;
+    let body = body::read(&request, payload, &server.limits).await?;
     let ChatRequest { params, messages } =
         ChatRequest::parse(&body, &server.model.defaults, &server.limits)?;
     check_model(&server, &params)?;
@@ -82,7 +82,7 @@ async fn try_text(
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
-    let body = body::read(&request, payload, server.limits.body_bytes_max).await?;
+    let body = body::read(&request, payload, &server.limits).await?;
     let CompletionRequest {
         params,
         prompts,

@@ -8,9 +8,12 @@ mod respond;
 mod sse;
 mod status;
 
+use std::any::Any;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
+
+use actix_web::rt::net::TcpStream;
 
 use actix_web::dev::Server as HttpServerHandle;
 use actix_web::{App, HttpServer, web};
@@ -26,6 +29,7 @@ use respond::error_response;
 pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<HttpServerHandle> {
     let threads = server.limits.http_threads;
     let drain = server.limits.drain.as_secs();
+    let stall = server.limits.connection_stall;
     let app = move || {
         App::new()
             .app_data(web::Data::from(Arc::clone(&server)))
@@ -58,6 +62,7 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
     Ok(HttpServer::new(app)
         .workers(threads)
         .tcp_nodelay(true)
+        .on_connect(move |connection, _| close_when_stalled(connection, stall))
         // A client that closes its side has left: whatever runs for it is dropped at once.
         .h1_allow_half_closed(false)
         .keep_alive(Duration::from_secs(75))
@@ -66,6 +71,18 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
         .disable_signals()
         .listen(listener)?
         .run())
+}
+
+/// Has the kernel close a connection whose other end acknowledges nothing, or takes nothing, for this long. Its request
+/// has ended by then, but what was rendered would wait for ever: actix bounds no write.
+fn close_when_stalled(connection: &dyn Any, stall: Duration) {
+    let Some(stream) = connection.downcast_ref::<TcpStream>() else {
+        return;
+    };
+    let milliseconds = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
+    if let Err(error) = rustix::net::sockopt::set_tcp_user_timeout(stream, milliseconds) {
+        tracing::debug!(%error, "TCP_USER_TIMEOUT was not set");
+    }
 }
 
 /// Other methods on a known path are told so.

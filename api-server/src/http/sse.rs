@@ -115,8 +115,8 @@ impl Outbox {
         inner.wake();
     }
 
-    /// The body is gone, and with it whoever read.
-    fn close(&self) {
+    /// The body is gone, or never came to be, and with it whoever read.
+    pub fn close(&self) {
         let mut inner = self.inner.borrow_mut();
         inner.ended = true;
         inner.closed = true;

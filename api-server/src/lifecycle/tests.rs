@@ -366,3 +366,65 @@ proptest! {
         prop_assert!(prefills <= (RETRIES_MAX + 1) * 2 * WAITS_MAX);
     }
 }
+
+#[test]
+fn giving_way_is_no_failure_while_tokens_come() {
+    let gives_way = |attempt, index, tokens: &[u32]| {
+        let failure = Failure::new(FailureCode::Preempted, "no block");
+        item(attempt, index, tokens, Some(End::Failed(failure)))
+    };
+    let mut run = Run::new();
+    let mut last = Vec::new();
+    // Each try brings the prefill's token and one more.
+    for attempt in 0..3 * RETRIES_MAX {
+        let have = 2 * attempt;
+        run.step(Input::WaitOver);
+        run.step(Input::Chosen(Some(target("c"))));
+        run.step(ready("c", 10 + have));
+        run.step(Input::Chosen(Some(target("d"))));
+        last = run.step(gives_way(attempt, have + 1, &[11 + have]));
+        assert!(!run.life.ended(), "after {attempt}: {last:?}");
+    }
+    assert!(last.contains(&Action::Retried("preempted")), "{last:?}");
+    // Tries that bring nothing but the prefill's token count.
+    for attempt in 3 * RETRIES_MAX.. {
+        run.step(Input::WaitOver);
+        run.step(Input::Chosen(Some(target("c"))));
+        run.step(ready("c", 7));
+        run.step(Input::Chosen(Some(target("d"))));
+        run.step(gives_way(attempt, run.life.output().len() as u32, &[]));
+        if run.life.ended() {
+            assert_eq!(attempt - 3 * RETRIES_MAX, RETRIES_MAX - 1);
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_wait_cut_short_does_not_count() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    run.step(ready("c", 10));
+    let refused = || {
+        let refusal = Refusal::Busy { retry_after_ms: 9 };
+        Input::Decode(Ok(DecodeReply::Refused { v: V, refusal }))
+    };
+    for _ in 0..3 * WAITS_MAX {
+        run.step(Input::Chosen(Some(target("d"))));
+        assert_eq!(run.step(refused()), [Action::ChooseDecode]);
+        let actions = run.step(Input::Chosen(None));
+        assert!(matches!(actions[..], [Action::Wait(_)]), "{actions:?}");
+        assert_eq!(run.step(Input::RoomMade), [Action::ChooseDecode]);
+    }
+    for _ in 0..WAITS_MAX {
+        run.step(Input::Chosen(Some(target("d"))));
+        run.step(refused());
+        let actions = run.step(Input::Chosen(None));
+        assert!(matches!(actions[..], [Action::Wait(_)]), "{actions:?}");
+        run.step(Input::WaitOver);
+    }
+    run.step(Input::Chosen(Some(target("d"))));
+    run.step(refused());
+    run.step(Input::Chosen(None));
+    assert_eq!(run.life.phase(), &Phase::Failed);
+}

@@ -101,6 +101,8 @@ pub enum Input {
     Stalled,
     /// The time of [`Action::Wait`] is over.
     WaitOver,
+    /// A place became free on a decode worker, before that time was over.
+    RoomMade,
     /// A stop string was found in the text.
     StopFound,
     /// The budget is used up.

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -139,6 +140,10 @@ pub fn model_directory() -> tempfile::TempDir {
 pub struct Script {
     /// Refuses every job.
     pub busy: bool,
+    /// Refuses prompts that it does not understand: those of choices with an odd seed.
+    pub refuses_odd_seeds: bool,
+    /// Generations at a time; more are refused. No bound if 0.
+    pub places: usize,
     /// Never answers a prefill job, and beats no more once it got one.
     pub silent: bool,
     /// Leaves this output token out of its first frame that has it.
@@ -187,6 +192,7 @@ impl Worker {
             script: Arc::clone(&script),
             going,
             beats: beats.clone(),
+            generating: Arc::default(),
         };
         let (ready, is_ready) = oneshot::channel();
         let task =
@@ -217,6 +223,7 @@ struct FakeWorker {
     script: Arc<Mutex<Script>>,
     going: watch::Receiver<bool>,
     beats: watch::Sender<bool>,
+    generating: Arc<AtomicUsize>,
 }
 
 pub fn geometry() -> KvGeometry {
@@ -320,10 +327,20 @@ impl FakeWorker {
             self.beats.send_replace(false);
             return;
         }
-        if script.busy {
-            let refusal = Refusal::Busy {
+        let odd = job.sequence.generation.sampling.seed % 2 == 1;
+        let refusal = match script.refuses_odd_seeds && odd {
+            true => Some(Refusal::Malformed {
+                detail: "an odd seed".to_owned(),
+            }),
+            false => script.busy.then_some(Refusal::Busy {
                 retry_after_ms: 1500,
-            };
+            }),
+        };
+        // With odd seeds refused, even ones wait for ever.
+        if script.refuses_odd_seeds && !odd {
+            return;
+        }
+        if let Some(refusal) = refusal {
             return self
                 .send(
                     reply,
@@ -375,8 +392,11 @@ impl FakeWorker {
 
     async fn on_decode(&self, job: DecodeJob, reply: async_nats::Subject) {
         let script = self.script.lock().unwrap().clone();
-        if script.busy {
-            let refusal = Refusal::Busy { retry_after_ms: 50 };
+        let full = script.places > 0 && self.generating.load(Ordering::SeqCst) >= script.places;
+        if script.busy || full {
+            let refusal = Refusal::Busy {
+                retry_after_ms: 60_000,
+            };
             return self
                 .send(
                     reply,
@@ -393,6 +413,7 @@ impl FakeWorker {
         };
         self.send(reply, &admitted).await;
         let worker = self.clone();
+        worker.generating.fetch_add(1, Ordering::SeqCst);
         tokio::spawn(async move { worker.generate(job, script).await });
     }
 
@@ -432,6 +453,9 @@ impl FakeWorker {
                 }
             }
             let ended = item.end.is_some();
+            if ended {
+                self.generating.fetch_sub(1, Ordering::SeqCst);
+            }
             let first_try = job.attempt == 0;
             let lost = script
                 .gap_at
@@ -600,6 +624,21 @@ impl Connection {
         .await
     }
 
+    /// Waits until the server has no such connection any more; nothing is read meanwhile.
+    pub async fn closed_by_server(&self) {
+        let port = |address: std::io::Result<std::net::SocketAddr>| address.unwrap().port();
+        let ends = (
+            port(self.stream.peer_addr()),
+            port(self.stream.local_addr()),
+        );
+        within("the server closes the connection", async {
+            while sockets().contains(&ends) {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+
     /// Reads the rest.
     pub async fn finish(&mut self) -> Response {
         self.stream.read_to_end(&mut self.bytes).await.unwrap();
@@ -612,6 +651,17 @@ impl Connection {
             body: body.to_owned(),
         }
     }
+}
+
+/// Local and remote port of every TCP socket over IPv4 that a process of this host holds, as the kernel lists them.
+fn sockets() -> Vec<(u16, u16)> {
+    let port = |field: &str| u16::from_str_radix(field.split_once(':')?.1, 16).ok();
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let ends = |line: &str| {
+        let mut fields = line.split_whitespace().skip(1);
+        Some((port(fields.next()?)?, port(fields.next()?)?))
+    };
+    table.lines().skip(1).filter_map(ends).collect()
 }
 
 /// An answer.
