@@ -1,7 +1,7 @@
 """vLLM's CPU build, BF16, offline: one JSON line of tokens per second.
 
 Usage: peer_vllm.py MODEL_DIR --threads 2 --context 512 --steps 32
-The time of the prompt is taken out by generating one token and then `steps` more in a second run.
+Decode counts the steps between the last request's first token and the first request's end.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main():
         engine = LLM(
             model=str(links),
             dtype="bfloat16",
-            max_model_len=arguments.context + arguments.steps + 64,
+            max_model_len=arguments.context + arguments.steps + max(arguments.batches) + 64,
             max_num_seqs=max(arguments.batches),
             enable_prefix_caching=False,
         )
@@ -50,21 +50,34 @@ def main():
     ]
 
     def seconds(batch, length, tokens):
+        """Of a prompt's step, or of the steps between the last first token and the first end, and their tokens."""
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        work = prompts(batch, length)
+        core, counts, produced, began = engine.llm_engine, {}, 0, None
         start = time.perf_counter()
-        engine.generate(work, sampling, use_tqdm=False)
-        return time.perf_counter() - start
+        for index, prompt in enumerate(prompts(batch, length)):
+            core.add_request(f"{start}-{index}", prompt, sampling)
+        while core.has_unfinished_requests():
+            for output in core.step():
+                new = len(output.outputs[0].token_ids) - counts.get(output.request_id, 0)
+                counts[output.request_id] = counts.get(output.request_id, 0) + new
+                if began and max(counts.values()) <= tokens - 1:
+                    produced += new
+                    ended = time.perf_counter()
+            if began is None and len(counts) == batch:
+                began = time.perf_counter()
+        return (ended - began, produced) if produced else (time.perf_counter() - start, tokens)
 
     figures = {}
     seconds(1, arguments.prefill, 1)
     figures[f"prefill_{arguments.prefill}"] = arguments.prefill / statistics.median(
-        seconds(1, arguments.prefill, 1) for _ in range(4)
+        seconds(1, arguments.prefill, 1)[0] for _ in range(4)
     )
     for batch in arguments.batches:
-        first = statistics.median(seconds(batch, arguments.context, 1) for _ in range(3))
-        whole = statistics.median(seconds(batch, arguments.context, 1 + arguments.steps) for _ in range(3))
-        figures[f"decode_{batch}"] = batch * arguments.steps / (whole - first)
+        # Requests that were admitted first are some steps ahead when the last one starts.
+        tokens = arguments.steps + batch
+        seconds(batch, arguments.context, tokens)
+        took, produced = seconds(batch, arguments.context, tokens)
+        figures[f"decode_{batch}"] = produced / took
     print(json.dumps({"peer": f"vllm cpu {vllm.__version__}", **figures}))
 
 
