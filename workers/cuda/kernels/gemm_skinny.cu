@@ -1,0 +1,45 @@
+// Skinny GEMM: y[rows][out] = x[rows][k] · w[out][k]ᵀ for up to 128 rows, bound by reading w once.
+//
+// Floor: out·k·(2 or 1) bytes / read bandwidth. sm_90a: gemm_hopper.cuh (TMA, wgmma, clusters); anything else, or
+// -DPORTABLE: gemm_ampere.cuh (cp.async, mma.sync). Deterministic: sums meet in a fixed order, no float atomics.
+// Defines: N_TILE = rows per pass (8, 16, 24, 32, 48, 64, 96, 128; not under p.rows), WEIGHT = 0 BF16, 1 FP8 with a scale
+// per output channel, 2 FP8 with a scale per 128×128 block. Shared memory: gemm_skinny_shape[3] (dynamic).
+// Launch: docs/cuda-gemm.md.
+//
+// kernel gemm_skinny_store spill_bytes_max=0
+// kernel gemm_skinny_residual spill_bytes_max=0
+// kernel gemm_skinny_swiglu spill_bytes_max=0
+// kernel gemm_skinny_logits spill_bytes_max=0
+#include "gemm_skinny.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PORTABLE)
+#include "gemm_hopper.cuh"
+namespace road = hopper;
+#define MIN_CTAS CTAS
+#define TILE_OUT M_TILE
+#else
+#include "gemm_ampere.cuh"
+namespace road = ampere;
+#define MIN_CTAS 1
+#define TILE_OUT 128
+#endif
+
+// For the host: outputs per tile, rows per pass, threads per CTA, dynamic shared memory in bytes.
+extern "C" __device__ const int gemm_skinny_shape[4] = {TILE_OUT, N_TILE, road::THREADS, road::SHARED};
+
+// y = bf16(x·wᵀ + bias)
+extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_store(const __grid_constant__ SkinnyGemm p) {
+    road::gemm<STORE>(p);
+}
+// residual += x·wᵀ + bias; y = bf16(residual·gamma); y_ssq
+extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_residual(const __grid_constant__ SkinnyGemm p) {
+    road::gemm<RESIDUAL>(p);
+}
+// y = bf16(silu(gate)·up), rows of w: 8 of gate, 8 of up, 8 of gate, ...
+extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_swiglu(const __grid_constant__ SkinnyGemm p) {
+    road::gemm<SWIGLU>(p);
+}
+// y = f32(x·wᵀ)
+extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_logits(const __grid_constant__ SkinnyGemm p) {
+    road::gemm<LOGITS>(p);
+}
