@@ -181,6 +181,8 @@ impl Link {
         status_of_pointer(pointer).unwrap_or_else(|status| {
             let status = status_text(self.ucp, status);
             tracing::warn!(peer = %self.key, "UCX: ucp_ep_close_nbx failed: {status}");
+            // The endpoint is still there, and its error handler writes to this cell: it must never go.
+            std::mem::forget(self.failure.clone());
             None
         })
     }

@@ -21,18 +21,20 @@ impl Desk {
         self.send_beat();
     }
 
-    /// The time to finish is over: what still runs is handed back, to be retried elsewhere. Leases wait for
-    /// their release or their own end, which is bounded too.
+    /// The time to finish is over: what still runs is handed back, to be retried elsewhere, and what is staged
+    /// is given up, so that whoever still comes for it is told at once and not by a connection that breaks.
     pub(crate) fn end_drain(&mut self) {
+        let leases = self.leases.clear();
         let keys: Vec<_> = self
             .prefills
             .keys()
             .chain(self.decodes.keys())
             .copied()
             .collect();
-        if !keys.is_empty() {
+        if keys.len() + leases > 0 {
             tracing::info!(
                 requests = keys.len(),
+                leases,
                 "the drain time is over: the rest is handed back"
             );
         }

@@ -136,6 +136,9 @@ async fn a_drain_that_takes_too_long_hands_the_rest_back() {
     api.admitted(&both.id, &api.decode_job(request, &sequence, &handle))
         .await;
     api.first_tokens(request).await;
+    // Staged, and nobody comes for it: its lease is longer than this test's patience.
+    let unwanted = new_request();
+    api.staged(&both.id, unwanted, &prompt(3, 10, 10)).await;
     let job = api.prefill_job(new_request(), &prompt(2, 2_000, 10));
     let id = both.id.clone();
     let prefill = api.prefill(&id, &job);
