@@ -72,16 +72,75 @@ impl Inbox {
     }
 }
 
+/// Events for the generations of one HTTP thread. What a frame brings for all of them wakes the thread once;
+/// from there on it is a matter of that thread alone.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    events: Mutex<Vec<(Arc<Inbox>, Event)>>,
+    notify: Notify,
+}
+
+impl Mailbox {
+    /// Hands events on for ever. Runs on the thread whose mailbox it is.
+    pub async fn distribute(self: Arc<Self>) {
+        let mut batch = Vec::new();
+        loop {
+            std::mem::swap(&mut *lock(&self.events), &mut batch);
+            if batch.is_empty() {
+                self.notify.notified().await;
+            }
+            for (inbox, event) in batch.drain(..) {
+                inbox.push(event);
+            }
+        }
+    }
+}
+
 /// The inboxes of all generations in flight.
 #[derive(Debug, Default)]
 pub struct Registry {
-    inboxes: Mutex<HashMap<RequestId, Arc<Inbox>>>,
+    places: Mutex<HashMap<RequestId, Place>>,
+}
+
+/// Where a generation is driven.
+#[derive(Debug)]
+struct Place {
+    mailbox: Arc<Mailbox>,
+    inbox: Arc<Inbox>,
+}
+
+/// Puts events into mailboxes, and at the end wakes each that got some.
+#[derive(Default)]
+struct Delivery(Vec<Arc<Mailbox>>);
+
+impl Delivery {
+    fn put(&mut self, place: &Place, event: Event) {
+        let Place { mailbox, inbox } = place;
+        lock(&mailbox.events).push((Arc::clone(inbox), event));
+        // As many as there are HTTP threads.
+        if !self.0.iter().any(|known| Arc::ptr_eq(known, mailbox)) {
+            self.0.push(Arc::clone(mailbox));
+        }
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        self.0
+            .iter()
+            .for_each(|mailbox| mailbox.notify.notify_one());
+    }
 }
 
 impl Registry {
-    /// Adds a generation; it is removed when the guard is dropped.
-    pub fn register(self: &Arc<Self>, request: RequestId, inbox: Arc<Inbox>) -> Registered {
-        lock(&self.inboxes).insert(request, inbox);
+    /// Adds a generation that is driven on this mailbox's thread; it is removed when the guard is dropped.
+    pub fn register(
+        self: &Arc<Self>,
+        request: RequestId,
+        mailbox: Arc<Mailbox>,
+        inbox: Arc<Inbox>,
+    ) -> Registered {
+        lock(&self.places).insert(request, Place { mailbox, inbox });
         Registered {
             registry: Arc::clone(self),
             request,
@@ -90,24 +149,26 @@ impl Registry {
 
     /// Generations in flight.
     pub fn len(&self) -> usize {
-        lock(&self.inboxes).len()
+        lock(&self.places).len()
     }
 
     /// Hands every item of a frame to its generation.
     pub fn dispatch(&self, frame: TokenFrame) {
-        let inboxes = lock(&self.inboxes);
+        let mut delivery = Delivery::default();
+        let places = lock(&self.places);
         for item in frame.items {
-            if let Some(inbox) = inboxes.get(&item.request) {
-                inbox.push(Event::Item(item));
+            if let Some(place) = places.get(&item.request) {
+                delivery.put(place, Event::Item(item));
             }
         }
     }
 
     /// Tells every generation.
     pub fn broadcast(&self, event: impl Fn() -> Event) {
-        lock(&self.inboxes)
-            .values()
-            .for_each(|inbox| inbox.push(event()));
+        let mut delivery = Delivery::default();
+        for place in lock(&self.places).values() {
+            delivery.put(place, event());
+        }
     }
 }
 
@@ -120,7 +181,7 @@ pub struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        lock(&self.registry.inboxes).remove(&self.request);
+        lock(&self.registry.places).remove(&self.request);
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::choice::{Choice, Destination, Echo, Whole};
 use super::respond;
 use super::sse::{Outbox, Presence, SseBody};
-use crate::bus::Inbox;
+use crate::bus::{Inbox, Mailbox};
 use crate::driver::{Job, drive};
 use crate::error::{ApiError, ErrorKind};
 use crate::openai::{ApiKind, Params, Shape, Tally};
@@ -39,6 +39,7 @@ pub struct Prepared {
 /// What becomes an error response.
 pub async fn answer(
     server: Arc<Server>,
+    mailbox: &Arc<Mailbox>,
     kind: ApiKind,
     params: Params,
     prompts: Vec<Prepared>,
@@ -67,7 +68,7 @@ pub async fn answer(
     if params.stream {
         let outbox = Outbox::new(choices, tally);
         let to = || Destination::Stream(Rc::clone(&outbox), Arc::clone(&shape));
-        let presence = start(&server, &params, prompts, id, arrived, to)?;
+        let presence = start(&server, mailbox, &params, prompts, id, arrived, to)?;
         if let Err(error) = outbox.begun(STATUS_PATIENCE).await {
             // There will be no body: the other choices need not wait for one to read.
             outbox.close();
@@ -85,7 +86,7 @@ pub async fn answer(
         waiting.push(receiver);
         Destination::Whole(Some(sender))
     };
-    let presence = start(&server, &params, prompts, id, arrived, to)?;
+    let presence = start(&server, mailbox, &params, prompts, id, arrived, to)?;
     let mut whole = Vec::with_capacity(choices);
     for choice in waiting {
         let lost = |_| ApiError::new(ErrorKind::Internal, "a generation was dropped");
@@ -118,6 +119,7 @@ fn in_one_piece(server: &Server, shape: &Shape, tally: &mut Tally, choices: &[Wh
 /// Starts a driver for every choice.
 fn start(
     server: &Arc<Server>,
+    mailbox: &Arc<Mailbox>,
     params: &Params,
     prompts: Vec<Prepared>,
     id: RequestId,
@@ -165,7 +167,10 @@ fn start(
             let inbox = Arc::new(Inbox::default());
             presence.0.push(Arc::clone(&inbox));
             // Registered at once: the bound on requests in flight counts it from here on.
-            let registered = server.registry.register(request, Arc::clone(&inbox));
+            let registered =
+                server
+                    .registry
+                    .register(request, Arc::clone(mailbox), Arc::clone(&inbox));
             rt::spawn(drive(Arc::clone(server), job, inbox, registered, choice));
         }
     }

@@ -9,6 +9,7 @@ use super::answer::{Prepared, answer};
 use super::body;
 use super::respond::error_response;
 use super::status::unknown_model;
+use crate::bus::Mailbox;
 use crate::error::{ApiError, ErrorKind};
 use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt};
 use crate::server::Server;
@@ -20,21 +21,29 @@ const COMPLETION_TOKENS: u32 = 16;
 /// `POST /v1/chat/completions`.
 pub async fn chat(
     server: web::Data<Server>,
+    mailbox: web::Data<Mailbox>,
     request: HttpRequest,
     payload: web::Payload,
 ) -> HttpResponse {
     let server = server.into_inner();
-    respond(&server.clone(), try_chat(server, request, payload).await)
+    respond(
+        &server.clone(),
+        try_chat(server, mailbox.into_inner(), request, payload).await,
+    )
 }
 
 /// `POST /v1/completions`.
 pub async fn text(
     server: web::Data<Server>,
+    mailbox: web::Data<Mailbox>,
     request: HttpRequest,
     payload: web::Payload,
 ) -> HttpResponse {
     let server = server.into_inner();
-    respond(&server.clone(), try_text(server, request, payload).await)
+    respond(
+        &server.clone(),
+        try_text(server, mailbox.into_inner(), request, payload).await,
+    )
 }
 
 fn respond(server: &Server, outcome: Result<HttpResponse, ApiError>) -> HttpResponse {
@@ -52,6 +61,7 @@ fn respond(server: &Server, outcome: Result<HttpResponse, ApiError>) -> HttpResp
 
 async fn try_chat(
     server: Arc<Server>,
+    mailbox: Arc<Mailbox>,
     request: HttpRequest,
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
@@ -73,11 +83,20 @@ async fn try_chat(
         generation,
         echo: None,
     };
-    answer(server, ApiKind::Chat, params, vec![prepared], arrived).await
+    answer(
+        server,
+        &mailbox,
+        ApiKind::Chat,
+        params,
+        vec![prepared],
+        arrived,
+    )
+    .await
 }
 
 async fn try_text(
     server: Arc<Server>,
+    mailbox: Arc<Mailbox>,
     request: HttpRequest,
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
@@ -98,7 +117,15 @@ async fn try_text(
             .collect()
     })
     .await?;
-    answer(server, ApiKind::Completion, params, prepared, arrived).await
+    answer(
+        server,
+        &mailbox,
+        ApiKind::Completion,
+        params,
+        prepared,
+        arrived,
+    )
+    .await
 }
 
 fn prepare(

@@ -16,8 +16,9 @@ use std::time::Duration;
 use actix_web::rt::net::TcpStream;
 
 use actix_web::dev::Server as HttpServerHandle;
-use actix_web::{App, HttpServer, web};
+use actix_web::{App, HttpServer, rt, web};
 
+use crate::bus::Mailbox;
 use crate::error::{ApiError, ErrorKind};
 use crate::server::Server;
 use respond::error_response;
@@ -31,8 +32,12 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
     let drain = server.limits.drain.as_secs();
     let stall = server.limits.connection_stall;
     let app = move || {
+        // Called once on each HTTP thread.
+        let mailbox = Arc::new(Mailbox::default());
+        rt::spawn(Arc::clone(&mailbox).distribute());
         App::new()
             .app_data(web::Data::from(Arc::clone(&server)))
+            .app_data(web::Data::from(mailbox))
             .service(only(
                 web::resource("/v1/chat/completions").route(web::post().to(completions::chat)),
             ))

@@ -24,6 +24,9 @@ const KEEP_ALIVE: Duration = Duration::from_millis(500);
 /// Bytes that may wait for a slow reader. With these written no more tokens are rendered; they wait as ids.
 const WAITING_BYTES_MAX: usize = 64 << 10;
 
+/// More than one event with a token takes.
+const EVENT_BYTES: usize = 1 << 10;
+
 /// The stream of one request, between its choices and its body.
 pub struct Outbox {
     inner: RefCell<Inner>,
@@ -150,6 +153,17 @@ impl Outbox {
 }
 
 impl Inner {
+    /// What was written. An event is copied out, which is one allocation of its size where a buffer that begins
+    /// anew grows four times.
+    fn take(&mut self) -> Bytes {
+        if self.bytes.len() > EVENT_BYTES {
+            return std::mem::take(&mut self.bytes).into();
+        }
+        let bytes = Bytes::copy_from_slice(&self.bytes);
+        self.bytes.clear();
+        bytes
+    }
+
     fn wake(&mut self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -210,9 +224,9 @@ impl MessageBody for SseBody {
         let mut inner = this.outbox.inner.borrow_mut();
         if !inner.bytes.is_empty() {
             this.last_write = Instant::now();
-            let bytes = std::mem::take(&mut inner.bytes);
+            let bytes = inner.take();
             this.outbox.taken.notify_waiters();
-            return Poll::Ready(Some(Ok(Bytes::from(bytes))));
+            return Poll::Ready(Some(Ok(bytes)));
         }
         if inner.ended {
             return Poll::Ready(None);
