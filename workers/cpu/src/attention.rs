@@ -10,13 +10,13 @@
 
 use std::ops::Range;
 
+use baton_engine::Rows;
 use baton_protocol::KvGeometry;
 
 use crate::gemm::Tile;
 use crate::math::{LANES, bf16_of, exp2, f32_of, sum_lanes};
 use crate::memory::Pages;
 use crate::pack::PANEL;
-use crate::plan::Rows;
 
 /// KV tokens of one step: two panels, so that the few rows of a decode step still fill the pipeline, and a
 /// row's maximum moves half as often.

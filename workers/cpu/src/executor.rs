@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SequenceOutput, StepOutput,
-    StepPlan,
+    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SequenceOutput, StepOutput, StepPlan,
+    Want, answer, wants,
 };
-use baton_model::{ModelSpec, Weights};
+use baton_model::{ModelSpec, TensorSource, Weights};
 use baton_protocol::{KvDtype, KvGeometry};
 
 use crate::attention::{self, Attention, Piece, Scratch, Shape};
@@ -15,10 +15,9 @@ use crate::gemm::{Epilogue, Product, ROW_STEP};
 use crate::kernel::{Kernel, Ops};
 use crate::memory::{Pages, Shared};
 use crate::pack::{K_STEP, PANEL, Packed};
-use crate::plan::Rows;
 use crate::qkv::Qkv;
 use crate::threads::Pool;
-use crate::weights::{LayerWeights, ModelWeights, TensorSource};
+use crate::weights::{LayerWeights, ModelWeights};
 
 /// How to run.
 #[derive(Clone, Debug)]
@@ -392,63 +391,6 @@ impl CpuExecutor {
             wants.len(),
         );
     }
-}
-
-/// A row whose logits are asked for, and what for.
-struct Want<'a> {
-    sequence: usize,
-    row: usize,
-    what: What<'a>,
-}
-
-enum What<'a> {
-    Sample(&'a SampleRequest),
-    Target { token: u32, top: u8 },
-}
-
-fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
-    let mut wants = Vec::new();
-    for (sequence, s) in plan.sequences.iter().enumerate() {
-        let at = &rows.sequences[sequence];
-        for (i, token) in plan.targets[s.targets.clone()].iter().enumerate() {
-            let what = What::Target {
-                token: *token,
-                top: s.target_top,
-            };
-            wants.push(Want {
-                sequence,
-                row: at.row + i,
-                what,
-            });
-        }
-        if let Some(request) = &s.sample {
-            let row = at.row + at.tokens - 1;
-            wants.push(Want {
-                sequence,
-                row,
-                what: What::Sample(request),
-            });
-        }
-    }
-    wants
-}
-
-fn answer(want: &Want<'_>, logits: &mut [f32], want_logits: bool) -> SequenceOutput {
-    let mut output = SequenceOutput::default();
-    match want.what {
-        What::Target { token, top } => {
-            output
-                .target_logprobs
-                .push(baton_engine::token_logprobs(logits, token, top));
-        }
-        What::Sample(request) => {
-            if want_logits {
-                output.logits = logits.to_vec();
-            }
-            output.sampled = Some(baton_engine::sample(logits, request));
-        }
-    }
-    output
 }
 
 /// Norms all rows of `x` into `out`; the result is a product's `a` and `lda`.

@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
+use baton_engine::Rows;
+
 use crate::attention::Shape;
 use crate::math::{bf16_of, inverse_rms};
-use crate::plan::Rows;
 
 /// One layer's rows.
 #[derive(Clone, Copy)]

@@ -1,42 +1,12 @@
 //! A model's weights, packed at load.
 
-use baton_model::{Dtype, ModelSpec, Weights, names};
+use baton_model::{ModelSpec, TensorSource, names};
 
 use crate::error::CpuError;
 use crate::math::f32_of;
 use crate::memory::{Pages, Shared};
 use crate::pack::{PANEL, Packed};
 use crate::threads::Pool;
-
-/// A BF16 tensor as it lies in the checkpoint.
-pub struct TensorBytes<'a> {
-    /// Its shape, rows first.
-    pub shape: Vec<usize>,
-    /// Its numbers, little-endian, row after row.
-    pub bytes: &'a [u8],
-}
-
-/// Where weights come from: a model directory, or a test.
-pub trait TensorSource {
-    /// The BF16 tensor of this name; an error is the reason as a sentence.
-    fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String>;
-}
-
-impl TensorSource for Weights {
-    fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String> {
-        let tensor = self.tensor(name).map_err(|e| e.to_string())?;
-        if tensor.dtype != Dtype::Bf16 {
-            return Err(format!(
-                "it is {}, and this executor computes in BF16",
-                tensor.dtype
-            ));
-        }
-        Ok(TensorBytes {
-            shape: tensor.shape,
-            bytes: tensor.bytes,
-        })
-    }
-}
 
 /// All weights of a model.
 pub struct ModelWeights {
@@ -214,18 +184,10 @@ fn read<'a>(
     name: &str,
     shape: &[usize],
 ) -> Result<&'a [u8], CpuError> {
-    let wrong = |reason| CpuError::Weight {
-        name: name.to_owned(),
-        reason,
-    };
-    let tensor = source.bf16(name).map_err(wrong)?;
-    let bytes: usize = shape.iter().product::<usize>() * 2;
-    if tensor.shape != shape || tensor.bytes.len() != bytes {
-        return Err(wrong(format!(
-            "its shape is {:?} in {} bytes, the configuration says {shape:?}",
-            tensor.shape,
-            tensor.bytes.len()
-        )));
-    }
-    Ok(tensor.bytes)
+    source
+        .shaped(name, shape)
+        .map_err(|reason| CpuError::Weight {
+            name: name.to_owned(),
+            reason,
+        })
 }

@@ -20,7 +20,8 @@
 //! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
 //! - `sampling`: from logits to a token.
-//! - `executor`: the seam to the model; `fake`: an executor without one.
+//! - `executor`: the seam to the model; `rows`: what every executor makes of a step first; `fake`: an executor without a
+//!   model.
 #![forbid(unsafe_code)]
 
 mod engine;
@@ -31,6 +32,7 @@ mod free_list;
 mod messages;
 mod pool;
 mod prefix;
+mod rows;
 mod sampling;
 mod scheduler;
 mod sequence;
@@ -44,5 +46,6 @@ pub use executor::{
 pub use fake::{FakeConfig, FakeExecutor, FakeKv, FakeMemory};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use pool::{BlockPool, PoolStats};
+pub use rows::{Rows, SequenceRows, Want, What, answer, wants};
 pub use sampling::{LOGPROB_MIN, sample, token_logprobs, uniform};
 pub use table::BlockTable;

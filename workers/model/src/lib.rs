@@ -5,6 +5,7 @@
 //! - [`names`] holds every weight name, [`expected_tensors`] the list of tensors a spec needs, and
 //!   [`Split`] how tensor parallelism shares each of them out.
 //! - [`SafetensorsFile`] maps a weight file and hands out tensors whose bounds were checked first.
+//! - [`TensorSource`] is what executors take weights from.
 //! - [`ModelDir`] is a prepared model directory: a [`Manifest`] and the weights of each rank.
 
 #![deny(unsafe_code)] // one exception: mapping a file, in `mapped.rs`
@@ -17,6 +18,7 @@ mod mapped;
 mod model_dir;
 pub mod names;
 mod safetensors;
+mod source;
 mod spec;
 mod tensors;
 
@@ -29,5 +31,6 @@ pub use model_dir::{
     Weights, hash_file, rank_file_name,
 };
 pub use safetensors::{Dtype, SafetensorsFile, Tensor, TensorEntry, header_bytes};
+pub use source::{TensorBytes, TensorSource};
 pub use spec::{ModelSpec, Rope, RopeScaling};
 pub use tensors::{Split, TensorSpec, check_tp_size, expected_tensors};

@@ -1,12 +1,14 @@
-//! A step plan, checked and laid out by rows.
+//! A step plan, checked and laid out by rows: what every executor does first.
 
 use std::ops::Range;
 
-use baton_engine::{ExecutorError, ExecutorInfo, StepPlan};
+use crate::executor::{ExecutorError, ExecutorInfo, SampleRequest, SequenceOutput, StepPlan};
+use crate::sampling::{sample, token_logprobs};
 
 /// The rows of a step: one per token, sequence after sequence.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Rows {
+    /// The plan's sequences, in its order.
     pub sequences: Vec<SequenceRows>,
     /// Position of each row.
     pub positions: Vec<u32>,
@@ -18,6 +20,7 @@ pub struct Rows {
 }
 
 /// One sequence's rows.
+#[derive(Debug)]
 pub struct SequenceRows {
     /// Its first row.
     pub row: usize,
@@ -36,6 +39,9 @@ impl Rows {
     }
 
     /// Takes over a plan. The engine promises a sound one; memory outside the arena is at stake, so look.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] says what of the plan is broken.
     pub fn fill(&mut self, plan: &StepPlan, info: &ExecutorInfo) -> Result<(), ExecutorError> {
         self.sequences.clear();
         self.positions.clear();
@@ -106,6 +112,78 @@ impl Rows {
         }
         Ok(())
     }
+}
+
+/// A row whose logits are asked for, and what for.
+#[derive(Debug)]
+pub struct Want<'a> {
+    /// Its sequence in the plan.
+    pub sequence: usize,
+    /// The row.
+    pub row: usize,
+    /// What is made of its logits.
+    pub what: What<'a>,
+}
+
+/// What is made of a row's logits.
+#[derive(Debug)]
+pub enum What<'a> {
+    /// The next token is chosen.
+    Sample(&'a SampleRequest),
+    /// The log-probability of a token is reported, and the `top` most likely ones.
+    Target {
+        /// Which token.
+        token: u32,
+        /// Alternatives.
+        top: u8,
+    },
+}
+
+/// All rows of a plan whose logits are asked for, in the order in which a sequence's answers stand.
+pub fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
+    let mut wants = Vec::new();
+    for (sequence, s) in plan.sequences.iter().enumerate() {
+        let at = &rows.sequences[sequence];
+        for (i, token) in plan.targets[s.targets.clone()].iter().enumerate() {
+            let what = What::Target {
+                token: *token,
+                top: s.target_top,
+            };
+            wants.push(Want {
+                sequence,
+                row: at.row + i,
+                what,
+            });
+        }
+        if let Some(request) = &s.sample {
+            let row = at.row + at.tokens - 1;
+            wants.push(Want {
+                sequence,
+                row,
+                what: What::Sample(request),
+            });
+        }
+    }
+    wants
+}
+
+/// What a row's logits, which are used up, say to what was asked.
+pub fn answer(want: &Want<'_>, logits: &mut [f32], want_logits: bool) -> SequenceOutput {
+    let mut output = SequenceOutput::default();
+    match want.what {
+        What::Target { token, top } => {
+            output
+                .target_logprobs
+                .push(token_logprobs(logits, token, top));
+        }
+        What::Sample(request) => {
+            if want_logits {
+                output.logits = logits.to_vec();
+            }
+            output.sampled = Some(sample(logits, request));
+        }
+    }
+    output
 }
 
 fn broken(what: String) -> ExecutorError {

@@ -1,0 +1,29 @@
+// Token embeddings into the f32 residual stream, and the angles of the rotary positions.
+//
+// Floor: rows * hidden * (2 + 4) bytes; microseconds at any step size. One block a row.
+// The angles are taken in f64, as on every other executor: position 100,000 in f32 is off by 0.01 already.
+//
+// kernel embed spill_bytes_max=0
+// kernel angles spill_bytes_max=0
+#include "scalar.cuh"
+
+// x [rows][hidden]; table [vocab][hidden]. `hidden` is even. Grid: rows.
+extern "C" __global__ void embed(float* x, const bf16* table, const int* row_token, int hidden) {
+    let_successor_start();
+    wait_for_predecessor();
+    const unsigned* from = (const unsigned*)(table + (long long)row_token[blockIdx.x] * hidden);
+    float2* to = (float2*)(x + (long long)blockIdx.x * hidden);
+    for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) to[i] = f32x2_of(from[i]);
+}
+
+// turns [rows][half] of (cosine, sine); frequencies [half]. Grid: rows.
+extern "C" __global__ void angles(float2* turns, const double* frequencies, const int* row_position, int half) {
+    let_successor_start();
+    wait_for_predecessor();
+    double position = row_position[blockIdx.x];
+    for (int i = threadIdx.x; i < half; i += blockDim.x) {
+        double sine, cosine;
+        sincos(position * frequencies[i], &sine, &cosine);
+        turns[(long long)blockIdx.x * half + i] = make_float2((float)cosine, (float)sine);
+    }
+}

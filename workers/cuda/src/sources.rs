@@ -1,0 +1,31 @@
+//! The kernel files. Each begins with its idea, its floor, its launch shape, and a line
+//! `// kernel NAME spill_bytes_max=N` for each kernel in it; the tests compile them all.
+
+/// A kernel file.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Its name.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+macro_rules! source {
+    ($constant:ident, $file:literal) => {
+        #[doc = concat!("`kernels/", $file, "`.")]
+        pub const $constant: Source = Source {
+            name: $file,
+            text: include_str!(concat!("../kernels/", $file)),
+        };
+    };
+}
+
+source!(EMBED, "embed.cu");
+source!(RMS_NORM, "rms_norm.cu");
+source!(ROPE, "rope.cu");
+source!(SWIGLU, "swiglu.cu");
+source!(ARGMAX, "argmax.cu");
+source!(ATTENTION_PLAIN, "attention_plain.cu");
+
+/// What kernel files include.
+pub const HEADERS: &[(&str, &str)] = &[("scalar.cuh", include_str!("../kernels/scalar.cuh"))];

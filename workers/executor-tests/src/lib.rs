@@ -1,0 +1,40 @@
+//! The acceptance test of an executor, the same for every device. A crate like `workers/cpu` calls these from its tests
+//! with a function that builds its executor; what an error may cost is its own to state.
+//!
+//! - [`families()`](families::families): every model family against a plain decoder in f64 ([`Tiny::reference`]).
+//! - [`company`]: logits with and without neighbours, in any chunks.
+//! - [`golden`]: real weights against Transformers.
+#![forbid(unsafe_code)]
+
+pub mod company;
+pub mod families;
+pub mod golden;
+mod plain;
+mod steps;
+mod tiny;
+
+use baton_engine::Executor;
+use baton_model::{ModelSpec, TensorSource};
+
+pub use steps::{Part, step};
+pub use tiny::{Random, Tiny, families as tiny_families};
+
+/// What an executor is built of.
+pub struct Build<'a> {
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// Its weights.
+    pub weights: &'a dyn TensorSource,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Blocks of the arena, whose bytes must be NaN everywhere: what is read and was not written shows.
+    pub blocks: usize,
+}
+
+/// Most tokens and most sequences of a step that these tests run.
+pub const STEP_TOKENS_MAX: usize = 512;
+/// As above.
+pub const STEP_SEQUENCES_MAX: usize = 64;
+
+/// Builds an executor with steps of [`STEP_TOKENS_MAX`] and [`STEP_SEQUENCES_MAX`].
+pub type Builder<'a> = &'a dyn Fn(Build<'_>) -> Box<dyn Executor>;
