@@ -9,29 +9,29 @@
 
 #define PARTS 8
 
-// A number whose order as unsigned is (logit, lower id first).
-__device__ inline unsigned long long rank_of(float logit, unsigned id) {
+// A number whose order as a number is (logit, lower id first).
+DEVICE u64 rank_of(float logit, u32 id) {
     if (!(logit == logit)) logit = -__int_as_float(0x7f800000);
     if (logit == __int_as_float(0x7f800000)) logit = __int_as_float(0x7f7fffff);
     if (logit == 0.0f) logit = 0.0f; // minus zero ties with zero
-    unsigned bits = __float_as_uint(logit);
+    u32 bits = __float_as_uint(logit);
     bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return (unsigned long long)bits << 32 | (0xffffffffu - id);
+    return (u64)bits << 32 | (0xffffffffu - id);
 }
 
-__device__ inline unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
+DEVICE u64 larger(u64 a, u64 b) { return a > b ? a : b; }
 
 // logits [rows][stride]; tokens [rows]; best [rows][PARTS]; arrived [rows], zero before and after. Grid: (PARTS, rows); 256
 // threads.
 extern "C" __global__ void argmax(
-    int* tokens, const float* logits, int vocab, long long stride, unsigned long long* best, unsigned* arrived
+    int* tokens, const float* logits, int vocab, long long stride, u64* best, u32* arrived
 ) {
-    __shared__ unsigned long long scratch[8];
+    __shared__ u64 scratch[8];
     __shared__ bool last;
-    let_successor_start();
-    wait_for_predecessor();
+    dependency_trigger();
+    dependency_wait();
     const float* row = logits + blockIdx.y * stride;
-    unsigned long long top = 0;
+    u64 top = 0;
     for (int i = blockIdx.x * 256 + threadIdx.x; i < vocab; i += PARTS * 256) top = larger(top, rank_of(row[i], i));
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
@@ -44,10 +44,10 @@ extern "C" __global__ void argmax(
         last = atomicAdd(&arrived[blockIdx.y], 1) == PARTS - 1;
         if (last) {
             __threadfence();
-            for (int part = 0; part < PARTS; part++) top = larger(top, ((volatile unsigned long long*)best)[blockIdx.y * PARTS + part]);
+            for (int part = 0; part < PARTS; part++) top = larger(top, ((volatile u64*)best)[blockIdx.y * PARTS + part]);
             arrived[blockIdx.y] = 0;
             bool possible = top >> 32 > rank_of(-__int_as_float(0x7f800000), 0) >> 32;
-            tokens[blockIdx.y] = possible ? (int)(0xffffffffu - (unsigned)top) : 0;
+            tokens[blockIdx.y] = possible ? (int)(0xffffffffu - (u32)top) : 0;
         }
     }
 }

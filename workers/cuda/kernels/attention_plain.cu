@@ -16,12 +16,12 @@
 // seq_first_row and seq_rows. `scale` is log2(e) / sqrt(HEAD_DIM): weights are powers of two. `window` 0 sees everything.
 // Grid: (ceil(heads / 4), rows); 128 threads.
 extern "C" __global__ void attention_plain(
-    const bf16* q, const bf16* arena, bf16* out, const int* row_position, const int* seq_first_row, const int* seq_rows,
+    const u16* q, const u16* arena, u16* out, const int* row_position, const int* seq_first_row, const int* seq_rows,
     const int* seq_table, const int* tables, int sequences, int heads, int kv_heads, int layers, int layer,
     int block_tokens, int window, float scale
 ) {
-    let_successor_start();
-    wait_for_predecessor();
+    dependency_trigger();
+    dependency_wait();
     int head = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     int row = blockIdx.y;
     if (head >= heads) return;
@@ -30,7 +30,7 @@ extern "C" __global__ void attention_plain(
         int middle = (before + after) / 2;
         if (seq_first_row[middle] <= row) before = middle; else after = middle;
     }
-    bf16* to = out + ((long long)row * heads + head) * HEAD_DIM;
+    u16* to = out + ((long long)row * heads + head) * HEAD_DIM;
     if (row - seq_first_row[before] >= seq_rows[before]) { // a row that is only there to fill a batch
         for (int i = lane; i < HEAD_DIM; i += 32) to[i] = 0;
         return;
@@ -48,8 +48,8 @@ extern "C" __global__ void attention_plain(
     long long kv_head = head / (heads / kv_heads);
     for (int token = from; token <= position; token++) {
         long long block = table[token / block_tokens];
-        const bf16* key = arena + ((((block * kv_heads + kv_head) * layers + layer) * 2) * block_tokens + token % block_tokens) * HEAD_DIM;
-        const bf16* value = key + block_tokens * HEAD_DIM;
+        const u16* key = arena + ((((block * kv_heads + kv_head) * layers + layer) * 2) * block_tokens + token % block_tokens) * HEAD_DIM;
+        const u16* value = key + block_tokens * HEAD_DIM;
         float score = 0.0f, values[EACH];
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
@@ -57,7 +57,7 @@ extern "C" __global__ void attention_plain(
             score += i < HEAD_DIM ? query[k] * f32_of(key[i]) : 0.0f;
             values[k] = i < HEAD_DIM ? f32_of(value[i]) : 0.0f;
         }
-        score = warp_sum(score);
+        score = warp_sum<32>(score);
         if (score > top) {
             float decay = exp2f(top - score);
             top = score;

@@ -8,18 +8,18 @@
 #include "scalar.cuh"
 
 // x [rows][hidden]; table [vocab][hidden]. `hidden` is even. Grid: rows.
-extern "C" __global__ void embed(float* x, const bf16* table, const int* row_token, int hidden) {
-    let_successor_start();
-    wait_for_predecessor();
-    const unsigned* from = (const unsigned*)(table + (long long)row_token[blockIdx.x] * hidden);
+extern "C" __global__ void embed(float* x, const u16* table, const int* row_token, int hidden) {
+    dependency_trigger();
+    dependency_wait();
+    const u32* from = (const u32*)(table + (long long)row_token[blockIdx.x] * hidden);
     float2* to = (float2*)(x + (long long)blockIdx.x * hidden);
     for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) to[i] = f32x2_of(from[i]);
 }
 
 // turns [rows][half] of (cosine, sine); frequencies [half]. Grid: rows.
 extern "C" __global__ void angles(float2* turns, const double* frequencies, const int* row_position, int half) {
-    let_successor_start();
-    wait_for_predecessor();
+    dependency_trigger();
+    dependency_wait();
     double position = row_position[blockIdx.x];
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         double sine, cosine;

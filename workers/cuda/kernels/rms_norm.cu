@@ -9,13 +9,13 @@
 
 // x [..][hidden]; weight [hidden]; y [rows][hidden]; `hidden` is even. Row r of y comes from row `chosen[r]` of x, or from
 // row r if `chosen` is null. Grid: rows; 256 threads.
-extern "C" __global__ void rms_norm(bf16* y, const float* x, const bf16* weight, const int* chosen, int hidden, float eps) {
+extern "C" __global__ void rms_norm(u16* y, const float* x, const u16* weight, const int* chosen, int hidden, float eps) {
     __shared__ float scratch[32];
-    let_successor_start();
-    wait_for_predecessor();
+    dependency_trigger();
+    dependency_wait();
     int row = chosen ? chosen[blockIdx.x] : blockIdx.x;
     const float2* from = (const float2*)(x + (long long)row * hidden);
-    unsigned* to = (unsigned*)(y + (long long)blockIdx.x * hidden);
+    u32* to = (u32*)(y + (long long)blockIdx.x * hidden);
     const int KEPT = 16;
     float2 kept[KEPT];
     float sum = 0.0f;
@@ -31,12 +31,12 @@ extern "C" __global__ void rms_norm(bf16* y, const float* x, const bf16* weight,
     for (int k = 0; k < KEPT; k++) {
         int i = threadIdx.x + k * 256;
         if (i < hidden / 2) {
-            float2 w = f32x2_of(((const unsigned*)weight)[i]);
-            to[i] = bf16x2_of(kept[k].x * scale * w.x, kept[k].y * scale * w.y);
+            float2 w = f32x2_of(((const u32*)weight)[i]);
+            to[i] = pack_bf16(kept[k].x * scale * w.x, kept[k].y * scale * w.y);
         }
     }
     for (int i = threadIdx.x + KEPT * 256; i < hidden / 2; i += 256) {
-        float2 w = f32x2_of(((const unsigned*)weight)[i]);
-        to[i] = bf16x2_of(from[i].x * scale * w.x, from[i].y * scale * w.y);
+        float2 w = f32x2_of(((const u32*)weight)[i]);
+        to[i] = pack_bf16(from[i].x * scale * w.x, from[i].y * scale * w.y);
     }
 }

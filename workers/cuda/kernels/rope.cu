@@ -18,17 +18,17 @@
 // turns [rows][HALF]; q [rows][heads][HEAD_DIM]; row_slot: block * block_tokens + offset, or negative for a row that is
 // only there to fill a batch. Grid: (ceil((heads + 2 kv_heads) / 4), rows); 128 threads.
 extern "C" __global__ void rope(
-    const bf16* qkv, const bf16* bias, const bf16* q_norm, const bf16* k_norm, float eps, const float2* turns,
-    const int* row_slot, bf16* q, bf16* arena, int heads, int kv_heads, int layers, int layer, int block_tokens
+    const u16* qkv, const u16* bias, const u16* q_norm, const u16* k_norm, float eps, const float2* turns,
+    const int* row_slot, u16* q, u16* arena, int heads, int kv_heads, int layers, int layer, int block_tokens
 ) {
-    let_successor_start();
-    wait_for_predecessor();
+    dependency_trigger();
+    dependency_wait();
     int head = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     long long row = blockIdx.y;
     int all = heads + 2 * kv_heads;
     int slot = row_slot[row];
     if (head >= all || slot < 0) return;
-    const bf16* from = qkv + (row * all + head) * HEAD_DIM;
+    const u16* from = qkv + (row * all + head) * HEAD_DIM;
     float low[EACH], high[EACH];
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
@@ -42,12 +42,12 @@ extern "C" __global__ void rope(
         }
     }
     bool is_query = head < heads, is_value = head >= heads + kv_heads;
-    const bf16* norm = is_query ? q_norm : k_norm;
+    const u16* norm = is_query ? q_norm : k_norm;
     if (norm && !is_value) {
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < EACH; k++) sum += low[k] * low[k] + high[k] * high[k];
-        float scale = 1.0f / sqrtf(warp_sum(sum) / HEAD_DIM + eps);
+        float scale = 1.0f / sqrtf(warp_sum<32>(sum) / HEAD_DIM + eps);
 #pragma unroll
         for (int k = 0; k < EACH; k++) {
             int i = lane + k * 32;
@@ -57,7 +57,7 @@ extern "C" __global__ void rope(
             }
         }
     }
-    bf16* to;
+    u16* to;
     if (is_query) {
         to = q + (row * heads + head) * HEAD_DIM;
     } else {

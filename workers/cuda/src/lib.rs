@@ -1,13 +1,42 @@
-//! The executor on NVIDIA GPUs.
+//! The executor on NVIDIA GPUs: Llama-type decoders in BF16.
+//!
+//! Nothing of CUDA is linked: the driver, the run-time compiler and cuBLASLt are loaded when a device is opened, so the one
+//! binary starts on any machine and says what is missing. Kernels are in `kernels/`, one operation a file; they are
+//! compiled for the device at the first start and kept in a cache.
+//!
+//! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
+//! logits; `attention` chooses among the attention kernels; `gemm` plans matrix products; `graph` captures a decode step
+//! whole, once for each size of batch; `executor` puts them together and takes the tokens back.
+//!
+//! # Numbers
+//! Weights, KV and what enters a product are BF16; sums, the residual stream and logits are f32. No sum depends on which
+//! block comes first, so the same step gives the same bits again. Another batch size may take another road through a product
+//! and differ in rounding: unlike on a CPU, logits are the same within a tolerance, not to the bit, whatever the company.
 
+// Kernels and products have as many arguments as they have.
+#![allow(clippy::too_many_arguments)]
+
+mod attention;
 mod compile;
 mod device;
 mod error;
+mod executor;
+mod gemm;
+mod graph;
 mod kernel;
 mod libraries;
+mod model;
 pub mod sources;
+mod step;
+mod weights;
 
 pub use compile::{Compiler, Cubin};
 pub use device::{Buffer, CudaMemory, Device, Pinned, Plain};
 pub use error::CudaError;
+pub use executor::CudaExecutor;
+pub use gemm::{Blas, Output, Product};
+pub use graph::Graph;
 pub use kernel::{Kernel, Module, Shape};
+pub use model::{CudaModel, CudaOptions, kv_geometry};
+pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};
+pub use weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};

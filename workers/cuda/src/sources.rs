@@ -28,4 +28,7 @@ source!(ARGMAX, "argmax.cu");
 source!(ATTENTION_PLAIN, "attention_plain.cu");
 
 /// What kernel files include.
-pub const HEADERS: &[(&str, &str)] = &[("scalar.cuh", include_str!("../kernels/scalar.cuh"))];
+pub const HEADERS: &[(&str, &str)] = &[
+    ("common.cuh", include_str!("../kernels/common.cuh")),
+    ("scalar.cuh", include_str!("../kernels/scalar.cuh")),
+];

@@ -1,0 +1,313 @@
+//! One step: told to the GPU, run, and its tokens taken back.
+
+use std::sync::Arc;
+
+use baton_engine::{
+    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SampleRequest, Sampled, SequenceOutput,
+    StepOutput, StepPlan, Want, What, answer, wants,
+};
+use baton_protocol::KvGeometry;
+
+use crate::attention::Attention;
+use crate::device::{Device, Pinned};
+use crate::error::CudaError;
+use crate::graph::Graph;
+use crate::model::{CudaModel, kv_geometry, padded_rows, rows_max};
+use crate::step::{StepAddresses, StepArrays, StepShape};
+
+/// Sizes of decode batches that are captured; others run as the next larger one.
+const BUCKETS: [usize; 20] = [
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512,
+];
+
+/// Threads that choose tokens by more than their logit. A row of 128,256 logits takes some 0.2 ms.
+const SAMPLING_THREADS_MAX: usize = 16;
+
+/// A model on a GPU.
+pub struct CudaExecutor {
+    info: ExecutorInfo,
+    model: CudaModel,
+    attention: Attention,
+    arrays: StepArrays,
+    graphs: Vec<(usize, Graph)>,
+    rows: Rows,
+    logits: Pinned<f32>,
+    tokens: Pinned<i32>,
+    sampling_threads: usize,
+}
+
+impl CudaExecutor {
+    /// Takes the arena, and captures a graph for each size of a decode batch.
+    ///
+    /// # Errors
+    /// [`CudaError`] says which field of the geometry does not fit, or what failed.
+    pub fn new(
+        model: CudaModel,
+        memory: Arc<dyn KvMemory>,
+        kv: KvGeometry,
+    ) -> Result<Self, CudaError> {
+        let (spec, options, device) = (&model.spec, model.options, model.device.clone());
+        if let Some(difference) = kv.difference(&kv_geometry(spec, kv.block_tokens)) {
+            return Err(CudaError::Arena(difference));
+        }
+        if kv.block_tokens == 0 {
+            return Err(CudaError::Arena("a block of 0 tokens".to_owned()));
+        }
+        let blocks = memory.len() / kv.block_bytes();
+        if blocks == 0 {
+            return Err(CudaError::Arena(format!(
+                "a block takes {} bytes, the arena has {}",
+                kv.block_bytes(),
+                memory.len()
+            )));
+        }
+        let info = ExecutorInfo {
+            device: format!("cuda:{} {}", device.ordinal(), device.name()),
+            // A slot is block * block_tokens + offset in 31 bits.
+            blocks: u32::try_from(blocks)
+                .unwrap_or(u32::MAX)
+                .min(i32::MAX as u32 / kv.block_tokens),
+            vocab: spec.vocab as u32,
+            tokens_max: spec.tokens_max as u32,
+            step_sequences_max: options.step_sequences_max,
+            step_tokens_max: options.step_tokens_max,
+            kv: kv.clone(),
+        };
+        let attention = Attention::new(&device, &model.compiler, spec, memory, kv.clone())?;
+        let rows = rows_max(options);
+        let largest = StepShape {
+            rows,
+            sequences: padded_rows(options.step_sequences_max),
+            wanted: rows + options.step_sequences_max + model.logits_rows(),
+            work: attention.work_max(rows, options.step_sequences_max),
+        };
+        let entries = options.step_sequences_max * kv.blocks_for(spec.tokens_max);
+        let logits_rows = model.logits_rows();
+        let mut executor = Self {
+            arrays: StepArrays::new(&device, largest, entries)?,
+            logits: Pinned::zeroed(&device, logits_rows * spec.vocab)?,
+            tokens: Pinned::zeroed(&device, logits_rows)?,
+            sampling_threads: std::thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(SAMPLING_THREADS_MAX),
+            info,
+            model,
+            attention,
+            graphs: Vec::new(),
+            rows: Rows::default(),
+        };
+        executor.capture()?;
+        Ok(executor)
+    }
+
+    /// The GPU it runs on.
+    pub fn device(&self) -> &Arc<Device> {
+        self.model.device()
+    }
+
+    /// Bytes of weights that a step of one row reads, for benchmarks.
+    pub fn streamed_bytes(&self) -> usize {
+        self.model.streamed_bytes()
+    }
+
+    /// Runs each decode size once without a sequence, so that everything is loaded and planned, and captures it.
+    fn capture(&mut self) -> Result<(), CudaError> {
+        let device = self.model.device.clone();
+        let largest = self.info.step_sequences_max;
+        let sizes = BUCKETS.iter().copied();
+        let up_to = sizes.clone().position(|size| size >= largest);
+        for size in sizes.take(up_to.map_or(BUCKETS.len(), |last| last + 1)) {
+            let shape = decode_shape(size);
+            if shape.rows > rows_max(self.model.options).min(self.model.logits_rows()) {
+                break;
+            }
+            let (rows, kv) = (Rows::default(), self.info.kv.clone());
+            let at = self.arrays.upload(shape, &rows, &[], &[], &kv)?;
+            // SAFETY: rows without slots and sequences without tokens touch no block.
+            unsafe { self.decode(shape, &at)? };
+            device.synchronize()?;
+            // SAFETY: as above.
+            let graph = Graph::capture(&device, || unsafe { self.decode(shape, &at) })?;
+            self.graphs.push((size, graph));
+        }
+        Ok(())
+    }
+
+    /// Everything of a decode step, in order.
+    ///
+    /// # Safety
+    /// As [`CudaModel::layers`].
+    unsafe fn decode(&mut self, shape: StepShape, at: &StepAddresses) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.model.layers(&self.attention, shape, at)?;
+            self.model.logits(at.wanted, shape.wanted)
+        }
+    }
+
+    fn run(&mut self, plan: &StepPlan) -> Result<StepOutput, CudaError> {
+        self.model.device.bind()?;
+        let wants = wants(plan, &self.rows);
+        let mut output = StepOutput {
+            sequences: vec![SequenceOutput::default(); plan.sequences.len()],
+        };
+        let one_each = plan.sequences.iter().all(|s| s.tokens.len() == 1)
+            && wants.len() == plan.sequences.len()
+            && wants.iter().all(|w| matches!(w.what, What::Sample(_)));
+        let captured = self
+            .graphs
+            .iter()
+            .position(|(size, _)| *size >= wants.len());
+        let kv = self.info.kv.clone();
+        match captured {
+            Some(graph) if one_each => {
+                let shape = decode_shape(self.graphs[graph].0);
+                self.arrays.upload(shape, &self.rows, &wants, &[], &kv)?;
+                // SAFETY: the plan was checked against the arena; the graph was captured with these arrays' places.
+                unsafe { self.graphs[graph].1.launch()? };
+                self.take(&wants, plan.want_logits, &mut output)?;
+            }
+            _ => {
+                let work = self.attention.work(&self.rows);
+                let shape = StepShape {
+                    rows: padded_rows(self.rows.tokens.len()),
+                    sequences: self.rows.sequences.len(),
+                    wanted: wants.len() + self.model.logits_rows(),
+                    work: work.len(),
+                };
+                let at = self.arrays.upload(shape, &self.rows, &wants, &work, &kv)?;
+                // SAFETY: the plan was checked against the arena, and the engine lends these blocks to this step alone.
+                unsafe { self.model.layers(&self.attention, shape, &at)? };
+                let most = self.model.logits_rows();
+                for (i, wants) in wants.chunks(most).enumerate() {
+                    let wanted = at.wanted + (i * most * size_of::<i32>()) as u64;
+                    // Rows beyond the wanted ones are row 0 again.
+                    // SAFETY: rows of this step.
+                    unsafe { self.model.logits(wanted, padded_rows(wants.len()))? };
+                    self.take(wants, plan.want_logits, &mut output)?;
+                }
+                if wants.is_empty() {
+                    self.model.device.synchronize()?;
+                }
+            }
+        }
+        Ok(output)
+    }
+
+    /// Waits for the logits of `wants` and makes of them what was asked.
+    fn take(
+        &mut self,
+        wants: &[Want<'_>],
+        want_logits: bool,
+        output: &mut StepOutput,
+    ) -> Result<(), CudaError> {
+        let vocab = self.model.spec.vocab;
+        let on_host: Vec<bool> = wants
+            .iter()
+            .map(|want| want_logits || !is_argmax(want))
+            .collect();
+        // SAFETY: rows that were just computed; waited for below, before anything is read.
+        unsafe {
+            self.tokens.download(0, wants.len(), self.model.best_at())?;
+            for (row, _) in on_host.iter().enumerate().filter(|(_, host)| **host) {
+                self.logits
+                    .download(row * vocab, vocab, self.model.logits_at(row))?;
+            }
+        }
+        self.model.device.synchronize()?;
+        let mut answers: Vec<SequenceOutput> = wants
+            .iter()
+            .zip(self.tokens.iter())
+            .map(|(_, token)| SequenceOutput {
+                sampled: Some(Sampled {
+                    token: *token as u32,
+                    logprobs: None,
+                }),
+                ..SequenceOutput::default()
+            })
+            .collect();
+        let rows = self.logits.chunks_mut(vocab).zip(&mut answers);
+        let jobs: Vec<_> = wants.iter().zip(rows).zip(&on_host);
+        let jobs: Vec<_> = jobs
+            .filter(|(_, host)| **host)
+            .map(|(job, _)| job)
+            .collect();
+        answer_all(jobs, want_logits, self.sampling_threads);
+        for (want, answer) in wants.iter().zip(answers) {
+            let sequence = &mut output.sequences[want.sequence];
+            sequence.target_logprobs.extend(answer.target_logprobs);
+            if let What::Sample(_) = want.what {
+                sequence.sampled = answer.sampled;
+                sequence.logits = answer.logits;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A row's want, its logits, and where its answer goes.
+type Job<'a, 'w> = (&'a Want<'w>, (&'a mut [f32], &'a mut SequenceOutput));
+
+fn answer_all(mut jobs: Vec<Job<'_, '_>>, want_logits: bool, threads: usize) {
+    let run = |jobs: &mut [Job<'_, '_>]| {
+        for (want, (logits, out)) in jobs {
+            **out = answer(want, logits, want_logits);
+        }
+    };
+    if jobs.len() <= 2 || threads == 1 {
+        return run(&mut jobs);
+    }
+    let each = jobs.len().div_ceil(threads);
+    std::thread::scope(|scope| {
+        for jobs in jobs.chunks_mut(each) {
+            scope.spawn(move || run(jobs));
+        }
+    });
+}
+
+/// Whether the token is the one with the largest plain logit, and nothing else is asked.
+fn is_argmax(want: &Want<'_>) -> bool {
+    let What::Sample(SampleRequest {
+        state,
+        ban_stop_ids,
+        ..
+    }) = want.what
+    else {
+        return false;
+    };
+    let sampling = &state.sampling;
+    let greedy = sampling.temperature.is_nan() || sampling.temperature <= 0.0;
+    greedy
+        && sampling.logprobs.is_none()
+        && sampling.logit_bias.is_empty()
+        && state.counts.is_empty()
+        && !(*ban_stop_ids && !state.stop_token_ids.is_empty())
+}
+
+fn decode_shape(size: usize) -> StepShape {
+    StepShape {
+        rows: size,
+        sequences: size,
+        wanted: size,
+        work: 0,
+    }
+}
+
+impl Executor for CudaExecutor {
+    fn info(&self) -> &ExecutorInfo {
+        &self.info
+    }
+
+    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        self.rows.fill(plan, &self.info)?;
+        Ok(self.run(plan)?)
+    }
+}
+
+impl Drop for CudaExecutor {
+    fn drop(&mut self) {
+        let _ = self.model.device.bind();
+        let _ = self.model.device.synchronize();
+        self.graphs.clear();
+    }
+}

@@ -1,0 +1,225 @@
+//! Matrix products through cuBLASLt, each shape planned once.
+//!
+//! y[rows][outputs] = x[rows][inputs] · w[outputs][inputs]ᵀ, everything row-major as it lies. To cuBLASLt, which counts
+//! columns first, that is yᵀ = w · xᵀ with w transposed: the one form that FP8 takes as well.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::cublaslt::{result, sys};
+use cudarc::driver::sys::CUdeviceptr;
+
+use crate::device::{Buffer, Device};
+use crate::error::CudaError;
+use crate::libraries;
+
+/// What NVIDIA recommends for Hopper.
+static WORKSPACE_BYTES: usize = 32 << 20;
+
+/// What becomes of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Output {
+    /// BF16, stored.
+    Bf16,
+    /// f32, stored.
+    F32,
+    /// f32, added to what is there.
+    AddF32,
+}
+
+/// One product of BF16 matrices, summed in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    /// `[rows][inputs]`.
+    pub x: CUdeviceptr,
+    /// `[outputs][inputs]`.
+    pub w: CUdeviceptr,
+    /// `[rows][outputs]`.
+    pub y: CUdeviceptr,
+    /// Rows of x and y.
+    pub rows: usize,
+    /// Rows of w.
+    pub outputs: usize,
+    /// Columns of x and w.
+    pub inputs: usize,
+    /// What y is.
+    pub output: Output,
+}
+
+/// cuBLASLt on a device, and its plans.
+pub struct Blas {
+    device: Arc<Device>,
+    handle: sys::cublasLtHandle_t,
+    workspace: Buffer<u8>,
+    plans: HashMap<(usize, usize, usize, Output), Plan>,
+}
+
+// SAFETY: the handle and the plans belong to this value, which one thread uses at a time.
+unsafe impl Send for Blas {}
+
+/// What cuBLASLt wants to hear again with each product.
+struct Plan {
+    operation: sys::cublasLtMatmulDesc_t,
+    w: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    y: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Blas {
+    /// Loads the library.
+    ///
+    /// # Errors
+    /// [`CudaError::Library`] without it, [`CudaError::Blas`] if it does not start.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        libraries::cublaslt()?;
+        device.bind()?;
+        let handle = result::create_handle().map_err(|e| failed("its start", &e))?;
+        Ok(Self {
+            workspace: Buffer::uninitialized(device, WORKSPACE_BYTES, "cuBLASLt's workspace")?,
+            device: device.clone(),
+            handle,
+            plans: HashMap::new(),
+        })
+    }
+
+    /// Computes a product on the device's stream.
+    ///
+    /// # Errors
+    /// [`CudaError::Blas`].
+    ///
+    /// # Safety
+    /// The matrices lie where the product says, in memory of this device, and stay until it is done.
+    pub unsafe fn multiply(&mut self, product: &Product) -> Result<(), CudaError> {
+        let key = (
+            product.rows,
+            product.outputs,
+            product.inputs,
+            product.output,
+        );
+        if !self.plans.contains_key(&key) {
+            let plan = Plan::new(self.handle, product).map_err(|e| failed(&product.text(), &e))?;
+            self.plans.insert(key, plan);
+        }
+        let plan = &self.plans[&key];
+        let alpha = 1.0f32;
+        let beta = if product.output == Output::AddF32 {
+            1.0f32
+        } else {
+            0.0
+        };
+        let y = product.y as *mut c_void;
+        // SAFETY: the caller's promise; layouts and algorithm were made for these sizes.
+        unsafe {
+            result::matmul(
+                self.handle,
+                plan.operation,
+                (&raw const alpha).cast(),
+                (&raw const beta).cast(),
+                product.w as *const c_void,
+                plan.w,
+                product.x as *const c_void,
+                plan.x,
+                y,
+                plan.y,
+                y,
+                plan.y,
+                &plan.algorithm,
+                self.workspace.at(0) as *mut c_void,
+                WORKSPACE_BYTES,
+                self.device.stream().cast(),
+            )
+        }
+        .map_err(|e| failed(&product.text(), &e))
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        self.plans.clear();
+        // SAFETY: made in `new`; nothing of it is in use once the stream is done.
+        unsafe {
+            let _ = self.device.bind();
+            let _ = self.device.synchronize();
+            let _ = result::destroy_handle(self.handle);
+        }
+    }
+}
+
+impl Product {
+    fn text(&self) -> String {
+        format!(
+            "a product of {} rows, {} inputs and {} outputs to {:?}",
+            self.rows, self.inputs, self.outputs, self.output
+        )
+    }
+}
+
+impl Plan {
+    fn new(
+        handle: sys::cublasLtHandle_t,
+        product: &Product,
+    ) -> Result<Self, cudarc::cublaslt::result::CublasError> {
+        use sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
+        let (rows, outputs, inputs) = (
+            product.rows as u64,
+            product.outputs as u64,
+            product.inputs as u64,
+        );
+        let y_type = match product.output {
+            Output::Bf16 => CUDA_R_16BF,
+            Output::F32 | Output::AddF32 => CUDA_R_32F,
+        };
+        let operation = result::create_matmul_desc(CUBLAS_COMPUTE_32F, CUDA_R_32F)?;
+        let transposed = 1i32; // CUBLAS_OP_T
+        // SAFETY: fresh descriptors; attributes of the sizes that the interface states.
+        unsafe {
+            result::set_matmul_desc_attribute(
+                operation,
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                (&raw const transposed).cast(),
+                size_of_val(&transposed),
+            )?;
+            let w = result::create_matrix_layout(CUDA_R_16BF, inputs, outputs, inputs as i64)?;
+            let x = result::create_matrix_layout(CUDA_R_16BF, inputs, rows, inputs as i64)?;
+            let y = result::create_matrix_layout(y_type, outputs, rows, outputs as i64)?;
+            let preference = result::create_matmul_pref()?;
+            result::set_matmul_pref_attribute(
+                preference,
+                sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                (&raw const WORKSPACE_BYTES).cast(),
+                size_of::<usize>(),
+            )?;
+            let best = result::get_matmul_algo_heuristic(handle, operation, w, x, y, y, preference);
+            let _ = result::destroy_matmul_pref(preference);
+            Ok(Self {
+                operation,
+                w,
+                x,
+                y,
+                algorithm: best?.algo,
+            })
+        }
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made in `new`, destroyed once.
+        unsafe {
+            let _ = result::destroy_matmul_desc(self.operation);
+            for layout in [self.w, self.x, self.y] {
+                let _ = result::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
+fn failed(what: &str, error: &cudarc::cublaslt::result::CublasError) -> CudaError {
+    CudaError::Blas {
+        what: what.to_owned(),
+        detail: format!("{:?}", error.0),
+    }
+}

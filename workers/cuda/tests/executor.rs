@@ -1,0 +1,199 @@
+//! The acceptance tests of executors, on a GPU. They are ignored where `cargo test` runs, which need not have one;
+//! `tests/gpu.sh` runs them.
+
+use std::sync::Arc;
+
+use baton_cuda::{CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device, kv_geometry};
+use baton_engine::{Executor, SampleRequest, SampleState, SequenceStep, StepPlan};
+use baton_executor_tests::company::{BLOCK_TOKENS, BLOCKS, alone, sequences, together};
+use baton_executor_tests::families::{
+    broken_plans_are_refused, families, prompt_log_probabilities,
+};
+use baton_executor_tests::{
+    Build, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, tiny_families,
+};
+use baton_model::ModelDir;
+use baton_protocol::Sampling;
+
+/// As the CPU's: what BF16 activations cost these models' logits. One more rounding stands between the query-key-value
+/// product and the rotation.
+const ERROR_MAX: f64 = 0.1;
+
+fn build(build: Build<'_>, tokens: usize, sequences: usize) -> CudaExecutor {
+    let device = Device::open(0).unwrap_or_else(|error| panic!("{error}"));
+    let options = CudaOptions {
+        step_tokens_max: tokens,
+        step_sequences_max: sequences,
+    };
+    let model = CudaModel::load(&device, build.spec, build.weights, options)
+        .unwrap_or_else(|error| panic!("{error}"));
+    let kv = kv_geometry(build.spec, build.block_tokens);
+    let mut memory = CudaMemory::new(&device, build.blocks * kv.block_bytes()).expect("GPU memory");
+    memory.fill_bytes(0xff).expect("GPU memory"); // NaN: what is read and was not written shows
+    CudaExecutor::new(model, Arc::new(memory), kv).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn usual(b: Build<'_>) -> CudaExecutor {
+    build(b, STEP_TOKENS_MAX, STEP_SEQUENCES_MAX)
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_are_those_of_the_plain_decoder() {
+    families("cuda", ERROR_MAX, &|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
+    prompt_log_probabilities(ERROR_MAX, &|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn what_does_not_fit_is_refused_with_a_sentence() {
+    let tiny = Tiny::new(tiny_families().remove(0), 1);
+    let b = Build {
+        spec: &tiny.spec,
+        weights: &tiny,
+        block_tokens: 16,
+        blocks: 3,
+    };
+    broken_plans_are_refused(&mut build(b, 8, 2));
+    let error = Device::open(999).err().expect("refused").to_string();
+    assert!(error.contains("there is no GPU 999"), "{error}");
+}
+
+/// Other batch sizes take other roads through a product: the same within the rounding of BF16 activations.
+#[test]
+#[ignore = "needs a GPU"]
+fn logits_hardly_depend_on_the_company() {
+    for family in [1, 3, 5] {
+        let tiny = Tiny::new(tiny_families().remove(family), 9);
+        let sequences = sequences(tiny.spec.vocab);
+        let build = || {
+            usual(Build {
+                spec: &tiny.spec,
+                weights: &tiny,
+                block_tokens: BLOCK_TOKENS,
+                blocks: BLOCKS,
+            })
+        };
+        let expected = alone(&mut build(), &sequences);
+        let mut worst: f32 = 0.0;
+        for seed in 0..3 {
+            let found = together(&mut build(), &sequences, seed);
+            let again = together(&mut build(), &sequences, seed);
+            for (at, logits) in &found {
+                let bits = |l: &[f32]| l.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(
+                    bits(logits),
+                    bits(&again[at]),
+                    "the same steps give the same bits"
+                );
+                for (a, b) in logits.iter().zip(&expected[at]) {
+                    assert!(a.is_finite());
+                    worst = worst.max((a - b).abs());
+                }
+            }
+        }
+        println!(
+            "{} in company: logits differ by at most {worst:.4}",
+            tiny.spec.family
+        );
+        assert!(
+            f64::from(worst) < ERROR_MAX,
+            "{}: {worst}",
+            tiny.spec.family
+        );
+    }
+}
+
+/// The token that the GPU finds is the one that the sampling rules choose from its logits, whatever the rules.
+#[test]
+#[ignore = "needs a GPU"]
+fn tokens_are_those_of_the_sampling_rules() {
+    let tiny = Tiny::new(tiny_families().remove(1), 4);
+    let mut executor = usual(Build {
+        spec: &tiny.spec,
+        weights: &tiny,
+        block_tokens: 16,
+        blocks: 64,
+    });
+    let samplings = [
+        Sampling::default(),
+        Sampling {
+            temperature: 0.8,
+            top_p: 0.9,
+            seed: 7,
+            ..Sampling::default()
+        },
+        Sampling {
+            logprobs: Some(3),
+            ..Sampling::default()
+        },
+        Sampling {
+            logit_bias: vec![(5, 100.0)],
+            ..Sampling::default()
+        },
+    ];
+    let mut plan = StepPlan::default();
+    for s in 0..37u32 {
+        let sampling = samplings[s as usize % samplings.len()].clone();
+        plan.tokens.push(s * 3 % 150);
+        plan.blocks.push(s);
+        let at = s as usize;
+        plan.sequences.push(SequenceStep {
+            key: u64::from(s),
+            tokens: at..at + 1,
+            start: 0,
+            blocks: at..at + 1,
+            sample: Some(SampleRequest {
+                position: 1,
+                state: Arc::new(SampleState {
+                    sampling,
+                    ..SampleState::default()
+                }),
+                ban_stop_ids: false,
+            }),
+            targets: 0..0,
+            target_top: 0,
+        });
+    }
+    let found = executor.forward(&plan).expect("a step");
+    plan.want_logits = true;
+    let logits = executor.forward(&plan).expect("a step");
+    for ((found, with_logits), sequence) in found
+        .sequences
+        .iter()
+        .zip(&logits.sequences)
+        .zip(&plan.sequences)
+    {
+        let request = sequence.sample.as_ref().expect("asked for");
+        let chosen = baton_engine::sample(&mut with_logits.logits.clone(), request);
+        assert_eq!(found.sampled.as_ref(), Some(&chosen));
+        assert!(found.logits.is_empty());
+    }
+}
+
+/// Measured: see docs/cuda.md.
+const GOLDEN: golden::Limits = golden::Limits {
+    error_max: 0.8,
+    error_mean: 0.07,
+    margin: 0.15,
+};
+
+#[test]
+#[ignore = "needs a GPU and the test model"]
+fn teacher_forced_logits_are_those_of_transformers() {
+    let model = golden::model();
+    let dir = ModelDir::open(&model.path).expect("a prepared model");
+    let weights = dir.weights(0).expect("its weights");
+    let mut executor = usual(Build {
+        spec: dir.spec(),
+        weights: &weights,
+        block_tokens: golden::BLOCK_TOKENS,
+        blocks: golden::BLOCKS as usize,
+    });
+    golden::teacher_forced("cuda", &mut executor, 6, 64, &GOLDEN);
+}
