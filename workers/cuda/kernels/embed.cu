@@ -4,6 +4,7 @@
 // The angles are taken in f64, as on every other executor: position 100,000 in f32 is off by 0.01 already.
 //
 // kernel embed spill_bytes_max=0
+// kernel embed_scaled spill_bytes_max=0
 // kernel angles spill_bytes_max=0
 #include "scalar.cuh"
 
@@ -14,6 +15,28 @@ extern "C" __global__ void embed(float* x, const u16* table, const int* row_toke
     const u32* from = (const u32*)(table + (long long)row_token[blockIdx.x] * hidden);
     float2* to = (float2*)(x + (long long)blockIdx.x * hidden);
     for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) to[i] = f32x2_of(from[i]);
+}
+
+// The same for a chain of skinny products, which divide by the norm at their ends: z = bf16(x * gamma), and the row's sum of
+// squares in the first of its ceil(hidden / 128) places, zeros in the others. Grid: rows; 128 threads.
+extern "C" __global__ void embed_scaled(
+    float* x, u32* z, float* squares, const u16* table, const u32* gamma, const int* row_token, int hidden
+) {
+    __shared__ float scratch[32];
+    dependency_trigger();
+    dependency_wait();
+    const u32* from = (const u32*)(table + (long long)row_token[blockIdx.x] * hidden);
+    long long row = blockIdx.x;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) {
+        float2 v = f32x2_of(from[i]), g = f32x2_of(gamma[i]);
+        ((float2*)x)[row * (hidden / 2) + i] = v;
+        z[row * (hidden / 2) + i] = pack_bf16(v.x * g.x, v.y * g.y);
+        sum += v.x * v.x + v.y * v.y;
+    }
+    sum = block_sum(sum, scratch);
+    int places = (hidden + 127) / 128;
+    for (int i = threadIdx.x; i < places; i += blockDim.x) squares[row * places + i] = i == 0 ? sum : 0.0f;
 }
 
 // turns [rows][half] of (cosine, sine); frequencies [half]. Grid: rows.

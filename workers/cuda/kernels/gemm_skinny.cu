@@ -10,6 +10,11 @@
 // kernel gemm_skinny_residual spill_bytes_max=0
 // kernel gemm_skinny_swiglu spill_bytes_max=0
 // kernel gemm_skinny_logits spill_bytes_max=0
+// variant N_TILE=8 WEIGHT=0
+// variant N_TILE=64 WEIGHT=0
+// variant N_TILE=128 WEIGHT=0
+// variant N_TILE=8 WEIGHT=1
+// variant N_TILE=128 WEIGHT=2
 #include "gemm_skinny.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PORTABLE)

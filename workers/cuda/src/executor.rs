@@ -13,12 +13,7 @@ use crate::device::{Device, Pinned};
 use crate::error::CudaError;
 use crate::graph::Graph;
 use crate::model::{CudaModel, kv_geometry, padded_rows, rows_max};
-use crate::step::{StepAddresses, StepArrays, StepShape};
-
-/// Sizes of decode batches that are captured; others run as the next larger one.
-const BUCKETS: [usize; 20] = [
-    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512,
-];
+use crate::step::{DECODE_SIZES, StepAddresses, StepArrays, StepShape, decode_size};
 
 /// Threads that choose tokens by more than their logit. A row of 128,256 logits takes some 0.2 ms.
 const SAMPLING_THREADS_MAX: usize = 16;
@@ -73,15 +68,16 @@ impl CudaExecutor {
             step_tokens_max: options.step_tokens_max,
             kv: kv.clone(),
         };
+        let sequences = options.step_sequences_max;
         let attention = Attention::new(&device, &model.compiler, spec, memory, kv.clone())?;
         let rows = rows_max(options);
         let largest = StepShape {
             rows,
-            sequences: padded_rows(options.step_sequences_max),
-            wanted: rows + options.step_sequences_max + model.logits_rows(),
-            work: attention.work_max(rows, options.step_sequences_max),
+            sequences: decode_size(sequences),
+            wanted: rows + sequences + model.logits_rows(),
+            work: attention.work_max(rows, sequences),
         };
-        let entries = options.step_sequences_max * kv.blocks_for(spec.tokens_max);
+        let entries = sequences * kv.blocks_for(spec.tokens_max);
         let logits_rows = model.logits_rows();
         let mut executor = Self {
             arrays: StepArrays::new(&device, largest, entries)?,
@@ -113,14 +109,9 @@ impl CudaExecutor {
     /// Runs each decode size once without a sequence, so that everything is loaded and planned, and captures it.
     fn capture(&mut self) -> Result<(), CudaError> {
         let device = self.model.device.clone();
-        let largest = self.info.step_sequences_max;
-        let sizes = BUCKETS.iter().copied();
-        let up_to = sizes.clone().position(|size| size >= largest);
-        for size in sizes.take(up_to.map_or(BUCKETS.len(), |last| last + 1)) {
+        let largest = decode_size(self.info.step_sequences_max);
+        for size in DECODE_SIZES.into_iter().filter(|size| *size <= largest) {
             let shape = decode_shape(size);
-            if shape.rows > rows_max(self.model.options).min(self.model.logits_rows()) {
-                break;
-            }
             let (rows, kv) = (Rows::default(), self.info.kv.clone());
             let at = self.arrays.upload(shape, &rows, &[], &[], &kv)?;
             // SAFETY: rows without slots and sequences without tokens touch no block.
@@ -141,7 +132,7 @@ impl CudaExecutor {
         // SAFETY: the caller's promise.
         unsafe {
             self.model.layers(&self.attention, shape, at)?;
-            self.model.logits(at.wanted, shape.wanted)
+            self.model.all_logits(shape)
         }
     }
 
@@ -227,7 +218,7 @@ impl CudaExecutor {
             })
             .collect();
         let rows = self.logits.chunks_mut(vocab).zip(&mut answers);
-        let jobs: Vec<_> = wants.iter().zip(rows).zip(&on_host);
+        let jobs = wants.iter().zip(rows).zip(&on_host);
         let jobs: Vec<_> = jobs
             .filter(|(_, host)| **host)
             .map(|(job, _)| job)
@@ -281,7 +272,7 @@ fn is_argmax(want: &Want<'_>) -> bool {
         && sampling.logprobs.is_none()
         && sampling.logit_bias.is_empty()
         && state.counts.is_empty()
-        && !(*ban_stop_ids && !state.stop_token_ids.is_empty())
+        && (!ban_stop_ids || state.stop_token_ids.is_empty())
 }
 
 fn decode_shape(size: usize) -> StepShape {

@@ -38,6 +38,25 @@ impl Module {
         }))
     }
 
+    /// An `int[4]` of the module: what its file tells the host.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`] if there is none of that name.
+    pub fn constants(&self, name: &str) -> Result<[i32; 4], CudaError> {
+        let failed = |e| driver(&format!("reading the constants {name}"), e);
+        self.device.bind()?;
+        let c_name = CString::new(name).expect("constants' names are identifiers");
+        let mut out = [0; 4];
+        // SAFETY: a loaded module; the size is checked before the copy.
+        unsafe {
+            let (address, bytes) =
+                result::module::get_global(self.handle, c_name).map_err(failed)?;
+            assert_eq!(bytes, size_of_val(&out), "{name} is an int[4]");
+            result::memcpy_dtoh_sync(&mut out, address).map_err(failed)?;
+        }
+        Ok(out)
+    }
+
     /// A kernel of the module that uses up to this much dynamic shared memory.
     ///
     /// # Errors
@@ -109,6 +128,8 @@ pub struct Shape {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, in a row; 0 asks for none. Hopper and later.
+    pub cluster: u32,
     /// May start before the kernel before it has ended (programmatic dependent launch): the kernel waits for what it
     /// needs with `griddepcontrol.wait`. Ignored before Hopper.
     pub early: bool,
@@ -126,6 +147,7 @@ impl Shape {
             grid: (x as u32, y as u32, 1),
             threads,
             shared_bytes: 0,
+            cluster: 0,
             early: false,
         }
     }
@@ -134,6 +156,14 @@ impl Shape {
     pub fn shared(self, shared_bytes: u32) -> Self {
         Self {
             shared_bytes,
+            ..self
+        }
+    }
+
+    /// In clusters of this many blocks.
+    pub fn cluster(self, blocks: usize) -> Self {
+        Self {
+            cluster: blocks as u32,
             ..self
         }
     }
@@ -157,14 +187,33 @@ impl Kernel {
     /// The arguments are the kernel's, in number, order and type, and what they point to is as it expects.
     pub unsafe fn launch(&self, shape: Shape, args: &mut [*mut c_void]) -> Result<(), CudaError> {
         let device = &self.module.device;
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        use sys::CUlaunchAttributeID as Id;
+        let attribute = |id, value| sys::CUlaunchAttribute {
+            id,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
+            value,
+        };
+        let early = sys::CUlaunchAttributeValue {
+            programmaticStreamSerializationAllowed: 1,
+        };
+        let cluster = sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: shape.cluster,
+                y: 1,
+                z: 1,
             },
         };
-        let early = shape.early && device.capability() >= (9, 0);
+        let mut attributes = [
+            attribute(
+                Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                early,
+            ),
+            attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster),
+        ];
+        let hopper = device.capability() >= (9, 0);
+        let first = usize::from(!(shape.early && hopper));
+        let last = 1 + usize::from(shape.cluster > 0 && hopper);
+        let chosen = &mut attributes[first..last.max(first)];
         let config = sys::CUlaunchConfig {
             gridDimX: shape.grid.0,
             gridDimY: shape.grid.1,
@@ -174,8 +223,8 @@ impl Kernel {
             blockDimZ: 1,
             sharedMemBytes: shape.shared_bytes,
             hStream: device.stream(),
-            attrs: &mut attribute,
-            numAttrs: u32::from(early),
+            attrs: chosen.as_mut_ptr(),
+            numAttrs: chosen.len() as u32,
         };
         // SAFETY: the caller's promise; config and arguments outlive the call.
         unsafe {

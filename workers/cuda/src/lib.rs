@@ -26,8 +26,10 @@ mod graph;
 mod kernel;
 mod libraries;
 mod model;
+mod skinny;
 pub mod sources;
 mod step;
+mod tensor_map;
 mod weights;
 
 pub use compile::{Compiler, Cubin};

@@ -13,8 +13,9 @@ use crate::error::CudaError;
 use crate::gemm::{Blas, Output, Product};
 use crate::kernel::{Kernel, Module, Shape};
 use crate::launch;
+use crate::skinny::{self, Activations, End, Matrix, Norm, Skinny};
 use crate::sources;
-use crate::step::{StepAddresses, StepShape};
+use crate::step::{StepAddresses, StepShape, decode_size};
 use crate::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 
 /// How large the steps of a model may be.
@@ -47,12 +48,15 @@ pub struct CudaModel {
     weights: ModelWeights,
     kernels: Kernels,
     blas: Blas,
+    /// Products of steps of few rows, if the sizes allow.
+    skinny: Option<Skinny>,
     buffers: Buffers,
 }
 
 /// Kernels of every step.
 struct Kernels {
     embed: Kernel,
+    embed_scaled: Kernel,
     angles: Kernel,
     rms_norm: Kernel,
     rope: Kernel,
@@ -71,6 +75,12 @@ struct Buffers {
     attended: Buffer<u16>,
     gate_up: Buffer<u16>,
     inner: Buffer<u16>,
+    /// `normed`, `attended` and `inner` as few rows are multiplied.
+    skinny_normed: Activations,
+    skinny_attended: Activations,
+    skinny_inner: Activations,
+    /// Sums of squares of the residual stream, `[rows][ceil(hidden / 128)]`.
+    squares: Buffer<f32>,
     /// Cosines and sines, `[rows][head_dim / 2][2]`.
     turns: Buffer<f32>,
     frequencies: Buffer<f64>,
@@ -99,6 +109,10 @@ impl CudaModel {
         let compiler = Compiler::for_capability(device.capability())?;
         let kernels = Kernels::load(device, &compiler, spec)?;
         let blas = Blas::new(device)?;
+        let skinny = match takes_skinny(spec) {
+            true => Some(Skinny::new(device, &compiler, rows_max(options))?),
+            false => None,
+        };
         let weights = ModelWeights::load(device, spec, source)?;
         let buffers = Buffers::new(device, spec, options)?;
         Ok(Self {
@@ -109,6 +123,7 @@ impl CudaModel {
             weights,
             kernels,
             blas,
+            skinny,
             buffers,
         })
     }
@@ -150,27 +165,47 @@ impl CudaModel {
     ) -> Result<(), CudaError> {
         let (k, b, hidden) = (&self.kernels, &self.buffers, self.spec.hidden as i32);
         let half = (self.spec.head_dim / 2) as i32;
-        let rows = Shape::row(shape.rows, 128);
-        let table = self.weights.embedding.at(0);
+        let rows = Shape::row(shape.rows, 128).early();
+        let table = self.weights.embedding.buffer.at(0);
+        let few = self.skinny.is_some() && shape.rows <= skinny::ROWS_MAX;
         // SAFETY: the kernels' arguments, by their files; buffers hold the shape's rows.
         unsafe {
-            launch!(k.embed, rows, b.x.at(0), table, at.row_token, hidden)?;
-            launch!(
-                k.angles,
-                rows,
-                b.turns.at(0),
-                b.frequencies.at(0),
-                at.row_position,
-                half
-            )?;
+            let (turns, frequencies) = (b.turns.at(0), b.frequencies.at(0));
+            launch!(k.angles, rows, turns, frequencies, at.row_position, half)?;
+            if few {
+                let gamma = self.weights.layers[0].attention_norm.at(0);
+                let (x, z, squares) = (b.x.at(0), b.normed.at(0), b.squares.at(0));
+                let token = at.row_token;
+                launch!(
+                    k.embed_scaled,
+                    rows,
+                    x,
+                    z,
+                    squares,
+                    table,
+                    gamma,
+                    token,
+                    hidden
+                )?;
+            } else {
+                launch!(k.embed, rows, b.x.at(0), table, at.row_token, hidden)?;
+            }
             for layer in 0..self.spec.layers {
-                self.layer(layer, attention, shape, at)?;
+                if few {
+                    self.layer_of_few(layer, attention, shape, at)?;
+                } else {
+                    self.layer_of_many(layer, attention, shape, at)?;
+                }
             }
         }
         Ok(())
     }
 
-    unsafe fn layer(
+    /// A layer through cuBLASLt.
+    ///
+    /// # Safety
+    /// As [`Self::layers`].
+    unsafe fn layer_of_many(
         &mut self,
         index: usize,
         attention: &Attention,
@@ -185,23 +220,16 @@ impl CudaModel {
             buffers: b,
             ..
         } = self;
-        let layer: &LayerWeights = &weights.layers[index];
-        let (hidden, inner, rows) = (spec.hidden, spec.intermediate, shape.rows);
-        let (heads, kv_heads, dim) = (spec.heads, spec.kv_heads, spec.head_dim);
-        let all = (heads + 2 * kv_heads) * dim;
-        let address = |buffer: &Option<Buffer<u8>>| buffer.as_ref().map_or(0, |b| b.at(0));
-        let (q_norm, k_norm) = layer
-            .qk_norm
-            .as_ref()
-            .map_or((0, 0), |(q, k)| (q.at(0), k.at(0)));
-        let mut multiply = |x, w: &Buffer<u8>, y, outputs, inputs, output| {
+        let layer = &weights.layers[index];
+        let rows = shape.rows;
+        let mut multiply = |x, w: &Matrix, y, output| {
             let product = Product {
                 x,
-                w: w.at(0),
+                w: w.buffer.at(0),
                 y,
                 rows,
-                outputs,
-                inputs,
+                outputs: w.outputs,
+                inputs: w.inputs,
                 output,
             };
             // SAFETY: weights as loaded, activations of this many rows.
@@ -212,50 +240,15 @@ impl CudaModel {
             unsafe { rms_norm(kernels, spec, b, weight, 0, rows) }
         };
         let (x, normed) = (b.x.at(0), b.normed.at(0));
-
         norm(&layer.attention_norm)?;
-        multiply(normed, &layer.qkv, b.qkv.at(0), all, hidden, Output::Bf16)?;
-        let rope = Shape::plane((heads + 2 * kv_heads).div_ceil(4), rows, 128).early();
+        multiply(normed, &layer.qkv, b.qkv.at(0), Output::Bf16)?;
+        let bias = layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0));
         // SAFETY: as `layers`.
-        unsafe {
-            launch!(
-                kernels.rope,
-                rope,
-                b.qkv.at(0),
-                address(&layer.qkv_bias),
-                q_norm,
-                k_norm,
-                spec.rms_eps,
-                b.turns.at(0),
-                at.row_slot,
-                b.q.at(0),
-                attention.arena(),
-                heads as i32,
-                kv_heads as i32,
-                spec.layers as i32,
-                index as i32,
-                attention.block_tokens() as i32,
-            )?;
-            attention.launch(index, shape, at, b.q.at(0), b.attended.at(0))?;
-        }
-        multiply(
-            b.attended.at(0),
-            &layer.output,
-            x,
-            hidden,
-            heads * dim,
-            Output::AddF32,
-        )?;
+        unsafe { attend(kernels, spec, b, layer, bias, index, attention, shape, at)? };
+        multiply(b.attended.at(0), &layer.output, x, Output::AddF32)?;
         norm(&layer.mlp_norm)?;
-        multiply(
-            normed,
-            &layer.gate_up,
-            b.gate_up.at(0),
-            2 * inner,
-            hidden,
-            Output::Bf16,
-        )?;
-        let count = rows * inner;
+        multiply(normed, &layer.gate_up, b.gate_up.at(0), Output::Bf16)?;
+        let count = rows * spec.intermediate;
         let swiglu = Shape::row((count / 8).div_ceil(256), 256).early();
         // SAFETY: as `layers`.
         unsafe {
@@ -267,7 +260,85 @@ impl CudaModel {
                 count as i64
             )?;
         }
-        multiply(b.inner.at(0), &layer.down, x, hidden, inner, Output::AddF32)
+        multiply(b.inner.at(0), &layer.down, x, Output::AddF32)
+    }
+
+    /// A layer whose products are bound by reading the weights: norms, SwiGLU and the residual stream are in their ends.
+    ///
+    /// # Safety
+    /// As [`Self::layers`], and there is a [`Skinny`].
+    unsafe fn layer_of_few(
+        &self,
+        index: usize,
+        attention: &Attention,
+        shape: StepShape,
+        at: &StepAddresses,
+    ) -> Result<(), CudaError> {
+        let (spec, b, weights) = (&self.spec, &self.buffers, &self.weights);
+        let skinny = self.skinny.as_ref().expect("the caller has looked");
+        let layer = &weights.layers[index];
+        let (rows, squares) = (shape.rows, b.squares.at(0));
+        let norm = Some(Norm {
+            squares,
+            eps: spec.rms_eps,
+        });
+        let residual = |gamma: &Buffer<u8>| End::Residual {
+            residual: b.x.at(0),
+            gamma: gamma.at(0),
+            z: b.normed.at(0),
+            squares,
+        };
+        let next = weights.layers.get(index + 1);
+        let next = next.map_or(&weights.norm, |next| &next.attention_norm);
+        let qkv = End::Store {
+            y: b.qkv.at(0),
+            bias: layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0)),
+        };
+        let swiglu = End::SwiGlu { y: b.inner.at(0) };
+        // SAFETY: as `layers`; weights as loaded.
+        unsafe {
+            skinny.multiply(&layer.qkv, &b.skinny_normed, rows, norm, qkv)?;
+            attend(
+                &self.kernels,
+                spec,
+                b,
+                layer,
+                0,
+                index,
+                attention,
+                shape,
+                at,
+            )?;
+            let end = residual(&layer.mlp_norm);
+            skinny.multiply(&layer.output, &b.skinny_attended, rows, None, end)?;
+            skinny.multiply(&layer.gate_up, &b.skinny_normed, rows, norm, swiglu)?;
+            skinny.multiply(&layer.down, &b.skinny_inner, rows, None, residual(next))
+        }
+    }
+
+    /// Logits of all rows of a step, in order, and the best token of each.
+    ///
+    /// # Safety
+    /// [`Self::layers`] has run the step.
+    pub(crate) unsafe fn all_logits(&mut self, shape: StepShape) -> Result<(), CudaError> {
+        let (b, rows) = (&self.buffers, shape.rows);
+        match &self.skinny {
+            Some(skinny) if rows <= skinny::ROWS_MAX => {
+                let norm = Norm {
+                    squares: b.squares.at(0),
+                    eps: self.spec.rms_eps,
+                };
+                let (head, x) = (self.weights.lm_head(), &b.skinny_normed);
+                let end = End::Logits { y: b.logits.at(0) };
+                // SAFETY: the last layer has left z and the squares; buffers hold the rows.
+                unsafe {
+                    skinny.multiply(head, x, rows, Some(norm), end)?;
+                    self.argmax(rows)
+                }
+            }
+            // SAFETY: null chooses every row.
+            _ => unsafe { self.logits(0, rows) },
+        }
     }
 
     /// Logits of `rows` wanted rows, and the best token of each.
@@ -279,23 +350,40 @@ impl CudaModel {
         wanted: CUdeviceptr,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let (k, b, vocab) = (&self.kernels, &self.buffers, self.spec.vocab);
+        let b = &self.buffers;
         let product = Product {
             x: b.normed.at(0),
-            w: self.weights.lm_head().at(0),
+            w: self.weights.lm_head().buffer.at(0),
             y: b.logits.at(0),
             rows,
-            outputs: vocab,
+            outputs: self.spec.vocab,
             inputs: self.spec.hidden,
             output: Output::F32,
         };
-        let shape = Shape::plane(ARGMAX_PARTS, rows, 256).early();
-        // SAFETY: the kernels' arguments, by their files; buffers hold this many rows.
+        // SAFETY: buffers hold this many rows.
         unsafe {
-            rms_norm(k, &self.spec, b, &self.weights.norm, wanted, rows)?;
+            rms_norm(
+                &self.kernels,
+                &self.spec,
+                b,
+                &self.weights.norm,
+                wanted,
+                rows,
+            )?;
             self.blas.multiply(&product)?;
+            self.argmax(rows)
+        }
+    }
+
+    /// # Safety
+    /// There are logits of this many rows.
+    unsafe fn argmax(&self, rows: usize) -> Result<(), CudaError> {
+        let (b, vocab) = (&self.buffers, self.spec.vocab);
+        let shape = Shape::plane(ARGMAX_PARTS, rows, 256).early();
+        // SAFETY: the kernel's arguments, by its file.
+        unsafe {
             launch!(
-                k.argmax,
+                self.kernels.argmax,
                 shape,
                 b.best.at(0),
                 b.logits.at(0),
@@ -305,6 +393,49 @@ impl CudaModel {
                 b.best_arrived.at(0),
             )
         }
+    }
+}
+
+/// From the query-key-value product to attention's output.
+///
+/// # Safety
+/// As [`CudaModel::layers`].
+unsafe fn attend(
+    kernels: &Kernels,
+    spec: &ModelSpec,
+    b: &Buffers,
+    layer: &LayerWeights,
+    bias: CUdeviceptr,
+    index: usize,
+    attention: &Attention,
+    shape: StepShape,
+    at: &StepAddresses,
+) -> Result<(), CudaError> {
+    let norms = layer.qk_norm.as_ref();
+    let (q_norm, k_norm) = norms.map_or((0, 0), |(q, k)| (q.at(0), k.at(0)));
+    let heads = spec.heads + 2 * spec.kv_heads;
+    let rope = Shape::plane(heads.div_ceil(4), shape.rows, 128).early();
+    // SAFETY: the kernels' arguments, by their files.
+    unsafe {
+        launch!(
+            kernels.rope,
+            rope,
+            b.qkv.at(0),
+            bias,
+            q_norm,
+            k_norm,
+            spec.rms_eps,
+            b.turns.at(0),
+            at.row_slot,
+            b.q.at(0),
+            attention.arena(),
+            spec.heads as i32,
+            spec.kv_heads as i32,
+            spec.layers as i32,
+            index as i32,
+            attention.block_tokens() as i32,
+        )?;
+        attention.launch(index, shape, at, b.q.at(0), b.attended.at(0))
     }
 }
 
@@ -351,6 +482,7 @@ impl Kernels {
         Ok(Self {
             angles: embed.kernel("angles", 0)?,
             embed: embed.kernel("embed", 0)?,
+            embed_scaled: embed.kernel("embed_scaled", 0)?,
             rms_norm: module(&sources::RMS_NORM, &[])?.kernel("rms_norm", 0)?,
             rope: module(&sources::ROPE, &head_dim)?.kernel("rope", 0)?,
             swiglu: module(&sources::SWIGLU, &[])?.kernel("swiglu", 0)?,
@@ -370,14 +502,24 @@ impl Buffers {
         let (heads, dim) = (spec.heads, spec.head_dim);
         let frequencies = spec.rope.inverse_frequencies(dim);
         let numbers = |width: usize| Buffer::<u16>::zeroed(device, rows * width, "activations");
+        let normed = Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?;
+        let (attended, inner) = (numbers(heads * dim)?, numbers(spec.intermediate)?);
+        let skinny = |buffer: &Buffer<u16>, width| match takes_skinny(spec) {
+            true => Activations::new(device, buffer.at(0), rows, width),
+            false => Ok(Activations::default()),
+        };
         Ok(Self {
             x: Buffer::zeroed(device, rows * spec.hidden, "activations")?,
-            normed: Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?,
+            skinny_normed: skinny(&normed, spec.hidden)?,
+            skinny_attended: skinny(&attended, heads * dim)?,
+            skinny_inner: skinny(&inner, spec.intermediate)?,
+            squares: Buffer::zeroed(device, rows * spec.hidden.div_ceil(128), "activations")?,
+            normed,
             qkv: numbers((heads + 2 * spec.kv_heads) * dim)?,
             q: numbers(heads * dim)?,
-            attended: numbers(heads * dim)?,
+            attended,
             gate_up: numbers(2 * spec.intermediate)?,
-            inner: numbers(spec.intermediate)?,
+            inner,
             turns: Buffer::zeroed(device, rows * dim, "activations")?,
             frequencies: Buffer::of(device, &frequencies, "rotary frequencies")?,
             logits: Buffer::zeroed(device, logits_rows * spec.vocab, "logits")?,
@@ -399,12 +541,26 @@ pub(crate) fn padded_rows(rows: usize) -> usize {
 
 /// Rows of the largest step.
 pub(crate) fn rows_max(options: CudaOptions) -> usize {
-    padded_rows(options.step_tokens_max.max(options.step_sequences_max))
+    padded_rows(
+        options
+            .step_tokens_max
+            .max(decode_size(options.step_sequences_max)),
+    )
 }
 
 /// A decode step takes its logits at once; prompt log-probabilities take more in turns.
 fn logits_rows(options: CudaOptions) -> usize {
-    padded_rows(options.step_sequences_max).max(64)
+    padded_rows(decode_size(options.step_sequences_max)).max(64)
+}
+
+/// Whether every product of a layer can go the way of few rows.
+fn takes_skinny(spec: &ModelSpec) -> bool {
+    let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+    let (hidden, inner) = (spec.hidden, spec.intermediate);
+    Skinny::takes(hidden, q + 2 * kv)
+        && Skinny::takes(q, hidden)
+        && Skinny::takes(hidden, 2 * inner)
+        && Skinny::takes(inner, hidden)
 }
 
 fn check(spec: &ModelSpec) -> Result<(), CudaError> {

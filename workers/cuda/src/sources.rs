@@ -26,9 +26,21 @@ source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
 source!(ARGMAX, "argmax.cu");
 source!(ATTENTION_PLAIN, "attention_plain.cu");
+source!(GEMM_SKINNY, "gemm_skinny.cu");
+
+macro_rules! headers {
+    ($($file:literal),* $(,)?) => {
+        &[$(($file, include_str!(concat!("../kernels/", $file)))),*]
+    };
+}
 
 /// What kernel files include.
-pub const HEADERS: &[(&str, &str)] = &[
-    ("common.cuh", include_str!("../kernels/common.cuh")),
-    ("scalar.cuh", include_str!("../kernels/scalar.cuh")),
+pub const HEADERS: &[(&str, &str)] = headers![
+    "common.cuh",
+    "gemm_ampere.cuh",
+    "gemm_epilogue.cuh",
+    "gemm_hopper.cuh",
+    "gemm_skinny.cuh",
+    "scalar.cuh",
+    "wgmma.cuh",
 ];

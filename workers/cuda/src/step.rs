@@ -15,6 +15,17 @@ use crate::error::CudaError;
 /// Words of the header: rows, sequences, wanted rows, work units of prefill attention.
 const HEADER: usize = 8;
 
+/// Sizes of decode batches that are captured; others run as the next larger one.
+pub const DECODE_SIZES: [usize; 20] = [
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512,
+];
+
+/// The size that a decode batch runs as: the next of [`DECODE_SIZES`], or its own beyond them.
+pub fn decode_size(sequences: usize) -> usize {
+    let size = DECODE_SIZES.iter().find(|size| **size >= sequences);
+    size.copied().unwrap_or(sequences)
+}
+
 /// The arrays of a step, on both sides.
 pub struct StepArrays {
     host: Pinned<i32>,

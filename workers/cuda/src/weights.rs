@@ -6,6 +6,7 @@ use baton_model::{ModelSpec, TensorSource, names};
 
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
+use crate::skinny::Matrix;
 
 /// Rows of gate, then as many of up, and so on: what SwiGLU reads together lies together.
 pub const GATE_UP_ROWS: usize = 8;
@@ -13,13 +14,13 @@ pub const GATE_UP_ROWS: usize = 8;
 /// All weights of a model. Numbers are BF16, kept as bytes.
 pub struct ModelWeights {
     /// `[vocab][hidden]`.
-    pub embedding: Buffer<u8>,
+    pub embedding: Matrix,
     /// The decoder layers.
     pub layers: Vec<LayerWeights>,
     /// `[hidden]`.
     pub norm: Buffer<u8>,
     /// `[vocab][hidden]`; `None` if the embedding is it.
-    lm_head: Option<Buffer<u8>>,
+    lm_head: Option<Matrix>,
 }
 
 /// One decoder layer.
@@ -27,19 +28,19 @@ pub struct LayerWeights {
     /// `[hidden]`.
     pub attention_norm: Buffer<u8>,
     /// Queries, keys and values: `[(heads + 2 kv_heads) * head_dim][hidden]`.
-    pub qkv: Buffer<u8>,
+    pub qkv: Matrix,
     /// Their biases (Qwen2).
     pub qkv_bias: Option<Buffer<u8>>,
     /// Norms of queries and keys per head, `[head_dim]` each (Qwen3).
     pub qk_norm: Option<(Buffer<u8>, Buffer<u8>)>,
     /// `[hidden][heads * head_dim]`.
-    pub output: Buffer<u8>,
+    pub output: Matrix,
     /// `[hidden]`.
     pub mlp_norm: Buffer<u8>,
     /// `[2 * intermediate][hidden]`, [`GATE_UP_ROWS`] of gate and of up in turn.
-    pub gate_up: Buffer<u8>,
+    pub gate_up: Matrix,
     /// `[hidden][intermediate]`.
-    pub down: Buffer<u8>,
+    pub down: Matrix,
 }
 
 impl ModelWeights {
@@ -54,7 +55,7 @@ impl ModelWeights {
     ) -> Result<Self, CudaError> {
         let loader = Loader { device, source };
         let (vocab, hidden) = (spec.vocab, spec.hidden);
-        let head = |name| loader.one(name, &[vocab, hidden]);
+        let head = |name| loader.matrix(loader.one(name, &[vocab, hidden])?, vocab, hidden);
         Ok(Self {
             embedding: head(names::EMBED)?,
             layers: (0..spec.layers)
@@ -69,15 +70,16 @@ impl ModelWeights {
     }
 
     /// The output projection.
-    pub fn lm_head(&self) -> &Buffer<u8> {
+    pub fn lm_head(&self) -> &Matrix {
         self.lm_head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// Bytes that a step of one row reads: every matrix but the embedding.
     pub fn streamed_bytes(&self) -> usize {
         let layers = self.layers.iter();
-        let layers = layers.map(|l| l.qkv.len() + l.output.len() + l.gate_up.len() + l.down.len());
-        layers.sum::<usize>() + self.lm_head().len()
+        let matrices = layers.flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down]);
+        let matrices = matrices.chain([self.lm_head()]);
+        matrices.map(|matrix| matrix.buffer.len()).sum()
     }
 }
 
@@ -97,7 +99,11 @@ impl LayerWeights {
         let up = loader.bytes(&name(names::UP), &[inner, hidden])?;
         Ok(Self {
             attention_norm: loader.one(&name(names::ATTN_NORM), &[hidden])?,
-            qkv: side_by_side([names::Q, names::K, names::V], &[hidden])?,
+            qkv: loader.matrix(
+                side_by_side([names::Q, names::K, names::V], &[hidden])?,
+                q + 2 * kv,
+                hidden,
+            )?,
             qkv_bias: match spec.qkv_bias {
                 true => Some(side_by_side(
                     [names::Q_BIAS, names::K_BIAS, names::V_BIAS],
@@ -112,14 +118,22 @@ impl LayerWeights {
                 )),
                 false => None,
             },
-            output: loader.one(&name(names::O), &[hidden, q])?,
+            output: loader.matrix(loader.one(&name(names::O), &[hidden, q])?, hidden, q)?,
             mlp_norm: loader.one(&name(names::MLP_NORM), &[hidden])?,
-            gate_up: Buffer::of(
-                loader.device,
-                &in_turn(gate, up, GATE_UP_ROWS * hidden * 2),
-                &name("mlp.gate_proj and up_proj"),
+            gate_up: loader.matrix(
+                Buffer::of(
+                    loader.device,
+                    &in_turn(gate, up, GATE_UP_ROWS * hidden * 2),
+                    &name("mlp.gate_proj and up_proj"),
+                )?,
+                2 * inner,
+                hidden,
             )?,
-            down: loader.one(&name(names::DOWN), &[hidden, inner])?,
+            down: loader.matrix(
+                loader.one(&name(names::DOWN), &[hidden, inner])?,
+                hidden,
+                inner,
+            )?,
         })
     }
 }
@@ -151,6 +165,15 @@ impl<'a> Loader<'a> {
 
     fn one(&self, name: &str, shape: &[usize]) -> Result<Buffer<u8>, CudaError> {
         Buffer::of(self.device, self.bytes(name, shape)?, name)
+    }
+
+    fn matrix(
+        &self,
+        buffer: Buffer<u8>,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<Matrix, CudaError> {
+        Matrix::new(self.device, buffer, outputs, inputs)
     }
 
     fn joined(&self, parts: &[(String, &[u8])]) -> Result<Buffer<u8>, CudaError> {

@@ -1,0 +1,309 @@
+//! Products of a few rows, bound by reading the weights once: `kernels/gemm_skinny.cu` and how it is launched
+//! (`docs/cuda-gemm.md`).
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUdeviceptr;
+
+use crate::compile::Compiler;
+use crate::device::{Buffer, Device};
+use crate::error::CudaError;
+use crate::kernel::{Kernel, Module, Shape};
+use crate::launch;
+use crate::sources;
+use crate::tensor_map::{Piece, TensorMap};
+
+/// Rows that one variant of the kernel handles; a step takes the least that has room.
+const ROW_TILES: [usize; 8] = [8, 16, 24, 32, 48, 64, 96, 128];
+
+/// Most rows of a step that goes this way.
+pub const ROWS_MAX: usize = 128;
+
+/// The variants, for one device.
+pub struct Skinny {
+    multiprocessors: usize,
+    /// Hopper's road: TMA, wgmma and clusters.
+    clusters: bool,
+    variants: Vec<Variant>,
+}
+
+struct Variant {
+    rows: usize,
+    /// Outputs of a tile.
+    outputs: usize,
+    threads: u32,
+    shared_bytes: u32,
+    store: Kernel,
+    residual: Kernel,
+    swiglu: Kernel,
+    logits: Kernel,
+}
+
+/// Weights `[outputs][inputs]` in BF16.
+pub struct Matrix {
+    /// Their bytes.
+    pub buffer: Buffer<u8>,
+    /// Rows.
+    pub outputs: usize,
+    /// Columns.
+    pub inputs: usize,
+    map: TensorMap,
+}
+
+/// Rows of activations `[rows][inputs]` in BF16, as each variant copies them.
+#[derive(Default)]
+pub struct Activations {
+    address: CUdeviceptr,
+    maps: Vec<TensorMap>,
+}
+
+/// What x is before it is multiplied: a row of z = residual * gamma, whose norm is still to be divided by.
+#[derive(Clone, Copy)]
+pub struct Norm {
+    /// Sums of squares of the residual rows, `[rows][ceil(inputs / 128)]`.
+    pub squares: CUdeviceptr,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// What becomes of the product.
+pub enum End {
+    /// BF16, plus a bias or none (null).
+    Store {
+        /// `[rows][outputs]`.
+        y: CUdeviceptr,
+        /// `[outputs]`, or null.
+        bias: CUdeviceptr,
+    },
+    /// Added to the residual stream; what the next norm begins with is left beside it.
+    Residual {
+        /// f32 `[rows][outputs]`.
+        residual: CUdeviceptr,
+        /// The next norm's weight, `[outputs]`.
+        gamma: CUdeviceptr,
+        /// BF16 `[rows][outputs]`: the new residual times gamma.
+        z: CUdeviceptr,
+        /// `[rows][ceil(outputs / 128)]`: sums of squares of the new residual.
+        squares: CUdeviceptr,
+    },
+    /// SwiGLU of outputs that come as 8 of gate, 8 of up: BF16 `[rows][outputs / 2]`.
+    SwiGlu {
+        /// Where to.
+        y: CUdeviceptr,
+    },
+    /// f32 `[rows][outputs]`.
+    Logits {
+        /// Where to.
+        y: CUdeviceptr,
+    },
+}
+
+/// The kernel's one parameter; `gemm_skinny.cuh` has the same.
+#[repr(C, align(64))]
+struct Parameters {
+    w_map: TensorMap,
+    x_map: TensorMap,
+    w: u64,
+    x: u64,
+    w_scale: u64,
+    bias: u64,
+    x_ssq: u64,
+    gamma: u64,
+    y: u64,
+    residual: u64,
+    y_ssq: u64,
+    partial: u64,
+    arrivals: u64,
+    out: i32,
+    k: i32,
+    rows: i32,
+    x_ssq_tiles: i32,
+    eps: f32,
+}
+
+impl Matrix {
+    /// Describes weights that are on the GPU.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn new(
+        device: &Device,
+        buffer: Buffer<u8>,
+        outputs: usize,
+        inputs: usize,
+    ) -> Result<Self, CudaError> {
+        assert_eq!(buffer.len(), outputs * inputs * 2);
+        Ok(Self {
+            map: map(device, buffer.at(0), outputs, inputs, 128)?,
+            buffer,
+            outputs,
+            inputs,
+        })
+    }
+}
+
+impl Activations {
+    /// Describes `[rows][inputs]` at an address.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn new(
+        device: &Device,
+        address: CUdeviceptr,
+        rows: usize,
+        inputs: usize,
+    ) -> Result<Self, CudaError> {
+        let maps = ROW_TILES.iter();
+        let maps = maps.map(|tile| map(device, address, rows, inputs, *tile));
+        Ok(Self {
+            address,
+            maps: maps.collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+fn map(
+    device: &Device,
+    address: CUdeviceptr,
+    rows: usize,
+    columns: usize,
+    box_rows: usize,
+) -> Result<TensorMap, CudaError> {
+    if device.capability() != (9, 0) || !columns.is_multiple_of(8) {
+        return Ok(TensorMap::NONE);
+    }
+    let piece = Piece {
+        columns: 64,
+        rows: box_rows as u32,
+        far: false,
+    };
+    TensorMap::new(address, rows, columns, piece)
+}
+
+impl Skinny {
+    /// Whether products of these sizes can go this way.
+    pub fn takes(inputs: usize, outputs: usize) -> bool {
+        inputs.is_multiple_of(8) && outputs.is_multiple_of(8)
+    }
+
+    /// Compiles the variants that steps of up to `rows` rows need.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn new(device: &Arc<Device>, compiler: &Compiler, rows: usize) -> Result<Self, CudaError> {
+        let last = ROW_TILES.iter().position(|tile| *tile >= rows);
+        let tiles = &ROW_TILES[..last.map_or(ROW_TILES.len(), |last| last + 1)];
+        let variants = tiles.iter().map(|tile| {
+            let defines = [format!("N_TILE={tile}"), "WEIGHT=0".to_owned()];
+            let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
+            let [outputs, rows, threads, shared] = module.constants("gemm_skinny_shape")?;
+            let kernel = |name: &str| module.kernel(&format!("gemm_skinny_{name}"), shared as u32);
+            Ok(Variant {
+                rows: rows as usize,
+                outputs: outputs as usize,
+                threads: threads as u32,
+                shared_bytes: shared as u32,
+                store: kernel("store")?,
+                residual: kernel("residual")?,
+                swiglu: kernel("swiglu")?,
+                logits: kernel("logits")?,
+            })
+        });
+        Ok(Self {
+            multiprocessors: device.multiprocessors() as usize,
+            clusters: device.capability() == (9, 0),
+            variants: variants.collect::<Result<_, CudaError>>()?,
+        })
+    }
+
+    /// y = end(x · wᵀ) for `rows` rows.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    ///
+    /// # Safety
+    /// Every address holds what its name says, in the sizes of `w` and `rows`.
+    pub unsafe fn multiply(
+        &self,
+        w: &Matrix,
+        x: &Activations,
+        rows: usize,
+        norm: Option<Norm>,
+        end: End,
+    ) -> Result<(), CudaError> {
+        let at = self.variants.iter().position(|v| v.rows >= rows);
+        let at = at.expect("the caller keeps to ROWS_MAX");
+        let variant = &self.variants[at];
+        let mut p = Parameters {
+            w_map: w.map,
+            x_map: x.maps[at],
+            w: w.buffer.at(0),
+            x: x.address,
+            w_scale: 0,
+            bias: 0,
+            x_ssq: norm.map_or(0, |norm| norm.squares),
+            gamma: 0,
+            y: 0,
+            residual: 0,
+            y_ssq: 0,
+            partial: 0,
+            arrivals: 0,
+            out: w.outputs as i32,
+            k: w.inputs as i32,
+            rows: rows as i32,
+            x_ssq_tiles: w.inputs.div_ceil(128) as i32,
+            eps: norm.map_or(0.0, |norm| norm.eps),
+        };
+        let kernel = match end {
+            End::Store { y, bias } => {
+                (p.y, p.bias) = (y, bias);
+                &variant.store
+            }
+            End::Residual {
+                residual,
+                gamma,
+                z,
+                squares,
+            } => {
+                (p.residual, p.gamma, p.y, p.y_ssq) = (residual, gamma, z, squares);
+                &variant.residual
+            }
+            End::SwiGlu { y } => {
+                p.y = y;
+                &variant.swiglu
+            }
+            End::Logits { y } => {
+                p.y = y;
+                &variant.logits
+            }
+        };
+        let shape = self.shape(variant, w);
+        // SAFETY: the caller's promise, and the parameter is the kernel's.
+        unsafe { launch!(kernel, shape, p) }
+    }
+
+    /// Tiles of few outputs leave multiprocessors idle, so several divide the inputs of one: a cluster.
+    fn shape(&self, variant: &Variant, w: &Matrix) -> Shape {
+        let tiles = w.outputs.div_ceil(variant.outputs);
+        let chunks = w.inputs.div_ceil(64);
+        let processors = self.multiprocessors;
+        let mut split = 1;
+        let clusters = if !self.clusters {
+            tiles
+        } else if 2 * tiles > processors {
+            tiles.div_ceil(tiles.div_ceil(processors))
+        } else {
+            while split < 8 && tiles * split * 2 <= processors && chunks >= split * 4 {
+                split *= 2;
+            }
+            tiles
+        };
+        let shape = Shape::row(clusters * split, variant.threads)
+            .shared(variant.shared_bytes)
+            .early();
+        match self.clusters {
+            true => shape.cluster(split),
+            false => shape,
+        }
+    }
+}

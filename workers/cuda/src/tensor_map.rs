@@ -1,0 +1,66 @@
+//! Descriptions of matrices for the copy engine (TMA).
+
+use cudarc::driver::sys;
+
+use crate::device::driver;
+use crate::error::CudaError;
+
+/// A row-major matrix, as the copy engine of Hopper and later knows it. Zeros elsewhere.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct TensorMap([u8; 128]);
+
+/// How a matrix is copied to shared memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Columns of one copy: 64.
+    pub columns: u32,
+    /// Rows of one copy.
+    pub rows: u32,
+    /// L2 fetches 256 bytes at a time instead of 128.
+    pub far: bool,
+}
+
+impl TensorMap {
+    /// A map of nothing, for kernels that do not use theirs.
+    pub const NONE: Self = Self([0; 128]);
+
+    /// BF16 `[rows][columns]` at an address that is a multiple of 16, with rows of a multiple of 16 bytes; shared memory is
+    /// swizzled by 128 bytes, and what lies outside reads as zero.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`] if the copy engine cannot do it.
+    pub fn new(
+        address: sys::CUdeviceptr,
+        rows: usize,
+        columns: usize,
+        piece: Piece,
+    ) -> Result<Self, CudaError> {
+        use sys::CUtensorMapL2promotion as Promotion;
+        let promotion = match piece.far {
+            true => Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            false => Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        };
+        let mut map = Self::NONE;
+        // SAFETY: 128 bytes aligned to 64 are written; arrays of the rank's lengths are read.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                address as *mut std::ffi::c_void,
+                [columns as u64, rows as u64].as_ptr(),
+                [(columns * 2) as u64].as_ptr(),
+                [piece.columns, piece.rows].as_ptr(),
+                [1u32, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                promotion,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(|e| driver(&format!("describing a matrix of {rows} x {columns}"), e))?;
+        Ok(map)
+    }
+}
