@@ -18,6 +18,10 @@ typedef __nv_bfloat16 bf16;
 #define BATON_ARCH 0
 #endif
 
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 #define DEVICE __device__ __forceinline__
 
 // A CUtensorMap as the driver encodes it; passed by value as `const __grid_constant__ TensorMap`.

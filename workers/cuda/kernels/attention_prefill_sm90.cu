@@ -1,0 +1,332 @@
+// Prefill attention on Hopper: causal flash attention over pages with wgmma and the copy engine.
+//
+// kernel attention_prefill_sm90 arch=sm_90a spill_bytes_max=0
+//
+// Idea. As attention_prefill, the GQA group is packed into the rows: a work unit is kTokens = 128/GROUP rows of a
+// sequence times the GROUP query heads of a KV head. A persistent CTA takes work units, longest first, forth and
+// back over the grid so that every CTA gets about the same sum. Its first warpgroup loads: one warp K and V by TMA,
+// page by page (each lane one box of a page), the other three q by cp.async, for the next unit while the last one runs.
+// Two warpgroups compute 64 packed rows each. Tiles are visited from the diagonal down; while softmax works on the
+// scores of tile j, the matrix unit adds tile j+1 (its q·K is issued with the P·V of the tile before), and the two
+// warpgroups take turns at issuing, so that one's softmax lies beside the other's products.
+//
+// Floor: 4·HEAD_DIM·(pairs of row and key seen)·query heads operations at the wgmma rate. Pages come out of L2 mostly:
+// per 128 keys and unit 512·HEAD_DIM bytes for 65536·HEAD_DIM operations.
+//
+// Defines: HEAD_DIM (multiple of 16, to 256), GROUP (1..16), BLOCK_TOKENS (16, 32, 64).
+// Launch: `attention_prefill_sm90_launch` = {threads, dynamic shared bytes, rows of a sequence per work unit, 1}; grid =
+// min(multiprocessors, work_count·kv_heads). `work` as for attention_prefill, with this kernel's unit. `map`: the
+// arena's, see attention_decode.cu.
+#include "common.cuh"
+#include "attention_wgmma.cuh"
+
+#ifndef HEAD_DIM
+#define HEAD_DIM 128
+#endif
+#ifndef GROUP
+#define GROUP 4
+#endif
+#ifndef BLOCK_TOKENS
+#define BLOCK_TOKENS 32
+#endif
+
+namespace {
+
+constexpr int kDim = HEAD_DIM;
+constexpr int kParts = (kDim + 63) / 64;
+constexpr int kSteps = (kDim + 15) / 16;
+constexpr int kRows = 128;
+constexpr int kTokens = kRows / GROUP;
+constexpr int kTile = kParts <= 2 ? 128 : 64; // keys
+constexpr int kBox = BLOCK_TOKENS < 32 ? BLOCK_TOKENS : 32;
+constexpr int kBoxes = kTile / kBox;
+constexpr int kStages = 2;
+constexpr int kPartBytes = kTile * 128;
+constexpr int kTileBytes = kParts * kPartBytes; // K or V of a tile
+constexpr int kQueryPartBytes = kRows * 128;
+constexpr int kQueryBytes = kParts * kQueryPartBytes;
+constexpr int kQueries = kParts <= 2 ? 2 : 1; // buffers of q
+constexpr int kThreads = 384;
+constexpr int kSharedBytes = 1024 + kQueries * kQueryBytes + 2 * kStages * kTileBytes + 128;
+// P·V by column groups of 128 where they come out even.
+constexpr int kWide = kParts % 2 == 0 ? 2 : 1;
+static_assert(kDim % 16 == 0, "HEAD_DIM");
+static_assert(kSharedBytes <= 232448, "shared memory");
+
+} // namespace
+
+extern "C" __constant__ const int attention_prefill_sm90_launch[4] = {kThreads, kSharedBytes, kTokens, 1};
+
+// Arguments as attention_prefill.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __restrict__ q, bf16* __restrict__ out,
+                       const bf16* __restrict__ arena, const int2* __restrict__ work, const int* __restrict__ seq_first_row,
+                       const int* __restrict__ seq_rows, const int* __restrict__ seq_kv_len,
+                       const int* __restrict__ seq_table, const int* __restrict__ tables, int work_count, int layer,
+                       int layers, int kv_heads, float scale, int window) {
+#if BATON_ARCH >= 900
+    extern __shared__ u8 shared_raw[];
+    const u32 queries = (shared_address(shared_raw) + 1023) & ~1023u;
+    const u32 keys = queries + kQueries * kQueryBytes, values = keys + kStages * kTileBytes;
+    const u32 barriers = values + kStages * kTileBytes;
+    const u32 key_full = barriers, key_empty = barriers + 16, value_full = barriers + 32, value_empty = barriers + 48;
+    const u32 query_full = barriers + 64, query_empty = barriers + 80;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+
+    if (tid == 0) {
+        tma_prefetch_map(&map);
+        for (int s = 0; s < 2; s++) {
+            mbarrier_init(key_full + s * 8, 1);
+            mbarrier_init(value_full + s * 8, 1);
+            mbarrier_init(key_empty + s * 8, 2);
+            mbarrier_init(value_empty + s * 8, 2);
+            mbarrier_init(query_full + s * 8, 3);
+            mbarrier_init(query_empty + s * 8, 2);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    dependency_wait();
+    dependency_trigger();
+
+    const int items = work_count * kv_heads, grid = gridDim.x;
+    // The i-th unit of this CTA.
+    auto item_at = [&](int i) { return i * grid + (i & 1 ? grid - 1 - (int)blockIdx.x : (int)blockIdx.x); };
+
+    struct Unit {
+        int head, length, count, start, tile_begin, tile_end;
+        long long row0;
+        const int* table;
+    };
+    auto unit_of = [&](int item) {
+        int2 at = work[item / kv_heads];
+        Unit u;
+        u.head = item % kv_heads;
+        u.length = seq_kv_len[at.x];
+        int rows = seq_rows[at.x];
+        u.count = min(kTokens, rows - at.y);
+        u.start = u.length - rows + at.y;
+        u.row0 = seq_first_row[at.x] + at.y;
+        u.table = tables + seq_table[at.x];
+        u.tile_end = (u.start + u.count - 1) / kTile + 1;
+        u.tile_begin = window > 0 ? max(0, u.start - window + 1) / kTile : 0;
+        return u;
+    };
+
+    if (warp < 4) {
+        registers_shrink<40>();
+        if (warp == 0) {
+            // --- K and V ----------------------------------------------------------------------
+            int key_at = 0, value_at = 0; // tiles requested so far
+            for (int i = 0, item; (item = item_at(i)) < items; i++) {
+                const Unit u = unit_of(item);
+                auto request = [&](int tile, int kv) {
+                    int& at = kv ? value_at : key_at;
+                    u32 stage = at % kStages, full = (kv ? value_full : key_full) + stage * 8;
+                    mbarrier_wait((kv ? value_empty : key_empty) + stage * 8, (at / kStages & 1) ^ 1);
+                    if (lane == 0) mbarrier_arrive_expect(full, kTileBytes);
+                    __syncwarp();
+                    for (int b = lane; b < kParts * kBoxes; b += 32) {
+                        int box = b / kParts, part = b % kParts, token = tile * kTile + box * kBox;
+                        int row = 0x7fffff00; // beyond the arena: zeros
+                        if (token < u.length)
+                            row = (int)((((long long)u.table[token / BLOCK_TOKENS] * kv_heads + u.head) * layers + layer) * 2 + kv) *
+                                      BLOCK_TOKENS +
+                                  token % BLOCK_TOKENS;
+                        tma_load_2d((kv ? values : keys) + stage * kTileBytes + part * kPartBytes + box * kBox * 128, &map,
+                                    full, part * 64, row);
+                    }
+                    at++;
+                };
+                request(u.tile_end - 1, 0);
+                for (int tile = u.tile_end - 2; tile >= u.tile_begin; tile--) {
+                    request(tile, 0);
+                    request(tile + 1, 1);
+                }
+                request(u.tile_begin, 1);
+            }
+        } else {
+            // --- q ----------------------------------------------------------------------------
+            for (int i = 0, item; (item = item_at(i)) < items; i++) {
+                const Unit u = unit_of(item);
+                const int buffer = i % kQueries;
+                mbarrier_wait(query_empty + buffer * 8, (i / kQueries & 1) ^ 1);
+                constexpr int kChunks = kParts * 8;
+                const bf16* from = q + (u.row0 * kv_heads + u.head) * (GROUP * kDim);
+                for (int c = tid - 32; c < kRows * kChunks; c += 96) {
+                    int chunk = c % kChunks, row = c / kChunks;
+                    bool valid = row < u.count * GROUP && chunk * 8 < kDim;
+                    int token = row / GROUP, head = row % GROUP;
+                    cp_async_16(queries + buffer * kQueryBytes + chunk / 8 * kQueryPartBytes + row * 128 + ((chunk % 8 ^ row % 8) * 16),
+                                from + (valid ? (long long)token * kv_heads * GROUP * kDim + head * kDim + chunk * 8 : 0), valid);
+                }
+                cp_async_commit();
+                cp_async_wait<0>();
+                fence_proxy_async();
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(query_full + buffer * 8);
+            }
+        }
+        return;
+    }
+
+    // --- products and softmax -----------------------------------------------------------------
+    registers_grow<232>();
+    const int group = warp / 4 - 1; // of the two warpgroups
+    const int turn = 1 + group, other_turn = 2 - group;
+    const int g = lane / 4, t = lane % 4;
+    const float scale_log2 = scale * 1.4426950408889634f;
+    if (group == 1) named_barrier_arrive(other_turn, 256);
+
+    int key_at = 0, value_at = 0;
+    for (int i = 0, item; (item = item_at(i)) < items; i++) {
+        const Unit u = unit_of(item);
+        const int buffer = i % kQueries;
+        const u32 my_queries = queries + buffer * kQueryBytes + group * 64 * 128;
+        const int packed = group * 64 + warp % 4 * 16 + g;
+        const int position[2] = {u.start + min(packed / GROUP, u.count - 1), u.start + min((packed + 8) / GROUP, u.count - 1)};
+
+        float s[kTile / 2], o[kParts / kWide][32 * kWide], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, rescale[2];
+        u32 p[kTile / 16][4];
+
+        auto scores = [&]() {
+            u32 tile = keys + key_at % kStages * kTileBytes;
+            wgmma_pin(s);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kSteps; k++)
+                wgmma_shared(s, wgmma_rows(my_queries + k / 4 * kQueryPartBytes + k % 4 * 32),
+                             wgmma_rows(tile + k / 4 * kPartBytes + k % 4 * 32), k > 0);
+            wgmma_commit();
+        };
+        auto add_values = [&](bool accumulate) {
+            u32 tile = values + value_at % kStages * kTileBytes;
+#pragma unroll
+            for (int c = 0; c < kParts / kWide; c++) wgmma_pin(o[c]);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kTile / 16; k++)
+#pragma unroll
+                for (int c = 0; c < kParts / kWide; c++)
+                    wgmma_registers(o[c], p[k], wgmma_columns(tile + c * kWide * kPartBytes + k * 2048, kPartBytes),
+                                    accumulate || k > 0);
+            wgmma_commit();
+        };
+        // Scores → probabilities, in place.
+        auto softmax = [&](int tile) {
+            const int first = tile * kTile;
+            if (first + kTile - 1 > u.start || (window > 0 && first <= u.start + u.count - 1 - window)) {
+#pragma unroll
+                for (int n = 0; n < kTile / 2; n++) {
+                    int token = first + n / 4 * 8 + 2 * t + n % 2, row = position[n / 2 % 2];
+                    if (token > row || (window > 0 && token <= row - window)) s[n] = -INFINITY;
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                float a = m[r], b = s[2 * r];
+#pragma unroll
+                for (int n = 0; n < kTile / 2; n += 4) {
+                    a = fmaxf(a, s[n + 2 * r]);
+                    b = fmaxf(b, s[n + 2 * r + 1]);
+                }
+                float top = warp_max<4>(fmaxf(a, b));
+                float base = top == -INFINITY ? 0 : top * scale_log2;
+                rescale[r] = exp2_approx(m[r] * scale_log2 - base);
+                m[r] = top;
+                float sum = 0, sum2 = 0;
+#pragma unroll
+                for (int n = 0; n < kTile / 2; n += 4) {
+                    float& x = s[n + 2 * r];
+                    float& y = s[n + 2 * r + 1];
+                    x = exp2_approx(x * scale_log2 - base);
+                    y = exp2_approx(y * scale_log2 - base);
+                    sum += x;
+                    sum2 += y;
+                }
+                l[r] = l[r] * rescale[r] + (sum + sum2);
+            }
+        };
+        auto pack = [&]() {
+#pragma unroll
+            for (int k = 0; k < kTile / 16; k++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) p[k][j] = pack_bf16(s[k * 8 + 2 * j], s[k * 8 + 2 * j + 1]);
+        };
+        auto release = [&](u32 empty, int& at) {
+            if (tid % 128 == 0) mbarrier_arrive(empty + at % kStages * 8);
+            at++;
+        };
+        // What lies behind the sequence's end in its last page is not its own, perhaps not even a number: 0·NaN is NaN.
+        auto wipe = [&](int tile) {
+            const int rows_end = min(kTile, (u.length - tile * kTile + kBox - 1) / kBox * kBox);
+            const u32 base = values + value_at % kStages * kTileBytes;
+            for (int row = u.length - tile * kTile; row < rows_end; row++)
+                for (int c = tid % 128; c < kParts * 8; c += 128)
+                    asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(base + c / 8 * kPartBytes + row * 128 + c % 8 * 16), "r"(0)
+                                 : "memory");
+            fence_proxy_async();
+            named_barrier_sync(3 + group, 128);
+        };
+        auto wait_full = [&](u32 full, int at) { mbarrier_wait(full + at % kStages * 8, at / kStages & 1); };
+
+        int tile = u.tile_end - 1;
+        const bool ragged = u.tile_end * kTile > u.length && u.length % kBox != 0;
+        mbarrier_wait(query_full + buffer * 8, i / kQueries & 1);
+        wait_full(key_full, key_at);
+        scores();
+        wgmma_wait<0>();
+        wgmma_pin(s);
+        release(key_empty, key_at);
+        softmax(tile);
+        pack();
+
+        bool begun = false; // whether o holds anything yet
+        for (; tile > u.tile_begin; tile--) {
+            wait_full(key_full, key_at);
+            named_barrier_sync(turn, 256);
+            scores();
+            wait_full(value_full, value_at);
+            if (!begun && ragged) wipe(tile);
+            add_values(begun);
+            named_barrier_arrive(other_turn, 256);
+            wgmma_wait<1>();
+            wgmma_pin(s);
+            release(key_empty, key_at);
+            softmax(tile - 1);
+            wgmma_wait<0>();
+#pragma unroll
+            for (int c = 0; c < kParts / kWide; c++) wgmma_pin(o[c]);
+            release(value_empty, value_at);
+#pragma unroll
+            for (int c = 0; c < kParts / kWide; c++)
+#pragma unroll
+                for (int n = 0; n < 32 * kWide; n++) o[c][n] *= rescale[n / 2 % 2];
+            pack();
+            begun = true;
+        }
+        if (tid % 128 == 0) mbarrier_arrive(query_empty + buffer * 8);
+        wait_full(value_full, value_at);
+        if (!begun && ragged) wipe(tile);
+        add_values(begun);
+
+        float inverse[2] = {1.0f / warp_sum<4>(l[0]), 1.0f / warp_sum<4>(l[1])};
+        wgmma_wait<0>();
+#pragma unroll
+        for (int c = 0; c < kParts / kWide; c++) wgmma_pin(o[c]);
+        release(value_empty, value_at);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            int row = packed + r * 8;
+            if (row < u.count * GROUP) {
+                bf16* to = out + ((u.row0 + row / GROUP) * kv_heads + u.head) * (GROUP * kDim) + row % GROUP * kDim;
+#pragma unroll
+                for (int n = 0; n < kSteps * 2; n++) {
+                    const float* x = &o[n / (8 * kWide)][n % (8 * kWide) * 4 + 2 * r];
+                    *(u32*)(to + n * 8 + 2 * t) = pack_bf16(x[0] * inverse[r], x[1] * inverse[r]);
+                }
+            }
+        }
+    }
+#endif
+}

@@ -1,0 +1,266 @@
+"""Attention kernels against an f64 reference, then timed.
+
+    attention.py build DIR     compile every variant into DIR (no GPU needed)
+    attention.py check DIR     correctness, random inputs, arena and outputs poisoned with NaN
+    attention.py time DIR      graph replays over 32 layers (more than L2 holds), share of the floor
+"""
+
+import math
+import os
+import random
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import nvrtc
+
+ARCH = os.environ.get("BATON_ARCH", "sm_90a")
+READ_BYTES_S = 4.4e12
+
+DECODE = [(128, 4, 32), (128, 4, 16), (128, 4, 64), (128, 1, 32), (128, 7, 32), (128, 8, 32), (128, 16, 32)]
+DECODE += [(64, 3, 32), (64, 8, 16), (80, 1, 32), (96, 4, 32), (256, 2, 32), (256, 8, 64)]
+PREFILL = [(128, 4, 32), (128, 4, 16), (128, 4, 64), (128, 7, 32), (128, 8, 32), (64, 3, 32), (64, 1, 16)]
+PREFILL += [(96, 4, 32), (192, 2, 32), (256, 8, 64)]
+KERNELS = {"attention_decode": DECODE, "attention_prefill": PREFILL, "attention_prefill_sm90": PREFILL}
+if os.environ.get("ONLY"):
+    KERNELS = {k: v for k, v in KERNELS.items() if k in os.environ["ONLY"].split(",")}
+
+
+def cubin_path(folder, kernel, shape):
+    return os.path.join(folder, f"{kernel}-{ARCH}-" + "-".join(map(str, shape)) + ".cubin")
+
+
+def build(folder):
+    os.makedirs(folder, exist_ok=True)
+    for kernel, shapes in KERNELS.items():
+        for shape in shapes:
+            defines = dict(zip(("HEAD_DIM", "GROUP", "BLOCK_TOKENS"), shape))
+            cubin, log = nvrtc.compile_cubin(kernel + ".cu", ARCH, defines)
+            note = [x.strip() for x in log.splitlines() if "Used" in x or "spill" in x or "otential" in x]
+            print(kernel, *shape, *note)
+            with open(cubin_path(folder, kernel, shape), "wb") as f:
+                f.write(cubin)
+
+
+def load(folder, kernel, shape):
+    import driver
+
+    with open(cubin_path(folder, kernel, shape), "rb") as f:
+        return driver.Kernel(f.read(), kernel)
+
+
+class Case:
+    """Sequences of given lengths and rows in an arena of NaN, with only their own tokens written."""
+
+    def __init__(self, shape, kv_heads, layers, lengths, rows, seed=0, fill=True):
+        import driver
+        import torch
+
+        self.torch = torch
+        self.D, self.G, self.T = shape
+        self.H, self.L, self.lengths, self.rows = kv_heads, layers, lengths, rows
+        rng = random.Random(seed)
+        torch.manual_seed(seed)
+        needed = [-(-n // self.T) for n in lengths]
+        self.blocks = sum(needed) + 3
+        order = list(range(self.blocks))
+        rng.shuffle(order)
+        dims = (self.blocks, kv_heads, layers, 2, self.T, self.D)
+        if fill:
+            self.arena = torch.empty(dims, dtype=torch.bfloat16, device="cuda")
+            flat = self.arena.view(-1)
+            for i in range(0, flat.numel(), 1 << 28):
+                flat[i : i + (1 << 28)].normal_()
+        else:
+            self.arena = torch.full(dims, float("nan"), dtype=torch.bfloat16, device="cuda")
+        tables, offsets = [], []
+        for n, blocks in zip(lengths, needed):
+            offsets.append(len(tables))
+            own = [order.pop() for _ in range(blocks)]
+            tables += own
+            if not fill:
+                for i, b in enumerate(own):
+                    used = min(self.T, n - i * self.T)
+                    self.arena[b, :, :, :, :used].normal_()
+        self.scale = 1 / math.sqrt(self.D)
+        i32 = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")
+        firsts, at = [], 0
+        for r in rows:
+            firsts.append(at)
+            at += r
+        self.R = at
+        self.firsts = firsts
+        self.table_list, self.offset_list = tables, offsets
+        self.tables, self.seq_table, self.seq_kv_len = i32(tables), i32(offsets), i32(lengths)
+        self.seq_first_row, self.seq_rows = i32(firsts), i32(rows)
+        self.header = i32([self.R, len(lengths), 0, 0, 0, 0, 0, 0])
+        self.q = (torch.randn(self.R, kv_heads * self.G, self.D, device="cuda") * 2).bfloat16()
+        self.map = driver.TensorMap(
+            self.arena.data_ptr(),
+            (self.D, self.blocks * kv_heads * layers * 2 * self.T),
+            (self.D * 2,),
+            (64, min(self.T, 32)),
+        )
+        self.sms = torch.cuda.get_device_properties(0).multi_processor_count
+        self.out = torch.full_like(self.q, float("nan"))
+
+    def stream(self):
+        return self.torch.cuda.current_stream().cuda_stream
+
+    def reference(self, layer, window):
+        torch = self.torch
+        out = torch.empty(self.R, self.H, self.G, self.D, dtype=torch.float64, device="cuda")
+        for n, r, first, offset in zip(self.lengths, self.rows, self.firsts, self.offset_list):
+            ids = torch.tensor(self.table_list[offset : offset + -(-n // self.T)], device="cuda")
+            kv = self.arena[ids][:, :, layer].permute(2, 1, 0, 3, 4).reshape(2, self.H, -1, self.D)[:, :, :n].double()
+            q = self.q[first : first + r].view(r, self.H, self.G, self.D).double()
+            s = torch.einsum("rhgd,hkd->rhgk", q, kv[0]) * self.scale
+            p = torch.arange(n - r, n, device="cuda")[:, None]
+            k = torch.arange(n, device="cuda")[None]
+            seen = (k <= p) & ((k > p - window) if window else True)
+            s = s.masked_fill(~seen[:, None, None], float("-inf"))
+            out[first : first + r] = torch.einsum("rhgk,hkd->rhgd", s.softmax(-1), kv[1])
+        return out.view(self.R, self.H * self.G, self.D)
+
+    def decode(self, kernel, layer, window=0, pdl=False):
+        if not hasattr(self, "partial"):
+            size = 2 * self.sms * self.G * (self.D + 2)
+            self.partial = self.torch.full((size,), float("nan"), device="cuda")
+            self.counters = self.torch.zeros(1024 * self.H, dtype=self.torch.int32, device="cuda")
+        arguments = [self.map, self.q, self.out, self.arena, self.header, self.seq_kv_len, self.seq_table, self.tables]
+        arguments += [self.partial, self.counters, 1, layer, self.L, self.H, self.scale, window]
+        kernel.launch(self.stream(), self.sms, arguments, pdl)
+
+    def prefill(self, kernel, layer, window=0, pdl=False):
+        _, _, unit, persistent = kernel.launch_values
+        if getattr(self, "unit", None) != unit:
+            self.unit = unit
+            work = []
+            for s, (n, r) in enumerate(zip(self.lengths, self.rows)):
+                for first in range(0, r, unit):
+                    work.append((n - r + min(first + unit, r), s, first))
+            work.sort(key=lambda w: -w[0])
+            self.work = self.torch.tensor([w[1:] for w in work], dtype=self.torch.int32, device="cuda")
+            self.work_count = len(work)
+        items = self.work_count * self.H
+        arguments = [self.map, self.q, self.out, self.arena, self.work, self.seq_first_row, self.seq_rows, self.seq_kv_len]
+        arguments += [self.seq_table, self.tables, self.work_count, layer, self.L, self.H, self.scale, window]
+        kernel.launch(self.stream(), min(self.sms, items) if persistent else items, arguments, pdl)
+
+    def run(self, name, kernel, layer, window=0, pdl=False):
+        (self.decode if name == "attention_decode" else self.prefill)(kernel, layer, window, pdl)
+
+
+def verify(name, kernel, case, layer, window):
+    torch = case.torch
+    case.out.fill_(float("nan"))
+    case.run(name, kernel, layer, window)
+    torch.cuda.synchronize()
+    first = case.out.clone()
+    reference = case.reference(layer, window)
+    error = (first.double() - reference).norm(dim=-1) / reference.norm(dim=-1)
+    worst, mean = error.max().item(), error.mean().item()
+    for _ in range(3):
+        case.out.fill_(float("nan"))
+        case.run(name, kernel, layer, window)
+        torch.cuda.synchronize()
+        if not torch.equal(case.out.view(torch.int16), first.view(torch.int16)):
+            return worst, mean, "NOT the same bits"
+    if not worst < 1.5e-2 or not mean < 5e-3:
+        bad = (~(error < 1.5e-2)).nonzero()
+        return worst, mean, f"WRONG at {len(bad)} of {error.numel()}, first (row, head) {bad[:4].tolist()}"
+    return worst, mean, "ok"
+
+
+def check(folder):
+    failed = 0
+    for name, shapes in KERNELS.items():
+        for shape in shapes:
+            kernel = load(folder, name, shape)
+            if name == "attention_decode":
+                lengths = [[1], [31, 32, 33], [700], [1, 2, 64, 1000, 5, 333], [random.Random(7).randrange(1, 300) for _ in range(150)], [5000, 3]]
+                cases = [(n, [1] * len(n)) for n in lengths]
+            else:
+                cases = [([1], [1]), ([32], [32]), ([200], [200]), ([700, 33, 128], [300, 1, 128]), ([129, 64, 1000, 77], [1, 64, 990, 13])]
+            for i, (lengths, rows) in enumerate(cases):
+                for window in (0, 50):
+                    case = Case(shape, 2 if i % 2 else 3, 2, lengths, rows, seed=i, fill=False)
+                    worst, mean, verdict = verify(name, kernel, case, i % 2, window)
+                    if verdict != "ok":
+                        failed += 1
+                    if verdict != "ok" or i == 3:
+                        print(f"{name} {shape} lengths {str(lengths)[:40]} window {window}: worst {worst:.2e} mean {mean:.2e} {verdict}", flush=True)
+    print("check:", f"{failed} FAILED" if failed else "all ok", flush=True)
+    return failed
+
+
+def measure(case, run, launches):
+    torch = case.torch
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(2):
+        graph.replay()
+    times = []
+    for _ in range(7):
+        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        a.record()
+        graph.replay()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b) * 1e3 / launches)
+    return sorted(times)[3]
+
+
+def time_all(folder):
+    import torch
+
+    shape, H, L = (128, 4, 32), 8, 32
+    if "attention_decode" in KERNELS:
+        for shape in [(128, 4, 32), (128, 4, 64), (64, 8, 16)]:
+            kernel = load(folder, "attention_decode", shape)
+            for batch, length in [(1, 512), (1, 8192), (8, 512), (32, 512), (64, 512), (128, 512)]:
+                if shape != (128, 4, 32) and batch not in (1, 128):
+                    continue
+                # Lengths about the mean, as a running batch has them.
+                rng = random.Random(1)
+                lengths = [length if batch == 1 else rng.randrange(length - 128, length + 129) for _ in range(batch)]
+                case = Case(shape, H, L, lengths, [1] * batch)
+                floor = sum(lengths) * H * shape[0] * 4 / READ_BYTES_S * 1e6
+                cells = []
+                for pdl in (False, True):
+                    us = measure(case, lambda: [case.decode(kernel, l, pdl=pdl) for l in range(L)], L)
+                    cells.append(f"{'pdl' if pdl else 'plain'} {us:7.2f} us {floor / us:5.1%}")
+                print(f"decode D{shape[0]} G{shape[1]} T{shape[2]} {batch:4}x{length:<5} floor {floor:7.2f} us  {'  '.join(cells)}", flush=True)
+                del case
+                torch.cuda.empty_cache()
+    for name in ("attention_prefill_sm90", "attention_prefill"):
+        if name not in KERNELS:
+            continue
+        for shape in [(128, 4, 32), (64, 3, 32)]:
+            kernel = load(folder, name, shape)
+            for batch, length in [(1, 512), (1, 2048), (1, 8192), (16, 1024), (64, 512)]:
+                if name == "attention_prefill" and (batch, length) not in [(1, 512), (1, 8192)]:
+                    continue
+                case = Case(shape, H, 4, [length] * batch, [length] * batch)
+                flops = 4 * shape[0] * H * shape[1] * batch * length * (length + 1) / 2
+                us = measure(case, lambda: [case.prefill(kernel, l) for l in range(4)], 4)
+                print(f"{name} D{shape[0]} G{shape[1]} {batch:3}x{length:<5} {us:8.1f} us  {flops / us / 1e6:6.1f} TFLOP/s", flush=True)
+                del case
+                torch.cuda.empty_cache()
+        if name == "attention_prefill_sm90":
+            kernel = load(folder, name, (128, 4, 32))
+            case = Case((128, 4, 32), H, 4, [2048] * 32, [16] * 32)
+            us = measure(case, lambda: [case.prefill(kernel, l) for l in range(4)], 4)
+            print(f"{name} 32 sequences, 16 rows each after 2032: {us:.1f} us, KV floor {32 * 2048 * 8 * 512 / READ_BYTES_S * 1e6:.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    mode, folder = sys.argv[1:3]
+    if mode == "build":
+        build(folder)
+    elif mode == "check":
+        sys.exit(1 if check(folder) else 0)
+    else:
+        time_all(folder)
