@@ -1,28 +1,29 @@
 // Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip.
 //
-// kernel attention_decode spill_bytes_max=0
+// kernel attention_decode spill_bytes_max=256
 //
-// Idea. The KV of a step is one list of tiles of 32 tokens, ordered [sequence][KV head][tile]. CTA i of a
-// persistent grid takes the i-th equal piece of the list, whatever the lengths: prefix sums of seq_kv_len,
-// computed by every CTA for itself, say where the piece begins. So the grid does not depend on lengths (a graph
-// can be replayed with any), and nobody waits for the longest sequence. A (sequence, KV head) that lies in one
-// piece is finished there; one that is cut leaves partial sums in the workspace, and the CTA that comes last
-// adds them in the list's order: who is last does not change a bit of the result.
+// Idea. The KV of a step is one list of tiles of 32 tokens (64 where head_dim is at most 64), ordered
+// [sequence][KV head][tile]. Warp i of a persistent grid takes the i-th equal piece of the list, whatever the lengths:
+// prefix sums of seq_kv_len, computed by every CTA for itself, say where the piece begins. So the grid does not depend
+// on lengths (a graph can be replayed with any), and nobody waits for the longest sequence. A (sequence, KV head) that
+// lies in one warp's piece is finished there. One that is cut is summed over the CTA's warps once all are done,
+// and if it goes on in other CTAs their partial sums meet in the workspace, where the CTA that comes last adds
+// them in the list's order: who is last does not change a bit of the result.
 //
 // The product is transposed: Sᵀ = K·qᵀ has tokens as the 16 rows of m16n8k16 and the GQA group as its 8 columns,
 // and Oᵀ = Vᵀ·Pᵀ head_dim as rows: with a group of 4, half of the matrix unit's work is waste, where rows of
 // queries would waste three quarters and 4 times the registers. Pᵀ becomes an operand by movmatrix, in registers.
 //
 // Each warp streams tiles of its own through its own ring of stages (sm_90: TMA with 128-byte swizzle, one
-// mbarrier a stage; before: cp.async into the same layout): no warp waits for another but where a head ends.
+// mbarrier a stage; before: cp.async into the same layout), and meets the others only at the end.
 // What a step does not write (all tiles but a sequence's last) is requested before griddepcontrol.wait.
 //
-// Floor: KV bytes / read bandwidth; per tile of 32 tokens and head 4·32·head_dim bytes. Arithmetic is some 15% of it.
+// Floor: KV bytes / read bandwidth; a tile of 32 tokens of a head is 128·head_dim bytes. Arithmetic is some 15% of it.
 //
 // Defines: HEAD_DIM (multiple of 16, to 256), GROUP (query heads per KV head, 1..16), BLOCK_TOKENS (16, 32, 64).
-// Launch: grid = multiprocessors, at most ATTENTION_GRID_MAX (160); threads and dynamic shared memory in the
-// module's `attention_decode_launch` = {threads, shared bytes, sequences at most, grid at most}. Same grid in every launch that
-// shares a workspace. PDL attribute welcome; graphs capture it.
+// Launch: threads and dynamic shared memory in the module's `attention_decode_launch` = {threads, shared bytes,
+// sequences at most, grid at most}; grid = min(multiprocessors, launch[3]), the same in every launch that shares a
+// workspace. PDL attribute welcome; graphs capture it.
 // Workspace: `partial` f32 [2·grid·GROUP·(HEAD_DIM+2)]; `counters` i32 [sequences·kv_heads], zero before the first
 // launch; the kernel leaves it zero.
 // Tensor map (`map`, sm_90; zeros elsewhere), the same for both attention kernels: cuTensorMapEncodeTiled(
@@ -45,13 +46,17 @@
 
 namespace {
 
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
 constexpr int kDim = HEAD_DIM;
 constexpr int kParts = (kDim + 63) / 64; // column parts of 64: a row of one is a swizzle span of 128 bytes
 constexpr int kSteps = (kDim + 15) / 16;
 constexpr int kGroup = GROUP;
 constexpr int kColumns = (kGroup + 7) / 8; // MMA column tiles
-constexpr int kTile = 32;
-constexpr int kBox = BLOCK_TOKENS < kTile ? BLOCK_TOKENS : kTile;
+constexpr int kTile = kParts == 1 ? 64 : 32;
+constexpr int kSlices = kTile / 16;
+constexpr int kBox = smaller(BLOCK_TOKENS, 32);
 [[maybe_unused]] constexpr int kBoxes = kTile / kBox;
 constexpr int kPartBytes = kTile * 128;
 constexpr int kStageBytes = 2 * kParts * kPartBytes; // K, then V
@@ -63,15 +68,20 @@ constexpr int kWarps = kParts <= 2 && kSharedMax > 150000 ? 4 : 2;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ free of bank conflicts
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int smaller(int a, int b) { return a < b ? a : b; }
-// Other warps' sums, and later the partial sums' maxima and totals.
-constexpr int kMergeBytes = larger(kWarps * kGroup * kStride * 4, kGridMax * kGroup * 8);
-constexpr int kMetaBytes = (2 * kSequencesMax + 4) * 4 + kWarps * kGroup * 8 + 16 + kWarps * 8 * 8;
-constexpr int kStages = smaller(8, (kSharedMax - 1024 - kMergeBytes - kMetaBytes) / (kWarps * kStageBytes));
-constexpr int kSharedBytes = 1024 + kWarps * kStages * kStageBytes + kMergeBytes + kMetaBytes;
+// Each warp's sum of the head that its piece begins with, when another warp has a share in it. (The sum of the head that
+// it ends with goes where its ring was.) Later, the maxima and totals of a head's partial sums.
+constexpr int kSumBytes = larger(kWarps * kGroup * kStride * 4, kGridMax * kGroup * 8);
+constexpr int kTotalBytes = kWarps * 2 * kGroup * 8;
+constexpr int kMetaBytes = (3 * kSequencesMax + 4) * 4;
+constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps * 64;
+#ifndef STAGES_MAX
+#define STAGES_MAX 8
+#endif
+constexpr int kStages = smaller(STAGES_MAX, (kSharedMax - kFixedBytes) / (kWarps * kStageBytes));
+constexpr int kSharedBytes = kFixedBytes + kWarps * kStages * kStageBytes;
 static_assert(kStages >= 1, "shared memory");
 static_assert(kDim % 16 == 0, "HEAD_DIM");
+static_assert(kGroup * kStride * 4 <= kStageBytes, "GROUP");
 
 // A place in the list of tiles.
 struct Cursor {
@@ -81,7 +91,7 @@ struct Cursor {
         tile += tiles;
         for (;;) {
             int here = prefix[sequence + 1] - prefix[sequence];
-            if (tile < here || sequence >= kSequencesMax) return;
+            if (tile < here) return;
             tile -= here;
             if (++head == kv_heads) {
                 head = 0;
@@ -91,45 +101,65 @@ struct Cursor {
     }
 };
 
+// A head that goes on in other CTAs.
+struct Cut {
+    int parts, first, first_slot, counter;
+};
+
 DEVICE int first_tile(int kv_len, int window) { return window > 0 && kv_len > window ? (kv_len - window) / kTile : 0; }
+
+DEVICE void add_scaled(float4& acc, float weight, float4 x) {
+    acc.x += weight * x.x;
+    acc.y += weight * x.y;
+    acc.z += weight * x.z;
+    acc.w += weight * x.w;
+}
+DEVICE void store_scaled(bf16* to, float scale, float4 x) {
+    *(uint2*)to = make_uint2(pack_bf16(x.x * scale, x.y * scale), pack_bf16(x.z * scale, x.w * scale));
+}
 
 } // namespace
 
 extern "C" __constant__ const int attention_decode_launch[4] = {kThreads, kSharedBytes, kSequencesMax, kGridMax};
 
-// q, out: [sequence][query head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens seen, 0 all.
+// q, out: [sequence][query head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens
+// seen, 0 all.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__ q, bf16* __restrict__ out,
                  const bf16* __restrict__ arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
                  const int* __restrict__ seq_table, const int* __restrict__ tables, float* partial, int* counters,
                  int sequences_at, int layer, int layers, int kv_heads, float scale, int window) {
     extern __shared__ u8 shared_raw[];
+    __shared__ Cut cuts[2];
+    __shared__ int turn[2];
     u32 raw = shared_address(shared_raw);
     u8* shared = shared_raw + (((raw + 1023) & ~1023u) - raw);
-    float* merge = (float*)(shared + kWarps * kStages * kStageBytes);
-    float2* merge_ml = (float2*)((u8*)merge + kMergeBytes);
-    int* prefix = (int*)(merge_ml + kWarps * kGroup);
-    int* lengths = prefix + kSequencesMax + 1;
-    int* scratch = lengths + kSequencesMax; // 1 + warps rounded up by the slack of kMetaBytes
-    u32 barriers = (shared_address(scratch) + 3 * 4 + 7) & ~7u;
+    float* sums = (float*)(shared + kWarps * kStages * kStageBytes);
+    float2* totals = (float2*)((u8*)sums + kSumBytes); // {maximum, sum of weights} [warp][first, last][head]
+    int* prefix = (int*)((u8*)totals + kTotalBytes);
+    int* lengths = prefix + kSequencesMax + 4;
+    int* offsets = lengths + kSequencesMax;
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int g = lane / 4, t = lane % 4;
-    const u32 ring = shared_address(shared) + warp * kStages * kStageBytes;
-    [[maybe_unused]] const u32 ring_barriers = barriers + warp * 8 * 8;
+    u8* const ring_memory = shared + warp * kStages * kStageBytes;
+    const u32 ring = shared_address(ring_memory);
+    [[maybe_unused]] const u32 barriers = shared_address(offsets + kSequencesMax) + warp * 64;
 
 #if TMA_ROAD
     if (tid == 0) tma_prefetch_map(&map);
-    if (lane < kStages) mbarrier_init(ring_barriers + lane * 8, 1);
+    if (lane < kStages) mbarrier_init(barriers + lane * 8, 1);
     mbarrier_init_fence();
 #endif
+    if (tid < 2) cuts[tid].parts = 0;
 
     // Tiles before each sequence: warp 0 scans 32 sequences at a time.
     const int sequences = header[sequences_at];
     if (warp == 0) {
         int before = 0;
+#pragma unroll 1
         for (int base = 0; base < sequences; base += 32) {
-            int s = base + lane, len = s < sequences ? seq_kv_len[s] : 0;
+            int s = base + lane, len = s < sequences ? seq_kv_len[s] : 0, offset = s < sequences ? seq_table[s] : 0;
             int tiles = (len + kTile - 1) / kTile - first_tile(len, window), sum = tiles;
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
@@ -139,87 +169,103 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
             if (s < sequences) {
                 prefix[s] = before + sum - tiles;
                 lengths[s] = len;
+                offsets[s] = offset;
             }
             before += __shfl_sync(~0u, sum, 31);
         }
         if (lane == 0) prefix[sequences] = before;
     }
     __syncthreads();
-    const long long total = (long long)prefix[sequences] * kv_heads;
-    const int grid = gridDim.x;
-    const int begin = (int)(total * blockIdx.x / grid), end = (int)(total * (blockIdx.x + 1) / grid);
-    if (begin == end) {
+
+    // Pieces: the first `longer` warps have one tile more.
+    const int grid = gridDim.x, total = prefix[sequences] * kv_heads, active = min(total, grid * kWarps);
+    if ((int)blockIdx.x * kWarps >= active) {
         dependency_wait();
         return;
     }
+    const int share = total / active, longer = total - share * active;
+    auto piece = [&](int w) { return w >= active ? total : w * share + min(w, longer); };
+    auto owner = [&](int x) {
+        int edge = longer * (share + 1);
+        return x < edge ? x / (share + 1) : longer + (x - edge) / share;
+    };
+    const int me = blockIdx.x * kWarps + warp;
+    const int begin = piece(me), end = piece(me + 1);
+    const int cta_begin = piece(me - warp), cta_end = piece(me - warp + kWarps);
 
-    // Where this CTA's piece begins.
     Cursor here{0, 0, 0};
-    {
-        int low = 0, high = sequences; // the last sequence that begins at or before `begin`, and has tiles
+    if (begin < end) {
+        int low = 0, high = sequences; // the last sequence that begins at or before `begin`
         while (high - low > 1) {
             int middle = (low + high) / 2;
-            if ((long long)prefix[middle] * kv_heads <= begin) low = middle;
+            if (prefix[middle] * kv_heads <= begin) low = middle;
             else high = middle;
         }
         here.sequence = low;
         int rest = begin - prefix[low] * kv_heads, tiles = prefix[low + 1] - prefix[low];
         here.head = rest / tiles;
-        here.tile = rest % tiles;
+        here.tile = rest - here.head * tiles;
     }
 
     // --- the ring -----------------------------------------------------------------------------
     Cursor load = here;
-    int load_at = begin + warp;
-    int load_stage = 0;
-    if (load_at < end) load.advance(warp, prefix, kv_heads);
+    int load_at = begin, load_stage = 0;
 
     auto tile_of = [&](const Cursor& c) { return first_tile(lengths[c.sequence], window) + c.tile; };
     auto last_of = [&](const Cursor& c) { return (lengths[c.sequence] - 1) / kTile; };
-    // The arena row (of HEAD_DIM elements) of K of box `box` of a tile; V is BLOCK_TOKENS rows on.
-    auto arena_row = [&](const Cursor& c, int box) {
-        int token = min(tile_of(c) * kTile + box * kBox, lengths[c.sequence] - 1) / kBox * kBox;
-        int block = tables[seq_table[c.sequence] + token / BLOCK_TOKENS];
-        return ((long long)(block * (long long)kv_heads + c.head) * layers + layer) * 2 * BLOCK_TOKENS + token % BLOCK_TOKENS;
+    auto block_of = [&](const Cursor& c, int token) {
+        return tables[offsets[c.sequence] + min(token, lengths[c.sequence] - 1) / BLOCK_TOKENS];
     };
+    // The row (of HEAD_DIM elements) of K of a token in a block; V is BLOCK_TOKENS rows on.
+    auto arena_row = [&](const Cursor& c, int block, int token) {
+        return (((long long)block * kv_heads + c.head) * layers + layer) * (2 * BLOCK_TOKENS) + token % BLOCK_TOKENS;
+    };
+#if TMA_ROAD
+    const int part = lane % kParts, box = lane / kParts % kBoxes, kv = lane / (kParts * kBoxes);
+    int next_block = begin < end ? block_of(load, tile_of(load) * kTile + box * kBox) : 0;
+#endif
     // Requests the tile at the load cursor, and moves on. All lanes.
     auto issue = [&]() {
         u32 stage = ring + load_stage * kStageBytes;
 #if TMA_ROAD
-        u32 barrier = ring_barriers + load_stage * 8;
+        u32 barrier = barriers + load_stage * 8;
         if (lane == 0) mbarrier_arrive_expect(barrier, kStageBytes);
         __syncwarp();
         if (lane < 2 * kParts * kBoxes) {
-            int part = lane % kParts, box = lane / kParts % kBoxes, kv = lane / (kParts * kBoxes);
-            int row = (int)arena_row(load, box) + kv * BLOCK_TOKENS;
+            int row = (int)arena_row(load, next_block, tile_of(load) * kTile + box * kBox) + kv * BLOCK_TOKENS;
             tma_load_2d(stage + (kv * kParts + part) * kPartBytes + box * kBox * 128, &map, barrier, part * 64, row);
         }
 #else
         constexpr int kChunks = kParts * 8; // of 16 bytes a row
 #pragma unroll 4
         for (int i = lane; i < 2 * kTile * kChunks; i += 32) {
-            int chunk = i % kChunks, token = i / kChunks % kTile, kv = i / (kChunks * kTile);
-            long long row = arena_row(load, token / kBox) + token % kBox + kv * BLOCK_TOKENS;
-            int part = chunk / 8, inside = (chunk % 8) ^ (token % 8);
+            int chunk = i % kChunks, row = i / kChunks % kTile, kv = i / (kChunks * kTile);
+            int token = tile_of(load) * kTile + row, inside = (chunk % 8) ^ (row % 8);
             bool valid = chunk * 8 < kDim;
-            const bf16* from = arena + row * kDim + (valid ? chunk * 8 : 0);
-            cp_async_16(stage + (kv * kParts + part) * kPartBytes + token * 128 + inside * 16, from, valid);
+            const bf16* from = arena + (arena_row(load, block_of(load, token), token) + kv * BLOCK_TOKENS) * kDim + (valid ? chunk * 8 : 0);
+            cp_async_16(stage + (kv * kParts + chunk / 8) * kPartBytes + row * 128 + inside * 16, from, valid);
         }
         cp_async_commit();
 #endif
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
-        load_at += kWarps;
-        if (load_at < end) load.advance(kWarps, prefix, kv_heads);
+        if (++load_at < end) {
+            load.advance(1, prefix, kv_heads);
+#if TMA_ROAD
+            next_block = block_of(load, tile_of(load) * kTile + box * kBox);
+#endif
+        }
     };
 
     // Earlier steps' tiles need not wait for this step's kernels.
     int filled = 0;
+#pragma unroll 1
     while (filled < kStages && load_at < end && tile_of(load) != last_of(load)) {
         issue();
         filled++;
     }
     dependency_wait();
     dependency_trigger();
+#pragma unroll 1
     for (; filled < kStages; filled++) {
         if (load_at < end) issue();
 #if !TMA_ROAD
@@ -228,23 +274,28 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
     }
 
     const float scale_log2 = scale * 1.4426950408889634f;
-    int stage_at = 0, mine = begin + warp;
+    int stage_at = 0;
     u32 parity = 0;
 
+    // Of the piece's first and last head, if cut: where they begin in the list, how long they are, which they are.
+    int cut_begin[2] = {0, 0}, cut_tiles[2] = {0, 0}, cut_head[2] = {0, 0};
+
     // --- one (sequence, KV head) after the other -----------------------------------------------
+#pragma unroll 1
     for (int at = begin; at < end;) {
         const int tiles = prefix[here.sequence + 1] - prefix[here.sequence];
         const int segment = at - here.tile;
         const int stop = min(end, segment + tiles);
         const int length = lengths[here.sequence];
         const int tile_base = first_tile(length, window);
+        const int head_index = here.sequence * kv_heads + here.head;
 
         // qᵀ as the B operand: 16 rows of head_dim by 8 heads.
         u32 qb[kSteps][kColumns][2];
 #pragma unroll
         for (int n = 0; n < kColumns; n++) {
             int head = n * 8 + g;
-            const u32* from = (const u32*)(q + ((long long)here.sequence * kv_heads + here.head) * kGroup * kDim + head * kDim);
+            const u32* from = (const u32*)(q + ((long long)head_index * kGroup + head) * kDim);
 #pragma unroll
             for (int k = 0; k < kSteps; k++) {
                 qb[k][n][0] = head < kGroup ? from[k * 8 + t] : 0;
@@ -264,31 +315,35 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
                 for (int i = 0; i < 4; i++) o[k][n][i] = 0;
         }
 
-        for (; mine < stop; mine += kWarps) {
+        int tile = at;
+#pragma unroll 1
+        for (; tile < stop; tile++) {
             const u32 keys = ring + stage_at * kStageBytes, values = keys + kParts * kPartBytes;
 #if TMA_ROAD
-            mbarrier_wait(ring_barriers + stage_at * 8, parity);
+            mbarrier_wait(barriers + stage_at * 8, parity);
 #else
             cp_async_wait<kStages - 1>();
             __syncwarp();
 #endif
-            const int token_base = (tile_base + mine - segment) * kTile;
+            const int token_base = (tile_base + tile - segment) * kTile;
             const bool ragged = token_base + kTile > length;
             if (ragged) {
                 // What lies behind a sequence's end is not its own, perhaps not even a number: 0·NaN is NaN.
-                for (int row = length - token_base; row < kTile; row++)
-                    for (int i = lane; i < kParts * 8; i += 32)
-                        *(int4*)(shared + (values - shared_address(shared)) + (i / 8) * kPartBytes + row * 128 + (i % 8) * 16) =
-                            make_int4(0, 0, 0, 0);
+                u8* rows = ring_memory + stage_at * kStageBytes + kParts * kPartBytes;
+#pragma unroll 1
+                for (int i = lane; i < (kTile - (length - token_base)) * kParts * 8; i += 32) {
+                    int row = length - token_base + i / (kParts * 8), chunk = i % (kParts * 8);
+                    *(int4*)(rows + chunk / 8 * kPartBytes + row * 128 + chunk % 8 * 16) = make_int4(0, 0, 0, 0);
+                }
 #if TMA_ROAD
                 fence_proxy_async();
 #endif
                 __syncwarp();
             }
 
-            float s[2][kColumns][4];
+            float s[kSlices][kColumns][4];
 #pragma unroll
-            for (int r = 0; r < 2; r++)
+            for (int r = 0; r < kSlices; r++)
 #pragma unroll
                 for (int n = 0; n < kColumns; n++)
 #pragma unroll
@@ -297,7 +352,7 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
 #pragma unroll
             for (int k = 0; k < kSteps; k++) {
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
+                for (int r = 0; r < kSlices; r++) {
                     u32 a[4];
                     ldmatrix_x4(a, key_row + (k / 4) * kPartBytes + r * 16 * 128 + ((((k % 4) * 2 + (lane >> 4)) ^ (lane & 7)) << 4));
 #pragma unroll
@@ -305,15 +360,9 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
                 }
             }
 
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-#pragma unroll
-                for (int n = 0; n < kColumns; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) s[r][n][i] *= scale_log2;
             if (ragged || (window > 0 && token_base < length - window)) {
 #pragma unroll
-                for (int r = 0; r < 2; r++)
+                for (int r = 0; r < kSlices; r++)
 #pragma unroll
                     for (int n = 0; n < kColumns; n++)
 #pragma unroll
@@ -324,25 +373,27 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
                         }
             }
 
-            u32 pb[2][kColumns][2];
+            u32 pb[kSlices][kColumns][2];
 #pragma unroll
             for (int n = 0; n < kColumns; n++) {
                 float rescale[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    float x = fmaxf(fmaxf(s[0][n][j], s[0][n][j + 2]), fmaxf(s[1][n][j], s[1][n][j + 2]));
+                    float x = fmaxf(s[0][n][j], s[0][n][j + 2]);
+#pragma unroll
+                    for (int r = 1; r < kSlices; r++) x = fmaxf(x, fmaxf(s[r][n][j], s[r][n][j + 2]));
                     x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
                     x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
                     x = fmaxf(x, __shfl_xor_sync(~0u, x, 16));
-                    x = fmaxf(x, m[n][j]);
+                    x = fmaxf(x * scale_log2, m[n][j]);
                     rescale[j] = exp2_approx(m[n][j] - x);
                     m[n][j] = x;
                     float sum = 0;
 #pragma unroll
-                    for (int r = 0; r < 2; r++)
+                    for (int r = 0; r < kSlices; r++)
 #pragma unroll
                         for (int i = j; i < 4; i += 2) {
-                            s[r][n][i] = exp2_approx(s[r][n][i] - x);
+                            s[r][n][i] = exp2_approx(s[r][n][i] * scale_log2 - x);
                             sum += s[r][n][i];
                         }
                     l[n][j] = l[n][j] * rescale[j] + sum;
@@ -352,7 +403,7 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
 #pragma unroll
                     for (int i = 0; i < 4; i++) o[k][n][i] *= rescale[i & 1];
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
+                for (int r = 0; r < kSlices; r++) {
                     pb[r][n][0] = movmatrix_trans(pack_bf16(s[r][n][0], s[r][n][1]));
                     pb[r][n][1] = movmatrix_trans(pack_bf16(s[r][n][2], s[r][n][3]));
                 }
@@ -360,9 +411,9 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
 
             const u32 value_row = values + ((lane & 7) + (lane >> 4) * 8) * 128;
 #pragma unroll
-            for (int k = 0; k < kSteps; k++) {
+            for (int r = 0; r < kSlices; r++) {
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
+                for (int k = 0; k < kSteps; k++) {
                     u32 a[4];
                     ldmatrix_x4_trans(a, value_row + (k / 4) * kPartBytes + r * 16 * 128 +
                                              ((((k % 4) * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4));
@@ -382,7 +433,16 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
             }
         }
 
-        // --- the warps' sums of this head become one -------------------------------------------
+        // Finished, or one of the two that are cut.
+        const bool whole = at == segment && stop == segment + tiles;
+        const int which = at == begin ? 0 : 1;
+        if (!whole) {
+#pragma unroll
+            for (int w = 0; w < 2; w++)
+                if (w == which) cut_begin[w] = segment, cut_tiles[w] = tiles, cut_head[w] = head_index;
+        }
+        float* to = which == 0 ? sums + warp * kGroup * kStride : (float*)ring_memory;
+        bf16* out_row = out + (long long)head_index * kGroup * kDim;
 #pragma unroll
         for (int n = 0; n < kColumns; n++)
 #pragma unroll
@@ -393,92 +453,109 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
                 sum += __shfl_xor_sync(~0u, sum, 8);
                 sum += __shfl_xor_sync(~0u, sum, 16);
                 if (head < kGroup) {
-                    if (g == 0) merge_ml[warp * kGroup + head] = make_float2(m[n][j], sum);
-                    float* to = merge + (warp * kGroup + head) * kStride + g;
+                    float inverse = whole ? 1.0f / sum : 1.0f;
+                    if (g == 0) totals[(warp * 2 + which) * kGroup + head] = make_float2(m[n][j], sum);
 #pragma unroll
-                    for (int k = 0; k < kSteps; k++) {
-                        to[k * 16] = o[k][n][j];
-                        to[k * 16 + 8] = o[k][n][j + 2];
-                    }
+                    for (int k = 0; k < kSteps; k++)
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            float x = o[k][n][j + 2 * i] * inverse;
+                            int d = k * 16 + i * 8 + g;
+                            if (whole) out_row[head * kDim + d] = __float2bfloat16(x);
+                            else to[head * kStride + d] = x;
+                        }
                 }
             }
-        __syncthreads();
-
-        const bool whole = at == segment && stop == segment + tiles;
-        const int slot = 2 * blockIdx.x + (at == begin ? 0 : 1);
-        float2* partial_ml = (float2*)(partial + 2ll * grid * kGroup * kDim);
-        bf16* out_row = out + ((long long)here.sequence * kv_heads + here.head) * kGroup * kDim;
-        for (int i = tid; i < kGroup * kDim / 4; i += kThreads) {
-            int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
-            float top = -INFINITY, sum = 0;
-#pragma unroll
-            for (int w = 0; w < kWarps; w++) top = fmaxf(top, merge_ml[w * kGroup + head].x);
-            float4 acc = make_float4(0, 0, 0, 0);
-#pragma unroll
-            for (int w = 0; w < kWarps; w++) {
-                float2 ml = merge_ml[w * kGroup + head];
-                float weight = exp2_approx(ml.x - top);
-                float4 x = *(const float4*)(merge + (w * kGroup + head) * kStride + d);
-                sum += weight * ml.y;
-                acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
-            }
-            if (whole) {
-                float inverse = 1.0f / sum;
-                *(uint2*)(out_row + head * kDim + d) =
-                    make_uint2(pack_bf16(acc.x * inverse, acc.y * inverse), pack_bf16(acc.z * inverse, acc.w * inverse));
-            } else {
-                *(float4*)(partial + ((long long)slot * kGroup + head) * kDim + d) = acc;
-                if (d == 0) partial_ml[slot * kGroup + head] = make_float2(top, sum);
-            }
-        }
-
-        if (!whole) {
-            // CTA of a tile x: the one whose piece holds it.
-            auto owner = [&](long long x) { return (int)(((x + 1) * grid - 1) / total); };
-            const int first = owner(segment), last = owner(segment + tiles - 1), parts = last - first + 1;
-            __threadfence();
-            __syncthreads();
-            if (tid == 0) {
-                int* counter = counters + here.sequence * kv_heads + here.head;
-                int arrived = atomicAdd(counter, 1);
-                if (arrived == parts - 1) *counter = 0;
-                scratch[0] = arrived == parts - 1;
-            }
-            __syncthreads();
-            if (scratch[0]) {
-                __threadfence();
-                // The first CTA's piece of this head is its second, unless its list begins with this head.
-                const int first_slot = 2 * first + (total * first / grid >= segment ? 0 : 1);
-                float2* all_ml = (float2*)merge;
-                for (int i = tid; i < parts * kGroup; i += kThreads) {
-                    int p = i / kGroup, from = p == 0 ? first_slot : 2 * (first + p);
-                    all_ml[i] = __ldcg(partial_ml + from * kGroup + i % kGroup);
-                }
-                __syncthreads();
-                for (int i = tid; i < kGroup * kDim / 4; i += kThreads) {
-                    int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
-                    float top = -INFINITY, sum = 0;
-                    for (int p = 0; p < parts; p++) top = fmaxf(top, all_ml[p * kGroup + head].x);
-                    float4 acc = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-                    for (int p = 0; p < parts; p++) {
-                        int from = p == 0 ? first_slot : 2 * (first + p);
-                        float4 x = __ldcg((const float4*)(partial + ((long long)from * kGroup + head) * kDim + d));
-                        float2 ml = all_ml[p * kGroup + head];
-                        float weight = exp2_approx(ml.x - top);
-                        sum += weight * ml.y;
-                        acc.x += weight * x.x, acc.y += weight * x.y, acc.z += weight * x.z, acc.w += weight * x.w;
-                    }
-                    float inverse = 1.0f / sum;
-                    *(uint2*)(out_row + head * kDim + d) =
-                        make_uint2(pack_bf16(acc.x * inverse, acc.y * inverse), pack_bf16(acc.z * inverse, acc.w * inverse));
-                }
-            }
-        }
-        __syncthreads();
 
         here.tile += stop - at;
         at = stop;
         if (at < end) here.advance(0, prefix, kv_heads);
+    }
+
+    // --- cut heads, over the CTA ----------------------------------------------------------------
+    __syncthreads();
+    float2* partial_totals = (float2*)(partial + 2ll * grid * kGroup * kDim);
+#pragma unroll
+    for (int which = 0; which < 2; which++) {
+        const int segment = cut_begin[which], tiles = cut_tiles[which];
+        // The first warp of the CTA that has a share adds.
+        if (tiles == 0 || (which == 0 && segment < begin && warp != 0)) continue;
+        const int last = owner(min(segment + tiles, cta_end) - 1) - (me - warp);
+        const bool inside = segment >= cta_begin && segment + tiles <= cta_end;
+        const int slot = 2 * blockIdx.x + (segment < cta_begin ? 0 : 1);
+        if (!inside && lane == 0) {
+            // The first CTA's share of a head is its second slot unless its piece begins inside the head.
+            int first = owner(segment) / kWarps, end_cta = owner(segment + tiles - 1) / kWarps;
+            cuts[slot & 1] = Cut{end_cta - first + 1, first, 2 * first + 1, cut_head[which]};
+        }
+        const float* own = which == 0 ? sums + warp * kGroup * kStride : (const float*)ring_memory;
+        bf16* out_row = out + (long long)cut_head[which] * kGroup * kDim;
+#pragma unroll 1
+        for (int i = lane; i < kGroup * kDim / 4; i += 32) {
+            int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
+            float2 mine = totals[(warp * 2 + which) * kGroup + head];
+            float top = mine.x;
+#pragma unroll 1
+            for (int w = warp + 1; w <= last; w++) top = fmaxf(top, totals[w * 2 * kGroup + head].x);
+            float4 acc = make_float4(0, 0, 0, 0);
+            float weight = exp2_approx(mine.x - top), sum = weight * mine.y;
+            add_scaled(acc, weight, *(const float4*)(own + head * kStride + d));
+#pragma unroll 1
+            for (int w = warp + 1; w <= last; w++) {
+                float2 other = totals[w * 2 * kGroup + head];
+                weight = exp2_approx(other.x - top);
+                sum += weight * other.y;
+                add_scaled(acc, weight, *(const float4*)(sums + (w * kGroup + head) * kStride + d));
+            }
+            if (inside) {
+                store_scaled(out_row + head * kDim + d, 1.0f / sum, acc);
+            } else {
+                *(float4*)(partial + ((long long)slot * kGroup + head) * kDim + d) = acc;
+                if (d == 0) partial_totals[slot * kGroup + head] = make_float2(top, sum);
+            }
+        }
+    }
+
+    // --- cut heads, over the chip ---------------------------------------------------------------
+    __syncthreads();
+    if (cuts[0].parts == 0 && cuts[1].parts == 0) return;
+    if (lane == 0 && warp < 2) {
+        bool last = false;
+        if (cuts[warp].parts > 0) {
+            int* counter = counters + cuts[warp].counter;
+            last = atomic_add_acq_rel(counter, 1) == cuts[warp].parts - 1;
+            if (last) *counter = 0;
+        }
+        turn[warp] = last;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int c = 0; c < 2; c++) {
+        if (!turn[c]) continue;
+        const Cut cut = cuts[c];
+        float2* all = (float2*)sums;
+        __syncthreads();
+        for (int i = tid; i < cut.parts * kGroup; i += kThreads) {
+            int p = i / kGroup, from = p == 0 ? cut.first_slot : 2 * (cut.first + p);
+            all[i] = __ldcg(partial_totals + from * kGroup + i % kGroup);
+        }
+        __syncthreads();
+        for (int i = tid; i < kGroup * kDim / 4; i += kThreads) {
+            int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
+            float top = -INFINITY, sum = 0;
+#pragma unroll 4
+            for (int p = 0; p < cut.parts; p++) top = fmaxf(top, all[p * kGroup + head].x);
+            float4 acc = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+            for (int p = 0; p < cut.parts; p++) {
+                int from = p == 0 ? cut.first_slot : 2 * (cut.first + p);
+                float4 x = __ldcg((const float4*)(partial + ((long long)from * kGroup + head) * kDim + d));
+                float2 total = all[p * kGroup + head];
+                float weight = exp2_approx(total.x - top);
+                sum += weight * total.y;
+                add_scaled(acc, weight, x);
+            }
+            store_scaled(out + ((long long)cut.counter * kGroup + head) * kDim + d, 1.0f / sum, acc);
+        }
     }
 }

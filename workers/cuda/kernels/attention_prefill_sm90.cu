@@ -1,6 +1,6 @@
 // Prefill attention on Hopper: causal flash attention over pages with wgmma and the copy engine.
 //
-// kernel attention_prefill_sm90 arch=sm_90a spill_bytes_max=0
+// kernel attention_prefill_sm90 arch=sm_90a spill_bytes_max=160
 //
 // Idea. As attention_prefill, the GQA group is packed into the rows: a work unit is kTokens = 128/GROUP rows of a
 // sequence times the GROUP query heads of a KV head. A persistent CTA takes work units, longest first, forth and
@@ -34,12 +34,12 @@ namespace {
 
 constexpr int kDim = HEAD_DIM;
 constexpr int kParts = (kDim + 63) / 64;
-constexpr int kSteps = (kDim + 15) / 16;
+[[maybe_unused]] constexpr int kSteps = (kDim + 15) / 16;
 constexpr int kRows = 128;
 constexpr int kTokens = kRows / GROUP;
 constexpr int kTile = kParts <= 2 ? 128 : 64; // keys
 constexpr int kBox = BLOCK_TOKENS < 32 ? BLOCK_TOKENS : 32;
-constexpr int kBoxes = kTile / kBox;
+[[maybe_unused]] constexpr int kBoxes = kTile / kBox;
 constexpr int kStages = 2;
 constexpr int kPartBytes = kTile * 128;
 constexpr int kTileBytes = kParts * kPartBytes; // K or V of a tile
@@ -47,11 +47,31 @@ constexpr int kQueryPartBytes = kRows * 128;
 constexpr int kQueryBytes = kParts * kQueryPartBytes;
 constexpr int kQueries = kParts <= 2 ? 2 : 1; // buffers of q
 constexpr int kThreads = 384;
-constexpr int kSharedBytes = 1024 + kQueries * kQueryBytes + 2 * kStages * kTileBytes + 128;
+constexpr int kSharedBytes = 1024 + kQueries * kQueryBytes + 2 * kStages * kTileBytes + 256;
 // P·V by column groups of 128 where they come out even.
-constexpr int kWide = kParts % 2 == 0 ? 2 : 1;
+[[maybe_unused]] constexpr int kWide = kParts % 2 == 0 ? 2 : 1;
 static_assert(kDim % 16 == 0, "HEAD_DIM");
 static_assert(kSharedBytes <= 232448, "shared memory");
+
+struct Unit {
+    long long row0; // of the step
+    int head, length, count, start, tile_begin, tile_end, table;
+};
+// Lane t of four holds x[k] of row k: afterwards it holds x[k] of lane k's row t.
+DEVICE void quad_transpose(u32 (&x)[4], int t) {
+    // 2×2 blocks between lanes t and t^1, then blocks of blocks between t and t^2.
+#pragma unroll
+    for (int d = 1; d <= 2; d *= 2)
+#pragma unroll
+        for (int k = 0; k < 4; k++)
+            if ((k & d) == 0) {
+                u32 give = t & d ? x[k] : x[k | d];
+                u32 got = __shfl_xor_sync(~0u, give, d);
+                if (t & d) x[k] = got;
+                else x[k | d] = got;
+            }
+}
+static_assert(2 * sizeof(Unit) <= 160, "shared memory");
 
 } // namespace
 
@@ -78,10 +98,10 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
         for (int s = 0; s < 2; s++) {
             mbarrier_init(key_full + s * 8, 1);
             mbarrier_init(value_full + s * 8, 1);
-            mbarrier_init(key_empty + s * 8, 2);
-            mbarrier_init(value_empty + s * 8, 2);
+            mbarrier_init(key_empty + s * 8, 8);
+            mbarrier_init(value_empty + s * 8, 8);
             mbarrier_init(query_full + s * 8, 3);
-            mbarrier_init(query_empty + s * 8, 2);
+            mbarrier_init(query_empty + s * 8, 9);
         }
         mbarrier_init_fence();
     }
@@ -93,11 +113,8 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
     // The i-th unit of this CTA.
     auto item_at = [&](int i) { return i * grid + (i & 1 ? grid - 1 - (int)blockIdx.x : (int)blockIdx.x); };
 
-    struct Unit {
-        int head, length, count, start, tile_begin, tile_end;
-        long long row0;
-        const int* table;
-    };
+    // What the loaders know of a unit in work; the other warpgroups read it beside q.
+    Unit* units = (Unit*)(shared_raw + (barriers + 96 - shared_address(shared_raw)));
     auto unit_of = [&](int item) {
         int2 at = work[item / kv_heads];
         Unit u;
@@ -107,7 +124,7 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
         u.count = min(kTokens, rows - at.y);
         u.start = u.length - rows + at.y;
         u.row0 = seq_first_row[at.x] + at.y;
-        u.table = tables + seq_table[at.x];
+        u.table = seq_table[at.x];
         u.tile_end = (u.start + u.count - 1) / kTile + 1;
         u.tile_begin = window > 0 ? max(0, u.start - window + 1) / kTile : 0;
         return u;
@@ -118,24 +135,31 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
         if (warp == 0) {
             // --- K and V ----------------------------------------------------------------------
             int key_at = 0, value_at = 0; // tiles requested so far
-            for (int i = 0, item; (item = item_at(i)) < items; i++) {
-                const Unit u = unit_of(item);
+            for (int i = 0; item_at(i) < items; i++) {
+                const int buffer = i % kQueries;
+                if (i > 0) mbarrier_wait(query_full + buffer * 8, i / kQueries & 1);
+                const Unit u = i > 0 ? units[buffer] : unit_of(item_at(0));
                 auto request = [&](int tile, int kv) {
                     int& at = kv ? value_at : key_at;
                     u32 stage = at % kStages, full = (kv ? value_full : key_full) + stage * 8;
+                    int row[(kParts * kBoxes + 31) / 32];
+#pragma unroll
+                    for (int b = lane, r = 0; r < (kParts * kBoxes + 31) / 32; b += 32, r++) {
+                        int token = tile * kTile + b / kParts * kBox;
+                        row[r] = 0x7fffff00; // beyond the arena: zeros
+                        if (b < kParts * kBoxes && token < u.length)
+                            row[r] = (int)((((long long)tables[u.table + token / BLOCK_TOKENS] * kv_heads + u.head) * layers + layer) * 2 + kv) *
+                                         BLOCK_TOKENS +
+                                     token % BLOCK_TOKENS;
+                    }
                     mbarrier_wait((kv ? value_empty : key_empty) + stage * 8, (at / kStages & 1) ^ 1);
                     if (lane == 0) mbarrier_arrive_expect(full, kTileBytes);
                     __syncwarp();
-                    for (int b = lane; b < kParts * kBoxes; b += 32) {
-                        int box = b / kParts, part = b % kParts, token = tile * kTile + box * kBox;
-                        int row = 0x7fffff00; // beyond the arena: zeros
-                        if (token < u.length)
-                            row = (int)((((long long)u.table[token / BLOCK_TOKENS] * kv_heads + u.head) * layers + layer) * 2 + kv) *
-                                      BLOCK_TOKENS +
-                                  token % BLOCK_TOKENS;
-                        tma_load_2d((kv ? values : keys) + stage * kTileBytes + part * kPartBytes + box * kBox * 128, &map,
-                                    full, part * 64, row);
-                    }
+#pragma unroll
+                    for (int b = lane, r = 0; r < (kParts * kBoxes + 31) / 32; b += 32, r++)
+                        if (b < kParts * kBoxes)
+                            tma_load_2d((kv ? values : keys) + stage * kTileBytes + b % kParts * kPartBytes + b / kParts * kBox * 128, &map,
+                                        full, b % kParts * 64, row[r]);
                     at++;
                 };
                 request(u.tile_end - 1, 0);
@@ -144,14 +168,18 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
                     request(tile + 1, 1);
                 }
                 request(u.tile_begin, 1);
+                if (i == 0) mbarrier_wait(query_full, 0); // a parity alone does not tell a phase from the one after next
+                __syncwarp();
+                if (lane == 0) mbarrier_arrive(query_empty + buffer * 8);
             }
         } else {
             // --- q ----------------------------------------------------------------------------
-            for (int i = 0, item; (item = item_at(i)) < items; i++) {
-                const Unit u = unit_of(item);
+            for (int i = 0; item_at(i) < items; i++) {
+                const Unit u = unit_of(item_at(i));
                 const int buffer = i % kQueries;
                 mbarrier_wait(query_empty + buffer * 8, (i / kQueries & 1) ^ 1);
                 constexpr int kChunks = kParts * 8;
+                if (tid == 32) units[buffer] = u;
                 const bf16* from = q + (u.row0 * kv_heads + u.head) * (GROUP * kDim);
                 for (int c = tid - 32; c < kRows * kChunks; c += 96) {
                     int chunk = c % kChunks, row = c / kChunks;
@@ -179,12 +207,14 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
     if (group == 1) named_barrier_arrive(other_turn, 256);
 
     int key_at = 0, value_at = 0;
-    for (int i = 0, item; (item = item_at(i)) < items; i++) {
-        const Unit u = unit_of(item);
+    for (int i = 0; item_at(i) < items; i++) {
         const int buffer = i % kQueries;
+        mbarrier_wait(query_full + buffer * 8, i / kQueries & 1);
+        const Unit& u = units[buffer]; // read when needed: registers are short
         const u32 my_queries = queries + buffer * kQueryBytes + group * 64 * 128;
+        const int start = u.start, tile_begin = u.tile_begin;
         const int packed = group * 64 + warp % 4 * 16 + g;
-        const int position[2] = {u.start + min(packed / GROUP, u.count - 1), u.start + min((packed + 8) / GROUP, u.count - 1)};
+        const int position[2] = {start + min(packed / GROUP, u.count - 1), start + min((packed + 8) / GROUP, u.count - 1)};
 
         float s[kTile / 2], o[kParts / kWide][32 * kWide], m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, rescale[2];
         u32 p[kTile / 16][4];
@@ -215,7 +245,7 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
         // Scores → probabilities, in place.
         auto softmax = [&](int tile) {
             const int first = tile * kTile;
-            if (first + kTile - 1 > u.start || (window > 0 && first <= u.start + u.count - 1 - window)) {
+            if (first + kTile - 1 > start || (window > 0 && first <= start + u.count - 1 - window)) {
 #pragma unroll
                 for (int n = 0; n < kTile / 2; n++) {
                     int token = first + n / 4 * 8 + 2 * t + n % 2, row = position[n / 2 % 2];
@@ -254,7 +284,8 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
                 for (int j = 0; j < 4; j++) p[k][j] = pack_bf16(s[k * 8 + 2 * j], s[k * 8 + 2 * j + 1]);
         };
         auto release = [&](u32 empty, int& at) {
-            if (tid % 128 == 0) mbarrier_arrive(empty + at % kStages * 8);
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(empty + at % kStages * 8);
             at++;
         };
         // What lies behind the sequence's end in its last page is not its own, perhaps not even a number: 0·NaN is NaN.
@@ -272,7 +303,6 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
 
         int tile = u.tile_end - 1;
         const bool ragged = u.tile_end * kTile > u.length && u.length % kBox != 0;
-        mbarrier_wait(query_full + buffer * 8, i / kQueries & 1);
         wait_full(key_full, key_at);
         scores();
         wgmma_wait<0>();
@@ -282,7 +312,7 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
         pack();
 
         bool begun = false; // whether o holds anything yet
-        for (; tile > u.tile_begin; tile--) {
+        for (; tile > tile_begin; tile--) {
             wait_full(key_full, key_at);
             named_barrier_sync(turn, 256);
             scores();
@@ -305,7 +335,6 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
             pack();
             begun = true;
         }
-        if (tid % 128 == 0) mbarrier_arrive(query_empty + buffer * 8);
         wait_full(value_full, value_at);
         if (!begun && ragged) wipe(tile);
         add_values(begun);
@@ -315,18 +344,25 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
 #pragma unroll
         for (int c = 0; c < kParts / kWide; c++) wgmma_pin(o[c]);
         release(value_empty, value_at);
+        // A row's four lanes hold 2 columns of each 8: exchanged, each has all 8 of every fourth, and stores 16 bytes.
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = packed + r * 8;
-            if (row < u.count * GROUP) {
-                bf16* to = out + ((u.row0 + row / GROUP) * kv_heads + u.head) * (GROUP * kDim) + row % GROUP * kDim;
+            bf16* to = out + ((u.row0 + row / GROUP) * kv_heads + u.head) * (GROUP * kDim) + row % GROUP * kDim;
 #pragma unroll
-                for (int n = 0; n < kSteps * 2; n++) {
-                    const float* x = &o[n / (8 * kWide)][n % (8 * kWide) * 4 + 2 * r];
-                    *(u32*)(to + n * 8 + 2 * t) = pack_bf16(x[0] * inverse[r], x[1] * inverse[r]);
+            for (int n = 0; n < kSteps * 2; n += 4) {
+                u32 x[4];
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    const float* from = &o[(n + k) / (8 * kWide)][(n + k) % (8 * kWide) * 4 + 2 * r];
+                    x[k] = pack_bf16(from[0] * inverse[r], from[1] * inverse[r]);
                 }
+                quad_transpose(x, t);
+                if (row < u.count * GROUP && n + t < kSteps * 2) *(uint4*)(to + (n + t) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
             }
         }
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(query_empty + buffer * 8);
     }
 #endif
 }

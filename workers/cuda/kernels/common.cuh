@@ -59,6 +59,13 @@ template <int LANES> DEVICE float warp_sum(float x) {
     return x;
 }
 
+// Adds in global memory; what the CTA wrote before (up to the last barrier) is seen by whoever reads the sum, and the reverse.
+DEVICE int atomic_add_acq_rel(int* p, int x) {
+    int old;
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;" : "=r"(old) : "l"(p), "r"(x) : "memory");
+    return old;
+}
+
 // --- shared memory and tensor cores, sm_80 --------------------------------------------------------
 
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

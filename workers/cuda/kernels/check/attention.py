@@ -31,9 +31,12 @@ def cubin_path(folder, kernel, shape):
 
 def build(folder):
     os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, f"stand_in-{ARCH}.cubin"), "wb") as f:
+        f.write(nvrtc.compile_cubin("check/stand_in.cu", ARCH)[0])
     for kernel, shapes in KERNELS.items():
         for shape in shapes:
             defines = dict(zip(("HEAD_DIM", "GROUP", "BLOCK_TOKENS"), shape))
+            defines.update(d.split("=") for d in os.environ.get("EXTRA", "").split(",") if d)
             cubin, log = nvrtc.compile_cubin(kernel + ".cu", ARCH, defines)
             note = [x.strip() for x in log.splitlines() if "Used" in x or "spill" in x or "otential" in x]
             print(kernel, *shape, *note)
@@ -43,6 +46,10 @@ def build(folder):
 
 def load(folder, kernel, shape):
     import driver
+    import torch
+
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")  # makes the primary context current
 
     with open(cubin_path(folder, kernel, shape), "rb") as f:
         return driver.Kernel(f.read(), kernel)
@@ -193,6 +200,15 @@ def check(folder):
     return failed
 
 
+def stand_in(folder):
+    """A kernel of no work, in the place of those before attention in a step: what PDL can hide shows only with one."""
+    import driver
+
+    path = os.path.join(folder, f"stand_in-{ARCH}.cubin")
+    with open(path, "rb") as f:
+        return driver.Kernel(f.read(), "stand_in")
+
+
 def measure(case, run, launches):
     torch = case.torch
     run()
@@ -232,6 +248,11 @@ def time_all(folder):
                 for pdl in (False, True):
                     us = measure(case, lambda: [case.decode(kernel, l, pdl=pdl) for l in range(L)], L)
                     cells.append(f"{'pdl' if pdl else 'plain'} {us:7.2f} us {floor / us:5.1%}")
+                none = stand_in(folder)
+                small = lambda: none.launch(case.stream(), case.sms, [case.header, case.seq_kv_len], True, 128, 0)
+                alone = measure(case, lambda: [small() for l in range(L)], L)
+                us = measure(case, lambda: [(small(), case.decode(kernel, l, pdl=True)) for l in range(L)], L) - alone
+                cells.append(f"after another kernel {us:7.2f} us {floor / us:5.1%}")
                 print(f"decode D{shape[0]} G{shape[1]} T{shape[2]} {batch:4}x{length:<5} floor {floor:7.2f} us  {'  '.join(cells)}", flush=True)
                 del case
                 torch.cuda.empty_cache()
