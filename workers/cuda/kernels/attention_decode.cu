@@ -1,6 +1,9 @@
 // Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip.
 //
 // kernel attention_decode spill_bytes_max=256
+// variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
+// variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
+// variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
 //
 // Idea. The KV of a step is one list of tiles of 32 tokens (64 where head_dim is at most 64), ordered
 // [sequence][KV head][tile]. Warp i of a persistent grid takes the i-th equal piece of the list, whatever the lengths:

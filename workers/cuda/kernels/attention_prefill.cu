@@ -1,6 +1,9 @@
 // Prefill attention on any architecture from sm_80: causal flash attention over pages, mma.sync and cp.async.
 //
 // kernel attention_prefill spill_bytes_max=160
+// variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
+// variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
+// variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
 //
 // Idea. The GQA group is packed into the rows: a work unit is kTokens = 64/GROUP rows of one sequence times the GROUP
 // query heads of one KV head, so K and V are read once for the group, and few rows of a sequence (a chunk of a

@@ -1,6 +1,9 @@
 // Prefill attention on Hopper: causal flash attention over pages with wgmma and the copy engine.
 //
-// kernel attention_prefill_sm90 arch=sm_90a spill_bytes_max=160
+// kernel attention_prefill_sm90 spill_bytes_max=160
+// variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
+// variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
+// variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
 //
 // Idea. As attention_prefill, the GQA group is packed into the rows: a work unit is kTokens = 128/GROUP rows of a
 // sequence times the GROUP query heads of a KV head. A persistent CTA takes work units, longest first, forth and
@@ -58,7 +61,7 @@ struct Unit {
     int head, length, count, start, tile_begin, tile_end, table;
 };
 // Lane t of four holds x[k] of row k: afterwards it holds x[k] of lane k's row t.
-DEVICE void quad_transpose(u32 (&x)[4], int t) {
+[[maybe_unused]] DEVICE void quad_transpose(u32 (&x)[4], int t) {
     // 2×2 blocks between lanes t and t^1, then blocks of blocks between t and t^2.
 #pragma unroll
     for (int d = 1; d <= 2; d *= 2)

@@ -25,6 +25,9 @@ source!(RMS_NORM, "rms_norm.cu");
 source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
 source!(ARGMAX, "argmax.cu");
+source!(ATTENTION_DECODE, "attention_decode.cu");
+source!(ATTENTION_PREFILL, "attention_prefill.cu");
+source!(ATTENTION_PREFILL_SM90, "attention_prefill_sm90.cu");
 source!(ATTENTION_PLAIN, "attention_plain.cu");
 source!(GEMM_SKINNY, "gemm_skinny.cu");
 
@@ -36,6 +39,7 @@ macro_rules! headers {
 
 /// What kernel files include.
 pub const HEADERS: &[(&str, &str)] = headers![
+    "attention_wgmma.cuh",
     "common.cuh",
     "gemm_ampere.cuh",
     "gemm_epilogue.cuh",
