@@ -1,0 +1,158 @@
+//! What the desk holds of the engine thread: commands in, events out, a bell, a gauge.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use baton_engine::{BlockTable, Engine, Sampled};
+use baton_protocol::{Failure, FinishReason, PullReport, Refusal, SequenceSpec, TokenLogprobs};
+use crossbeam_channel::{Sender, bounded};
+use tokio::sync::mpsc;
+
+use super::EngineThread;
+use crate::WorkerError;
+use crate::frames::{Route, TokenOutbox};
+
+/// What the engine thread is asked to do.
+pub(crate) enum Command {
+    /// Run a prompt; ends with [`EngineEvent::Prefilled`] or [`EngineEvent::Left`].
+    Prefill {
+        key: u64,
+        spec: SequenceSpec,
+        prompt_logprobs: Option<u8>,
+    },
+    /// Go on generating; tokens go to `route`. Ends with [`EngineEvent::Left`].
+    Decode {
+        key: u64,
+        route: Route,
+        spec: SequenceSpec,
+        next: u32,
+        blocks: BlockTable,
+        pulled: PullReport,
+    },
+    /// End a sequence and free its blocks. A decode's API server is told the failure, if there is one.
+    Abort { key: u64, failure: Option<Failure> },
+    /// Look again whether something can run.
+    Wake,
+    /// End the thread.
+    Shutdown,
+}
+
+/// What the engine thread has to say to the desk.
+pub(crate) enum EngineEvent {
+    /// A prompt is done.
+    Prefilled(Box<Prefilled>),
+    /// A sequence left, or was not taken.
+    Left { key: u64, refusal: Option<Refusal> },
+    /// The executor broke; every sequence is gone.
+    Failed { message: String },
+}
+
+/// A prompt whose KV is in `blocks`.
+pub(crate) struct Prefilled {
+    pub(crate) key: u64,
+    pub(crate) blocks: BlockTable,
+    pub(crate) sampled: Sampled,
+    pub(crate) finish: Option<FinishReason>,
+    pub(crate) cached_tokens: u32,
+    pub(crate) prompt_logprobs: Option<Vec<TokenLogprobs>>,
+    pub(crate) queue: Duration,
+    pub(crate) compute: Duration,
+}
+
+/// How busy the engine is, as of its last step.
+#[derive(Default)]
+pub(crate) struct LoadGauge {
+    pub(crate) waiting: AtomicU32,
+    pub(crate) running: AtomicU32,
+    pub(crate) waiting_tokens: AtomicU32,
+}
+
+/// Wakes the engine thread if it waits for blocks or for room in the token outbox.
+#[derive(Clone)]
+pub(crate) struct EngineWaker {
+    commands: Sender<Command>,
+    stalled: Arc<AtomicBool>,
+}
+
+impl EngineWaker {
+    pub(crate) fn wake(&self) {
+        if self.stalled.swap(false, Ordering::AcqRel) {
+            // A full channel keeps it awake as well.
+            let _ = self.commands.try_send(Command::Wake);
+        }
+    }
+}
+
+/// The desk's end of the engine thread.
+pub(crate) struct EngineHandle {
+    commands: Sender<Command>,
+    pub(crate) waker: EngineWaker,
+    pub(crate) load: Arc<LoadGauge>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EngineHandle {
+    /// Starts the thread. `sequences_max` bounds how many sequences the desk has in the engine at once; each
+    /// costs at most two commands and two events, so neither channel overflows.
+    pub(crate) fn start(
+        engine: Engine,
+        tokens: Arc<TokenOutbox>,
+        sequences_max: usize,
+    ) -> Result<(Self, mpsc::Receiver<EngineEvent>), WorkerError> {
+        let capacity = 2 * sequences_max + 64;
+        let (commands, receiver) = bounded(capacity);
+        let (events, event_receiver) = mpsc::channel(capacity);
+        let stalled = Arc::new(AtomicBool::new(false));
+        let load = Arc::new(LoadGauge::default());
+        let thread = EngineThread::new(
+            engine,
+            receiver,
+            events,
+            tokens,
+            stalled.clone(),
+            load.clone(),
+        );
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(|| thread.run())
+            .map_err(|error| WorkerError::System {
+                what: "starting the engine thread",
+                detail: error.to_string(),
+            })?;
+        let waker = EngineWaker {
+            commands: commands.clone(),
+            stalled,
+        };
+        Ok((
+            Self {
+                commands,
+                waker,
+                load,
+                thread: Some(thread),
+            },
+            event_receiver,
+        ))
+    }
+
+    /// Hands a command over without waiting. False, with the command dropped, when the thread is gone or,
+    /// against the stated bound, its channel full.
+    #[must_use]
+    pub(crate) fn send(&self, command: Command) -> bool {
+        self.commands.try_send(command).is_ok()
+    }
+
+    /// Ends the thread; waits for the step under way.
+    pub(crate) fn shutdown(&mut self) {
+        // Dropping what it was about to do is fine here: it is to end.
+        let _ = self
+            .commands
+            .send_timeout(Command::Shutdown, Duration::from_secs(1));
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the engine thread panicked");
+        }
+    }
+}

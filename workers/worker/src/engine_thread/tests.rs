@@ -1,0 +1,188 @@
+use baton_engine::{
+    EngineConfig, Executor, ExecutorError, ExecutorInfo, FakeConfig, FakeExecutor, StepOutput,
+    StepPlan,
+};
+use baton_protocol::{Generation, RequestId, SequenceSpec};
+
+use super::*;
+
+/// Works until the given step, and then fails or panics.
+struct Breaking {
+    inner: FakeExecutor,
+    steps_left: u32,
+    panics: bool,
+}
+
+impl Executor for Breaking {
+    fn info(&self) -> &ExecutorInfo {
+        self.inner.info()
+    }
+
+    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        if self.steps_left == 0 {
+            assert!(!self.panics, "out of steps");
+            return Err(ExecutorError {
+                message: "the device is gone".to_owned(),
+            });
+        }
+        self.steps_left -= 1;
+        self.inner.forward(plan)
+    }
+}
+
+struct Fixture {
+    engine: EngineHandle,
+    events: mpsc::Receiver<EngineEvent>,
+    tokens: Arc<TokenOutbox>,
+    pool: baton_engine::BlockPool,
+}
+
+fn start(executor: impl Executor + 'static) -> Fixture {
+    let config = EngineConfig {
+        step_tokens_max: 64,
+        sequences_max: 8,
+        queue_max: 8,
+        prefix_cache: false,
+    };
+    let engine = Engine::new(Box::new(executor), config);
+    let pool = engine.pool();
+    let tokens = Arc::new(TokenOutbox::default());
+    let (engine, events) = EngineHandle::start(engine, tokens.clone(), 16).unwrap();
+    Fixture {
+        engine,
+        events,
+        tokens,
+        pool,
+    }
+}
+
+fn spec(max_tokens: u32) -> SequenceSpec {
+    SequenceSpec {
+        tokens: vec![5; 20].into(),
+        prompt_tokens: 20,
+        generation: Generation {
+            max_tokens,
+            ..Generation::default()
+        },
+    }
+}
+
+fn decode(fixture: &Fixture, key: u64, max_tokens: u32) {
+    let route = Route {
+        api_server: ApiServerId::new("api").unwrap(),
+        request: RequestId(key.into()),
+        attempt: 0,
+    };
+    let blocks = fixture.pool.reserve(2).unwrap();
+    let (spec, pulled) = (spec(max_tokens), PullReport::default());
+    assert!(fixture.engine.send(Command::Decode {
+        key,
+        route,
+        spec,
+        next: 7,
+        blocks,
+        pulled
+    }));
+}
+
+fn breaks(panics: bool, says: &str) {
+    let inner = FakeExecutor::new(FakeConfig::default());
+    let mut fixture = start(Breaking {
+        inner,
+        steps_left: 5,
+        panics,
+    });
+    decode(&fixture, 1, 100);
+    let Some(EngineEvent::Failed { message }) = fixture.events.blocking_recv() else {
+        panic!("no failure was reported");
+    };
+    assert!(message.contains(says), "{message}");
+    let items = fixture.tokens.try_take().unwrap().servers.pop().unwrap().1;
+    assert_eq!(items[0].tokens.0.len(), 5, "the tokens before it are good");
+    let Some(End::Failed(failure)) = &items[0].end else {
+        panic!("{items:?}")
+    };
+    assert_eq!(failure.code, FailureCode::Executor);
+    assert_eq!(fixture.pool.stats().used, 0);
+
+    // Whatever comes later is turned away.
+    assert!(fixture.engine.send(Command::Prefill {
+        key: 2,
+        spec: spec(3),
+        prompt_logprobs: None
+    }));
+    let left = fixture.events.blocking_recv();
+    assert!(matches!(
+        left,
+        Some(EngineEvent::Left {
+            key: 2,
+            refusal: Some(_)
+        })
+    ));
+    fixture.engine.shutdown();
+}
+
+#[test]
+fn a_failing_executor_ends_everything() {
+    breaks(false, "the device is gone");
+}
+
+#[test]
+fn a_panicking_executor_is_a_failing_one() {
+    breaks(true, "out of steps");
+}
+
+#[test]
+fn a_full_outbox_stops_the_engine_but_not_aborts() {
+    let config = FakeConfig {
+        tokens_max: 1 << 20,
+        blocks: 1 << 16,
+        ..FakeConfig::default()
+    };
+    let mut fixture = start(FakeExecutor::new(config));
+    decode(&fixture, 1, 1 << 20);
+    while fixture.tokens.has_room() {
+        std::thread::yield_now();
+    }
+    // Nobody takes tokens: an abort is carried out all the same.
+    assert!(fixture.engine.send(Command::Abort {
+        key: 1,
+        failure: None
+    }));
+    let left = fixture.events.blocking_recv();
+    assert!(matches!(
+        left,
+        Some(EngineEvent::Left {
+            key: 1,
+            refusal: None
+        })
+    ));
+    assert_eq!(fixture.pool.stats().used, 0);
+    let taken = fixture.tokens.try_take().unwrap();
+    assert!(taken.was_full);
+    let count = taken.servers[0].1[0].tokens.0.len();
+    assert!(count < 2 * (1 << 16), "it went on for {count} tokens");
+    fixture.engine.shutdown();
+}
+
+#[test]
+fn blocks_that_come_back_let_a_waiting_prompt_run() {
+    let config = FakeConfig {
+        blocks: 4,
+        ..FakeConfig::default()
+    };
+    let mut fixture = start(FakeExecutor::new(config));
+    let held = HeldBlocks::new(
+        fixture.pool.reserve(3).unwrap(),
+        fixture.engine.waker.clone(),
+    );
+    assert!(fixture.engine.send(Command::Prefill {
+        key: 1,
+        spec: spec(3),
+        prompt_logprobs: None
+    }));
+    drop(held);
+    let done = fixture.events.blocking_recv();
+    assert!(matches!(done, Some(EngineEvent::Prefilled(done)) if done.key == 1));
+    fixture.engine.shutdown();
+}
