@@ -1,8 +1,10 @@
 //! The one thread that owns the UCX worker: takes commands, posts reads, progresses, sleeps.
 
-use std::any::Any;
+mod command;
+mod ending;
+mod transfers;
+
 use std::collections::HashMap;
-use std::ffi::c_void;
 use std::mem::ManuallyDrop;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,19 +13,22 @@ use std::time::{Duration, Instant};
 
 use baton_protocol::{Base64Bytes, TransferDescriptor};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
-use tokio::sync::oneshot;
-use ucx_sys::*;
+use ucx_sys::Ucp;
 
+use self::ending::{Closing, Quarantined};
+use self::transfers::{Then, Transfer};
 use crate::TransferError;
 use crate::agent::{Vitals, version};
-use crate::arena::{Arena, Region, Source};
-use crate::context::{Context, status_text};
+use crate::arena::{Arena, Region};
+use crate::context::Context;
 use crate::peer::{Link, PeerKey, PeerPlan};
-use crate::probe::{self, PeerReport};
-use crate::pull::{Progress, PullStats, Read, Reading};
+use crate::probe;
+use crate::pull::{Read, Reading};
 use crate::seal::{Kind, seal};
 use crate::wake::Wake;
 use crate::worker::Worker;
+
+pub(crate) use self::command::{Command, Guard, Ready, Setup};
 
 /// The thread spins this long after the last activity before it sleeps. A target that slept at once would
 /// be scheduled anew for each fragment of an emulated read: that was twenty times slower.
@@ -32,56 +37,8 @@ const LINGER: Duration = Duration::from_micros(200);
 /// Longest sleep: the thread shows that it lives.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
-/// The rate of a new connection is measured for this long.
-const PROBE_TIME: Duration = Duration::from_millis(50);
-
 /// Most pulls and connects under way.
 const TRANSFERS_MAX: usize = 1024;
-
-/// At shutdown UCX gets this long to end what it has in flight.
-const DRAIN_TIME: Duration = Duration::from_secs(2);
-
-pub(crate) type Guard = Box<dyn Any + Send>;
-
-/// What the handle asks of the thread.
-pub(crate) enum Command {
-    Connect {
-        peer: PeerKey,
-        plan: PeerPlan,
-        started: Instant,
-        allowed: Duration,
-        reply: oneshot::Sender<Result<PeerReport, TransferError>>,
-    },
-    Pull {
-        peer: PeerKey,
-        reads: Vec<Read>,
-        guard: Guard,
-        started: Instant,
-        allowed: Duration,
-        reply: oneshot::Sender<Result<(Guard, PullStats), TransferError>>,
-    },
-    Disconnect {
-        peer: PeerKey,
-        reply: oneshot::Sender<Result<(), TransferError>>,
-    },
-    Shutdown,
-}
-
-/// What the thread starts from.
-pub(crate) struct Setup {
-    pub(crate) source: Source,
-    pub(crate) tls: Option<String>,
-    pub(crate) commands: Receiver<Command>,
-    pub(crate) wake: Arc<Wake>,
-    pub(crate) vitals: Arc<Vitals>,
-}
-
-/// What the handle learns when the thread is up.
-pub(crate) struct Ready {
-    pub(crate) arena: Arena,
-    pub(crate) descriptor: TransferDescriptor,
-    pub(crate) summary: String,
-}
 
 /// The thread's body.
 pub(crate) fn run(setup: Setup, ready: &Sender<Result<Ready, TransferError>>) {
@@ -129,62 +86,6 @@ struct Mover {
     wake: Arc<Wake>,
     vitals: Arc<Vitals>,
     stopping: bool,
-}
-
-/// Reads, and what follows them.
-struct Transfer {
-    reading: Reading,
-    then: Then,
-}
-
-enum Then {
-    /// Hand the guard back.
-    Pull {
-        guard: Guard,
-        reply: oneshot::Sender<Result<(Guard, PullStats), TransferError>>,
-    },
-    /// The connection stands: measure it.
-    Probe {
-        reply: oneshot::Sender<Result<PeerReport, TransferError>>,
-    },
-    /// Report what was measured.
-    Report {
-        transport: String,
-        until: Instant,
-        reply: oneshot::Sender<Result<PeerReport, TransferError>>,
-    },
-}
-
-impl Then {
-    fn name(&self) -> &'static str {
-        match self {
-            Self::Pull { .. } => "a pull",
-            Self::Probe { .. } => "connecting",
-            Self::Report { .. } => "the probe",
-        }
-    }
-
-    /// Whether what is not posted yet need not be read: nobody waits for it, or enough was measured.
-    fn enough(&self, now: Instant) -> bool {
-        match self {
-            Self::Pull { reply, .. } => reply.is_closed(),
-            Self::Probe { .. } => false,
-            Self::Report { until, .. } => now >= *until,
-        }
-    }
-}
-
-/// A failed transfer whose requests have not all ended.
-struct Quarantined {
-    reading: Reading,
-    /// Dropped with this value, when UCX writes no more.
-    _guard: Option<Guard>,
-}
-
-/// An endpoint that UCX is closing.
-struct Closing {
-    link: Rc<Link>,
-    request: Option<*mut c_void>,
 }
 
 impl Mover {
@@ -349,168 +250,6 @@ impl Mover {
         Ok(())
     }
 
-    /// Posts reads and ends transfers.
-    fn advance(&mut self, now: Instant) -> bool {
-        let mut busy = false;
-        let mut index = 0;
-        while let Some(transfer) = self.transfers.get_mut(index) {
-            if transfer.then.enough(now) {
-                transfer.reading.cut();
-            }
-            busy |= transfer.reading.post(self.ucp, &self.region);
-            let progress = transfer.reading.progress(now);
-            if progress == Progress::Pending {
-                index += 1;
-                continue;
-            }
-            busy = true;
-            let transfer = self.transfers.swap_remove(index);
-            self.count();
-            match progress {
-                Progress::Pending => unreachable!("it was skipped above"),
-                Progress::Done => self.succeed(transfer, now),
-                Progress::Failed(status) => {
-                    let status = status_text(self.ucp, status);
-                    self.fail(transfer, |peer, doing, _| TransferError::PeerFailed {
-                        peer,
-                        doing,
-                        status,
-                    });
-                }
-                Progress::Late => {
-                    let after = transfer.reading.allowed;
-                    self.fail(transfer, |peer, doing, pending| TransferError::Deadline {
-                        peer,
-                        doing,
-                        after,
-                        pending,
-                    });
-                }
-            }
-        }
-        busy
-    }
-
-    fn succeed(&mut self, transfer: Transfer, now: Instant) {
-        let Transfer { reading, then } = transfer;
-        let seconds = reading.started.elapsed().as_secs_f32();
-        match then {
-            Then::Pull { guard, reply } => {
-                let stats = PullStats {
-                    bytes: reading.posted,
-                    seconds,
-                };
-                // Nobody waits: the guard goes with the answer.
-                let _ = reply.send(Ok((guard, stats)));
-            }
-            Then::Probe { reply } => {
-                let transport = probe::describe(&reading.link, version(self.ucp));
-                let reads = probe::probe_reads(&reading.link, self.region.scratch());
-                let left = reading.deadline().saturating_duration_since(now);
-                let reading = Reading::new(self.ucp, reading.link, reads, now, left);
-                let until = now + PROBE_TIME;
-                self.transfers.push(Transfer {
-                    reading,
-                    then: Then::Report {
-                        transport,
-                        until,
-                        reply,
-                    },
-                });
-            }
-            Then::Report {
-                transport, reply, ..
-            } => {
-                let gigabytes_per_second = reading.posted as f32 / seconds / 1e9;
-                let _ = reply.send(Ok(PeerReport {
-                    transport,
-                    gigabytes_per_second,
-                }));
-            }
-        }
-    }
-
-    fn fail(
-        &mut self,
-        transfer: Transfer,
-        error: impl FnOnce(PeerKey, &'static str, usize) -> TransferError,
-    ) {
-        let Transfer { reading, then } = transfer;
-        let peer = reading.link.key;
-        let error = error(peer, then.name(), reading.in_flight());
-        tracing::warn!("{error}");
-        self.close(&reading.link.clone());
-        let guard = match then {
-            Then::Pull { guard, reply } => {
-                let _ = reply.send(Err(error));
-                Some(guard)
-            }
-            Then::Probe { reply } | Then::Report { reply, .. } => {
-                let _ = reply.send(Err(error));
-                None
-            }
-        };
-        self.quarantine.push(Quarantined {
-            reading,
-            _guard: guard,
-        });
-    }
-
-    fn disconnect(&mut self, peer: PeerKey) {
-        if let Some(link) = self.links.get(&peer).cloned() {
-            self.close(&link);
-        }
-    }
-
-    /// Closes a link once; its other transfers see the failure in their turn.
-    fn close(&mut self, link: &Rc<Link>) {
-        if self
-            .links
-            .get(&link.key)
-            .is_some_and(|current| Rc::ptr_eq(current, link))
-        {
-            self.links.remove(&link.key);
-            let request = link.close();
-            self.closing.push(Closing {
-                link: link.clone(),
-                request,
-            });
-        }
-    }
-
-    /// Closes links that failed while nobody used them.
-    fn close_failed(&mut self) {
-        let failed: Vec<_> = self
-            .links
-            .values()
-            .filter(|link| link.failure().is_some())
-            .cloned()
-            .collect();
-        for link in failed {
-            tracing::warn!(peer = %link.key, "the connection failed");
-            self.close(&link);
-        }
-    }
-
-    /// Lets go of what UCX is done with.
-    fn sweep(&mut self) {
-        self.quarantine
-            .retain(|quarantined| quarantined.reading.in_flight() > 0);
-        let ucp = self.ucp;
-        self.closing.retain_mut(|closing| {
-            if let Some(request) = closing.request
-                // SAFETY: the request is ours until it is freed below, once.
-                && unsafe { (ucp.ucp_request_check_status)(request) } != UCS_INPROGRESS
-            {
-                // SAFETY: as above.
-                unsafe { (ucp.ucp_request_free)(request) };
-                closing.request = None;
-            }
-            // A transfer that still holds the link has requests in flight.
-            closing.request.is_some() || Rc::strong_count(&closing.link) > 1
-        });
-    }
-
     fn tell(&self, now: Instant) {
         let turn = now.duration_since(self.vitals.epoch).as_micros() as u64;
         self.vitals.turn_micros.store(turn, Relaxed);
@@ -549,26 +288,5 @@ impl Mover {
         if polled[1].revents != 0 {
             self.wake.clear();
         }
-    }
-
-    /// Ends everything, as far as UCX lets it.
-    fn drain(&mut self) {
-        for transfer in std::mem::take(&mut self.transfers) {
-            self.fail(transfer, |_, _, _| TransferError::Stopped);
-        }
-        for link in self.links.values().cloned().collect::<Vec<_>>() {
-            self.close(&link);
-        }
-        let end = Instant::now() + DRAIN_TIME;
-        while !self.idle() && Instant::now() < end {
-            self.worker.progress();
-            self.sweep();
-            std::thread::yield_now();
-        }
-    }
-
-    /// Whether UCX holds nothing of ours.
-    fn idle(&self) -> bool {
-        self.quarantine.is_empty() && self.closing.is_empty()
     }
 }

@@ -1,0 +1,59 @@
+//! What passes between the agent's handle and its thread.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_protocol::TransferDescriptor;
+use crossbeam_channel::Receiver;
+use tokio::sync::oneshot;
+
+use crate::TransferError;
+use crate::agent::Vitals;
+use crate::arena::{Arena, Source};
+use crate::peer::{PeerKey, PeerPlan};
+use crate::probe::PeerReport;
+use crate::pull::{PullStats, Read};
+use crate::wake::Wake;
+
+pub(crate) type Guard = Box<dyn Any + Send>;
+
+/// What the handle asks of the thread.
+pub(crate) enum Command {
+    Connect {
+        peer: PeerKey,
+        plan: PeerPlan,
+        started: Instant,
+        allowed: Duration,
+        reply: oneshot::Sender<Result<PeerReport, TransferError>>,
+    },
+    Pull {
+        peer: PeerKey,
+        reads: Vec<Read>,
+        guard: Guard,
+        started: Instant,
+        allowed: Duration,
+        reply: oneshot::Sender<Result<(Guard, PullStats), TransferError>>,
+    },
+    Disconnect {
+        peer: PeerKey,
+        reply: oneshot::Sender<Result<(), TransferError>>,
+    },
+    Shutdown,
+}
+
+/// What the thread starts from.
+pub(crate) struct Setup {
+    pub(crate) source: Source,
+    pub(crate) tls: Option<String>,
+    pub(crate) commands: Receiver<Command>,
+    pub(crate) wake: Arc<Wake>,
+    pub(crate) vitals: Arc<Vitals>,
+}
+
+/// What the handle learns when the thread is up.
+pub(crate) struct Ready {
+    pub(crate) arena: Arena,
+    pub(crate) descriptor: TransferDescriptor,
+    pub(crate) summary: String,
+}
