@@ -6,25 +6,19 @@
 //! However a generation is retried, its output is the same text, because random numbers depend only on
 //! seed and position: a retry prefills the prompt and the output so far, and goes on.
 
+mod ends;
+mod room;
 mod words;
 
-use std::time::Duration;
-
 use baton_protocol::{
-    DecodeReply, End, Failure, FailureCode, FinishReason, FrameItem, KvHandle, PrefillReply,
-    Refusal, TokenLogprobs, WorkerId,
+    DecodeReply, End, FailureCode, FinishReason, FrameItem, KvHandle, PrefillReply, TokenLogprobs,
+    WorkerId,
 };
 
 use crate::error::{ApiError, ErrorKind};
 
+use ends::holder;
 pub use words::{Action, Input, NoReply, Phase, Target};
-
-/// How often a generation is begun anew after something broke.
-pub const RETRIES_MAX: u32 = 4;
-
-/// How often in a row it waits for room before it gives up: half a minute, as long as a lease, in waits of at
-/// most half a second.
-pub const WAITS_MAX: u32 = 60;
 
 /// The state machine of one generation.
 #[derive(Clone, Debug)]
@@ -128,13 +122,7 @@ impl Lifecycle {
             Input::WorkerLost(target) => self.worker_lost(&target, out),
             Input::Stalled => self.stalled(out),
             Input::WaitOver => self.wait_over(out),
-            Input::RoomMade => {
-                // A wait cut short does not count: others may take the place again and again.
-                if self.waiting && matches!(self.phase, Phase::Staged { .. }) {
-                    self.waits = self.waits.saturating_sub(1);
-                    self.wait_over(out);
-                }
-            }
+            Input::RoomMade => self.room_made(out),
             Input::StopFound => self.end_early("stop string found", Ok(FinishReason::Stop), out),
             Input::Deadline => {
                 let phase = self.phase.label();
@@ -182,66 +170,6 @@ impl Lifecycle {
                 let context = holder(handle);
                 self.no_decode_worker(context, out);
             }
-            _ => {}
-        }
-    }
-
-    fn no_context_worker(&mut self, out: &mut Vec<Action>) {
-        // Nothing was promised to the client yet: say at once that there is no room. Later it is better
-        // to wait for it.
-        if self.output.is_empty() && self.retries == 0 || self.waits >= WAITS_MAX {
-            let error = self.no_room("context");
-            self.fail(error, out);
-        } else {
-            self.wait(out);
-        }
-    }
-
-    fn no_decode_worker(&mut self, context: Target, out: &mut Vec<Action>) {
-        if self.busy_ms.is_some() && self.waits < WAITS_MAX {
-            self.wait(out);
-        } else if self.busy_ms.is_some() {
-            let error = self.no_room("decode");
-            self.end_early("no decode worker has room", Err(error), out);
-        } else {
-            self.retry(
-                "no decode worker can reach the KV",
-                Some(context.worker),
-                out,
-            );
-        }
-    }
-
-    fn no_room(&self, role: &str) -> ApiError {
-        match self.busy_ms {
-            Some(ms) => ApiError::new(
-                ErrorKind::Busy,
-                format!("every {role} worker is busy; try again"),
-            )
-            .retry_after(ms),
-            None => ApiError::new(
-                ErrorKind::NoWorker,
-                format!("no {role} worker is serving this model; see /health and /cluster"),
-            ),
-        }
-    }
-
-    fn wait(&mut self, out: &mut Vec<Action>) {
-        self.waits += 1;
-        self.waiting = true;
-        let ms = u64::from(self.busy_ms.unwrap_or(250)).clamp(50, 500);
-        out.push(Action::Wait(Duration::from_millis(ms)));
-    }
-
-    fn wait_over(&mut self, out: &mut Vec<Action>) {
-        if !std::mem::take(&mut self.waiting) {
-            return;
-        }
-        self.refused.clear();
-        self.busy_ms = None;
-        match self.phase {
-            Phase::Queued => out.push(Action::ChooseContext),
-            Phase::Staged { .. } => out.push(Action::ChooseDecode),
             _ => {}
         }
     }
@@ -383,35 +311,6 @@ impl Lifecycle {
         }
     }
 
-    /// Notes a refusal; an error if no other worker would take the job either.
-    fn refused_by(&mut self, target: Target, refusal: &Refusal) -> Result<(), ApiError> {
-        match refusal {
-            Refusal::TooLong { tokens_max } => Err(ApiError::new(
-                ErrorKind::ContextLength,
-                format!("prompt and output exceed the {tokens_max} tokens that a worker can hold"),
-            )),
-            Refusal::Malformed { detail } => Err(ApiError::new(
-                ErrorKind::Internal,
-                format!(
-                    "worker {} did not understand the job: {detail}",
-                    target.worker
-                ),
-            )),
-            Refusal::Busy { retry_after_ms } => {
-                self.refused.push(target.worker);
-                let soonest = self
-                    .busy_ms
-                    .map_or(*retry_after_ms, |ms| ms.min(*retry_after_ms));
-                self.busy_ms = Some(soonest);
-                Ok(())
-            }
-            Refusal::Draining | Refusal::WrongModel { .. } | Refusal::Unreachable { .. } => {
-                self.refused.push(target.worker);
-                Ok(())
-            }
-        }
-    }
-
     fn item(&mut self, item: FrameItem, out: &mut Vec<Action>) {
         let decode = match &self.phase {
             Phase::Pulling { decode, .. } | Phase::Decoding { decode } => decode.clone(),
@@ -465,135 +364,6 @@ impl Lifecycle {
                 self.worker_failed(failure, culprit, out);
             }
         }
-    }
-
-    fn worker_failed(&mut self, failure: Failure, worker: WorkerId, out: &mut Vec<Action>) {
-        if failure.code.retryable() {
-            // To give way for want of room is no fault. While every try brings tokens it comes to its end.
-            let has_moved = self.output.len() > self.prefilled_output + 1;
-            if failure.code == FailureCode::Preempted && has_moved {
-                self.retries = 0;
-            }
-            self.retry(failure.code.label(), Some(worker), out);
-        } else {
-            let error = ApiError::new(ErrorKind::Deadline, failure.message);
-            self.end_early("deadline", Err(error), out);
-        }
-    }
-
-    fn worker_lost(&mut self, lost: &Target, out: &mut Vec<Action>) {
-        if self.involved().contains(lost) {
-            self.retry("worker lost", Some(lost.worker.clone()), out);
-        }
-    }
-
-    fn stalled(&mut self, out: &mut Vec<Action>) {
-        if let Phase::Pulling { decode, .. } | Phase::Decoding { decode } = &self.phase {
-            let worker = decode.worker.clone();
-            self.retry("decode worker fell silent", Some(worker), out);
-        }
-    }
-
-    /// Begins anew with the output so far, elsewhere if possible.
-    fn retry(&mut self, reason: &'static str, culprit: Option<WorkerId>, out: &mut Vec<Action>) {
-        self.abort_involved(reason, out);
-        self.phase = Phase::Queued;
-        if let Some(finish) = self.already_finished() {
-            self.phase = Phase::Done;
-            return out.push(Action::Finish(finish));
-        }
-        if self.retries == RETRIES_MAX {
-            let error = ApiError::new(
-                ErrorKind::Worker,
-                format!(
-                    "{} tries failed, the last one because: {reason}",
-                    RETRIES_MAX + 1
-                ),
-            );
-            return self.fail(error, out);
-        }
-        self.retries += 1;
-        self.next_round();
-        if let Some(worker) = culprit.filter(|worker| !self.failed.contains(worker)) {
-            self.failed.push(worker);
-        }
-        out.push(Action::Retried(reason));
-        if self.retries == 1 {
-            out.push(Action::ChooseContext);
-        } else {
-            self.waiting = true;
-            out.push(Action::Wait(Duration::from_millis(50 << self.retries)));
-        }
-    }
-
-    fn next_round(&mut self) {
-        self.refused.clear();
-        self.busy_ms = None;
-        self.waiting = false;
-    }
-
-    /// Only the news of the end was lost: the tokens themselves say that it is over.
-    fn already_finished(&self) -> Option<FinishReason> {
-        let last = self.output.last()?;
-        let count = self.output.len() as u32;
-        if self.rules.stop_token_ids.contains(last) && count > self.rules.min_tokens {
-            return Some(FinishReason::Stop);
-        }
-        (count >= self.rules.max_tokens).then_some(FinishReason::Length)
-    }
-
-    fn end_early(
-        &mut self,
-        reason: &'static str,
-        end: Result<FinishReason, ApiError>,
-        out: &mut Vec<Action>,
-    ) {
-        self.abort_involved(reason, out);
-        match end {
-            Ok(finish) => {
-                self.phase = Phase::Done;
-                out.push(Action::Finish(finish));
-            }
-            Err(error) => self.fail(error, out),
-        }
-    }
-
-    fn fail(&mut self, error: ApiError, out: &mut Vec<Action>) {
-        self.phase = Phase::Failed;
-        out.push(Action::Fail(error));
-    }
-
-    /// Workers that hold something of this request now.
-    pub fn involved(&self) -> Vec<Target> {
-        match &self.phase {
-            Phase::Queued | Phase::Done | Phase::Failed => Vec::new(),
-            Phase::Prefilling { context } => vec![context.clone()],
-            Phase::Staged { handle } => vec![holder(handle)],
-            Phase::Decoding { decode } => vec![decode.clone()],
-            Phase::Pulling { handle, decode } => {
-                let context = holder(handle);
-                if context == *decode {
-                    vec![context]
-                } else {
-                    vec![context, decode.clone()]
-                }
-            }
-        }
-    }
-
-    fn abort_involved(&self, reason: &'static str, out: &mut Vec<Action>) {
-        out.extend(
-            self.involved()
-                .into_iter()
-                .map(|target| Action::Abort { target, reason }),
-        );
-    }
-}
-
-fn holder(handle: &KvHandle) -> Target {
-    Target {
-        worker: handle.worker.clone(),
-        incarnation: handle.incarnation,
     }
 }
 

@@ -1,6 +1,8 @@
+use super::ends::RETRIES_MAX;
+use super::room::WAITS_MAX;
 use super::*;
 use baton_protocol::{
-    HandleId, Incarnation, ModelFingerprint, Nonce, PackedTokens, PrefillTimings,
+    Failure, HandleId, Incarnation, ModelFingerprint, Nonce, PackedTokens, PrefillTimings, Refusal,
 };
 use proptest::prelude::*;
 

@@ -1,0 +1,153 @@
+//! What breaks a generation or ends it early: begin anew, or give up, and tell whoever holds something of it.
+
+use std::time::Duration;
+
+use baton_protocol::{Failure, FailureCode, FinishReason, KvHandle, WorkerId};
+
+use super::{Action, Lifecycle, Phase, Target};
+use crate::error::{ApiError, ErrorKind};
+
+/// How often a generation is begun anew after something broke.
+pub const RETRIES_MAX: u32 = 4;
+
+impl Lifecycle {
+    pub(super) fn worker_failed(
+        &mut self,
+        failure: Failure,
+        worker: WorkerId,
+        out: &mut Vec<Action>,
+    ) {
+        if failure.code.retryable() {
+            // To give way for want of room is no fault. While every try brings tokens it comes to its end.
+            let has_moved = self.output.len() > self.prefilled_output + 1;
+            if failure.code == FailureCode::Preempted && has_moved {
+                self.retries = 0;
+            }
+            self.retry(failure.code.label(), Some(worker), out);
+        } else {
+            let error = ApiError::new(ErrorKind::Deadline, failure.message);
+            self.end_early("deadline", Err(error), out);
+        }
+    }
+
+    pub(super) fn worker_lost(&mut self, lost: &Target, out: &mut Vec<Action>) {
+        if self.involved().contains(lost) {
+            self.retry("worker lost", Some(lost.worker.clone()), out);
+        }
+    }
+
+    pub(super) fn stalled(&mut self, out: &mut Vec<Action>) {
+        if let Phase::Pulling { decode, .. } | Phase::Decoding { decode } = &self.phase {
+            let worker = decode.worker.clone();
+            self.retry("decode worker fell silent", Some(worker), out);
+        }
+    }
+
+    /// Begins anew with the output so far, elsewhere if possible.
+    pub(super) fn retry(
+        &mut self,
+        reason: &'static str,
+        culprit: Option<WorkerId>,
+        out: &mut Vec<Action>,
+    ) {
+        self.abort_involved(reason, out);
+        self.phase = Phase::Queued;
+        if let Some(finish) = self.already_finished() {
+            self.phase = Phase::Done;
+            return out.push(Action::Finish(finish));
+        }
+        if self.retries == RETRIES_MAX {
+            let error = ApiError::new(
+                ErrorKind::Worker,
+                format!(
+                    "{} tries failed, the last one because: {reason}",
+                    RETRIES_MAX + 1
+                ),
+            );
+            return self.fail(error, out);
+        }
+        self.retries += 1;
+        self.next_round();
+        if let Some(worker) = culprit.filter(|worker| !self.failed.contains(worker)) {
+            self.failed.push(worker);
+        }
+        out.push(Action::Retried(reason));
+        if self.retries == 1 {
+            out.push(Action::ChooseContext);
+        } else {
+            self.waiting = true;
+            out.push(Action::Wait(Duration::from_millis(50 << self.retries)));
+        }
+    }
+
+    pub(super) fn next_round(&mut self) {
+        self.refused.clear();
+        self.busy_ms = None;
+        self.waiting = false;
+    }
+
+    /// Only the news of the end was lost: the tokens themselves say that it is over.
+    fn already_finished(&self) -> Option<FinishReason> {
+        let last = self.output.last()?;
+        let count = self.output.len() as u32;
+        if self.rules.stop_token_ids.contains(last) && count > self.rules.min_tokens {
+            return Some(FinishReason::Stop);
+        }
+        (count >= self.rules.max_tokens).then_some(FinishReason::Length)
+    }
+
+    pub(super) fn end_early(
+        &mut self,
+        reason: &'static str,
+        end: Result<FinishReason, ApiError>,
+        out: &mut Vec<Action>,
+    ) {
+        self.abort_involved(reason, out);
+        match end {
+            Ok(finish) => {
+                self.phase = Phase::Done;
+                out.push(Action::Finish(finish));
+            }
+            Err(error) => self.fail(error, out),
+        }
+    }
+
+    pub(super) fn fail(&mut self, error: ApiError, out: &mut Vec<Action>) {
+        self.phase = Phase::Failed;
+        out.push(Action::Fail(error));
+    }
+
+    /// Workers that hold something of this request now.
+    pub fn involved(&self) -> Vec<Target> {
+        match &self.phase {
+            Phase::Queued | Phase::Done | Phase::Failed => Vec::new(),
+            Phase::Prefilling { context } => vec![context.clone()],
+            Phase::Staged { handle } => vec![holder(handle)],
+            Phase::Decoding { decode } => vec![decode.clone()],
+            Phase::Pulling { handle, decode } => {
+                let context = holder(handle);
+                if context == *decode {
+                    vec![context]
+                } else {
+                    vec![context, decode.clone()]
+                }
+            }
+        }
+    }
+
+    fn abort_involved(&self, reason: &'static str, out: &mut Vec<Action>) {
+        out.extend(
+            self.involved()
+                .into_iter()
+                .map(|target| Action::Abort { target, reason }),
+        );
+    }
+}
+
+/// The worker that holds the KV of a handle.
+pub(super) fn holder(handle: &KvHandle) -> Target {
+    Target {
+        worker: handle.worker.clone(),
+        incarnation: handle.incarnation,
+    }
+}
