@@ -5,6 +5,7 @@
 
 mod client;
 mod cpu;
+mod http;
 mod prompt;
 mod report;
 
