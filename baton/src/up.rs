@@ -4,6 +4,7 @@ mod health;
 mod nats;
 mod plan;
 mod restarts;
+mod scratch;
 mod supervisor;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use self::nats::Listen;
 use self::plan::Plan;
 use self::restarts::Restarts;
+use self::scratch::Scratch;
 use self::supervisor::{ProcessSpec, Stage, Supervisor};
 use crate::Failure;
 use crate::logging::LogFormat;
@@ -105,7 +107,7 @@ pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
     // One thread: children die with the thread that started them, so it must be this one.
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let mut shutdown = Shutdown::catch()?;
-        let directory = tempfile::Builder::new().prefix("baton-up-").tempdir()?;
+        let directory = Scratch::new(&std::env::temp_dir())?;
         let mut supervisor = Supervisor::new(Some(std::env::current_exe()?));
         let outcome = tokio::select! {
             signal = shutdown.requested() => {

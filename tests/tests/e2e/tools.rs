@@ -8,6 +8,7 @@ use baton_tests::{
     Api, Cluster, PATIENCE, Process, Setup, Signal, Turn, baton, eventually, model_dir,
     smollm2_gguf,
 };
+use reqwest::Method;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -31,6 +32,7 @@ async fn up(dir: &Path, more: &[&str]) -> (Process, Value) {
         .arg(model_dir())
         .arg("--ready-file")
         .arg(&ready)
+        .env("TMPDIR", dir)
         .args(more);
     let mut process = Process::start("up", &command, dir);
     let ready = eventually("baton up to serve", 2 * PATIENCE, async || {
@@ -148,6 +150,79 @@ async fn up_itself_dies_and_takes_all_with_it() {
     let (mut process, ready) = up(dir.path(), &["--device", "fake"]).await;
     process.kill();
     all_gone(&ready).await;
+    let left = scratch(dir.path());
+    assert_eq!(left.len(), 1, "nobody could clear it away");
+
+    // The next one does, and clears up after itself.
+    fs::remove_file(dir.path().join("ready.json")).expect("the ready file that was left too");
+    let (mut process, ready) = up(dir.path(), &["--device", "fake"]).await;
+    let mine = scratch(dir.path());
+    assert!(mine.len() == 1 && mine != left, "{left:?}, then {mine:?}");
+    process.signal(Signal::Interrupt);
+    assert!(process.end(PATIENCE).await.success());
+    all_gone(&ready).await;
+    assert_eq!(scratch(dir.path()), [""; 0]);
+}
+
+/// Names of the directories that runs of `baton up` keep below this one.
+fn scratch(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("a directory");
+    entries
+        .map(|entry| entry.expect("an entry").file_name())
+        .map(|name| name.into_string().expect("a plain name"))
+        .filter(|name| name.starts_with("baton-up-"))
+        .collect()
+}
+
+#[tokio::test]
+async fn up_starts_again_what_died() {
+    let _turn = Turn::take();
+    let dir = TempDir::new().expect("a temporary directory");
+    let (mut process, ready) = up(dir.path(), &["--device", "fake", "--restart"]).await;
+    let api = api(&ready);
+    let question = json!({
+        "model": ready["model"], "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}],
+    });
+    // The bus comes last: with it everybody is cut off for a while.
+    for name in ["context-0", "decode-0", "api-server", "nats-server"] {
+        let now = || -> Value {
+            let text = fs::read(dir.path().join("ready.json")).expect("the ready file");
+            serde_json::from_slice(&text).expect("JSON")
+        };
+        let pid = now()["pids"][name].clone();
+        let killed = Command::new("kill")
+            .args(["-KILL", &pid.to_string()])
+            .status();
+        assert!(killed.expect("kill").success());
+        let what = format!("{name} to be started again and the cluster to answer");
+        eventually(&what, 2 * PATIENCE, async || {
+            if let Some(status) = process.ended() {
+                panic!("baton up ended: {status}");
+            }
+            if now()["pids"][name] == pid {
+                return Err("not started yet".to_owned());
+            }
+            let health = api.look("/health").await?;
+            if health.status != 200 {
+                return Err(health.body.to_string());
+            }
+            let body = question.to_string();
+            let path = "/v1/chat/completions";
+            match api
+                .send(Method::POST, path, Some(body.into_bytes()))
+                .await?
+            {
+                answer if answer.status == 200 => Ok(()),
+                answer => Err(answer.body.to_string()),
+            }
+        })
+        .await;
+    }
+    let last = fs::read(dir.path().join("ready.json")).expect("the ready file");
+    let last: Value = serde_json::from_slice(&last).expect("JSON");
+    process.signal(Signal::Interrupt);
+    assert!(process.end(PATIENCE).await.success());
+    all_gone(&last).await;
 }
 
 #[tokio::test]
