@@ -192,5 +192,10 @@ mod tests {
         assert_eq!(index.find(ROOT, &[9, 9]), None);
         assert_eq!(index.insert(6, ROOT, &[9, 9]), Inserted::Collision);
         assert!(!index.contains(6));
+        // The same tokens after another prefix.
+        let hash = index.hash(5, &[1, 2]);
+        index.by_hash.insert(hash, 5);
+        assert_eq!(index.find(5, &[1, 2]), None);
+        assert_eq!(index.insert(6, 5, &[1, 2]), Inserted::Collision);
     }
 }

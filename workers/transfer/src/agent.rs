@@ -50,6 +50,8 @@ pub struct AgentHealth {
     pub peers: usize,
     /// Connects and pulls under way.
     pub in_flight: usize,
+    /// Requests that UCX has not ended, those of failed transfers included.
+    pub requests: usize,
     /// Failed transfers whose destination UCX may still write to. Their blocks cannot be reused.
     pub quarantined: usize,
     /// Time since the thread last went round its loop: at most some 100 ms when it is well.
@@ -80,6 +82,7 @@ pub(crate) struct Vitals {
     pub(crate) turn_micros: AtomicU64,
     pub(crate) peers: AtomicUsize,
     pub(crate) in_flight: AtomicUsize,
+    pub(crate) requests: AtomicUsize,
     pub(crate) quarantined: AtomicUsize,
 }
 
@@ -100,6 +103,7 @@ impl Agent {
             turn_micros: AtomicU64::new(0),
             peers: AtomicUsize::new(0),
             in_flight: AtomicUsize::new(0),
+            requests: AtomicUsize::new(0),
             quarantined: AtomicUsize::new(0),
         });
         let source = Source::Allocate {
@@ -231,6 +235,7 @@ impl Agent {
             running: vitals.running.load(Relaxed),
             peers: vitals.peers.load(Relaxed),
             in_flight: vitals.in_flight.load(Relaxed),
+            requests: vitals.requests.load(Relaxed),
             quarantined: vitals.quarantined.load(Relaxed),
             last_progress: vitals.epoch.elapsed().saturating_sub(turn),
         }

@@ -5,12 +5,14 @@ use std::ffi::c_void;
 use std::fmt;
 use std::ptr::null_mut;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use baton_protocol::{TransferDescriptor, UcxVersion};
 use libc::FILE;
 use ucx_sys::*;
 
 use crate::TransferError;
+use crate::agent::Vitals;
 use crate::context::{check, status_text};
 use crate::seal::{Kind, unseal};
 
@@ -91,6 +93,8 @@ pub(crate) struct Link {
     pub(crate) emulated: Cell<bool>,
     /// Requests that UCX holds, of all transfers.
     pub(crate) in_flight: Rc<Cell<usize>>,
+    /// Where those of all links are counted.
+    pub(crate) vitals: Arc<Vitals>,
 }
 
 impl Link {
@@ -101,6 +105,7 @@ impl Link {
         worker: ucp_worker_h,
         key: PeerKey,
         plan: &PeerPlan,
+        vitals: Arc<Vitals>,
     ) -> Result<(Self, Result<(), TransferError>), TransferError> {
         let failure = Rc::new(Cell::new(None));
         let params = ucp_ep_params_t {
@@ -130,6 +135,7 @@ impl Link {
             failure,
             emulated: Cell::new(true),
             in_flight: Rc::default(),
+            vitals,
         };
         let outcome = plan.ranks.iter().try_for_each(|rank| link.unpack(rank));
         Ok((link, outcome))

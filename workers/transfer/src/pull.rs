@@ -3,11 +3,14 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use ucx_sys::*;
 
 use crate::TransferError;
+use crate::agent::Vitals;
 use crate::arena::Region;
 use crate::peer::Link;
 
@@ -96,6 +99,8 @@ pub(crate) enum Progress {
 struct Tally {
     /// All of the peer's.
     link_in_flight: Rc<Cell<usize>>,
+    /// All peers'.
+    vitals: Arc<Vitals>,
     request_free: unsafe extern "C" fn(*mut c_void),
     in_flight: Cell<usize>,
     failure: Cell<Option<ucs_status_t>>,
@@ -106,6 +111,10 @@ impl Tally {
         for count in [&self.in_flight, &*self.link_in_flight] {
             count.set(count.get().strict_add_signed(requests));
         }
+        // Only this thread writes it.
+        let count = self.vitals.requests.load(Relaxed);
+        let count = count.strict_add_signed(requests);
+        self.vitals.requests.store(count, Relaxed);
     }
 }
 
@@ -119,6 +128,7 @@ impl Reading {
     ) -> Self {
         let tally = Tally {
             link_in_flight: link.in_flight.clone(),
+            vitals: link.vitals.clone(),
             request_free: ucp.ucp_request_free,
             in_flight: Cell::new(0),
             failure: Cell::new(None),

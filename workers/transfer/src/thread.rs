@@ -221,7 +221,13 @@ impl Mover {
 
     fn connect(&mut self, peer: PeerKey, plan: &PeerPlan) -> Result<Rc<Link>, TransferError> {
         self.room()?;
-        let (link, outcome) = Link::open(self.ucp, self.worker.handle, peer, plan)?;
+        let (link, outcome) = Link::open(
+            self.ucp,
+            self.worker.handle,
+            peer,
+            plan,
+            self.vitals.clone(),
+        )?;
         let link = Rc::new(link);
         self.links.insert(peer, link.clone());
         if outcome.is_err() {

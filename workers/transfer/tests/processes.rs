@@ -2,7 +2,7 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_protocol::{TransferDescriptor, UcxVersion};
@@ -171,6 +171,19 @@ fn a_killed_peer_fails_the_pull_and_nothing_else() {
     });
 }
 
+/// Notes how many requests UCX holds when it is dropped, which happens on the agent's thread.
+struct Watch {
+    agent: Agent,
+    requests: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        let requests = self.agent.health().requests;
+        self.requests.lock().expect("no panic").push(requests);
+    }
+}
+
 #[test]
 fn a_stopped_peer_runs_into_the_deadline() {
     over_each_road(async |tls| {
@@ -182,10 +195,15 @@ fn a_stopped_peer_runs_into_the_deadline() {
             .expect("connects");
         server.stop();
         let guard = Arc::new(());
+        let watched = Arc::new(Mutex::new(Vec::new()));
+        let watch = Watch {
+            agent: agent.clone(),
+            requests: watched.clone(),
+        };
         let deadline = Duration::from_millis(500);
         // Over shared memory a stopped peer is read all the same, so the pull is one that cannot end.
         let error = agent
-            .pull(PEER, endless(), guard.clone(), deadline)
+            .pull(PEER, endless(), (guard.clone(), watch), deadline)
             .await
             .map(|_| ())
             .expect_err("too much");
@@ -203,6 +221,12 @@ fn a_stopped_peer_runs_into_the_deadline() {
             assert!(
                 matches!(outcome, Err(TransferError::Deadline { .. })),
                 "{outcome:?}"
+            );
+        }
+        for requests in watched.lock().expect("no panic").iter() {
+            assert_eq!(
+                *requests, 0,
+                "a guard was dropped while UCX could still write"
             );
         }
         server.resume();

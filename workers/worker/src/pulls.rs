@@ -209,3 +209,49 @@ impl Drop for Guard {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use baton_engine::{Engine, EngineConfig, FakeConfig, FakeExecutor};
+
+    use super::*;
+    use crate::engine_thread::EngineHandle;
+    use crate::frames::TokenOutbox;
+
+    #[test]
+    fn blocks_of_a_pull_that_was_given_up_are_quarantined_until_the_agent_lets_go() {
+        let config = EngineConfig {
+            step_tokens_max: 64,
+            sequences_max: 8,
+            queue_max: 8,
+            prefix_cache: false,
+        };
+        let executor = FakeExecutor::new(FakeConfig::default());
+        let engine = Engine::new(Box::new(executor), config);
+        let pool = engine.pool();
+        let tokens = Arc::new(TokenOutbox::default());
+        let (mut engine, _events) = EngineHandle::start(engine, tokens, 8).unwrap();
+        let guard = |is_done| {
+            let blocks = HeldBlocks::new(pool.reserve(3).unwrap(), engine.waker.clone());
+            Guard {
+                blocks: Arc::new(Mutex::new(blocks)),
+                is_done,
+            }
+        };
+        let given_up = guard(false);
+        let of_the_agent = given_up.blocks.clone();
+        drop(given_up);
+        let stats = pool.stats();
+        assert_eq!((stats.quarantined, stats.used), (3, 0));
+        drop(of_the_agent);
+        assert_eq!(pool.stats().available(), pool.stats().total);
+
+        let done = guard(true);
+        let of_the_agent = done.blocks.clone();
+        drop(done);
+        assert_eq!(pool.stats().quarantined, 0, "nobody writes there any more");
+        drop(of_the_agent);
+        assert_eq!(pool.stats().available(), pool.stats().total);
+        engine.shutdown();
+    }
+}
