@@ -69,6 +69,13 @@ impl Shape {
             + slot * self.head_dim * 2
     }
 
+    /// First position that a token at `position` sees.
+    #[inline(always)]
+    pub fn seen_from(&self, position: usize) -> usize {
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+
     /// Bytes from a token's key to its value: one block's keys of one head and layer.
     #[inline(always)]
     pub fn value_offset(&self) -> usize {
@@ -136,23 +143,24 @@ impl Scratch {
     }
 }
 
-/// Computes one piece.
+/// Computes one piece; `next` is the one that this thread will probably compute after it.
 ///
 /// # Safety
 /// The CPU has `T`'s features; the pointers of `job` cover its rows; every block of the sequence lies in the
 /// arena and nobody writes it meanwhile; nobody else touches these outputs.
 #[inline(always)]
-pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut Scratch) {
+pub unsafe fn attend<T: Tile>(
+    job: &Attention<'_>,
+    piece: &Piece,
+    next: Option<&Piece>,
+    scratch: &mut Scratch,
+) {
     let (shape, sequence) = (job.shape, &job.rows.sequences[piece.sequence]);
     let (group, dim) = (shape.group, shape.head_dim_padded);
     let rows = piece.tokens.len() * group;
     let position = |row: usize| sequence.start + piece.tokens.start + row / group;
     let kv_tokens = sequence.start + piece.tokens.end; // none of these rows sees beyond
-    let seen_from = |position: usize| {
-        shape
-            .window
-            .map_or(0, |window| (position + 1).saturating_sub(window))
-    };
+    let seen_from = |position: usize| shape.seen_from(position);
 
     scratch.sums[..rows * dim].fill(0.0);
     scratch.top[..rows].fill(f32::NEG_INFINITY);
@@ -175,7 +183,7 @@ pub unsafe fn attend<T: Tile>(job: &Attention<'_>, piece: &Piece, scratch: &mut 
             continue;
         }
         // SAFETY: tokens below `kv_tokens` have blocks, by the caller's promise.
-        unsafe { load_step::<T>(job, piece, at, kv_tokens, scratch) };
+        unsafe { load_step::<T>(job, piece, next, at, kv_tokens, scratch) };
         // Of a second panel without tokens nothing is read: its weights are zero.
         let panels = (kv_tokens - at).div_ceil(PANEL).min(STEP / PANEL);
 
@@ -260,6 +268,7 @@ fn for_tiles<T: Tile>(rows: Range<usize>, mut tile: impl FnMut(usize, usize)) {
 unsafe fn load_step<T: Tile>(
     job: &Attention<'_>,
     piece: &Piece,
+    next: Option<&Piece>,
     at: usize,
     kv_tokens: usize,
     scratch: &mut Scratch,
@@ -287,25 +296,51 @@ unsafe fn load_step<T: Tile>(
         }
         token += run;
     }
-    let next = at + STEP;
-    if next < kv_tokens {
-        let (block, slot) = (next / block_tokens, next % block_tokens);
-        let run = (block_tokens - slot).min(STEP);
-        let offset = shape.key_offset(blocks[block], slot, piece.head, job.layer);
-        for line in (0..run * shape.head_dim * 2).step_by(64) {
-            prefetch(job.arena.wrapping_add(offset + line));
-            prefetch(job.arena.wrapping_add(offset + shape.value_offset() + line));
+    // While this step is packed, the next one comes in: this piece's, or the first of the one that follows.
+    let ahead = at + STEP;
+    let (upcoming, ahead, until) = match (ahead < kv_tokens, next) {
+        (true, _) => (piece, ahead, kv_tokens),
+        (false, Some(next)) => {
+            let sequence = &job.rows.sequences[next.sequence];
+            let first = shape.seen_from(sequence.start + next.tokens.start);
+            let until = sequence.start + next.tokens.end;
+            (next, first / STEP * STEP, until)
         }
-    }
-    // SAFETY: rows of head_dim numbers in the arena, or zeros; the scratch is sized for one step.
-    unsafe {
-        for panel in 0..token.div_ceil(PANEL) {
+        (false, None) => (piece, ahead, ahead),
+    };
+    for panel in 0..STEP / PANEL {
+        let tokens = ahead + panel * PANEL..(ahead + (panel + 1) * PANEL).min(until);
+        fetch(job, upcoming, tokens);
+        if panel * PANEL >= token {
+            continue;
+        }
+        // SAFETY: rows of head_dim numbers in the arena, or zeros; the scratch is sized for one step.
+        unsafe {
             let out = scratch.keys.as_mut_ptr();
             let out = out.add(panel * PANEL * shape.head_dim_padded);
             T::pack_keys(&keys[panel], shape.head_dim, out);
             let out = scratch.values.as_mut_ptr().add(panel * PANEL * PANEL);
             T::pack_values(&values[panel], shape.head_dim, out, PANEL * STEP);
         }
+    }
+}
+
+/// Asks for the keys and values of some tokens.
+#[inline(always)]
+fn fetch(job: &Attention<'_>, piece: &Piece, tokens: Range<usize>) {
+    let shape = job.shape;
+    let blocks = job.rows.blocks(piece.sequence);
+    let block_tokens = shape.kv.block_tokens as usize;
+    let mut at = tokens.start;
+    while at < tokens.end {
+        let (block, slot) = (at / block_tokens, at % block_tokens);
+        let run = (block_tokens - slot).min(tokens.end - at);
+        let offset = shape.key_offset(blocks[block], slot, piece.head, job.layer);
+        for line in (0..run * shape.head_dim * 2).step_by(64) {
+            prefetch(job.arena.wrapping_add(offset + line));
+            prefetch(job.arena.wrapping_add(offset + shape.value_offset() + line));
+        }
+        at += run;
     }
 }
 

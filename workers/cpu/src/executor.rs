@@ -286,9 +286,12 @@ impl CpuExecutor {
             ldo,
         };
         let (pieces, scratch) = (&buffers.pieces, Shared::new(&mut buffers.scratch));
+        let threads = pool.threads();
         pool.run(pieces.len(), &|thread, piece| {
+            // Threads take pieces in turn.
+            let next = pieces.get(piece + threads);
             // SAFETY: as above; pieces are disjoint, and a thread has one scratch and one piece at a time.
-            unsafe { (ops.attend)(&job, &pieces[piece], &mut scratch.slice(thread, 1)[0]) }
+            unsafe { (ops.attend)(&job, &pieces[piece], next, &mut scratch.slice(thread, 1)[0]) }
         });
         let attended = (buffers.attended.as_ptr(), ldo);
         multiply(

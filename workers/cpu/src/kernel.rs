@@ -105,7 +105,7 @@ fn amx_bf16() -> bool {
 /// The operations of a step, compiled for one kernel.
 pub struct Ops {
     pub product: unsafe fn(&Product<'_>, Range<usize>, Range<usize>),
-    pub attend: unsafe fn(&Attention<'_>, &Piece, &mut Scratch),
+    pub attend: unsafe fn(&Attention<'_>, &Piece, Option<&Piece>, &mut Scratch),
     pub rotate: unsafe fn(&Qkv<'_>, Range<usize>),
     pub rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [u16]),
     pub widen: unsafe fn(&[u16], &mut [f32]),
@@ -133,9 +133,14 @@ macro_rules! compile {
             }
 
             #[$features]
-            unsafe fn run_attend(job: &Attention<'_>, piece: &Piece, scratch: &mut Scratch) {
+            unsafe fn run_attend(
+                job: &Attention<'_>,
+                piece: &Piece,
+                next: Option<&Piece>,
+                scratch: &mut Scratch,
+            ) {
                 // SAFETY: the caller's promise.
-                unsafe { attend::<$attention>(job, piece, scratch) }
+                unsafe { attend::<$attention>(job, piece, next, scratch) }
             }
 
             #[$features]
