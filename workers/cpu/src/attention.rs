@@ -13,7 +13,7 @@ use std::ops::Range;
 use baton_engine::Rows;
 use baton_protocol::KvGeometry;
 
-use crate::gemm::Tile;
+use crate::gemm::{Tile, fetch};
 use crate::math::{LANES, bf16_of, exp2, f32_of, sum_lanes};
 use crate::memory::Pages;
 use crate::pack::PANEL;
@@ -92,8 +92,8 @@ pub struct Piece {
     pub tokens: Range<usize>,
 }
 
-/// Pieces of a step, the costly ones first so that threads end together.
-pub fn pieces(shape: &Shape, rows: &Rows, out: &mut Vec<Piece>) {
+/// Pieces of a step in `threads` runs of one cost, the costly ones of each first, so that threads end together.
+pub fn pieces(shape: &Shape, rows: &Rows, threads: usize, out: &mut Vec<Piece>) {
     out.clear();
     let tokens_max = (PIECE_ROWS / shape.group).max(1);
     for (sequence, s) in rows.sequences.iter().enumerate() {
@@ -110,6 +110,8 @@ pub fn pieces(shape: &Shape, rows: &Rows, out: &mut Vec<Piece>) {
         let end = rows.sequences[p.sequence].start + p.tokens.end;
         std::cmp::Reverse(p.tokens.len() * end)
     });
+    let dealt = (0..threads).flat_map(|thread| out.iter().skip(thread).step_by(threads));
+    *out = dealt.cloned().collect();
 }
 
 /// What a thread needs for one piece.
@@ -310,7 +312,7 @@ unsafe fn load_step<T: Tile>(
     };
     for panel in 0..STEP / PANEL {
         let tokens = ahead + panel * PANEL..(ahead + (panel + 1) * PANEL).min(until);
-        fetch(job, upcoming, tokens);
+        fetch_tokens(job, upcoming, tokens);
         if panel * PANEL >= token {
             continue;
         }
@@ -327,7 +329,7 @@ unsafe fn load_step<T: Tile>(
 
 /// Asks for the keys and values of some tokens.
 #[inline(always)]
-fn fetch(job: &Attention<'_>, piece: &Piece, tokens: Range<usize>) {
+fn fetch_tokens(job: &Attention<'_>, piece: &Piece, tokens: Range<usize>) {
     let shape = job.shape;
     let blocks = job.rows.blocks(piece.sequence);
     let block_tokens = shape.kv.block_tokens as usize;
@@ -337,8 +339,8 @@ fn fetch(job: &Attention<'_>, piece: &Piece, tokens: Range<usize>) {
         let run = (block_tokens - slot).min(tokens.end - at);
         let offset = shape.key_offset(blocks[block], slot, piece.head, job.layer);
         for line in (0..run * shape.head_dim * 2).step_by(64) {
-            prefetch(job.arena.wrapping_add(offset + line));
-            prefetch(job.arena.wrapping_add(offset + shape.value_offset() + line));
+            fetch(job.arena.wrapping_add(offset + line));
+            fetch(job.arena.wrapping_add(offset + shape.value_offset() + line));
         }
         at += run;
     }
@@ -405,15 +407,4 @@ fn soften(
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if b > a { b } else { a }
-}
-
-#[inline(always)]
-fn prefetch(address: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a hint; any address will do.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = address;
 }

@@ -1,5 +1,6 @@
 //! One step through the whole model.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use baton_engine::{
@@ -11,10 +12,10 @@ use baton_protocol::{KvDtype, KvGeometry};
 
 use crate::attention::{self, Attention, Piece, Scratch, Shape};
 use crate::error::CpuError;
-use crate::gemm::{Epilogue, Product, ROW_STEP};
+use crate::gemm::{Epilogue, ROW_STEP, multiply};
 use crate::kernel::{Kernel, Ops};
 use crate::memory::{Pages, Shared};
-use crate::pack::{K_STEP, PANEL, Packed};
+use crate::pack::{K_STEP, PANEL};
 use crate::qkv::Qkv;
 use crate::threads::Pool;
 use crate::weights::{LayerWeights, ModelWeights};
@@ -178,7 +179,12 @@ impl Executor for CpuExecutor {
     fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
         self.rows.fill(plan, &self.info)?;
         self.embed();
-        attention::pieces(&self.shape, &self.rows, &mut self.buffers.pieces);
+        attention::pieces(
+            &self.shape,
+            &self.rows,
+            self.pool.threads(),
+            &mut self.buffers.pieces,
+        );
         for layer in 0..self.spec.layers {
             self.layer(layer);
         }
@@ -228,6 +234,10 @@ impl CpuExecutor {
         } = self;
         let count = rows.tokens.len();
         let layer = &weights.layers[index];
+        let then = weights
+            .layers
+            .get(index + 1)
+            .map_or(&weights.lm_head, |l| &l.qkv);
         let LayerWeights {
             qkv,
             output,
@@ -252,7 +262,7 @@ impl CpuExecutor {
             ldc: qkv.panels * PANEL,
             bias: layer.qkv_bias.as_deref(),
         };
-        multiply(pool, ops, normed, qkv, store, count);
+        multiply(pool, ops, normed, qkv, output, store, count);
 
         let job = Qkv {
             shape,
@@ -286,10 +296,8 @@ impl CpuExecutor {
             ldo,
         };
         let (pieces, scratch) = (&buffers.pieces, Shared::new(&mut buffers.scratch));
-        let threads = pool.threads();
         pool.run(pieces.len(), &|thread, piece| {
-            // Threads take pieces in turn.
-            let next = pieces.get(piece + threads);
+            let next = pieces.get(piece + 1);
             // SAFETY: as above; pieces are disjoint, and a thread has one scratch and one piece at a time.
             unsafe { (ops.attend)(&job, &pieces[piece], next, &mut scratch.slice(thread, 1)[0]) }
         });
@@ -299,6 +307,7 @@ impl CpuExecutor {
             ops,
             attended,
             output,
+            gate_up,
             Epilogue::Add { c: x, ldc: hidden },
             count,
         );
@@ -318,13 +327,14 @@ impl CpuExecutor {
             out: buffers.inner.as_mut_ptr(),
             ldo,
         };
-        multiply(pool, ops, normed, gate_up, swiglu, count);
+        multiply(pool, ops, normed, gate_up, down, swiglu, count);
         let inner = (buffers.inner.as_ptr(), ldo);
         multiply(
             pool,
             ops,
             inner,
             down,
+            then,
             Epilogue::Add { c: x, ldc: hidden },
             count,
         );
@@ -390,6 +400,7 @@ impl CpuExecutor {
             ops,
             (buffers.chosen.as_ptr(), head.k),
             head,
+            &weights.layers[0].qkv,
             store,
             wants.len(),
         );
@@ -422,42 +433,10 @@ fn norm(
 }
 
 /// Hands out rows in pieces worth a thread's while; a few rows are done at once by the caller.
-fn by_rows(pool: &mut Pool, rows: usize, work: impl Fn(usize, std::ops::Range<usize>) + Sync) {
+fn by_rows(pool: &mut Pool, rows: usize, work: impl Fn(usize, Range<usize>) + Sync) {
     const PIECE: usize = 8;
     pool.run(rows.div_ceil(PIECE), &|thread, piece| {
         work(thread, piece * PIECE..((piece + 1) * PIECE).min(rows));
-    });
-}
-
-/// A whole product, handed out in pieces of rows and panels.
-pub fn multiply(
-    pool: &mut Pool,
-    ops: &Ops,
-    (a, lda): (*const u16, usize),
-    weights: &Packed,
-    epilogue: Epilogue<'_>,
-    rows: usize,
-) {
-    /// Rows of activations that stay in the second-level cache while panels pass.
-    const ROWS: usize = 192;
-    let job = Product {
-        a,
-        lda,
-        weights,
-        epilogue,
-    };
-    let row_pieces = rows.div_ceil(ROWS);
-    // Enough pieces for an even end, few enough that claiming them costs nothing.
-    // Runs of panels let one fetch the next while it computes.
-    let share = if rows <= 12 { 16 } else { 4 };
-    let panels = weights.panels.div_ceil(share * pool.threads()).clamp(1, 16);
-    let panel_pieces = weights.panels.div_ceil(panels);
-    pool.run(row_pieces * panel_pieces, &|_, piece| {
-        let (r, p) = (piece / panel_pieces, piece % panel_pieces);
-        let rows = rows * r / row_pieces..rows * (r + 1) / row_pieces;
-        let panels = p * panels..((p + 1) * panels).min(weights.panels);
-        // SAFETY: the kernel was available at load; pieces are disjoint; buffers hold the step's rows.
-        unsafe { (ops.product)(&job, rows, panels) }
     });
 }
 

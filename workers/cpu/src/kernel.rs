@@ -104,7 +104,7 @@ fn amx_bf16() -> bool {
 
 /// The operations of a step, compiled for one kernel.
 pub struct Ops {
-    pub product: unsafe fn(&Product<'_>, Range<usize>, Range<usize>),
+    pub product: unsafe fn(&Product<'_>, Range<usize>, Range<usize>, &[u16]),
     pub attend: unsafe fn(&Attention<'_>, &Piece, Option<&Piece>, &mut Scratch),
     pub rotate: unsafe fn(&Qkv<'_>, Range<usize>),
     pub rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [u16]),
@@ -127,9 +127,14 @@ macro_rules! compile {
             };
 
             #[$features]
-            unsafe fn run_product(p: &Product<'_>, rows: Range<usize>, panels: Range<usize>) {
+            unsafe fn run_product(
+                job: &Product<'_>,
+                rows: Range<usize>,
+                panels: Range<usize>,
+                next: &[u16],
+            ) {
                 // SAFETY: the caller's promise.
-                unsafe { product::<$weights>(p, rows, panels) }
+                unsafe { product::<$weights>(job, rows, panels, next) }
             }
 
             #[$features]

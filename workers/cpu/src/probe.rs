@@ -3,7 +3,7 @@
 use crate::gemm::{Epilogue, ROW_STEP};
 use crate::kernel::Kernel;
 use crate::math::bf16_of;
-use crate::memory::{Pages, Shared};
+use crate::memory::{Carver, Pages, Shared};
 use crate::pack::{PANEL, Packed};
 use crate::threads::Pool;
 
@@ -109,7 +109,7 @@ impl Gemm {
         (rows, k, columns): (usize, usize, usize),
         copies: usize,
     ) -> Self {
-        let mut pool = Pool::new(threads);
+        let (mut pool, mut memory) = (Pool::new(threads), Carver::default());
         let mut seed = 1u32;
         let mut random = move || {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -117,7 +117,7 @@ impl Gemm {
         };
         let column: Vec<u16> = (0..k).map(|_| random()).collect();
         let weights: Vec<Packed> = (0..copies)
-            .map(|_| Packed::new(&mut pool, columns, k, |_| Some(&column)))
+            .map(|_| Packed::new(&mut pool, &mut memory, columns, k, |_| Some(&column)))
             .collect();
         let k_padded = weights[0].k;
         let mut a = Pages::zeroed((rows + ROW_STEP) * k_padded);
@@ -138,6 +138,7 @@ impl Gemm {
     pub fn run(&mut self) -> f64 {
         let weights = &self.weights[self.turn % self.weights.len()];
         self.turn += 1;
+        let then = &self.weights[self.turn % self.weights.len()];
         let epilogue = Epilogue::Store {
             c: self.c.as_mut_ptr(),
             ldc: weights.panels * PANEL,
@@ -145,11 +146,12 @@ impl Gemm {
         };
         let since = seconds(self.pool.threads());
         let a = (self.a.as_ptr(), weights.k);
-        crate::executor::multiply(
+        crate::gemm::multiply(
             &mut self.pool,
             self.kernel.ops(),
             a,
             weights,
+            then,
             epilogue,
             self.rows,
         );

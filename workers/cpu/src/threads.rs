@@ -1,12 +1,14 @@
 //! A small pool of threads for one executor.
 //!
 //! A step is some hundred short parallel phases, so a phase must start and end within a microsecond: workers
-//! spin briefly, then park. Work is claimed piece by piece, and the caller only waits for pieces that somebody
-//! has begun: a worker that the system has put aside costs its help, not its time slice. Who computes a piece
-//! never matters to the result.
+//! spin briefly, then park. Every thread has a run of neighbouring pieces, so that it can fetch its next piece's
+//! memory ahead, and takes over what is left of the others' when it is done. The caller only waits for pieces
+//! that somebody has begun: a worker that the system has put aside costs its help, not its time slice. Who
+//! computes a piece never matters to the result.
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::thread::{JoinHandle, Thread};
@@ -27,12 +29,17 @@ type Piece<'a> = dyn Fn(usize, usize) + Sync + 'a;
 struct SharedState {
     /// Phase number in the upper half, then [`CLOSED`], then the number of workers inside the phase.
     state: AtomicU64,
-    next: AtomicUsize,
+    /// For each thread, how many pieces of its run are taken.
+    taken: Vec<Taken>,
     job: UnsafeCell<Option<(*const Piece<'static>, usize)>>,
     parked: AtomicUsize,
     failed: AtomicBool,
     stop: AtomicBool,
 }
+
+/// A counter on a cache line of its own.
+#[repr(align(128))]
+struct Taken(AtomicUsize);
 
 const CLOSED: u64 = 1 << 31;
 const PHASE: u64 = 1 << 32;
@@ -48,7 +55,9 @@ impl Pool {
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(SharedState {
             state: AtomicU64::new(CLOSED),
-            next: AtomicUsize::new(0),
+            taken: (0..threads.max(1))
+                .map(|_| Taken(AtomicUsize::new(0)))
+                .collect(),
             job: UnsafeCell::new(None),
             parked: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
@@ -88,7 +97,9 @@ impl Pool {
         let job = unsafe { std::mem::transmute::<*const Piece<'_>, *const Piece<'static>>(piece) };
         // SAFETY: the phase is closed and empty here, so no worker reads `job`.
         unsafe { *shared.job.get() = Some((job, pieces)) };
-        shared.next.store(0, SeqCst);
+        for taken in &shared.taken {
+            taken.0.store(0, SeqCst);
+        }
         let phase = Phase(shared);
         let opened = (shared.state.load(SeqCst) & !(PHASE - 1)).wrapping_add(PHASE);
         shared.state.store(opened, SeqCst);
@@ -135,6 +146,11 @@ impl Drop for Phase<'_> {
     }
 }
 
+/// The pieces that `thread` of `threads` begins with, in order, when there are `pieces`.
+pub fn run_of(thread: usize, threads: usize, pieces: usize) -> Range<usize> {
+    pieces * thread / threads..pieces * (thread + 1) / threads
+}
+
 /// A worker inside a phase.
 struct Inside<'a>(&'a SharedState);
 
@@ -149,12 +165,17 @@ impl Drop for Inside<'_> {
 
 impl SharedState {
     fn claim(&self, piece: &Piece<'_>, thread: usize, pieces: usize) {
-        loop {
-            let index = self.next.fetch_add(1, SeqCst);
-            if index >= pieces {
-                return;
+        let threads = self.taken.len();
+        for owner in (thread..threads).chain(0..thread) {
+            let run = run_of(owner, threads, pieces);
+            let taken = &self.taken[owner].0;
+            // Look before taking: of a finished run nothing is written.
+            while taken.load(SeqCst) < run.len() {
+                let index = run.start + taken.fetch_add(1, SeqCst);
+                if index < run.end {
+                    piece(thread, index);
+                }
             }
-            piece(thread, index);
         }
     }
 

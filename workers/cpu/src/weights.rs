@@ -4,7 +4,7 @@ use baton_model::{ModelSpec, TensorSource, names};
 
 use crate::error::CpuError;
 use crate::math::f32_of;
-use crate::memory::{Pages, Shared};
+use crate::memory::{Carver, Pages, Shared};
 use crate::pack::{PANEL, Packed};
 use crate::threads::Pool;
 
@@ -40,15 +40,17 @@ impl ModelWeights {
         pool: &mut Pool,
     ) -> Result<Self, CpuError> {
         let embedding = matrix(source, names::EMBED, spec.vocab, spec.hidden)?;
+        let mut memory = Carver::default();
         let layers = (0..spec.layers)
-            .map(|layer| LayerWeights::load(spec, source, layer, pool))
+            .map(|layer| LayerWeights::load(spec, source, layer, pool, &mut memory))
             .collect::<Result<_, _>>()?;
         let norm = vector(source, names::FINAL_NORM, spec.hidden)?;
         let lm_head = if spec.tied_embeddings {
-            pack(pool, &[&embedding])
+            pack(pool, &mut memory, &[&embedding])
         } else {
             pack(
                 pool,
+                &mut memory,
                 &[&matrix(source, names::LM_HEAD, spec.vocab, spec.hidden)?],
             )
         };
@@ -75,6 +77,7 @@ impl LayerWeights {
         source: &dyn TensorSource,
         layer: usize,
         pool: &mut Pool,
+        memory: &mut Carver,
     ) -> Result<Self, CpuError> {
         let name = |name: &str| names::layer(layer, name);
         let (hidden, inner) = (spec.hidden, spec.intermediate);
@@ -85,7 +88,7 @@ impl LayerWeights {
         let q = matrix(names::Q, q_rows, hidden)?;
         let k = matrix(names::K, kv_rows, hidden)?;
         let v = matrix(names::V, kv_rows, hidden)?;
-        let qkv = pack(pool, &[&q, &k, &v]);
+        let qkv = pack(pool, memory, &[&q, &k, &v]);
         let qkv_bias = spec
             .qkv_bias
             .then(|| {
@@ -108,20 +111,26 @@ impl LayerWeights {
         let gate = matrix(names::GATE, inner, hidden)?;
         let up = matrix(names::UP, inner, hidden)?;
         const HALF: usize = PANEL / 2;
-        let gate_up = Packed::new(pool, inner.next_multiple_of(HALF) * 2, hidden, |column| {
-            let (panel, c) = (column / PANEL, column % PANEL);
-            let row = panel * HALF + c % HALF;
-            (row < inner).then(|| if c < HALF { gate.row(row) } else { up.row(row) })
-        });
+        let gate_up = Packed::new(
+            pool,
+            memory,
+            inner.next_multiple_of(HALF) * 2,
+            hidden,
+            |column| {
+                let (panel, c) = (column / PANEL, column % PANEL);
+                let row = panel * HALF + c % HALF;
+                (row < inner).then(|| if c < HALF { gate.row(row) } else { up.row(row) })
+            },
+        );
         Ok(Self {
             attention_norm: vector(names::ATTN_NORM, hidden)?,
             qkv,
             qkv_bias,
             qk_norm,
-            output: pack(pool, &[&matrix(names::O, hidden, q_rows)?]),
+            output: pack(pool, memory, &[&matrix(names::O, hidden, q_rows)?]),
             mlp_norm: vector(names::MLP_NORM, hidden)?,
             gate_up,
-            down: pack(pool, &[&matrix(names::DOWN, hidden, inner)?]),
+            down: pack(pool, memory, &[&matrix(names::DOWN, hidden, inner)?]),
         })
     }
 }
@@ -140,9 +149,9 @@ impl Matrix {
 }
 
 /// Packs matrices of the same K side by side.
-fn pack(pool: &mut Pool, parts: &[&Matrix]) -> Packed {
+fn pack(pool: &mut Pool, memory: &mut Carver, parts: &[&Matrix]) -> Packed {
     let columns = parts.iter().map(|m| m.rows).sum();
-    Packed::new(pool, columns, parts[0].k, |mut column| {
+    Packed::new(pool, memory, columns, parts[0].k, |mut column| {
         parts.iter().find_map(|m| {
             if column < m.rows {
                 return Some(m.row(column));

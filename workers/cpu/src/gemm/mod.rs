@@ -10,6 +10,9 @@ pub mod amx;
 pub mod avx2;
 pub mod avx512;
 pub mod portable;
+mod whole;
+
+pub use whole::multiply;
 
 use std::ops::Range;
 
@@ -112,6 +115,8 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
+    const AHEAD: usize = 4096;
+
     /// Nothing worth fetching: touches what is there already.
     #[inline(always)]
     pub fn none(b: *const u16) -> Self {
@@ -125,8 +130,7 @@ impl Prefetch {
     /// The panel being computed, some way ahead: 64 lines in flight stream from memory on one core.
     #[inline(always)]
     fn ahead(panel: &[u16]) -> Self {
-        const AHEAD: usize = 4096;
-        let first = panel.as_ptr().cast::<u8>().wrapping_add(AHEAD);
+        let first = panel.as_ptr().cast::<u8>().wrapping_add(Self::AHEAD);
         Self {
             first,
             second: first.wrapping_add(64),
@@ -137,15 +141,35 @@ impl Prefetch {
     /// The share of `next` that tile `tile` of `tiles` brings in, so that memory works while all of them
     /// compute and not only while the first one does.
     #[inline(always)]
-    fn share(next: &[u16], tile: usize, tiles: usize) -> Self {
+    fn share(next: &[u16], tile: usize, tiles: usize, pairs: usize) -> Self {
         let half = size_of_val(next) / 2;
         let first = next.as_ptr().cast::<u8>().wrapping_add(half * tile / tiles);
         Self {
             first,
             second: first.wrapping_add(half),
-            step: 64usize.div_ceil(tiles),
+            step: half.div_ceil(tiles * pairs).min(64),
         }
     }
+
+    /// Fetches what [`Prefetch::ahead`] takes to be there when a panel begins.
+    #[inline(always)]
+    fn begin(panel: &[u16]) {
+        for line in (0..size_of_val(panel).min(Self::AHEAD)).step_by(64) {
+            fetch(panel.as_ptr().cast::<u8>().wrapping_add(line));
+        }
+    }
+}
+
+/// Asks for a line.
+#[inline(always)]
+pub fn fetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; any address will do.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Rows beyond a buffer's last one that a tile may read: activation buffers have a multiple of this.
@@ -181,13 +205,18 @@ unsafe impl Send for Product<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Product<'_> {}
 
-/// Computes rows `rows` of panels `panels`.
+/// Computes rows `rows` of panels `panels`; `next` is the panel that this thread will probably need after them.
 ///
 /// # Safety
 /// The CPU has `T`'s features; `product`'s pointers cover these rows and panels; nobody else touches those
 /// outputs meanwhile.
 #[inline(always)]
-pub unsafe fn product<T: Tile>(product: &Product<'_>, rows: Range<usize>, panels: Range<usize>) {
+pub unsafe fn product<T: Tile>(
+    product: &Product<'_>,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    next: &[u16],
+) {
     #[repr(align(64))]
     struct Scratch([f32; ROW_STEP * PANEL]);
     let mut scratch = Scratch([0.0; ROW_STEP * PANEL]);
@@ -197,23 +226,29 @@ pub unsafe fn product<T: Tile>(product: &Product<'_>, rows: Range<usize>, panels
     unsafe { T::begin() };
     for panel in panels.clone() {
         let b = product.weights.panel(panel);
-        let next = product.weights.panel((panel + 1).min(panels.end - 1));
+        let next = match panel + 1 < panels.end {
+            true => product.weights.panel(panel + 1),
+            false => next,
+        };
         for tile in 0..tiles {
             let first = rows.start + rows.len() * tile / tiles;
             let height = rows.start + rows.len() * (tile + 1) / tiles - first;
             let c = scratch.0.as_mut_ptr();
             // SAFETY: by the caller's promise; the scratch holds ROW_STEP rows of one panel.
             unsafe {
-                let a = product.a.add(first * product.lda);
+                let (a, pairs) = (product.a.add(first * product.lda), product.weights.k / 2);
                 let prefetch = match tiles {
                     1 => Prefetch::ahead(b),
-                    _ => Prefetch::share(next, tile, tiles),
+                    _ => Prefetch::share(next, tile, tiles, pairs),
                 };
-                let (b, pairs) = (b.as_ptr(), product.weights.k / 2);
+                let b = b.as_ptr();
                 T::run(height, a, product.lda, b, pairs, c, PANEL, false, prefetch);
                 finish(&product.epilogue, &scratch.0, first, height, panel);
             }
         }
+    }
+    if tiles == 1 {
+        Prefetch::begin(next);
     }
     // SAFETY: begun above.
     unsafe { T::end() };
@@ -271,6 +306,7 @@ mod tests {
     use super::*;
     use crate::kernel::Kernel;
     use crate::math::f32_of;
+    use crate::memory::Carver;
     use crate::pack::{K_STEP, pack_keys, pack_values};
     use crate::threads::Pool;
 
@@ -302,7 +338,10 @@ mod tests {
         let columns: Vec<Vec<u16>> = (0..columns)
             .map(|_| (0..k).map(|_| bf16_of(random(&mut seed))).collect())
             .collect();
-        let weights = Packed::new(&mut Pool::new(1), columns.len(), k, |c| Some(&columns[c]));
+        let (mut pool, mut memory) = (Pool::new(1), Carver::default());
+        let weights = Packed::new(&mut pool, &mut memory, columns.len(), k, |c| {
+            Some(&columns[c])
+        });
         Case {
             a,
             lda,
@@ -338,7 +377,7 @@ mod tests {
                 epilogue,
             };
             // SAFETY: the kernel is available; the outputs of these tests cover all rows and panels.
-            unsafe { (kernel.ops().product)(&job, rows, panels) }
+            unsafe { (kernel.ops().product)(&job, rows, panels, self.weights.panel(0)) }
         }
 
         fn truth(&self, row: usize, column: usize) -> f64 {
