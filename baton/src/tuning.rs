@@ -10,6 +10,9 @@ pub struct TuningArgs {
     /// Memory for KV of each worker, in MiB [default: what a full batch needs, at most 1024]
     #[arg(long)]
     pub kv_mib: Option<u64>,
+    /// Share of the GPU memory left by the model to take for KV, where --kv-mib says nothing [default: 0.9]
+    #[arg(long)]
+    pub kv_cache_free_gpu_memory_fraction: Option<f64>,
     /// Tokens of a KV block, the same on all workers
     #[arg(long)]
     pub block_tokens: Option<u32>,
@@ -40,6 +43,11 @@ impl TuningArgs {
             }
         };
         add("--kv-mib", self.kv_mib.map(|value| value.to_string()));
+        add(
+            "--kv-cache-free-gpu-memory-fraction",
+            self.kv_cache_free_gpu_memory_fraction
+                .map(|value| value.to_string()),
+        );
         add(
             "--block-tokens",
             self.block_tokens.map(|value| value.to_string()),

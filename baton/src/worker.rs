@@ -121,8 +121,13 @@ fn apply(tuning: TuningArgs, config: &mut WorkerConfig) {
         config.kv_bytes = Some(mib << 20);
     }
     config.block_tokens = tuning.block_tokens.unwrap_or(config.block_tokens);
-    config.step_tokens = tuning.step_tokens.unwrap_or(config.step_tokens);
-    config.batch = tuning.batch.unwrap_or(config.batch);
+    let device = config.device;
+    let step_tokens = tuning.step_tokens;
+    config.step_tokens = step_tokens.unwrap_or_else(|| device.step_tokens_default());
+    config.batch = tuning.batch.unwrap_or_else(|| device.batch_default());
+    if let Some(fraction) = tuning.kv_cache_free_gpu_memory_fraction {
+        config.kv_free_gpu_memory_fraction = fraction;
+    }
     config.queue = tuning.queue.unwrap_or(config.queue);
     config.prefix_cache = !tuning.no_prefix_cache;
     config.ucx_tls = tuning.ucx_tls;

@@ -1,5 +1,9 @@
 //! Which attention kernel runs, and with what.
+//!
+//! Heads of a multiple of 16 numbers go to the tensor cores: one kernel for decode, where every sequence has one row and
+//! the bytes of KV are what counts, one for everything else. Other heads take the plain kernel.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 
 use baton_engine::{KvMemory, Rows};
@@ -8,12 +12,13 @@ use baton_protocol::KvGeometry;
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::compile::Compiler;
-use crate::device::Device;
+use crate::device::{Buffer, Device};
 use crate::error::CudaError;
 use crate::kernel::{Kernel, Module, Shape};
 use crate::launch;
-use crate::sources;
-use crate::step::{StepAddresses, StepShape};
+use crate::sources::{self, Source};
+use crate::step::{HEADER_SEQUENCES, StepAddresses, StepShape};
+use crate::tensor_map::{Piece, TensorMap};
 
 /// Attention over one arena.
 pub struct Attention {
@@ -21,12 +26,34 @@ pub struct Attention {
     kv: KvGeometry,
     heads: usize,
     window: usize,
+    /// Of scores.
     scale: f32,
-    plain: Kernel,
+    road: Road,
+}
+
+enum Road {
+    Plain(Kernel),
+    Tiled(Box<Tiled>),
+}
+
+/// The kernels of the tensor cores.
+struct Tiled {
+    arena: TensorMap,
+    decode: Kernel,
+    decode_shape: Shape,
+    /// Sums of sequences that several blocks share, and how many of them have come.
+    partial: Buffer<f32>,
+    counters: Buffer<i32>,
+    prefill: Kernel,
+    prefill_shape: Shape,
+    /// Rows of a sequence in one unit of work.
+    unit_rows: usize,
+    /// Blocks take units until none is left; otherwise each unit has its block.
+    persistent: Option<usize>,
 }
 
 impl Attention {
-    /// Compiles what the model needs.
+    /// Compiles what the model needs, for steps of up to this many sequences.
     ///
     /// # Errors
     /// [`CudaError`].
@@ -36,11 +63,25 @@ impl Attention {
         spec: &ModelSpec,
         memory: Arc<dyn KvMemory>,
         kv: KvGeometry,
+        sequences: usize,
     ) -> Result<Self, CudaError> {
-        let defines = [format!("HEAD_DIM={}", spec.head_dim)];
-        let image = compiler.compile(&sources::ATTENTION_PLAIN, &defines)?;
+        let group = spec.heads / spec.kv_heads;
+        let tiled = spec.head_dim.is_multiple_of(16)
+            && spec.head_dim <= 256
+            && group <= 16
+            && matches!(kv.block_tokens, 16 | 32 | 64);
+        let road = if tiled {
+            let arena = memory.base() as CUdeviceptr;
+            let blocks = memory.len() / kv.block_bytes();
+            let tiled = Tiled::new(device, compiler, &kv, group, arena, blocks, sequences)?;
+            Road::Tiled(Box::new(tiled))
+        } else {
+            let defines = [format!("HEAD_DIM={}", spec.head_dim)];
+            let image = compiler.compile(&sources::ATTENTION_PLAIN, &defines)?;
+            Road::Plain(Module::load(device, &image)?.kernel("attention_plain", 0)?)
+        };
         Ok(Self {
-            plain: Module::load(device, &image)?.kernel("attention_plain", 0)?,
+            road,
             heads: spec.heads,
             window: spec.sliding_window.unwrap_or(0),
             scale: 1.0 / (spec.head_dim as f32).sqrt(),
@@ -59,17 +100,32 @@ impl Attention {
         self.kv.block_tokens
     }
 
-    /// Units of work of a prefill step: (sequence, first row within it), the longest first.
-    pub fn work(&self, _rows: &Rows) -> Vec<(i32, i32)> {
-        Vec::new()
+    /// Units of work of a step that is no decode step: (sequence, first row within it), those that see most first, so
+    /// that blocks end together.
+    pub fn work(&self, rows: &Rows) -> Vec<(i32, i32)> {
+        let Road::Tiled(tiled) = &self.road else {
+            return Vec::new();
+        };
+        let mut units = Vec::new();
+        for (s, sequence) in rows.sequences.iter().enumerate() {
+            for first in (0..sequence.tokens).step_by(tiled.unit_rows) {
+                let last = (first + tiled.unit_rows).min(sequence.tokens);
+                units.push((Reverse(sequence.start + last), s as i32, first as i32));
+            }
+        }
+        units.sort_unstable();
+        units.into_iter().map(|(_, s, first)| (s, first)).collect()
     }
 
     /// The most units of a step of this many rows and sequences.
-    pub fn work_max(&self, _rows: usize, _sequences: usize) -> usize {
-        0
+    pub fn work_max(&self, rows: usize, sequences: usize) -> usize {
+        match &self.road {
+            Road::Tiled(tiled) => rows / tiled.unit_rows + sequences,
+            Road::Plain(_) => 0,
+        }
     }
 
-    /// Attention of one layer over all rows of a step.
+    /// Attention of one layer over all rows of a step; without units of work, each sequence has one row.
     ///
     /// # Safety
     /// `q` and `out` hold the step's rows; its tables lie in the arena.
@@ -81,29 +137,138 @@ impl Attention {
         q: CUdeviceptr,
         out: CUdeviceptr,
     ) -> Result<(), CudaError> {
-        let grid = Shape::plane(self.heads.div_ceil(4), shape.rows, 128).early();
-        // SAFETY: the kernel's arguments, by its file.
+        let (kv_heads, layers) = (self.kv.kv_heads as i32, self.kv.layers as i32);
+        let (layer, window, arena) = (layer as i32, self.window as i32, self.arena());
+        // SAFETY: the kernels' arguments, by their files.
         unsafe {
-            launch!(
-                self.plain,
-                grid,
-                q,
-                self.arena(),
-                out,
-                at.row_position,
-                at.seq_first_row,
-                at.seq_rows,
-                at.seq_table,
-                at.tables,
-                shape.sequences as i32,
-                self.heads as i32,
-                self.kv.kv_heads as i32,
-                self.kv.layers as i32,
-                layer as i32,
-                self.kv.block_tokens as i32,
-                self.window as i32,
-                self.scale * std::f32::consts::LOG2_E,
-            )
+            match &self.road {
+                Road::Plain(kernel) => launch!(
+                    kernel,
+                    Shape::plane(self.heads.div_ceil(4), shape.rows, 128).early(),
+                    q,
+                    arena,
+                    out,
+                    at.row_position,
+                    at.seq_first_row,
+                    at.seq_rows,
+                    at.seq_table,
+                    at.tables,
+                    shape.sequences as i32,
+                    self.heads as i32,
+                    kv_heads,
+                    layers,
+                    layer,
+                    self.kv.block_tokens as i32,
+                    window,
+                    self.scale * std::f32::consts::LOG2_E,
+                ),
+                Road::Tiled(tiled) if shape.work == 0 => launch!(
+                    tiled.decode,
+                    tiled.decode_shape,
+                    tiled.arena,
+                    q,
+                    out,
+                    arena,
+                    at.header,
+                    at.seq_kv_len,
+                    at.seq_table,
+                    at.tables,
+                    tiled.partial.at(0),
+                    tiled.counters.at(0),
+                    HEADER_SEQUENCES,
+                    layer,
+                    layers,
+                    kv_heads,
+                    self.scale,
+                    window,
+                ),
+                Road::Tiled(tiled) => launch!(
+                    tiled.prefill,
+                    tiled.prefill_grid(shape.work * self.kv.kv_heads as usize),
+                    tiled.arena,
+                    q,
+                    out,
+                    arena,
+                    at.work,
+                    at.seq_first_row,
+                    at.seq_rows,
+                    at.seq_kv_len,
+                    at.seq_table,
+                    at.tables,
+                    shape.work as i32,
+                    layer,
+                    layers,
+                    kv_heads,
+                    self.scale,
+                    window,
+                ),
+            }
+        }
+    }
+}
+
+impl Tiled {
+    fn new(
+        device: &Arc<Device>,
+        compiler: &Compiler,
+        kv: &KvGeometry,
+        group: usize,
+        arena: CUdeviceptr,
+        blocks: usize,
+        sequences: usize,
+    ) -> Result<Self, CudaError> {
+        let (dim, kv_heads) = (kv.head_dim as usize, kv.kv_heads as usize);
+        let hopper = device.capability() == (9, 0);
+        let defines = [
+            format!("HEAD_DIM={dim}"),
+            format!("GROUP={group}"),
+            format!("BLOCK_TOKENS={}", kv.block_tokens),
+        ];
+        let load = |source: &Source, name: &str| {
+            let module = Module::load(device, &compiler.compile(source, &defines)?)?;
+            let constants = module.constants(&format!("{name}_launch"))?;
+            Ok::<_, CudaError>((module.kernel(name, constants[1] as u32)?, constants))
+        };
+        let (decode, [threads, shared, sequences_max, grid_max]) =
+            load(&sources::ATTENTION_DECODE, "attention_decode")?;
+        if sequences > sequences_max as usize {
+            return Err(CudaError::Unsupported(format!(
+                "{sequences} sequences in a step, decode attention takes {sequences_max}: lower the batch"
+            )));
+        }
+        let grid = (device.multiprocessors() as usize).min(grid_max as usize);
+        let decode_shape = Shape::row(grid, threads as u32).shared(shared as u32);
+        let (prefill, [threads, shared, unit_rows, persistent]) = match hopper {
+            true => load(&sources::ATTENTION_PREFILL_SM90, "attention_prefill_sm90")?,
+            false => load(&sources::ATTENTION_PREFILL, "attention_prefill")?,
+        };
+        let rows = blocks * kv.block_bytes() / (dim * 2);
+        let piece = Piece {
+            columns: 64,
+            rows: kv.block_tokens.min(32),
+            far: true,
+        };
+        Ok(Self {
+            arena: match hopper {
+                true => TensorMap::new(arena, rows, dim, piece)?,
+                false => TensorMap::NONE,
+            },
+            decode,
+            decode_shape: decode_shape.early(),
+            partial: Buffer::zeroed(device, 2 * grid * group * (dim + 2), "attention's sums")?,
+            counters: Buffer::zeroed(device, sequences * kv_heads, "attention's counters")?,
+            prefill,
+            prefill_shape: Shape::row(0, threads as u32).shared(shared as u32).early(),
+            unit_rows: unit_rows as usize,
+            persistent: (persistent != 0).then_some(device.multiprocessors() as usize),
+        })
+    }
+
+    fn prefill_grid(&self, items: usize) -> Shape {
+        let blocks = self.persistent.map_or(items, |most| items.min(most));
+        Shape {
+            grid: (blocks as u32, 1, 1),
+            ..self.prefill_shape
         }
     }
 }

@@ -69,7 +69,14 @@ impl CudaExecutor {
             kv: kv.clone(),
         };
         let sequences = options.step_sequences_max;
-        let attention = Attention::new(&device, &model.compiler, spec, memory, kv.clone())?;
+        let attention = Attention::new(
+            &device,
+            &model.compiler,
+            spec,
+            memory,
+            kv.clone(),
+            sequences,
+        )?;
         let rows = rows_max(options);
         let largest = StepShape {
             rows,

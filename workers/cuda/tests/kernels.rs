@@ -70,21 +70,18 @@ fn compare(
     }
 }
 
-/// Names and spills that the file states.
+/// Names and spills that the file states: `// kernel NAME spill_bytes_max=N`, other words between.
 fn stated(text: &str) -> BTreeMap<String, u32> {
     let lines = text
         .lines()
         .filter_map(|line| line.strip_prefix("// kernel "));
     lines
         .map(|line| {
-            let (name, bytes) = line
-                .split_once(" spill_bytes_max=")
-                .unwrap_or_else(|| panic!("{line:?} is not `NAME spill_bytes_max=N`"));
-            let bytes = bytes.split_whitespace().next().and_then(|b| b.parse().ok());
-            (
-                name.to_owned(),
-                bytes.unwrap_or_else(|| panic!("{line:?}: no number")),
-            )
+            let mut words = line.split_whitespace();
+            let name = words.next().expect("a kernel's name");
+            let bytes = words.find_map(|word| word.strip_prefix("spill_bytes_max=")?.parse().ok());
+            let bytes = bytes.unwrap_or_else(|| panic!("{line:?}: no spill_bytes_max=N"));
+            (name.to_owned(), bytes)
         })
         .collect()
 }
@@ -154,7 +151,7 @@ fn reports_are_read_as_the_assembler_writes_them() {
                8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n";
     assert_eq!(spills(log), BTreeMap::from([("f".to_owned(), 28)]));
     assert_eq!(
-        stated("// kernel f spill_bytes_max=3\n"),
+        stated("// kernel f arch=sm_90a spill_bytes_max=3\n"),
         BTreeMap::from([("f".to_owned(), 3)])
     );
     assert_eq!(variants("// variant A=1 B=2\n// variant A=3\n").len(), 2);

@@ -34,6 +34,7 @@ async fn measure(tls: Option<&str>) {
     let server = Server::start(ARENA_BYTES as usize, SEED, tls);
     let config = AgentConfig {
         arena_bytes: ARENA_BYTES as usize,
+        gpu: None,
         tls: tls.map(str::to_owned),
     };
     let (agent, arena) = Agent::start(config).expect("UCX works here");

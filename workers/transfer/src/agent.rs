@@ -10,7 +10,7 @@ use baton_protocol::{TransferDescriptor, UcxVersion};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use tokio::sync::oneshot;
 
-use crate::arena::{Arena, Source};
+use crate::arena::{Arena, GpuMemory, Source};
 use crate::peer::{PeerKey, PeerPlan};
 use crate::probe::PeerReport;
 use crate::pull::{PullStats, Read};
@@ -34,8 +34,10 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// What an agent is made of.
 #[derive(Clone, Debug, Default)]
 pub struct AgentConfig {
-    /// Length of the arena.
+    /// Length of the arena, where UCX is to allocate it.
     pub arena_bytes: usize,
+    /// Memory on a GPU that is to be the arena instead.
+    pub gpu: Option<GpuMemory>,
     /// UCX's list of transports (`UCX_TLS`), if not its own choice: `tcp,self` between processes of
     /// different users, which cannot share memory.
     pub tls: Option<String>,
@@ -106,8 +108,11 @@ impl Agent {
             requests: AtomicUsize::new(0),
             quarantined: AtomicUsize::new(0),
         });
-        let source = Source::Allocate {
-            bytes: config.arena_bytes,
+        let source = match config.gpu {
+            Some(gpu) => Source::Gpu(gpu),
+            None => Source::Allocate {
+                bytes: config.arena_bytes,
+            },
         };
         let setup = thread::Setup {
             source,

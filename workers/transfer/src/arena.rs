@@ -14,14 +14,40 @@ use crate::seal::{Kind, seal};
 /// Where an arena's memory comes from.
 pub(crate) enum Source {
     /// UCX allocates host memory, which lets it be shared memory that peers on the host read in place.
-    /// Memory on a GPU, allocated elsewhere and registered by its address, will be another variant.
     Allocate {
         /// Its length.
         bytes: usize,
     },
+    /// Memory on a GPU, allocated elsewhere and registered by its address.
+    Gpu(GpuMemory),
 }
 
-/// The memory that holds the KV of one rank: zeroed at first, registered with UCX, and readable by
+/// Memory on an NVIDIA GPU, one plain allocation of [`gpu_allocation_bytes`]: what cuda_ipc can share.
+#[derive(Clone)]
+pub struct GpuMemory {
+    /// Its address, aligned to 4096. Nothing for the CPU to follow.
+    pub base: u64,
+    /// Length of the arena; the allocation is longer.
+    pub bytes: usize,
+    /// Makes the GPU the calling thread's own, as UCX wants it; also keeps the memory alive as long as an arena is made
+    /// of it. An error is a sentence.
+    pub bind: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
+}
+
+/// Bytes to allocate for an arena of `bytes` on a GPU: probes read into what lies behind it.
+pub fn gpu_allocation_bytes(bytes: usize) -> usize {
+    bytes.next_multiple_of(4096) + SCRATCH_BYTES
+}
+
+impl std::fmt::Debug for GpuMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GpuMemory")
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The memory that holds the KV of one rank: zeroed at first if UCX allocated it, registered with UCX, and readable by
 /// connected peers at any moment. It lives until the last clone and the agent's thread are gone.
 #[derive(Clone)]
 pub struct Arena {
@@ -75,6 +101,8 @@ pub(crate) struct Region {
     base: *mut u8,
     bytes: usize,
     memory: MemoryType,
+    /// Who keeps memory alive that UCX did not allocate.
+    _gpu: Option<GpuMemory>,
 }
 
 // SAFETY: the pointers are to memory and to a handle that live as long as the value; what is written to
@@ -85,7 +113,10 @@ unsafe impl Sync for Region {}
 
 impl Region {
     pub(crate) fn map(context: Arc<Context>, source: Source) -> Result<Self, TransferError> {
-        let Source::Allocate { bytes } = source;
+        let (bytes, gpu) = match source {
+            Source::Allocate { bytes } => (bytes, None),
+            Source::Gpu(gpu) => (gpu.bytes, Some(gpu)),
+        };
         let failed = |detail: String| TransferError::Arena { bytes, detail };
         if bytes == 0 {
             return Err(failed("it has no bytes".into()));
@@ -94,14 +125,25 @@ impl Region {
             .checked_next_multiple_of(4096)
             .and_then(|bytes| bytes.checked_add(SCRATCH_BYTES))
             .ok_or_else(|| failed("that is more than there are addresses".into()))?;
-        let params = ucp_mem_map_params_t {
-            field_mask: UCP_MEM_MAP_PARAM_FIELD_LENGTH
-                | UCP_MEM_MAP_PARAM_FIELD_FLAGS
-                | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
-            length,
-            flags: UCP_MEM_MAP_ALLOCATE,
-            memory_type: UCS_MEMORY_TYPE_HOST,
-            ..Default::default()
+        let params = match &gpu {
+            None => ucp_mem_map_params_t {
+                field_mask: UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                    | UCP_MEM_MAP_PARAM_FIELD_FLAGS
+                    | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+                length,
+                flags: UCP_MEM_MAP_ALLOCATE,
+                memory_type: UCS_MEMORY_TYPE_HOST,
+                ..Default::default()
+            },
+            Some(gpu) => ucp_mem_map_params_t {
+                field_mask: UCP_MEM_MAP_PARAM_FIELD_ADDRESS
+                    | UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                    | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+                address: gpu.base as *mut std::ffi::c_void,
+                length,
+                memory_type: UCS_MEMORY_TYPE_CUDA,
+                ..Default::default()
+            },
         };
         let ucp = context.ucp;
         let mut handle = null_mut();
@@ -122,11 +164,15 @@ impl Region {
             handle,
             base,
             bytes,
-            memory: MemoryType::Host,
+            memory: match gpu {
+                None => MemoryType::Host,
+                Some(_) => MemoryType::Cuda,
+            },
+            _gpu: gpu,
         };
         check(ucp, "ucp_mem_query", status)?;
         if !region.base.addr().is_multiple_of(4096) || attributes.length < length {
-            return Err(failed("UCX allocated it unaligned or short".into()));
+            return Err(failed("UCX mapped it unaligned or short".into()));
         }
         Ok(region)
     }

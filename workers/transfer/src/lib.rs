@@ -34,7 +34,7 @@ mod wake;
 mod worker;
 
 pub use agent::{Agent, AgentConfig, AgentHealth};
-pub use arena::Arena;
+pub use arena::{Arena, GpuMemory, gpu_allocation_bytes};
 pub use error::TransferError;
 pub use peer::PeerKey;
 pub use plan::plan_reads;

@@ -97,6 +97,12 @@ impl Mover {
             wake,
             vitals,
         } = setup;
+        if let Source::Gpu(gpu) = &source {
+            (gpu.bind)().map_err(|detail| TransferError::Arena {
+                bytes: gpu.bytes,
+                detail,
+            })?;
+        }
         let context = Arc::new(Context::new(tls.as_deref())?);
         let ucp = context.ucp;
         let summary = format!("ucx {} {}", version(ucp), probe::transports(&context));

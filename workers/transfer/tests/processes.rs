@@ -24,6 +24,7 @@ fn serve_an_arena() {
 fn agent(arena_bytes: u64, tls: Option<&str>) -> (Agent, Arena) {
     let config = AgentConfig {
         arena_bytes: arena_bytes as usize,
+        gpu: None,
         tls: tls.map(str::to_owned),
     };
     Agent::start(config).expect("UCX works here: install libucx0")

@@ -30,6 +30,8 @@ pub struct WorkerConfig {
     /// Bytes of the KV arena, rounded down to whole blocks; `None` takes what a full batch of longest
     /// sequences needs, and at most [`KV_BYTES_DEFAULT`].
     pub kv_bytes: Option<u64>,
+    /// Share of the GPU memory that is free once the model is loaded to take for KV, where no bytes are said.
+    pub kv_free_gpu_memory_fraction: f64,
     /// Tokens of one KV block. Both sides of a pull must agree.
     pub block_tokens: u32,
     /// Most tokens of one engine step; longer prompts run in chunks.
@@ -51,6 +53,9 @@ pub struct WorkerConfig {
 /// KV arena where nothing is said.
 pub const KV_BYTES_DEFAULT: u64 = 1 << 30;
 
+/// Share of free GPU memory for KV where nothing is said: the rest is for what the driver and other programs take.
+pub const KV_FREE_GPU_MEMORY_FRACTION_DEFAULT: f64 = 0.9;
+
 /// Drain time where nothing is said: within the grace that Kubernetes and Slurm give by default.
 pub const DRAIN_MS_DEFAULT: u64 = 25_000;
 
@@ -71,9 +76,10 @@ impl WorkerConfig {
             device: Device::Cpu,
             threads: 0,
             kv_bytes: None,
+            kv_free_gpu_memory_fraction: KV_FREE_GPU_MEMORY_FRACTION_DEFAULT,
             block_tokens: 32,
-            step_tokens: 512,
-            batch: 64,
+            step_tokens: Device::Cpu.step_tokens_default(),
+            batch: Device::Cpu.batch_default(),
             queue: 256,
             prefix_cache: true,
             lease_ms: limits::LEASE_MS,
@@ -98,6 +104,14 @@ impl WorkerConfig {
                 });
             }
         }
+        if !(self.kv_free_gpu_memory_fraction > 0.0 && self.kv_free_gpu_memory_fraction <= 1.0) {
+            return Err(WorkerError::Config {
+                detail: format!(
+                    "the share of free GPU memory for KV is {}, it must be above 0 and at most 1",
+                    self.kv_free_gpu_memory_fraction
+                ),
+            });
+        }
         if self.step_tokens < self.batch {
             return Err(WorkerError::Config {
                 detail: format!(
@@ -119,6 +133,19 @@ impl WorkerConfig {
         let bytes = self
             .kv_bytes
             .unwrap_or_else(|| KV_BYTES_DEFAULT.min(full * block));
+        Self::whole_blocks(bytes, block)
+    }
+
+    /// Blocks of the arena on a GPU that has this much memory free, the model loaded.
+    ///
+    /// # Errors
+    /// [`WorkerError::Config`] if not even one block fits.
+    pub(crate) fn kv_blocks_of_gpu(&self, kv: &KvGeometry, free: u64) -> Result<u32, WorkerError> {
+        let share = (free as f64 * self.kv_free_gpu_memory_fraction) as u64;
+        Self::whole_blocks(self.kv_bytes.unwrap_or(share), kv.block_bytes() as u64)
+    }
+
+    fn whole_blocks(bytes: u64, block: u64) -> Result<u32, WorkerError> {
         match u32::try_from(bytes / block) {
             Ok(0) => Err(WorkerError::Config {
                 detail: format!("{bytes} bytes of KV hold no block: one block takes {block} bytes"),
@@ -215,6 +242,25 @@ pub enum Device {
     },
     /// An NVIDIA GPU.
     Cuda(u32),
+}
+
+impl Device {
+    /// Tokens of a step where nothing is said: as many as make a step's products fill the device, and no more, so that
+    /// sequences that generate need not wait long.
+    pub fn step_tokens_default(self) -> usize {
+        match self {
+            Self::Cuda(_) => 8192,
+            Self::Cpu | Self::Fake { .. } => 512,
+        }
+    }
+
+    /// Sequences of a step where nothing is said.
+    pub fn batch_default(self) -> usize {
+        match self {
+            Self::Cuda(_) => 256,
+            Self::Cpu | Self::Fake { .. } => 64,
+        }
+    }
 }
 
 impl FromStr for Device {

@@ -21,11 +21,8 @@ pub(crate) struct Backend {
 impl Backend {
     /// Loads the model and allocates the arena. Takes seconds for a large model: not for the async runtime.
     pub(crate) fn start(config: &WorkerConfig, model: &ModelDir) -> Result<Self, WorkerError> {
-        if let Device::Cuda(_) = config.device {
-            return Err(WorkerError::Device {
-                device: config.device.to_string(),
-                detail: "this build has no CUDA executor yet: use --device cpu".to_owned(),
-            });
+        if let Device::Cuda(ordinal) = config.device {
+            return Self::start_cuda(config, model, ordinal);
         }
         let spec = model.spec();
         let kv = match config.device {
@@ -108,6 +105,7 @@ impl Arena {
     fn start(config: &WorkerConfig, bytes: usize) -> Result<Self, WorkerError> {
         let agent_config = AgentConfig {
             arena_bytes: bytes,
+            gpu: None,
             tls: config.ucx_tls.clone(),
         };
         match Agent::start(agent_config) {

@@ -13,7 +13,7 @@
 //! 7. An abort, a deadline, an API server that is gone, a drain or a broken executor end it in any phase:
 //!    all through `desk`'s `end_key`.
 //!
-//! Beside that road: `config`, `device` (with `fake_kv`), `run` (start and end), `beat`, `service`, `drain`.
+//! Beside that road: `config`, `device` (with `cuda` and `fake_kv`), `run` (start and end), `beat`, `service`, `drain`.
 //!
 //! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
 //! engine thread; and the transfer agent's. No lock is held across an await.
@@ -25,6 +25,7 @@ mod checks;
 mod config;
 mod connect;
 mod context;
+mod cuda;
 mod decode;
 mod desk;
 mod device;
@@ -40,6 +41,9 @@ mod random;
 mod run;
 mod service;
 
-pub use config::{BusConfig, DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, WorkerConfig};
+pub use config::{
+    BusConfig, DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT,
+    WorkerConfig,
+};
 pub use error::WorkerError;
 pub use run::run;

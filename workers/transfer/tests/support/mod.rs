@@ -129,6 +129,7 @@ pub fn serve() -> bool {
         .map(|tls| tls.replace('+', ","));
     let (agent, arena) = Agent::start(AgentConfig {
         arena_bytes: bytes,
+        gpu: None,
         tls,
     })
     .expect("UCX works here");

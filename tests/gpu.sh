@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Runs what needs a GPU: the acceptance tests of the CUDA executor, a whole cluster, the benchmark. On a machine with a GPU,
+# NVRTC and cuBLASLt of CUDA 13 (a toolkit, or the wheels in python3's environment), and without cargo or network.
+#
+#   tests/gpu.sh build DIR            builds the programs into DIR, here, where cargo is
+#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: tests, golden, cluster, bench [all]
+#
+# `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
+# `cluster` needs nats-server and curl too, and for more than one process per GPU UCX with CUDA (BATON_UCX_LIB_DIR).
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+model=SmolLM2-135M-Instruct.Q4_1.gguf
+
+build() {
+  mkdir -p "$1" || return
+  # The paths of what cargo builds are in its messages; `executor` and `cuda` are the test and the benchmark.
+  cargo build --locked --package baton-cuda --tests --benches --message-format=json |
+    python3 -c '
+import json, shutil, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("executable") and message["target"]["name"] in ("executor", "cuda"):
+        shutil.copy(message["executable"], sys.argv[1])
+' "$1" || return
+  cargo build --locked --release --package baton || return
+  cp "${CARGO_TARGET_DIR:-$root/target}/release/baton" "$1" || return
+  strip "$1"/executor "$1"/cuda "$1"/baton
+}
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || usage
+if [ "$1" = build ]; then
+  [ $# -eq 2 ] || usage
+  cd "$root" && build "$(mkdir -p "$2" && cd "$2" && pwd)"
+  exit
+fi
+programs=$(cd "$1" && pwd) || exit
+shift
+cd "$root" || exit
+work=$(mktemp -d) || exit
+trap 'rm -rf "$work"' EXIT
+# Where the wheels are, if CUDA's libraries are wheels.
+export VIRTUAL_ENV=${VIRTUAL_ENV:-$(python3 -c 'import sys; print(sys.prefix)')}
+
+weights() {
+  [ -f "$work/$model" ] && return
+  if [ -f "$programs/$model" ]; then
+    cp "$programs/$model" "$work/"
+  else
+    cat "$programs/$model".part* > "$work/$model"
+  fi
+}
+
+tests() { "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced; }
+
+golden() {
+  weights || { echo "no $model in $programs"; return 1; }
+  BATON_TEST_GGUF=$work/$model "$programs/executor" --ignored --nocapture teacher_forced
+}
+
+# usage: answer UP_ARGUMENT...   prints what a cluster says the capital of France is
+answer() {
+  local up url name
+  "$programs/baton" up --model "$work/$model" --device cuda:0 --nats-server "$(command -v nats-server || echo "$programs/nats-server")" \
+    --ready-file "$work/ready.json" --start-timeout-s 100 "$@" > "$work/up.log" 2>&1 &
+  up=$!
+  for _ in $(seq 1000); do
+    [ -f "$work/ready.json" ] && break
+    kill -0 $up 2> /dev/null || break
+    sleep 0.1
+  done
+  url=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["url"])' "$work/ready.json") || { cat "$work/up.log"; return 1; }
+  name=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["model"])' "$work/ready.json")
+  "$programs/baton" status --url "$url" || true
+  curl -sS "$url/v1/chat/completions" -H 'content-type: application/json' -d '{
+    "model": "'"$name"'", "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": "What is the capital of France?"}]
+  }' > "$work/answer"
+  kill -TERM $up
+  wait $up
+  grep -o '"content":"[^"]*"' "$work/answer" || { cat "$work/answer" "$work/up.log"; return 1; }
+  grep -q Paris "$work/answer"
+}
+
+# One worker that does both, and then prefill and decode apart: KV goes from one process to the other on the GPU.
+cluster() {
+  weights || { echo "no $model in $programs"; return 1; }
+  export BATON_CACHE=$work/cache
+  answer --both-worker-count 1 || return
+  answer --kv-mib 1024
+}
+
+bench() { "$programs/cuda"; }
+
+passed=0 failed=()
+[ $# -gt 0 ] || set -- tests golden cluster bench
+for step; do
+  case "$step" in
+    tests | golden | cluster | bench) ;;
+    *) usage ;;
+  esac
+  echo "=== $step"
+  started=$SECONDS
+  if "$step"; then passed=$((passed + 1)); else failed+=("$step"); fi
+  echo "=== $step: $((SECONDS - started)) s"
+done
+for step in "${failed[@]}"; do echo "failed: $step"; done
+echo "$passed passed, ${#failed[@]} failed"
+[ ${#failed[@]} -eq 0 ]

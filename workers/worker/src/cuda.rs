@@ -1,0 +1,125 @@
+//! A worker on an NVIDIA GPU: the model first, then as much KV as is left.
+
+use std::sync::Arc;
+
+use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions};
+use baton_engine::KvMemory;
+use baton_model::ModelDir;
+use baton_protocol::Role;
+use baton_transfer::{Agent, AgentConfig, Arena, GpuMemory, gpu_allocation_bytes};
+
+use crate::device::Backend;
+use crate::{WorkerConfig, WorkerError};
+
+impl Backend {
+    /// Loads the model onto a GPU and takes its share of what is left for KV.
+    pub(crate) fn start_cuda(
+        config: &WorkerConfig,
+        model: &ModelDir,
+        ordinal: u32,
+    ) -> Result<Self, WorkerError> {
+        let failed = |error: CudaError| WorkerError::Device {
+            device: config.device.to_string(),
+            detail: error.to_string(),
+        };
+        let unusable = |detail: String| WorkerError::Model {
+            path: model.path.clone(),
+            detail,
+        };
+        // The device first: without one, nothing of the model is worth reading.
+        let device = baton_cuda::Device::open(ordinal).map_err(failed)?;
+        if model.manifest.tp_size != 1 {
+            return Err(unusable(format!(
+                "it is divided over {} ranks; the CUDA executor runs one: prepare it with --tp-size 1",
+                model.manifest.tp_size
+            )));
+        }
+        let weights = model
+            .weights(0)
+            .map_err(|error| unusable(error.to_string()))?;
+        let options = CudaOptions {
+            step_tokens_max: config.step_tokens,
+            step_sequences_max: config.batch,
+        };
+        let loaded = CudaModel::load(&device, model.spec(), &weights, options).map_err(failed)?;
+        let kv = baton_cuda::kv_geometry(model.spec(), config.block_tokens);
+        let (free, _) = device.memory().map_err(failed)?;
+        let blocks = config.kv_blocks_of_gpu(&kv, free as u64)?;
+        let bytes = kv.block_bytes() * blocks as usize;
+        let memory = CudaMemory::new(&device, gpu_allocation_bytes(bytes)).map_err(failed)?;
+        let memory = Arc::new(memory);
+        let (arena, agent, transport) = share(config, &device, memory, bytes)?;
+        let executor = CudaExecutor::new(loaded, arena, kv).map_err(failed)?;
+        Ok(Self {
+            executor: Box::new(executor),
+            agent,
+            transport,
+        })
+    }
+}
+
+/// The arena, registered with UCX where there is one. A worker that does both can do without.
+fn share(
+    config: &WorkerConfig,
+    device: &Arc<baton_cuda::Device>,
+    memory: Arc<CudaMemory>,
+    bytes: usize,
+) -> Result<(Arc<dyn KvMemory>, Option<Agent>, String), WorkerError> {
+    let owner = memory.clone();
+    let bound = device.clone();
+    let agent_config = AgentConfig {
+        gpu: Some(GpuMemory {
+            base: memory.base() as u64,
+            bytes,
+            bind: Arc::new(move || {
+                let _keep = &owner;
+                bound.bind().map_err(|error| error.to_string())
+            }),
+        }),
+        tls: config.ucx_tls.clone(),
+        ..AgentConfig::default()
+    };
+    match Agent::start(agent_config) {
+        Ok((agent, arena)) => {
+            let transport = agent.summary();
+            Ok((Arc::new(Shared(arena)), Some(agent), transport))
+        }
+        Err(error) if config.role == Role::Both => {
+            tracing::warn!(%error, "no KV transfer: this worker serves its own prompts only");
+            let transport = format!("none: {error}");
+            Ok((Arc::new(Own { memory, bytes }), None, transport))
+        }
+        Err(error) => Err(WorkerError::Transfer {
+            detail: error.to_string(),
+        }),
+    }
+}
+
+/// An arena that peers read, which keeps its memory alive.
+struct Shared(Arena);
+
+impl KvMemory for Shared {
+    fn base(&self) -> *mut u8 {
+        self.0.base()
+    }
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+/// An arena that nobody else reads.
+struct Own {
+    memory: Arc<CudaMemory>,
+    bytes: usize,
+}
+
+impl KvMemory for Own {
+    fn base(&self) -> *mut u8 {
+        self.memory.base()
+    }
+
+    fn len(&self) -> usize {
+        self.bytes
+    }
+}
