@@ -19,7 +19,7 @@ use self::ending::{Closing, Quarantined};
 use self::transfers::{Then, Transfer};
 use crate::TransferError;
 use crate::agent::{Vitals, version};
-use crate::arena::{Arena, Region};
+use crate::arena::{Arena, Region, Source};
 use crate::context::Context;
 use crate::peer::{Link, PeerKey, PeerPlan};
 use crate::probe;

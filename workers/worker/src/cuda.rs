@@ -6,9 +6,9 @@ use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions};
 use baton_engine::KvMemory;
 use baton_model::ModelDir;
 use baton_protocol::Role;
-use baton_transfer::{Agent, AgentConfig, Arena, GpuMemory, gpu_allocation_bytes};
+use baton_transfer::{Agent, AgentConfig, GpuMemory, gpu_allocation_bytes};
 
-use crate::device::Backend;
+use crate::device::{Arena, Backend};
 use crate::{WorkerConfig, WorkerError};
 
 impl Backend {
@@ -48,12 +48,12 @@ impl Backend {
         let bytes = kv.block_bytes() * blocks as usize;
         let memory = CudaMemory::new(&device, gpu_allocation_bytes(bytes)).map_err(failed)?;
         let memory = Arc::new(memory);
-        let (arena, agent, transport) = share(config, &device, memory, bytes)?;
-        let executor = CudaExecutor::new(loaded, arena, kv).map_err(failed)?;
+        let arena = share(config, &device, memory, bytes)?;
+        let executor = CudaExecutor::new(loaded, arena.memory, kv).map_err(failed)?;
         Ok(Self {
             executor: Box::new(executor),
-            agent,
-            transport,
+            agent: arena.agent,
+            transport: arena.transport,
         })
     }
 }
@@ -64,7 +64,7 @@ fn share(
     device: &Arc<baton_cuda::Device>,
     memory: Arc<CudaMemory>,
     bytes: usize,
-) -> Result<(Arc<dyn KvMemory>, Option<Agent>, String), WorkerError> {
+) -> Result<Arena, WorkerError> {
     let owner = memory.clone();
     let bound = device.clone();
     let agent_config = AgentConfig {
@@ -82,12 +82,19 @@ fn share(
     match Agent::start(agent_config) {
         Ok((agent, arena)) => {
             let transport = agent.summary();
-            Ok((Arc::new(Shared(arena)), Some(agent), transport))
+            Ok(Arena {
+                memory: Arc::new(Shared(arena)),
+                agent: Some(agent),
+                transport,
+            })
         }
         Err(error) if config.role == Role::Both => {
             tracing::warn!(%error, "no KV transfer: this worker serves its own prompts only");
-            let transport = format!("none: {error}");
-            Ok((Arc::new(Own { memory, bytes }), None, transport))
+            Ok(Arena {
+                memory: Arc::new(Own { memory, bytes }),
+                agent: None,
+                transport: format!("none: {error}"),
+            })
         }
         Err(error) => Err(WorkerError::Transfer {
             detail: error.to_string(),
@@ -96,7 +103,7 @@ fn share(
 }
 
 /// An arena that peers read, which keeps its memory alive.
-struct Shared(Arena);
+struct Shared(baton_transfer::Arena);
 
 impl KvMemory for Shared {
     fn base(&self) -> *mut u8 {

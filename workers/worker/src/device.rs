@@ -94,10 +94,10 @@ fn cpu(
 }
 
 /// The KV arena, and who moves what is in it.
-struct Arena {
-    memory: Arc<dyn KvMemory>,
-    agent: Option<Agent>,
-    transport: String,
+pub(crate) struct Arena {
+    pub(crate) memory: Arc<dyn KvMemory>,
+    pub(crate) agent: Option<Agent>,
+    pub(crate) transport: String,
 }
 
 impl Arena {
