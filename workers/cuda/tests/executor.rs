@@ -176,11 +176,11 @@ fn tokens_are_those_of_the_sampling_rules() {
     }
 }
 
-/// Measured: see docs/cuda.md.
+/// Measured: 0.449, 0.0496 and 0.031.
 const GOLDEN: golden::Limits = golden::Limits {
-    error_max: 0.8,
-    error_mean: 0.07,
-    margin: 0.15,
+    error_max: 0.6,
+    error_mean: 0.06,
+    margin: 0.1,
 };
 
 #[test]
