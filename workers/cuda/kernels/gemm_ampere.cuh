@@ -121,7 +121,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     }
     __syncthreads();
     if (gridDim.y == 1) {
-        finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x,
+        finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x, nullptr,
                                              [&](int n, int m) { return *(const float4*)(tile + n * PITCH + m); });
         return;
     }
@@ -139,7 +139,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     __syncthreads();
     if (!*last) return;
     __threadfence();
-    finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x, [&](int n, int m) {
+    finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x, nullptr, [&](int n, int m) {
         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int s = 0; s < gridDim.y; s++) {
             float4 u = __ldcg((const float4*)(parts + (size_t)s * (N_TILE * TILE) + n * TILE + m));

@@ -1,6 +1,6 @@
 // The end of a skinny GEMM tile: four neighbouring outputs of one row at a time, read from wherever the f32 sums lie.
 //
-// RMSNorm without a norm kernel: the residual variant leaves z = bf16(residual · gamma) and, per row and 128 outputs, the
+// RMSNorm without a norm kernel: the residual variant leaves z = bf16(residual · gamma) and, per row and 64 outputs, the
 // sum of squares. The next GEMM multiplies z as it stands, and since the norm's factor is one number per row, it is
 // applied here, to the sums.
 #pragma once
@@ -50,10 +50,27 @@ DEVICE float4 value_quad(const SkinnyGemm& p, float4 v, float factor, int m) {
 
 DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
 
+// The residual that this thread will need first, so that its way from memory is not at the end.
+template <int TILE> DEVICE float4 residual_early(const SkinnyGemm& p, int m0, int first, int end, int thread) {
+    int n = first + thread / (TILE / 4), m = m0 + thread % (TILE / 4) * 4;
+    return n < end && m < p.out ? *(const float4*)(p.residual + (size_t)n * p.out + m) : make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
+// Constants of outputs m0 ... + TILE on their way to L2: what streams through has driven them out. One warp.
+template <Epilogue EPILOGUE, int TILE> DEVICE void constants_early(const SkinnyGemm& p, int m0, int lane) {
+    auto fetch = [](const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); };
+    const int m = m0 + lane * 32;
+    if (lane * 32 >= TILE || m >= p.out) return;
+    if (WEIGHT == WEIGHT_FP8_CHANNEL) fetch(p.w_scale + m);
+    if (lane % 2 == 0 && EPILOGUE == RESIDUAL && p.gamma != nullptr) fetch(p.gamma + m);
+    if (lane % 2 == 0 && p.bias != nullptr) fetch(p.bias + m);
+}
+
 // Rows `first..end` of the tile whose first output is m0. `load(n, m)` gives the sums of row n, outputs m0 + m ... + 3.
-// All THREADS threads take part; out is a multiple of 8 (of 1 for logits without bias).
+// All THREADS threads take part; out is a multiple of 8 (of 1 for logits without bias). `early`: null, or what
+// `residual_early` fetched for the same rows.
 template <Epilogue EPILOGUE, int TILE, int THREADS, class Load>
-DEVICE void finish_rows(const SkinnyGemm& p, int m0, int first, int end, const float* factor, int thread, Load load) {
+DEVICE void finish_rows(const SkinnyGemm& p, int m0, int first, int end, const float* factor, int thread, const float4* early, Load load) {
     constexpr int PER_ROW = EPILOGUE == SWIGLU ? TILE / 8 : TILE / 4;
     for (int i = thread; i < (end - first) * PER_ROW; i += THREADS) {
         int n = first + i / PER_ROW, q = i % PER_ROW;
@@ -73,7 +90,7 @@ DEVICE void finish_rows(const SkinnyGemm& p, int m0, int first, int end, const f
                 float sum = 0.f;
                 if (m < p.out) {
                     float4* place = (float4*)(p.residual + (size_t)n * p.out + m);
-                    float4 r = *place;
+                    float4 r = early != nullptr && i == thread ? *early : *place;
                     float4 v = value_quad(p, load(n, at), factor[n], m);
                     r.x += v.x, r.y += v.y, r.z += v.z, r.w += v.w;
                     *place = r;
@@ -86,9 +103,11 @@ DEVICE void finish_rows(const SkinnyGemm& p, int m0, int first, int end, const f
                         *(uint2*)((bf16*)p.y + (size_t)n * p.out + m) = z;
                     }
                 }
-                if (p.y_ssq != nullptr) { // a warp holds 128 outputs of one row
-                    sum = warp_sum<32>(sum);
-                    if (thread % 32 == 0 && m < p.out) p.y_ssq[n * ((p.out + 127) / 128) + m / 128] = sum;
+                if (p.y_ssq != nullptr) { // half a warp holds 64 outputs of one row
+                    const u32 half = 0xffffu << (thread & 16);
+#pragma unroll
+                    for (int d = 8; d > 0; d /= 2) sum += __shfl_xor_sync(half, sum, d);
+                    if (thread % 16 == 0 && m < p.out) p.y_ssq[n * ((p.out + 63) / 64) + m / 64] = sum;
                 }
             } else if (m < p.out) {
                 float4 v = value_quad(p, load(n, at), factor[n], m);

@@ -9,17 +9,18 @@
 #include "gemm_epilogue.cuh"
 #include "wgmma.cuh"
 
-// Outputs per tile: 128, or 256 where x is heavy.
+// Outputs per tile: more where x is heavy, since every tile reads all of x. With 64 the two warpgroups share k.
 #ifndef M_TILE
-#define M_TILE (N_TILE > 64 && WEIGHT != WEIGHT_FP8_BLOCK ? 256 : 128)
+#define M_TILE (N_TILE <= 64 ? 64 : N_TILE > 64 && WEIGHT != WEIGHT_FP8_BLOCK ? 256 : 128)
 #endif
-// CTAs that fit on one multiprocessor: with two, the next kernel's weights stream in while this one ends.
+// CTAs that fit on one multiprocessor. One: with two, the next kernel's CTAs would crowd onto some of them.
 #ifndef CTAS
-#define CTAS (M_TILE == 128 && N_TILE <= (WEIGHT == WEIGHT_FP8_BLOCK ? 32 : 64) ? 2 : 1)
+#define CTAS 1
 #endif
-// Stages of w that go to L2 while the kernel before this one still runs.
-#ifndef PREFETCH_STAGES
-#define PREFETCH_STAGES 4
+// Stages of w on their way at a time. What it takes to keep the memory busy is some 40 KB on each multiprocessor; more would only
+// stand in its queues, and everything that the end of a kernel and the start of the next wait for stands behind it.
+#ifndef FLIGHT
+#define FLIGHT 4
 #endif
 
 namespace hopper {
@@ -27,17 +28,21 @@ namespace hopper {
 constexpr int CONSUMERS = 256;
 constexpr bool REBALANCE = CTAS == 1; // registers: a whole warpgroup feeds, so that it can give up its share
 constexpr int THREADS = CONSUMERS + (REBALANCE ? 128 : 32);
-constexpr int M_BLOCKS = M_TILE / 128; // of 64 outputs, per warpgroup
-constexpr int W_STAGE = M_TILE * 128;
-constexpr int X_STAGE = N_TILE * K_STAGE * 2;
+constexpr int K_SHARES = M_TILE == 64 ? 2 : 1;
+constexpr int M_BLOCKS = M_TILE * K_SHARES / 128; // of 64 outputs, per warpgroup
+constexpr int K_CHUNK = K_STAGE * K_SHARES;       // k per stage
+constexpr int W_BOX = 64 * 128, X_BOX = N_TILE * 128;
+constexpr int W_BOXES = M_BLOCKS * 2, X_BOXES = K_CHUNK / 64;
+constexpr int W_STAGE = W_BOXES * W_BOX;
+constexpr int X_STAGE = X_BOXES * X_BOX;
 constexpr int STAGE = W_STAGE + X_STAGE;
 constexpr int COLUMNS = N_TILE >= 32 && N_TILE % 16 == 0 ? 16 : 8; // rows of x that the epilogue takes at once
 constexpr int PITCH = M_TILE + 4;
-constexpr int FIXED = COLUMNS * PITCH * 4 + N_TILE * 4 + 16 * 16;
+constexpr int FIXED = K_SHARES * COLUMNS * PITCH * 4 + N_TILE * 4 + 12 * 3 * 8;
 constexpr int SHARED_MAX = CTAS == 2 ? 113 * 1024 : 227 * 1024;
 constexpr int STAGES = (SHARED_MAX - FIXED) / STAGE < 12 ? (SHARED_MAX - FIXED) / STAGE : 12;
 constexpr int SHARED = STAGES * STAGE + FIXED;
-static_assert(STAGES >= 2 && N_TILE * PITCH * 4 <= STAGES * STAGE, "tile too large");
+static_assert(STAGES >= 2 && K_SHARES * N_TILE * PITCH * 4 <= STAGES * STAGE, "tile too large");
 
 constexpr u64 EVICT_FIRST = 0x12f0000000000000ull; // createpolicy.fractional.L2::evict_first of 1.0
 
@@ -61,15 +66,12 @@ DEVICE float4 load_remote(u32 address, u32 rank) {
                  : "memory");
     return v;
 }
+DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 DEVICE void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 DEVICE void load_box(u32 to, const TensorMap* map, u32 barrier, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(EVICT_FIRST)
-                 : "memory");
-}
-DEVICE void prefetch_box(const TensorMap* map, int x, int y) {
-    asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile.L2::cache_hint [%0, {%1, %2}], %3;" ::"l"(map), "r"(x), "r"(y), "l"(EVICT_FIRST)
                  : "memory");
 }
 
@@ -79,7 +81,7 @@ struct Work {
     int chunk, done;
     DEVICE Work(const SkinnyGemm& p) {
         int split = (int)cluster_size(), rank = (int)cluster_rank();
-        int tiles = (p.out + M_TILE - 1) / M_TILE, chunks = (p.k + K_STAGE - 1) / K_STAGE;
+        int tiles = (p.out + M_TILE - 1) / M_TILE, chunks = (p.k + K_CHUNK - 1) / K_CHUNK;
         tile = blockIdx.x / split, step = gridDim.x / split;
         first = chunks * rank / split, end = chunks * (rank + 1) / split;
         int mine = tile < tiles ? (tiles - tile + step - 1) / step : 0;
@@ -101,53 +103,56 @@ struct Ring {
 
 template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     extern __shared__ __align__(1024) u8 shared[];
-    float* tile = (float*)(shared + STAGES * STAGE); // [COLUMNS][PITCH]
-    float* factor = tile + COLUMNS * PITCH;          // [N_TILE]
+    float* tile = (float*)(shared + STAGES * STAGE); // [K_SHARES][COLUMNS][PITCH]
+    float* factor = tile + K_SHARES * COLUMNS * PITCH; // [N_TILE]
     const u32 w_stages = shared_address(shared), x_stages = w_stages + STAGES * W_STAGE;
-    const u32 full = shared_address(factor + N_TILE), empty = full + STAGES * 8;
+    const u32 w_full = shared_address(factor + N_TILE), x_full = w_full + STAGES * 8, empty = x_full + STAGES * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool feeds = threadIdx.x == CONSUMERS;
     const u32 split = cluster_size();
     Work work(p);
 
     auto load_w = [&](const Work& at, u32 stage) {
+        mbarrier_arrive_expect(w_full + stage * 8, W_STAGE);
 #pragma unroll
-        for (int i = 0; i < M_BLOCKS; i++)
-            load_box(w_stages + stage * W_STAGE + i * 16384, &p.w_map, full + stage * 8, at.chunk * K_STAGE, at.tile * M_TILE + i * 128);
+        for (int i = 0; i < W_BOXES; i++)
+            load_box(w_stages + stage * W_STAGE + i * W_BOX, &p.w_map, w_full + stage * 8, at.chunk * K_CHUNK + (K_SHARES == 2 ? i * K_STAGE : 0),
+                     at.tile * M_TILE + (K_SHARES == 2 ? 0 : i * 64));
     };
     auto load_x = [&](const Work& at, u32 stage) {
+        mbarrier_arrive_expect(x_full + stage * 8, X_STAGE);
 #pragma unroll
-        for (int i = 0; i < K_STAGE / 64; i++)
-            tma_load_2d(x_stages + stage * X_STAGE + i * (N_TILE * 128), &p.x_map, full + stage * 8, at.chunk * K_STAGE + i * 64, 0);
+        for (int i = 0; i < X_BOXES; i++)
+            tma_load_2d(x_stages + stage * X_STAGE + i * X_BOX, &p.x_map, x_full + stage * 8, at.chunk * K_CHUNK + i * 64, 0);
     };
 
-    Work later = work; // the feeder's first stages, w only: it depends on no kernel before
+    Work ahead = work; // w goes before x: it depends on no kernel before this one
+    u32 stage = 0;
     if (feeds) {
-        tma_prefetch_map(&p.w_map);
-        tma_prefetch_map(&p.x_map);
-        for (int i = 0; i < STAGES; i++) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, CONSUMERS / 32);
+        for (int i = 0; i < STAGES; i++)
+            mbarrier_init(w_full + i * 8, 1), mbarrier_init(x_full + i * 8, 1), mbarrier_init(empty + i * 8, CONSUMERS / 32);
         mbarrier_init_fence();
-        for (u32 stage = 0; stage < STAGES && later.done < later.total; stage++, later.next()) {
-            mbarrier_arrive_expect(full + stage * 8, STAGE);
-            load_w(later, stage);
-        }
+        for (; stage < FLIGHT && stage < STAGES && ahead.done < ahead.total; stage++, ahead.next()) load_w(ahead, stage);
+        tma_prefetch_map(&p.x_map);
     }
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
         if constexpr (REBALANCE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (feeds) {
-            Work ahead = later;
-            for (int i = 0; i < PREFETCH_STAGES && ahead.done < ahead.total; i++, ahead.next())
-                for (int j = 0; j < M_BLOCKS; j++)
-                    prefetch_box(&p.w_map, ahead.chunk * K_STAGE, ahead.tile * M_TILE + j * 128);
+            for (; stage < STAGES && ahead.done < ahead.total; stage++, ahead.next()) {
+                mbarrier_wait(w_full + (stage - FLIGHT) * 8, 0);
+                load_w(ahead, stage);
+            }
             dependency_wait();
-            for (u32 stage = 0; stage < STAGES && work.done < work.total; stage++, work.next()) load_x(work, stage);
-            for (Ring ring; work.done < work.total; work.next(), ring.next()) {
+            for (stage = 0; stage < STAGES && work.done < work.total; stage++, work.next()) load_x(work, stage);
+            Ring landed;
+            for (int i = 0; i < STAGES - FLIGHT; i++) landed.next();
+            for (Ring ring; work.done < work.total; work.next(), ring.next(), landed.next()) {
                 mbarrier_wait(empty + ring.stage * 8, ring.parity);
-                mbarrier_arrive_expect(full + ring.stage * 8, STAGE);
-                load_w(work, ring.stage);
                 load_x(work, ring.stage);
+                if (FLIGHT < STAGES) mbarrier_wait(w_full + landed.stage * 8, landed.parity);
+                load_w(work, ring.stage);
             }
             dependency_trigger(); // the last bytes are under way: the next kernel's may follow
         }
@@ -157,23 +162,31 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     }
 
     if constexpr (REBALANCE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    // With split > 1, the rows that this CTA ends.
+    const int per_rank = (p.rows + split - 1) / split, row_first = cluster_rank() * per_rank;
+    const int row_end = min(row_first + per_rank, p.rows);
+    if (warp == 0) constants_early<EPILOGUE, M_TILE>(p, work.tile * M_TILE, lane);
     dependency_wait();
+    float4 early;
+    if (EPILOGUE == RESIDUAL && split > 1) early = residual_early<M_TILE>(p, work.tile * M_TILE, row_first, row_end, threadIdx.x);
     row_factors(p, factor, warp, CONSUMERS / 32, lane);
 
-    const int group = warp / 4; // warpgroup: outputs 64·M_BLOCKS·group ... of the tile
+    const int group = warp / 4; // warpgroup: its boxes of w, so its outputs of the tile or its share of k
+    const int m_group = K_SHARES == 2 ? 0 : group * M_BLOCKS * 64;
     float sums[M_BLOCKS][N_TILE / 2];
     Ring ring;
     int held = -1; // a stage that wgmma may still read
     auto release = [&](u32 stage) {
         if (lane == 0) mbarrier_arrive(empty + stage * 8);
     };
-    auto spill = [&](float* to, int first, int count) { // sums of columns first..first + count, as [column][output]
+    auto spill = [&](float* to, int first, int count) { // sums of columns first..first + count, as [share][column][output]
+        if (K_SHARES == 2) to += group * count * PITCH;
 #pragma unroll
         for (int b = 0; b < M_BLOCKS; b++)
 #pragma unroll
             for (int j = 0; j < N_TILE / 8; j++)
                 if (j * 8 >= first && j * 8 < first + count) {
-                    float* at = to + (j * 8 - first + lane % 4 * 2) * PITCH + group * 64 * M_BLOCKS + b * 64 + warp % 4 * 16 + lane / 4;
+                    float* at = to + (j * 8 - first + lane % 4 * 2) * PITCH + m_group + b * 64 + warp % 4 * 16 + lane / 4;
                     at[0] = sums[b][4 * j], at[PITCH] = sums[b][4 * j + 1];
                     at[8] = sums[b][4 * j + 2], at[PITCH + 8] = sums[b][4 * j + 3];
                 }
@@ -183,6 +196,15 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     for (int b = 0; b < M_BLOCKS; b++)
 #pragma unroll
         for (int i = 0; i < N_TILE / 2; i++) sums[b][i] = 0.f; // for a CTA without a chunk
+
+#if WEIGHT != WEIGHT_BF16
+    u32 pieces[4]; // of 32 bytes of k: what this lane addresses for ldmatrix
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int row = warp % 4 * 16 + lane % 16;
+        pieces[i] = row * 128 + (((i * 2 + lane / 16) ^ (row & 7)) << 4);
+    }
+#endif
 
     while (work.done < work.total) {
         const int m0 = work.tile * M_TILE;
@@ -194,16 +216,17 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
             for (int i = 0; i < N_TILE / 2; i++) whole[b][i] = 0.f;
 #endif
         for (int chunk = work.first; chunk < work.end; chunk++, ring.next(), work.done++) {
-            const u32 w = w_stages + ring.stage * W_STAGE + group * M_BLOCKS * 8192;
-            const u64 x = wgmma_descriptor(x_stages + ring.stage * X_STAGE);
+            const u32 w = w_stages + ring.stage * W_STAGE + group * M_BLOCKS * W_BOX;
+            const u64 x = wgmma_descriptor(x_stages + ring.stage * X_STAGE + (K_SHARES == 2 ? group * (X_STAGE / 2) : 0));
 #if WEIGHT == WEIGHT_BF16
-            mbarrier_wait(full + ring.stage * 8, ring.parity);
+            mbarrier_wait(w_full + ring.stage * 8, ring.parity);
+            mbarrier_wait(x_full + ring.stage * 8, ring.parity);
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < 4; k++)
 #pragma unroll
                 for (int b = 0; b < M_BLOCKS; b++)
-                    wgmma(sums[b], wgmma_descriptor(w + b * 8192) + 2 * k, x + 2 * k, chunk > work.first || k > 0);
+                    wgmma(sums[b], wgmma_descriptor(w + b * W_BOX) + 2 * k, x + 2 * k, chunk > work.first || k > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (held >= 0) release(held);
@@ -211,20 +234,20 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 #else
 #if WEIGHT == WEIGHT_FP8_BLOCK
             float scale[M_BLOCKS][2]; // of the fragment's rows 0..8 and 8..16
-            const int k_blocks = (p.k + 127) / 128;
+            const int k_blocks = (p.k + 127) / 128, k_block = min(chunk * K_SHARES + (K_SHARES == 2 ? group : 0), k_blocks - 1);
 #pragma unroll
             for (int b = 0; b < M_BLOCKS; b++) {
-                int m = min(m0 + (group * M_BLOCKS + b) * 64, p.out - 1);
+                int m = min(m0 + m_group + b * 64, p.out - 1);
                 if (EPILOGUE == SWIGLU) { // gate and up alternate by 8: two matrices' scales, one after the other
-                    const float* gate = p.w_scale + (m / 256) * k_blocks + chunk;
+                    const float* gate = p.w_scale + (m / 256) * k_blocks + k_block;
                     scale[b][0] = gate[0], scale[b][1] = gate[(p.out / 2 + 127) / 128 * k_blocks];
                 } else {
-                    scale[b][0] = scale[b][1] = p.w_scale[m / 128 * k_blocks + chunk];
+                    scale[b][0] = scale[b][1] = p.w_scale[m / 128 * k_blocks + k_block];
                 }
             }
 #endif
-            mbarrier_wait(full + ring.stage * 8, ring.parity);
-            const int row = warp % 4 * 16 + lane % 16; // what this lane addresses for ldmatrix
+            mbarrier_wait(w_full + ring.stage * 8, ring.parity);
+            mbarrier_wait(x_full + ring.stage * 8, ring.parity);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 a[M_BLOCKS][4][4];
@@ -233,15 +256,14 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         u32 bytes[4];
-                        int piece = half * 4 + i * 2 + lane / 16;
-                        ldmatrix_x4(bytes, w + b * 8192 + row * 128 + ((piece ^ (row & 7)) << 4));
+                        ldmatrix_x4(bytes, w + b * W_BOX + pieces[half * 2 + i]);
                         e4m3_pair(bytes[0], a[b][2 * i][0], a[b][2 * i][2]);
                         e4m3_pair(bytes[1], a[b][2 * i][1], a[b][2 * i][3]);
                         e4m3_pair(bytes[2], a[b][2 * i + 1][0], a[b][2 * i + 1][2]);
                         e4m3_pair(bytes[3], a[b][2 * i + 1][1], a[b][2 * i + 1][3]);
                     }
                 wgmma_fence();
-                const u64 x_half = x + half * (N_TILE * 128 >> 4);
+                const u64 x_half = x + half * (X_BOX >> 4);
 #pragma unroll
                 for (int k = 0; k < 4; k++)
 #pragma unroll
@@ -275,10 +297,16 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
             consumers_sync();
             spill(tile, first, COLUMNS);
             consumers_sync();
-            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, m0, first, min(first + COLUMNS, p.rows), factor, threadIdx.x,
-                                                     [&](int n, int m) { return *(const float4*)(tile + (n - first) * PITCH + m); });
+            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, m0, first, min(first + COLUMNS, p.rows), factor, threadIdx.x, nullptr,
+                                                     [&](int n, int m) {
+                                                         const float* at = tile + (n - first) * PITCH + m;
+                                                         float4 v = *(const float4*)at;
+                                                         if (K_SHARES == 2) v = add(v, *(const float4*)(at + COLUMNS * PITCH));
+                                                         return v;
+                                                     });
         }
         work.tile += work.step;
+        if (warp == 0) constants_early<EPILOGUE, M_TILE>(p, work.tile * M_TILE, lane);
     }
 
     if (split > 1) { // the pipeline is empty: its memory holds the sums
@@ -287,16 +315,15 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         spill(mine, 0, N_TILE);
         cluster_arrive();
         cluster_wait();
-        const int per_rank = (p.rows + split - 1) / split, first = cluster_rank() * per_rank;
         const int tiles = (p.out + M_TILE - 1) / M_TILE, at = blockIdx.x / split;
         if (at < tiles)
-            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, at * M_TILE, first, min(first + per_rank, p.rows), factor, threadIdx.x,
+            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, at * M_TILE, row_first, row_end, factor, threadIdx.x, &early,
                                                      [&](int n, int m) {
                                                          u32 address = w_stages + (n * PITCH + m) * 4;
                                                          float4 v = load_remote(address, 0);
-                                                         for (u32 r = 1; r < split; r++) {
-                                                             float4 u = load_remote(address, r);
-                                                             v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
+                                                         for (u32 r = 0; r < split; r++) {
+                                                             if (r > 0) v = add(v, load_remote(address, r));
+                                                             if (K_SHARES == 2) v = add(v, load_remote(address + N_TILE * PITCH * 4, r));
                                                          }
                                                          return v;
                                                      });

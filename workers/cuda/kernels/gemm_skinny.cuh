@@ -23,7 +23,7 @@ enum Epilogue { STORE, RESIDUAL, SWIGLU, LOGITS };
 
 // By value, as the kernel's one parameter. Pointers that a variant does not use may be null.
 struct SkinnyGemm {
-    TensorMap w_map;       // sm_90: w as [out][k], box 128 rows × 128 bytes, 128-byte swizzle
+    TensorMap w_map;       // sm_90: w as [out][k], box 64 rows × 128 bytes, 128-byte swizzle
     TensorMap x_map;       // sm_90: x as [rows][k] bf16, box N_TILE rows × 64 columns, 128-byte swizzle
     const void* w;         // [out][k] bf16, or e4m3 with each 16 of k in the order that `e4m3_pair` wants
     const bf16* x;         // [rows][k]
@@ -33,7 +33,7 @@ struct SkinnyGemm {
     const bf16* gamma;     // residual: [out], weight of the RMSNorm that comes next
     void* y;               // store: bf16 [rows][out]; residual: the same, residual·gamma; swiglu: bf16 [rows][out/2]; logits: f32 [rows][out]
     float* residual;       // residual: f32 [rows][out], added to in place
-    float* y_ssq;          // residual: [rows][ceil(out/128)], sums of squares of the new residual
+    float* y_ssq;          // residual: [rows][ceil(out/64)], sums of squares of the new residual
     float* partial;        // split on sm_80: f32 [tiles][split][N_TILE][128]
     u32* arrivals;         // split on sm_80: [tiles], zero before the first launch, zero again after each
     int out;
