@@ -297,6 +297,30 @@ mod tests {
     }
 
     #[test]
+    fn what_does_not_follow_on_is_not_merged() {
+        let outbox = TokenOutbox::default();
+        let other_try = FrameItem {
+            attempt: 1,
+            ..item(1, 2, &[12], false)
+        };
+        // A gap, the same again, another try: each must reach the API server as what it is.
+        for item in [
+            item(1, 0, &[10], false),
+            item(1, 2, &[12], false),
+            item(1, 2, &[12], false),
+            other_try,
+        ] {
+            outbox.push(vec![(api("a"), item)]);
+        }
+        let items = outbox.try_take().unwrap().servers.pop().unwrap().1;
+        let seen: Vec<_> = items
+            .iter()
+            .map(|item| (item.attempt, item.index, item.tokens.0.len()))
+            .collect();
+        assert_eq!(seen, [(0, 0, 1), (0, 2, 1), (0, 2, 1), (1, 2, 1)]);
+    }
+
+    #[test]
     fn a_full_outbox_says_so() {
         let outbox = TokenOutbox::default();
         assert!(outbox.has_room());
