@@ -18,7 +18,7 @@ extern "C" __global__ void embed(float* x, const u16* table, const int* row_toke
 }
 
 // The same for a chain of skinny products, which divide by the norm at their ends: z = bf16(x * gamma), and the row's sum of
-// squares in the first of its ceil(hidden / 128) places, zeros in the others. Grid: rows; 128 threads.
+// squares in the first of its ceil(hidden / 64) places, zeros in the others. Grid: rows; 128 threads.
 extern "C" __global__ void embed_scaled(
     float* x, u32* z, float* squares, const u16* table, const u32* gamma, const int* row_token, int hidden
 ) {
@@ -35,7 +35,7 @@ extern "C" __global__ void embed_scaled(
         sum += v.x * v.x + v.y * v.y;
     }
     sum = block_sum(sum, scratch);
-    int places = (hidden + 127) / 128;
+    int places = (hidden + 63) / 64;
     for (int i = threadIdx.x; i < places; i += blockDim.x) squares[row * places + i] = i == 0 ? sum : 0.0f;
 }
 

@@ -1,4 +1,4 @@
-// Skinny GEMM, sm_90a: one warp feeds, two warpgroups multiply.
+// Skinny GEMM, sm_90a: one warp feeds, two or four warpgroups multiply.
 //
 // A tile is 128·M_BLOCKS outputs × N_TILE rows. A cluster takes whole tiles, its CTAs divide k; their sums meet through
 // distributed shared memory, in the order of rank. w goes global → shared by TMA straight from the row-major matrix (a
@@ -13,33 +13,31 @@
 #ifndef M_TILE
 #define M_TILE (N_TILE <= 64 ? 64 : N_TILE > 64 && WEIGHT != WEIGHT_FP8_BLOCK ? 256 : 128)
 #endif
-// CTAs that fit on one multiprocessor. One: with two, the next kernel's CTAs would crowd onto some of them.
-#ifndef CTAS
-#define CTAS 1
-#endif
 // Stages of w on their way at a time. What it takes to keep the memory busy is some 40 KB on each multiprocessor; more would only
 // stand in its queues, and everything that the end of a kernel and the start of the next wait for stands behind it.
 #ifndef FLIGHT
-#define FLIGHT 4
+#define FLIGHT (W_STAGE > 16384 ? 3 : 4)
 #endif
 
 namespace hopper {
 
-constexpr int CONSUMERS = 256;
-constexpr bool REBALANCE = CTAS == 1; // registers: a whole warpgroup feeds, so that it can give up its share
+// Warpgroups that multiply. e4m3 takes four to keep up: each waits for shared memory, converts, waits for wgmma.
+constexpr int GROUPS = WEIGHT != WEIGHT_BF16 && N_TILE <= 16 ? 4 : 2;
+constexpr int CONSUMERS = GROUPS * 128;
+constexpr bool REBALANCE = GROUPS == 2; // registers: a whole warpgroup feeds, so that it can give up its share
 constexpr int THREADS = CONSUMERS + (REBALANCE ? 128 : 32);
-constexpr int K_SHARES = M_TILE == 64 ? 2 : 1;
-constexpr int M_BLOCKS = M_TILE * K_SHARES / 128; // of 64 outputs, per warpgroup
+constexpr int M_BLOCKS = M_TILE > 64 * GROUPS ? M_TILE / (64 * GROUPS) : 1; // of 64 outputs, per warpgroup
+constexpr int K_SHARES = GROUPS * M_BLOCKS * 64 / M_TILE;                 // warpgroups that share the same outputs, each with its part of k
 constexpr int K_CHUNK = K_STAGE * K_SHARES;       // k per stage
 constexpr int W_BOX = 64 * 128, X_BOX = N_TILE * 128;
-constexpr int W_BOXES = M_BLOCKS * 2, X_BOXES = K_CHUNK / 64;
+constexpr int W_BOXES = GROUPS * M_BLOCKS, X_BOXES = K_CHUNK / 64;
 constexpr int W_STAGE = W_BOXES * W_BOX;
 constexpr int X_STAGE = X_BOXES * X_BOX;
 constexpr int STAGE = W_STAGE + X_STAGE;
 constexpr int COLUMNS = N_TILE >= 32 && N_TILE % 16 == 0 ? 16 : 8; // rows of x that the epilogue takes at once
 constexpr int PITCH = M_TILE + 4;
 constexpr int FIXED = K_SHARES * COLUMNS * PITCH * 4 + N_TILE * 4 + 12 * 3 * 8;
-constexpr int SHARED_MAX = CTAS == 2 ? 113 * 1024 : 227 * 1024;
+constexpr int SHARED_MAX = 227 * 1024; // so one CTA on a multiprocessor: with two, the next kernel's would crowd onto some
 constexpr int STAGES = (SHARED_MAX - FIXED) / STAGE < 12 ? (SHARED_MAX - FIXED) / STAGE : 12;
 constexpr int SHARED = STAGES * STAGE + FIXED;
 static_assert(STAGES >= 2 && K_SHARES * N_TILE * PITCH * 4 <= STAGES * STAGE, "tile too large");
@@ -67,7 +65,7 @@ DEVICE float4 load_remote(u32 address, u32 rank) {
     return v;
 }
 DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
-DEVICE void consumers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
 DEVICE void load_box(u32 to, const TensorMap* map, u32 barrier, int x, int y) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
@@ -116,8 +114,8 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         mbarrier_arrive_expect(w_full + stage * 8, W_STAGE);
 #pragma unroll
         for (int i = 0; i < W_BOXES; i++)
-            load_box(w_stages + stage * W_STAGE + i * W_BOX, &p.w_map, w_full + stage * 8, at.chunk * K_CHUNK + (K_SHARES == 2 ? i * K_STAGE : 0),
-                     at.tile * M_TILE + (K_SHARES == 2 ? 0 : i * 64));
+            load_box(w_stages + stage * W_STAGE + i * W_BOX, &p.w_map, w_full + stage * 8, at.chunk * K_CHUNK + i % K_SHARES * K_STAGE,
+                     at.tile * M_TILE + i / K_SHARES * 64);
     };
     auto load_x = [&](const Work& at, u32 stage) {
         mbarrier_arrive_expect(x_full + stage * 8, X_STAGE);
@@ -172,7 +170,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     row_factors(p, factor, warp, CONSUMERS / 32, lane);
 
     const int group = warp / 4; // warpgroup: its boxes of w, so its outputs of the tile or its share of k
-    const int m_group = K_SHARES == 2 ? 0 : group * M_BLOCKS * 64;
+    const int share = group % K_SHARES, m_group = group / K_SHARES * M_BLOCKS * 64;
     float sums[M_BLOCKS][N_TILE / 2];
     Ring ring;
     int held = -1; // a stage that wgmma may still read
@@ -180,7 +178,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         if (lane == 0) mbarrier_arrive(empty + stage * 8);
     };
     auto spill = [&](float* to, int first, int count) { // sums of columns first..first + count, as [share][column][output]
-        if (K_SHARES == 2) to += group * count * PITCH;
+        to += share * count * PITCH;
 #pragma unroll
         for (int b = 0; b < M_BLOCKS; b++)
 #pragma unroll
@@ -217,7 +215,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 #endif
         for (int chunk = work.first; chunk < work.end; chunk++, ring.next(), work.done++) {
             const u32 w = w_stages + ring.stage * W_STAGE + group * M_BLOCKS * W_BOX;
-            const u64 x = wgmma_descriptor(x_stages + ring.stage * X_STAGE + (K_SHARES == 2 ? group * (X_STAGE / 2) : 0));
+            const u64 x = wgmma_descriptor(x_stages + ring.stage * X_STAGE + share * (X_STAGE / K_SHARES));
 #if WEIGHT == WEIGHT_BF16
             mbarrier_wait(w_full + ring.stage * 8, ring.parity);
             mbarrier_wait(x_full + ring.stage * 8, ring.parity);
@@ -234,7 +232,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 #else
 #if WEIGHT == WEIGHT_FP8_BLOCK
             float scale[M_BLOCKS][2]; // of the fragment's rows 0..8 and 8..16
-            const int k_blocks = (p.k + 127) / 128, k_block = min(chunk * K_SHARES + (K_SHARES == 2 ? group : 0), k_blocks - 1);
+            const int k_blocks = (p.k + 127) / 128, k_block = min(chunk * K_SHARES + share, k_blocks - 1);
 #pragma unroll
             for (int b = 0; b < M_BLOCKS; b++) {
                 int m = min(m0 + m_group + b * 64, p.out - 1);
@@ -301,7 +299,8 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
                                                      [&](int n, int m) {
                                                          const float* at = tile + (n - first) * PITCH + m;
                                                          float4 v = *(const float4*)at;
-                                                         if (K_SHARES == 2) v = add(v, *(const float4*)(at + COLUMNS * PITCH));
+#pragma unroll
+                                                         for (int i = 1; i < K_SHARES; i++) v = add(v, *(const float4*)(at + i * COLUMNS * PITCH));
                                                          return v;
                                                      });
         }
@@ -320,11 +319,10 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
             finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, at * M_TILE, row_first, row_end, factor, threadIdx.x, &early,
                                                      [&](int n, int m) {
                                                          u32 address = w_stages + (n * PITCH + m) * 4;
-                                                         float4 v = load_remote(address, 0);
-                                                         for (u32 r = 0; r < split; r++) {
-                                                             if (r > 0) v = add(v, load_remote(address, r));
-                                                             if (K_SHARES == 2) v = add(v, load_remote(address + N_TILE * PITCH * 4, r));
-                                                         }
+                                                         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+                                                         for (u32 r = 0; r < split; r++)
+#pragma unroll
+                                                             for (int i = 0; i < K_SHARES; i++) v = add(v, load_remote(address + i * N_TILE * PITCH * 4, r));
                                                          return v;
                                                      });
         cluster_arrive(); // nobody leaves while its sums are read

@@ -14,18 +14,17 @@
 // variant N_TILE=64 WEIGHT=0
 // variant N_TILE=128 WEIGHT=0
 // variant N_TILE=8 WEIGHT=1
+// variant N_TILE=32 WEIGHT=1
 // variant N_TILE=128 WEIGHT=2
 #include "gemm_skinny.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PORTABLE)
 #include "gemm_hopper.cuh"
 namespace road = hopper;
-#define MIN_CTAS CTAS
 #define TILE_OUT M_TILE
 #else
 #include "gemm_ampere.cuh"
 namespace road = ampere;
-#define MIN_CTAS 1
 #define TILE_OUT 128
 #endif
 
@@ -33,18 +32,18 @@ namespace road = ampere;
 extern "C" __device__ const int gemm_skinny_shape[4] = {TILE_OUT, N_TILE, road::THREADS, road::SHARED};
 
 // y = bf16(x·wᵀ + bias)
-extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_store(const __grid_constant__ SkinnyGemm p) {
+extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_store(const __grid_constant__ SkinnyGemm p) {
     road::gemm<STORE>(p);
 }
 // residual += x·wᵀ + bias; y = bf16(residual·gamma); y_ssq
-extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_residual(const __grid_constant__ SkinnyGemm p) {
+extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_residual(const __grid_constant__ SkinnyGemm p) {
     road::gemm<RESIDUAL>(p);
 }
 // y = bf16(silu(gate)·up), rows of w: 8 of gate, 8 of up, 8 of gate, ...
-extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_swiglu(const __grid_constant__ SkinnyGemm p) {
+extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_swiglu(const __grid_constant__ SkinnyGemm p) {
     road::gemm<SWIGLU>(p);
 }
 // y = f32(x·wᵀ)
-extern "C" __global__ void __launch_bounds__(road::THREADS, MIN_CTAS) gemm_skinny_logits(const __grid_constant__ SkinnyGemm p) {
+extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_logits(const __grid_constant__ SkinnyGemm p) {
     road::gemm<LOGITS>(p);
 }

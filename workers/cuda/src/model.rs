@@ -79,7 +79,7 @@ struct Buffers {
     skinny_normed: Activations,
     skinny_attended: Activations,
     skinny_inner: Activations,
-    /// Sums of squares of the residual stream, `[rows][ceil(hidden / 128)]`.
+    /// Sums of squares of the residual stream, `[rows][ceil(hidden / 64)]`.
     squares: Buffer<f32>,
     /// Cosines and sines, `[rows][head_dim / 2][2]`.
     turns: Buffer<f32>,
@@ -513,7 +513,7 @@ impl Buffers {
             skinny_normed: skinny(&normed, spec.hidden)?,
             skinny_attended: skinny(&attended, heads * dim)?,
             skinny_inner: skinny(&inner, spec.intermediate)?,
-            squares: Buffer::zeroed(device, rows * spec.hidden.div_ceil(128), "activations")?,
+            squares: Buffer::zeroed(device, rows * spec.hidden.div_ceil(64), "activations")?,
             normed,
             qkv: numbers((heads + 2 * spec.kv_heads) * dim)?,
             q: numbers(heads * dim)?,

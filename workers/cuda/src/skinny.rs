@@ -14,10 +14,10 @@ use crate::sources;
 use crate::tensor_map::{Piece, TensorMap};
 
 /// Rows that one variant of the kernel handles; a step takes the least that has room.
-const ROW_TILES: [usize; 8] = [8, 16, 24, 32, 48, 64, 96, 128];
+const ROW_TILES: [usize; 6] = [8, 16, 24, 32, 48, 64];
 
-/// Most rows of a step that goes this way.
-pub const ROWS_MAX: usize = 128;
+/// Most rows of a step that goes this way: with more, cuBLASLt and kernels of their own for the norms are faster.
+pub const ROWS_MAX: usize = 64;
 
 /// The variants, for one device.
 pub struct Skinny {
@@ -60,7 +60,7 @@ pub struct Activations {
 /// What x is before it is multiplied: a row of z = residual * gamma, whose norm is still to be divided by.
 #[derive(Clone, Copy)]
 pub struct Norm {
-    /// Sums of squares of the residual rows, `[rows][ceil(inputs / 128)]`.
+    /// Sums of squares of the residual rows, `[rows][ceil(inputs / 64)]`.
     pub squares: CUdeviceptr,
     /// Added to the mean square.
     pub eps: f32,
@@ -83,7 +83,7 @@ pub enum End {
         gamma: CUdeviceptr,
         /// BF16 `[rows][outputs]`: the new residual times gamma.
         z: CUdeviceptr,
-        /// `[rows][ceil(outputs / 128)]`: sums of squares of the new residual.
+        /// `[rows][ceil(outputs / 64)]`: sums of squares of the new residual.
         squares: CUdeviceptr,
     },
     /// SwiGLU of outputs that come as 8 of gate, 8 of up: BF16 `[rows][outputs / 2]`.
@@ -134,7 +134,7 @@ impl Matrix {
     ) -> Result<Self, CudaError> {
         assert_eq!(buffer.len(), outputs * inputs * 2);
         Ok(Self {
-            map: map(device, buffer.at(0), outputs, inputs, 128)?,
+            map: map(device, buffer.at(0), outputs, inputs, 64)?,
             buffer,
             outputs,
             inputs,
@@ -251,7 +251,7 @@ impl Skinny {
             out: w.outputs as i32,
             k: w.inputs as i32,
             rows: rows as i32,
-            x_ssq_tiles: w.inputs.div_ceil(128) as i32,
+            x_ssq_tiles: w.inputs.div_ceil(64) as i32,
             eps: norm.map_or(0.0, |norm| norm.eps),
         };
         let kernel = match end {
@@ -285,7 +285,7 @@ impl Skinny {
     /// Tiles of few outputs leave multiprocessors idle, so several divide the inputs of one: a cluster.
     fn shape(&self, variant: &Variant, w: &Matrix) -> Shape {
         let tiles = w.outputs.div_ceil(variant.outputs);
-        let chunks = w.inputs.div_ceil(64);
+        let chunks = w.inputs.div_ceil(256);
         let processors = self.multiprocessors;
         let mut split = 1;
         let clusters = if !self.clusters {
@@ -293,7 +293,12 @@ impl Skinny {
         } else if 2 * tiles > processors {
             tiles.div_ceil(tiles.div_ceil(processors))
         } else {
-            while split < 8 && tiles * split * 2 <= processors && chunks >= split * 4 {
+            // Pairs fit everywhere; larger clusters do not fill every group of multiprocessors.
+            let room = [processors, processors / 2];
+            while split < 8
+                && tiles * split * 2 <= room[usize::from(split > 1)]
+                && chunks >= split * 4
+            {
                 split *= 2;
             }
             tiles

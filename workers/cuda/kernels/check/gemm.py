@@ -53,6 +53,19 @@ def cubin(directory, arch="sm_90a", **defines):
     return open(path, "rb").read()
 
 
+def _compile(job):
+    directory, defines = job
+    cubin(directory, **defines)
+
+
+def compile_all(directory, variants):
+    """Many variants, a process each."""
+    import multiprocessing
+
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        pool.map(_compile, [(directory, d) for d in variants], chunksize=1)
+
+
 # --- the driver -----------------------------------------------------------------------------------
 
 
@@ -447,11 +460,8 @@ def time_all(directory):
 def main():
     what, directory = sys.argv[1], sys.argv[2]
     if what == "compile":
-        for weight in WEIGHTS.values():
-            for n_tile in ROWS_TILES:
-                cubin(directory, WEIGHT=weight, N_TILE=n_tile)
-            for n_tile in (8, 32, 128):
-                cubin(directory, WEIGHT=weight, N_TILE=n_tile, PORTABLE=1)
+        variants = [dict(WEIGHT=w, N_TILE=n) for w in WEIGHTS.values() for n in ROWS_TILES]
+        compile_all(directory, variants + [dict(WEIGHT=w, N_TILE=n, PORTABLE=1) for w in WEIGHTS.values() for n in (8, 32, 128)])
     elif what == "check":
         sys.exit(1 if check_all(directory, "quick" in sys.argv) else 0)
     else:
