@@ -1,17 +1,17 @@
 // Skinny GEMM, sm_90a: one warp feeds, two or four warpgroups multiply.
 //
-// A tile is 128·M_BLOCKS outputs × N_TILE rows. A cluster takes whole tiles, its CTAs divide k; their sums meet through
-// distributed shared memory, in the order of rank. w goes global → shared by TMA straight from the row-major matrix (a
-// box of 128 rows × 128 bytes), x likewise; wgmma has w as its M side, so 8 rows of x cost 8 columns and nothing is
-// padded further. e4m3 goes shared → registers → bf16 → wgmma from registers.
+// A tile is M_TILE outputs × N_TILE rows. A cluster takes whole tiles, its CTAs divide k; their sums meet through
+// distributed shared memory, in the order of rank. w goes global → shared by TMA straight from the row-major matrix (boxes
+// of 64 rows × 128 bytes), x likewise; wgmma has w as its M side, so 8 rows of x cost 8 columns and nothing is padded
+// further. e4m3 goes shared → registers → bf16 → wgmma from registers.
 #pragma once
 
 #include "gemm_epilogue.cuh"
 #include "wgmma.cuh"
 
-// Outputs per tile: more where x is heavy, since every tile reads all of x. With 64 the two warpgroups share k.
+// Outputs per tile: more where x is heavy, since every tile reads all of x. With 64 the warpgroups share k.
 #ifndef M_TILE
-#define M_TILE (N_TILE <= 64 ? 64 : N_TILE > 64 && WEIGHT != WEIGHT_FP8_BLOCK ? 256 : 128)
+#define M_TILE (N_TILE <= 64 ? 64 : WEIGHT != WEIGHT_FP8_BLOCK ? 256 : 128)
 #endif
 // Stages of w on their way at a time. What it takes to keep the memory busy is some 40 KB on each multiprocessor; more would only
 // stand in its queues, and everything that the end of a kernel and the start of the next wait for stands behind it.
@@ -27,8 +27,8 @@ constexpr int CONSUMERS = GROUPS * 128;
 constexpr bool REBALANCE = GROUPS == 2; // registers: a whole warpgroup feeds, so that it can give up its share
 constexpr int THREADS = CONSUMERS + (REBALANCE ? 128 : 32);
 constexpr int M_BLOCKS = M_TILE > 64 * GROUPS ? M_TILE / (64 * GROUPS) : 1; // of 64 outputs, per warpgroup
-constexpr int K_SHARES = GROUPS * M_BLOCKS * 64 / M_TILE;                 // warpgroups that share the same outputs, each with its part of k
-constexpr int K_CHUNK = K_STAGE * K_SHARES;       // k per stage
+constexpr int K_SHARES = GROUPS * M_BLOCKS * 64 / M_TILE; // warpgroups that share outputs, each with its part of k
+constexpr int K_CHUNK = K_STAGE * K_SHARES; // k per stage
 constexpr int W_BOX = 64 * 128, X_BOX = N_TILE * 128;
 constexpr int W_BOXES = GROUPS * M_BLOCKS, X_BOXES = K_CHUNK / 64;
 constexpr int W_STAGE = W_BOXES * W_BOX;
