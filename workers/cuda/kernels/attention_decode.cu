@@ -49,7 +49,6 @@
 
 namespace {
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 constexpr int kDim = HEAD_DIM;
@@ -64,6 +63,7 @@ constexpr int kBox = smaller(BLOCK_TOKENS, 32);
 constexpr int kPartBytes = kTile * 128;
 constexpr int kStageBytes = 2 * kParts * kPartBytes; // K, then V
 
+constexpr int kAtOnce = 8; // partial sums read at once
 constexpr int kSequencesMax = 1024;
 constexpr int kGridMax = 160;
 constexpr int kSharedMax = BATON_ARCH >= 900 ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
@@ -72,8 +72,8 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ free of bank conflicts
 
 // Each warp's sum of the head that its piece begins with, when another warp has a share in it. (The sum of the head that
-// it ends with goes where its ring was.) Later, the maxima and totals of a head's partial sums.
-constexpr int kSumBytes = larger(kWarps * kGroup * kStride * 4, kGridMax * kGroup * 8);
+// it ends with goes where its ring was.)
+constexpr int kSumBytes = kWarps * kGroup * kStride * 4;
 constexpr int kTotalBytes = kWarps * 2 * kGroup * 8;
 constexpr int kMetaBytes = (3 * kSequencesMax + 4) * 4;
 constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps * 64;
@@ -134,7 +134,7 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
                  int sequences_at, int layer, int layers, int kv_heads, float scale, int window) {
     extern __shared__ u8 shared_raw[];
     __shared__ Cut cuts[2];
-    __shared__ int turn[2];
+    __shared__ int turn[2], scans[2 * kWarps];
     u32 raw = shared_address(shared_raw);
     u8* shared = shared_raw + (((raw + 1023) & ~1023u) - raw);
     float* sums = (float*)(shared + kWarps * kStages * kStageBytes);
@@ -156,32 +156,38 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
 #endif
     if (tid < 2) cuts[tid].parts = 0;
 
-    // Tiles before each sequence: warp 0 scans 32 sequences at a time.
+    // Tiles before each sequence.
     const int sequences = header[sequences_at];
-    if (warp == 0) {
-        int before = 0;
+    int list = 0;
 #pragma unroll 1
-        for (int base = 0; base < sequences; base += 32) {
-            int s = base + lane, len = s < sequences ? seq_kv_len[s] : 0, offset = s < sequences ? seq_table[s] : 0;
-            int tiles = (len + kTile - 1) / kTile - first_tile(len, window), sum = tiles;
+    for (int base = 0; base < sequences; base += kThreads) {
+        int* scan = scans + (base / kThreads & 1) * kWarps;
+        int s = base + tid, length = s < sequences ? seq_kv_len[s] : 0, offset = s < sequences ? seq_table[s] : 0;
+        int tiles = (length + kTile - 1) / kTile - first_tile(length, window), sum = tiles;
 #pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                int other = __shfl_up_sync(~0u, sum, d);
-                if (lane >= d) sum += other;
-            }
-            if (s < sequences) {
-                prefix[s] = before + sum - tiles;
-                lengths[s] = len;
-                offsets[s] = offset;
-            }
-            before += __shfl_sync(~0u, sum, 31);
+        for (int d = 1; d < 32; d *= 2) {
+            int other = __shfl_up_sync(~0u, sum, d);
+            if (lane >= d) sum += other;
         }
-        if (lane == 0) prefix[sequences] = before;
+        if (lane == 31) scan[warp] = sum;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) {
+            if (w < warp) sum += scan[w];
+        }
+        if (s < sequences) {
+            prefix[s] = list + sum - tiles;
+            lengths[s] = length;
+            offsets[s] = offset;
+        }
+#pragma unroll
+        for (int w = 0; w < kWarps; w++) list += scan[w];
     }
+    if (tid == 0) prefix[sequences] = list;
     __syncthreads();
 
     // Pieces: the first `longer` warps have one tile more.
-    const int grid = gridDim.x, total = prefix[sequences] * kv_heads, active = min(total, grid * kWarps);
+    const int grid = gridDim.x, total = list * kv_heads, active = min(total, grid * kWarps);
     if ((int)blockIdx.x * kWarps >= active) {
         dependency_wait();
         return;
@@ -190,7 +196,8 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
     auto piece = [&](int w) { return w >= active ? total : w * share + min(w, longer); };
     auto owner = [&](int x) {
         int edge = longer * (share + 1);
-        return x < edge ? x / (share + 1) : longer + (x - edge) / share;
+        bool early = x < edge;
+        return (early ? 0 : longer) + (early ? x : x - edge) / (early ? share + 1 : share);
     };
     const int me = blockIdx.x * kWarps + warp;
     const int begin = piece(me), end = piece(me + 1);
@@ -198,15 +205,15 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
 
     Cursor here{0, 0, 0};
     if (begin < end) {
-        int low = 0, high = sequences; // the last sequence that begins at or before `begin`
-        while (high - low > 1) {
-            int middle = (low + high) / 2;
-            if (prefix[middle] * kv_heads <= begin) low = middle;
-            else high = middle;
-        }
+        int low = -1; // the last sequence that begins at or before `begin`
+#pragma unroll 2
+        for (int base = 0; base < sequences; base += 32)
+            low += __popc(__ballot_sync(~0u, base + lane < sequences && prefix[base + lane] * kv_heads <= begin));
         here.sequence = low;
         int rest = begin - prefix[low] * kv_heads, tiles = prefix[low + 1] - prefix[low];
-        here.head = rest / tiles;
+#pragma unroll 1
+        for (int base = 0; base < kv_heads; base += 32)
+            here.head += __popc(__ballot_sync(~0u, base + lane < kv_heads && (base + lane + 1) * tiles <= rest));
         here.tile = rest - here.head * tiles;
     }
 
@@ -224,19 +231,25 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
         return (((long long)block * kv_heads + c.head) * layers + layer) * (2 * BLOCK_TOKENS) + token % BLOCK_TOKENS;
     };
 #if TMA_ROAD
-    const int part = lane % kParts, box = lane / kParts % kBoxes, kv = lane / (kParts * kBoxes);
-    int next_block = begin < end ? block_of(load, tile_of(load) * kTile + box * kBox) : 0;
+    const int my_box = lane % kBoxes; // each lane looks up one block of a tile
+    int next_block = begin < end ? block_of(load, tile_of(load) * kTile + my_box * kBox) : 0;
 #endif
     // Requests the tile at the load cursor, and moves on. All lanes.
     auto issue = [&]() {
         u32 stage = ring + load_stage * kStageBytes;
 #if TMA_ROAD
         u32 barrier = barriers + load_stage * 8;
+        const int row = (int)arena_row(load, next_block, tile_of(load) * kTile + my_box * kBox);
         if (lane == 0) mbarrier_arrive_expect(barrier, kStageBytes);
-        __syncwarp();
-        if (lane < 2 * kParts * kBoxes) {
-            int row = (int)arena_row(load, next_block, tile_of(load) * kTile + box * kBox) + kv * BLOCK_TOKENS;
-            tma_load_2d(stage + (kv * kParts + part) * kPartBytes + box * kBox * 128, &map, barrier, part * 64, row);
+#pragma unroll
+        for (int box = 0; box < kBoxes; box++) {
+            const int box_row = __shfl_sync(~0u, row, box);
+            if (lane == 0) {
+#pragma unroll
+                for (int part = 0; part < 2 * kParts; part++)
+                    tma_load_2d(stage + part * kPartBytes + box * kBox * 128, &map, barrier, part % kParts * 64,
+                                box_row + part / kParts * BLOCK_TOKENS);
+            }
         }
 #else
         constexpr int kChunks = kParts * 8; // of 16 bytes a row
@@ -254,7 +267,7 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
         if (++load_at < end) {
             load.advance(1, prefix, kv_heads);
 #if TMA_ROAD
-            next_block = block_of(load, tile_of(load) * kTile + box * kBox);
+            next_block = block_of(load, tile_of(load) * kTile + my_box * kBox);
 #endif
         }
     };
@@ -483,32 +496,42 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
         const int segment = cut_begin[which], tiles = cut_tiles[which];
         // The first warp of the CTA that has a share adds.
         if (tiles == 0 || (which == 0 && segment < begin && warp != 0)) continue;
-        const int last = owner(min(segment + tiles, cta_end) - 1) - (me - warp);
+        int last = warp;
+#pragma unroll
+        for (int w = 1; w < kWarps; w++)
+            if (w > warp && piece(me - warp + w) < min(segment + tiles, cta_end)) last = w;
         const bool inside = segment >= cta_begin && segment + tiles <= cta_end;
         const int slot = 2 * blockIdx.x + (segment < cta_begin ? 0 : 1);
-        if (!inside && lane == 0) {
-            // The first CTA's share of a head is its second slot unless its piece begins inside the head.
-            int first = owner(segment) / kWarps, end_cta = owner(segment + tiles - 1) / kWarps;
-            cuts[slot & 1] = Cut{end_cta - first + 1, first, 2 * first + 1, cut_head[which]};
+        if (!inside) {
+            // The first CTA's share of a head is in its second slot: its piece does not begin inside the head.
+            const int cta = owner(lane == 0 ? segment : segment + tiles - 1) / kWarps, end_cta = __shfl_sync(~0u, cta, 1);
+            if (lane == 0) cuts[slot & 1] = Cut{end_cta - cta + 1, cta, 2 * cta + 1, cut_head[which]};
         }
         const float* own = which == 0 ? sums + warp * kGroup * kStride : (const float*)ring_memory;
         bf16* out_row = out + (long long)cut_head[which] * kGroup * kDim;
-#pragma unroll 1
+#pragma unroll 4
         for (int i = lane; i < kGroup * kDim / 4; i += 32) {
             int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
-            float2 mine = totals[(warp * 2 + which) * kGroup + head];
+            const float2 mine = totals[(warp * 2 + which) * kGroup + head];
+            float2 others[kWarps];
             float top = mine.x;
-#pragma unroll 1
-            for (int w = warp + 1; w <= last; w++) top = fmaxf(top, totals[w * 2 * kGroup + head].x);
+#pragma unroll
+            for (int w = 1; w < kWarps; w++) {
+                others[w] = w > warp && w <= last ? totals[w * 2 * kGroup + head] : make_float2(-INFINITY, 0);
+                top = fmaxf(top, others[w].x);
+            }
             float4 acc = make_float4(0, 0, 0, 0);
             float weight = exp2_approx(mine.x - top), sum = weight * mine.y;
             add_scaled(acc, weight, *(const float4*)(own + head * kStride + d));
-#pragma unroll 1
-            for (int w = warp + 1; w <= last; w++) {
-                float2 other = totals[w * 2 * kGroup + head];
-                weight = exp2_approx(other.x - top);
-                sum += weight * other.y;
-                add_scaled(acc, weight, *(const float4*)(sums + (w * kGroup + head) * kStride + d));
+#pragma unroll
+            for (int w = 1; w < kWarps; w++) {
+                // A slot without a share holds anything.
+                bool share_of = w > warp && w <= last;
+                float4 x = *(const float4*)(sums + (w * kGroup + head) * kStride + d);
+                if (!share_of) x = make_float4(0, 0, 0, 0);
+                weight = exp2_approx(others[w].x - top);
+                sum += weight * others[w].y;
+                add_scaled(acc, weight, x);
             }
             if (inside) {
                 store_scaled(out_row + head * kDim + d, 1.0f / sum, acc);
@@ -536,27 +559,37 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
     for (int c = 0; c < 2; c++) {
         if (!turn[c]) continue;
         const Cut cut = cuts[c];
-        float2* all = (float2*)sums;
-        __syncthreads();
-        for (int i = tid; i < cut.parts * kGroup; i += kThreads) {
-            int p = i / kGroup, from = p == 0 ? cut.first_slot : 2 * (cut.first + p);
-            all[i] = __ldcg(partial_totals + from * kGroup + i % kGroup);
-        }
-        __syncthreads();
         for (int i = tid; i < kGroup * kDim / 4; i += kThreads) {
             int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
             float top = -INFINITY, sum = 0;
-#pragma unroll 4
-            for (int p = 0; p < cut.parts; p++) top = fmaxf(top, all[p * kGroup + head].x);
             float4 acc = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-            for (int p = 0; p < cut.parts; p++) {
-                int from = p == 0 ? cut.first_slot : 2 * (cut.first + p);
-                float4 x = __ldcg((const float4*)(partial + ((long long)from * kGroup + head) * kDim + d));
-                float2 total = all[p * kGroup + head];
-                float weight = exp2_approx(total.x - top);
-                sum += weight * total.y;
-                add_scaled(acc, weight, x);
+#pragma unroll 1
+            for (int base = 0; base < cut.parts; base += kAtOnce) {
+                float4 x[kAtOnce];
+                float2 total[kAtOnce];
+                float above = top;
+#pragma unroll
+                for (int j = 0; j < kAtOnce; j++) {
+                    int p = base + j, from = p == 0 ? cut.first_slot : 2 * (cut.first + p);
+                    total[j] = make_float2(-INFINITY, 0);
+                    x[j] = make_float4(0, 0, 0, 0);
+                    if (p < cut.parts) {
+                        total[j] = __ldcg(partial_totals + from * kGroup + head);
+                        x[j] = __ldcg((const float4*)(partial + ((long long)from * kGroup + head) * kDim + d));
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < kAtOnce; j++) above = fmaxf(above, total[j].x);
+                float weight = exp2_approx(top - above);
+                top = above;
+                sum *= weight;
+                acc = make_float4(acc.x * weight, acc.y * weight, acc.z * weight, acc.w * weight);
+#pragma unroll
+                for (int j = 0; j < kAtOnce; j++) {
+                    weight = exp2_approx(total[j].x - top);
+                    sum += weight * total[j].y;
+                    add_scaled(acc, weight, x[j]);
+                }
             }
             store_scaled(out + ((long long)cut.counter * kGroup + head) * kDim + d, 1.0f / sum, acc);
         }

@@ -19,7 +19,7 @@
 // Defines: HEAD_DIM (multiple of 16, to 256), GROUP (1..16), BLOCK_TOKENS (16, 32, 64).
 // Launch: `attention_prefill_launch` = {threads, dynamic shared bytes, rows of a sequence per work unit, 0}; grid =
 // work_count·kv_heads. `work`: {sequence, first row within it} for every unit of launch[2] rows of every sequence, longest
-// reach (position of the unit's last row) first. `map` is not used.
+// reach (position of the unit's last row) first. `map` and `query_map` are not used.
 #include "common.cuh"
 
 #ifndef HEAD_DIM
@@ -52,7 +52,7 @@ extern "C" __constant__ const int attention_prefill_launch[4] = {kThreads, kShar
 
 // q, out: [row][query head][HEAD_DIM]. A row at position p sees positions p-window+1 ..= p (window 0: all before).
 extern "C" __global__ void __launch_bounds__(kThreads)
-attention_prefill(const __grid_constant__ TensorMap map, const bf16* __restrict__ q, bf16* __restrict__ out,
+attention_prefill(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap query_map, const bf16* __restrict__ q, bf16* __restrict__ out,
                   const bf16* __restrict__ arena, const int2* __restrict__ work, const int* __restrict__ seq_first_row,
                   const int* __restrict__ seq_rows, const int* __restrict__ seq_kv_len, const int* __restrict__ seq_table,
                   const int* __restrict__ tables, int work_count, int layer, int layers, int kv_heads, float scale,

@@ -7,8 +7,8 @@
 //
 // Idea. As attention_prefill, the GQA group is packed into the rows: a work unit is kTokens = 128/GROUP rows of a
 // sequence times the GROUP query heads of a KV head. A persistent CTA takes work units, longest first, forth and
-// back over the grid so that every CTA gets about the same sum. Its first warpgroup loads: one warp K and V by TMA,
-// page by page (each lane one box of a page), the other three q by cp.async, for the next unit while the last one runs.
+// back over the grid so that every CTA gets about the same sum. Its first warpgroup loads: one warp K and one V by
+// TMA, page by page (each lane one box of a page), one q, for the next unit while the last one runs.
 // Two warpgroups compute 64 packed rows each. Tiles are visited from the diagonal down; while softmax works on the
 // scores of tile j, the matrix unit adds tile j+1 (its q·K is issued with the P·V of the tile before), and the two
 // warpgroups take turns at issuing, so that one's softmax lies beside the other's products.
@@ -19,7 +19,8 @@
 // Defines: HEAD_DIM (multiple of 16, to 256), GROUP (1..16), BLOCK_TOKENS (16, 32, 64).
 // Launch: `attention_prefill_sm90_launch` = {threads, dynamic shared bytes, rows of a sequence per work unit, 1}; grid =
 // min(multiprocessors, work_count·kv_heads). `work` as for attention_prefill, with this kernel's unit. `map`: the
-// arena's, see attention_decode.cu.
+// arena's, see attention_decode.cu. `query_map`: of q, as that but rank 3, dims {HEAD_DIM, query heads, rows of the buffer},
+// strides {HEAD_DIM·2, query heads·HEAD_DIM·2}, box {64, GROUP, launch[2]}.
 #include "common.cuh"
 #include "attention_wgmma.cuh"
 
@@ -74,15 +75,21 @@ struct Unit {
                 else x[k | d] = got;
             }
 }
+// Without a branch, so that what surrounds it is scheduled as one.
+[[maybe_unused]] DEVICE void store_16_if(bool valid, void* to, const u32 (&x)[4]) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.b32 [%1], {%2, %3, %4, %5};\n}" ::"r"((int)valid), "l"(to),
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
 static_assert(2 * sizeof(Unit) <= 160, "shared memory");
 
 } // namespace
 
 extern "C" __constant__ const int attention_prefill_sm90_launch[4] = {kThreads, kSharedBytes, kTokens, 1};
 
-// Arguments as attention_prefill.
+// Arguments as attention_prefill. Rows of q behind the step's may be read, within the buffer.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __restrict__ q, bf16* __restrict__ out,
+attention_prefill_sm90(const __grid_constant__ TensorMap map, const __grid_constant__ TensorMap query_map, const bf16* __restrict__ q, bf16* __restrict__ out,
                        const bf16* __restrict__ arena, const int2* __restrict__ work, const int* __restrict__ seq_first_row,
                        const int* __restrict__ seq_rows, const int* __restrict__ seq_kv_len,
                        const int* __restrict__ seq_table, const int* __restrict__ tables, int work_count, int layer,
@@ -98,13 +105,14 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
 
     if (tid == 0) {
         tma_prefetch_map(&map);
+        tma_prefetch_map(&query_map);
         for (int s = 0; s < 2; s++) {
             mbarrier_init(key_full + s * 8, 1);
             mbarrier_init(value_full + s * 8, 1);
             mbarrier_init(key_empty + s * 8, 8);
             mbarrier_init(value_empty + s * 8, 8);
-            mbarrier_init(query_full + s * 8, 3);
-            mbarrier_init(query_empty + s * 8, 9);
+            mbarrier_init(query_full + s * 8, 1);
+            mbarrier_init(query_empty + s * 8, 10);
         }
         mbarrier_init_fence();
     }
@@ -135,67 +143,57 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
 
     if (warp < 4) {
         registers_shrink<40>();
-        if (warp == 0) {
-            // --- K and V ----------------------------------------------------------------------
-            int key_at = 0, value_at = 0; // tiles requested so far
+        if (warp < 2) {
+            // --- K by the first warp, V by the second ----------------------------------------
+            const int kv = warp;
+            const u32 tiles = kv ? values : keys, full = kv ? value_full : key_full, empty = kv ? value_empty : key_empty;
+            int at = 0; // tiles requested so far
             for (int i = 0; item_at(i) < items; i++) {
                 const int buffer = i % kQueries;
                 if (i > 0) mbarrier_wait(query_full + buffer * 8, i / kQueries & 1);
                 const Unit u = i > 0 ? units[buffer] : unit_of(item_at(0));
-                auto request = [&](int tile, int kv) {
-                    int& at = kv ? value_at : key_at;
-                    u32 stage = at % kStages, full = (kv ? value_full : key_full) + stage * 8;
-                    int row[(kParts * kBoxes + 31) / 32];
+                for (int tile = u.tile_end - 1; tile >= u.tile_begin; tile--, at++) {
+                    const u32 stage = at % kStages;
+                    // Each lane looks up one page.
+                    const int token = tile * kTile + lane % kBoxes * kBox;
+                    int row = 0x7fffff00; // beyond the arena: zeros
+                    if (token < u.length)
+                        row = (int)((((long long)tables[u.table + token / BLOCK_TOKENS] * kv_heads + u.head) * layers + layer) * 2 + kv) *
+                                  BLOCK_TOKENS +
+                              token % BLOCK_TOKENS;
+                    mbarrier_wait(empty + stage * 8, (at / kStages & 1) ^ 1);
+                    if (lane == 0) mbarrier_arrive_expect(full + stage * 8, kTileBytes);
 #pragma unroll
-                    for (int b = lane, r = 0; r < (kParts * kBoxes + 31) / 32; b += 32, r++) {
-                        int token = tile * kTile + b / kParts * kBox;
-                        row[r] = 0x7fffff00; // beyond the arena: zeros
-                        if (b < kParts * kBoxes && token < u.length)
-                            row[r] = (int)((((long long)tables[u.table + token / BLOCK_TOKENS] * kv_heads + u.head) * layers + layer) * 2 + kv) *
-                                         BLOCK_TOKENS +
-                                     token % BLOCK_TOKENS;
+                    for (int box = 0; box < kBoxes; box++) {
+                        const int box_row = __shfl_sync(~0u, row, box);
+                        if (lane == 0) {
+#pragma unroll
+                            for (int part = 0; part < kParts; part++)
+                                tma_load_2d(tiles + stage * kTileBytes + part * kPartBytes + box * kBox * 128, &map, full + stage * 8,
+                                            part * 64, box_row);
+                        }
                     }
-                    mbarrier_wait((kv ? value_empty : key_empty) + stage * 8, (at / kStages & 1) ^ 1);
-                    if (lane == 0) mbarrier_arrive_expect(full, kTileBytes);
-                    __syncwarp();
-#pragma unroll
-                    for (int b = lane, r = 0; r < (kParts * kBoxes + 31) / 32; b += 32, r++)
-                        if (b < kParts * kBoxes)
-                            tma_load_2d((kv ? values : keys) + stage * kTileBytes + b % kParts * kPartBytes + b / kParts * kBox * 128, &map,
-                                        full, b % kParts * 64, row[r]);
-                    at++;
-                };
-                request(u.tile_end - 1, 0);
-                for (int tile = u.tile_end - 2; tile >= u.tile_begin; tile--) {
-                    request(tile, 0);
-                    request(tile + 1, 1);
                 }
-                request(u.tile_begin, 1);
                 if (i == 0) mbarrier_wait(query_full, 0); // a parity alone does not tell a phase from the one after next
                 __syncwarp();
                 if (lane == 0) mbarrier_arrive(query_empty + buffer * 8);
             }
-        } else {
+        } else if (warp == 2) {
             // --- q ----------------------------------------------------------------------------
+            Unit next = unit_of(min(item_at(0), items - 1));
             for (int i = 0; item_at(i) < items; i++) {
-                const Unit u = unit_of(item_at(i));
+                const Unit u = next;
+                next = unit_of(min(item_at(i + 1), items - 1)); // in flight while a buffer comes free
                 const int buffer = i % kQueries;
+                const u32 full = query_full + buffer * 8;
                 mbarrier_wait(query_empty + buffer * 8, (i / kQueries & 1) ^ 1);
-                constexpr int kChunks = kParts * 8;
-                if (tid == 32) units[buffer] = u;
-                const bf16* from = q + (u.row0 * kv_heads + u.head) * (GROUP * kDim);
-                for (int c = tid - 32; c < kRows * kChunks; c += 96) {
-                    int chunk = c % kChunks, row = c / kChunks;
-                    bool valid = row < u.count * GROUP && chunk * 8 < kDim;
-                    int token = row / GROUP, head = row % GROUP;
-                    cp_async_16(queries + buffer * kQueryBytes + chunk / 8 * kQueryPartBytes + row * 128 + ((chunk % 8 ^ row % 8) * 16),
-                                from + (valid ? (long long)token * kv_heads * GROUP * kDim + head * kDim + chunk * 8 : 0), valid);
+                if (lane == 0) {
+                    units[buffer] = u;
+                    mbarrier_arrive_expect(full, kParts * kTokens * GROUP * 128);
                 }
-                cp_async_commit();
-                cp_async_wait<0>();
-                fence_proxy_async();
                 __syncwarp();
-                if (lane == 0) mbarrier_arrive(query_full + buffer * 8);
+                if (lane < kParts)
+                    tma_load_3d(queries + buffer * kQueryBytes + lane * kQueryPartBytes, &query_map, full, lane * 64, u.head * GROUP, (int)u.row0);
             }
         }
         return;
@@ -255,30 +253,23 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
                     if (token > row || (window > 0 && token <= row - window)) s[n] = -INFINITY;
                 }
             }
+            float top[4] = {m[0], m[0], m[1], m[1]}, sum[4] = {0, 0, 0, 0}, base[2];
+#pragma unroll
+            for (int n = 0; n < kTile / 2; n++) top[n % 4] = fmaxf(top[n % 4], s[n]);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                float a = m[r], b = s[2 * r];
-#pragma unroll
-                for (int n = 0; n < kTile / 2; n += 4) {
-                    a = fmaxf(a, s[n + 2 * r]);
-                    b = fmaxf(b, s[n + 2 * r + 1]);
-                }
-                float top = warp_max<4>(fmaxf(a, b));
-                float base = top == -INFINITY ? 0 : top * scale_log2;
-                rescale[r] = exp2_approx(m[r] * scale_log2 - base);
-                m[r] = top;
-                float sum = 0, sum2 = 0;
-#pragma unroll
-                for (int n = 0; n < kTile / 2; n += 4) {
-                    float& x = s[n + 2 * r];
-                    float& y = s[n + 2 * r + 1];
-                    x = exp2_approx(x * scale_log2 - base);
-                    y = exp2_approx(y * scale_log2 - base);
-                    sum += x;
-                    sum2 += y;
-                }
-                l[r] = l[r] * rescale[r] + (sum + sum2);
+                float most = warp_max<4>(fmaxf(top[2 * r], top[2 * r + 1]));
+                base[r] = most == -INFINITY ? 0 : most * scale_log2; // nothing seen yet: the window begins further on
+                rescale[r] = exp2_approx(m[r] * scale_log2 - base[r]);
+                m[r] = most;
             }
+#pragma unroll
+            for (int n = 0; n < kTile / 2; n++) {
+                s[n] = exp2_approx(s[n] * scale_log2 - base[n / 2 % 2]);
+                sum[n % 4] += s[n];
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) l[r] = l[r] * rescale[r] + (sum[2 * r] + sum[2 * r + 1]);
         };
         auto pack = [&]() {
 #pragma unroll
@@ -348,12 +339,18 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
         for (int c = 0; c < kParts / kWide; c++) wgmma_pin(o[c]);
         release(value_empty, value_at);
         // A row's four lanes hold 2 columns of each 8: exchanged, each has all 8 of every fourth, and stores 16 bytes.
+        bf16* to[2];
+        bool stored[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             int row = packed + r * 8;
-            bf16* to = out + ((u.row0 + row / GROUP) * kv_heads + u.head) * (GROUP * kDim) + row % GROUP * kDim;
+            to[r] = out + ((u.row0 + row / GROUP) * kv_heads + u.head) * (GROUP * kDim) + row % GROUP * kDim + t * 8;
+            stored[r] = row < u.count * GROUP;
+        }
 #pragma unroll
-            for (int n = 0; n < kSteps * 2; n += 4) {
+        for (int n = 0; n < kSteps * 2; n += 4)
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
                 u32 x[4];
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
@@ -361,9 +358,8 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const bf16* __rest
                     x[k] = pack_bf16(from[0] * inverse[r], from[1] * inverse[r]);
                 }
                 quad_transpose(x, t);
-                if (row < u.count * GROUP && n + t < kSteps * 2) *(uint4*)(to + (n + t) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+                store_16_if(stored[r] && (n + 4 <= kSteps * 2 || n + t < kSteps * 2), to[r] + n * 8, x);
             }
-        }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(query_empty + buffer * 8);
     }
