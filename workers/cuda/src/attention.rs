@@ -48,6 +48,8 @@ struct Tiled {
     prefill_shape: Shape,
     /// Rows of a sequence in one unit of work.
     unit_rows: usize,
+    /// Query heads of a KV head.
+    group: usize,
     /// Blocks take units until none is left; otherwise each unit has its block.
     persistent: Option<usize>,
 }
@@ -186,6 +188,7 @@ impl Attention {
                     tiled.prefill,
                     tiled.prefill_grid(shape.work * self.kv.kv_heads as usize),
                     tiled.arena,
+                    tiled.queries(q, [shape.rows, self.heads, self.kv.head_dim as usize])?,
                     q,
                     out,
                     arena,
@@ -260,8 +263,17 @@ impl Tiled {
             prefill,
             prefill_shape: Shape::row(0, threads as u32).shared(shared as u32).early(),
             unit_rows: unit_rows as usize,
+            group,
             persistent: (persistent != 0).then_some(device.multiprocessors() as usize),
         })
+    }
+
+    /// The queries of a step `[rows][heads][head_dim]`, as prefill on Hopper copies them.
+    fn queries(&self, q: CUdeviceptr, shape: [usize; 3]) -> Result<TensorMap, CudaError> {
+        match self.persistent {
+            Some(_) => TensorMap::queries(q, shape, [self.unit_rows, self.group]),
+            None => Ok(TensorMap::NONE),
+        }
     }
 
     fn prefill_grid(&self, items: usize) -> Shape {

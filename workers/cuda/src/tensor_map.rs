@@ -36,8 +36,38 @@ impl TensorMap {
         columns: usize,
         piece: Piece,
     ) -> Result<Self, CudaError> {
+        let sizes = [columns as u64, rows as u64];
+        let copied = [piece.columns, piece.rows];
+        Self::encode(address, sizes, [columns as u64 * 2], copied, piece.far)
+    }
+
+    /// Queries, BF16 `[rows][heads][head_dim]`, copied `tokens` rows of `group` heads of 64 numbers at a time, heads next to
+    /// each other; otherwise as [`TensorMap::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn queries(
+        address: sys::CUdeviceptr,
+        [rows, heads, head_dim]: [usize; 3],
+        [tokens, group]: [usize; 2],
+    ) -> Result<Self, CudaError> {
+        let sizes = [head_dim as u64, heads as u64, rows as u64];
+        let strides = [head_dim as u64 * 2, (heads * head_dim) as u64 * 2];
+        let copied = [64, group as u32, tokens as u32];
+        Self::encode(address, sizes, strides, copied, false)
+    }
+
+    /// Sizes and what is copied in elements, strides (of all dimensions but the innermost) in bytes.
+    fn encode<const RANK: usize, const STRIDES: usize>(
+        address: sys::CUdeviceptr,
+        sizes: [u64; RANK],
+        strides: [u64; STRIDES],
+        copied: [u32; RANK],
+        far: bool,
+    ) -> Result<Self, CudaError> {
+        const { assert!(STRIDES + 1 == RANK) };
         use sys::CUtensorMapL2promotion as Promotion;
-        let promotion = match piece.far {
+        let promotion = match far {
             true => Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             false => Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         };
@@ -47,12 +77,12 @@ impl TensorMap {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),
                 sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
+                RANK as u32,
                 address as *mut std::ffi::c_void,
-                [columns as u64, rows as u64].as_ptr(),
-                [(columns * 2) as u64].as_ptr(),
-                [piece.columns, piece.rows].as_ptr(),
-                [1u32, 1].as_ptr(),
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                copied.as_ptr(),
+                [1u32; RANK].as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
                 promotion,
@@ -60,7 +90,7 @@ impl TensorMap {
             )
         }
         .result()
-        .map_err(|e| driver(&format!("describing a matrix of {rows} x {columns}"), e))?;
+        .map_err(|e| driver(&format!("describing a tensor of {sizes:?}"), e))?;
         Ok(map)
     }
 }
