@@ -1,6 +1,6 @@
 // Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip.
 //
-// kernel attention_decode spill_bytes_max=256
+// kernel attention_decode spill_bytes_max=0
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64

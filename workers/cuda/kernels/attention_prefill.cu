@@ -1,6 +1,6 @@
 // Prefill attention on any architecture from sm_80: causal flash attention over pages, mma.sync and cp.async.
 //
-// kernel attention_prefill spill_bytes_max=160
+// kernel attention_prefill spill_bytes_max=128
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64

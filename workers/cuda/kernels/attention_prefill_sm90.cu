@@ -1,6 +1,6 @@
 // Prefill attention on Hopper: causal flash attention over pages with wgmma and the copy engine.
 //
-// kernel attention_prefill_sm90 spill_bytes_max=160
+// kernel attention_prefill_sm90 spill_bytes_max=80
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
