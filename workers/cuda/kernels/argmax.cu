@@ -7,7 +7,7 @@
 // kernel argmax spill_bytes_max=0
 #include "scalar.cuh"
 
-#define PARTS 8
+#define PARTS 32 // a warp takes the best of them
 
 // A number whose order as a number is (logit, lower id first).
 DEVICE u64 rank_of(float logit, u32 id) {
@@ -42,12 +42,16 @@ extern "C" __global__ void argmax(
         best[blockIdx.y * PARTS + blockIdx.x] = top;
         __threadfence();
         last = atomicAdd(&arrived[blockIdx.y], 1) == PARTS - 1;
-        if (last) {
-            __threadfence();
-            for (int part = 0; part < PARTS; part++) top = larger(top, ((volatile u64*)best)[blockIdx.y * PARTS + part]);
-            arrived[blockIdx.y] = 0;
-            bool possible = top >> 32 > rank_of(-__int_as_float(0x7f800000), 0) >> 32;
-            tokens[blockIdx.y] = possible ? (int)(0xffffffffu - (u32)top) : 0;
-        }
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last || threadIdx.x >= PARTS) return;
+    top = ((volatile u64*)best)[blockIdx.y * PARTS + threadIdx.x];
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) top = larger(top, __shfl_xor_sync(0xffffffffu, top, distance));
+    if (threadIdx.x == 0) {
+        arrived[blockIdx.y] = 0;
+        bool possible = top >> 32 > rank_of(-__int_as_float(0x7f800000), 0) >> 32;
+        tokens[blockIdx.y] = possible ? (int)(0xffffffffu - (u32)top) : 0;
     }
 }

@@ -142,7 +142,7 @@ impl Drop for Device {
     }
 }
 
-/// Number types that may lie in buffers: any bytes are a value.
+/// Types that may lie in buffers: zero bytes are a value, and so are any bytes that a kernel leaves there.
 pub trait Plain: Copy + 'static {}
 impl Plain for u8 {}
 impl Plain for u16 {}

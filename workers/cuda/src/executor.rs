@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SampleRequest, Sampled, SequenceOutput,
-    StepOutput, StepPlan, Want, What, answer, wants,
+    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, Sampled, SequenceOutput, Simple,
+    StepOutput, StepPlan, Want, What, answer, simple, wants,
 };
 use baton_protocol::KvGeometry;
 
@@ -12,7 +12,7 @@ use crate::attention::Attention;
 use crate::device::{Device, Pinned};
 use crate::error::CudaError;
 use crate::graph::Graph;
-use crate::model::{CudaModel, kv_geometry, padded_rows, rows_max};
+use crate::model::{CudaModel, Draw, kv_geometry, padded_rows, rows_max};
 use crate::step::{DECODE_SIZES, StepAddresses, StepArrays, StepShape, decode_size};
 
 /// Threads that choose tokens by more than their logit. A row of 128,256 logits takes some 0.2 ms.
@@ -28,6 +28,7 @@ pub struct CudaExecutor {
     rows: Rows,
     logits: Pinned<f32>,
     tokens: Pinned<i32>,
+    draws: Pinned<Draw>,
     sampling_threads: usize,
 }
 
@@ -90,6 +91,7 @@ impl CudaExecutor {
             arrays: StepArrays::new(&device, largest, entries)?,
             logits: Pinned::zeroed(&device, logits_rows * spec.vocab)?,
             tokens: Pinned::zeroed(&device, logits_rows)?,
+            draws: Pinned::zeroed(&device, logits_rows)?,
             sampling_threads: std::thread::available_parallelism()
                 .map_or(1, usize::from)
                 .min(SAMPLING_THREADS_MAX),
@@ -200,12 +202,37 @@ impl CudaExecutor {
         output: &mut StepOutput,
     ) -> Result<(), CudaError> {
         let vocab = self.model.spec.vocab;
-        let on_host: Vec<bool> = wants
+        let choices: Vec<Option<Simple>> = wants
             .iter()
-            .map(|want| want_logits || !is_argmax(want))
+            .map(|want| match want.what {
+                What::Sample(request) if !want_logits => simple(request, vocab),
+                _ => None,
+            })
             .collect();
-        // SAFETY: rows that were just computed; waited for below, before anything is read.
+        let on_host: Vec<bool> = choices.iter().map(Option::is_none).collect();
+        let mut draws = 0;
+        for (row, choice) in choices.iter().enumerate() {
+            self.draws[row] = match choice {
+                Some(Simple::Draw {
+                    inverse_temperature,
+                    weight_min,
+                    u,
+                }) => {
+                    draws = row + 1;
+                    Draw {
+                        inverse: *inverse_temperature,
+                        weight_min: *weight_min,
+                        u: *u,
+                    }
+                }
+                _ => Draw::default(),
+            };
+        }
+        // SAFETY: rows that were just computed; waited for below, before anything is read or written again.
         unsafe {
+            if draws > 0 {
+                self.model.draw(&self.draws, draws)?;
+            }
             self.tokens.download(0, wants.len(), self.model.best_at())?;
             for (row, _) in on_host.iter().enumerate().filter(|(_, host)| **host) {
                 self.logits
@@ -261,25 +288,6 @@ fn answer_all(mut jobs: Vec<Job<'_, '_>>, want_logits: bool, threads: usize) {
             scope.spawn(move || run(jobs));
         }
     });
-}
-
-/// Whether the token is the one with the largest plain logit, and nothing else is asked.
-fn is_argmax(want: &Want<'_>) -> bool {
-    let What::Sample(SampleRequest {
-        state,
-        ban_stop_ids,
-        ..
-    }) = want.what
-    else {
-        return false;
-    };
-    let sampling = &state.sampling;
-    let greedy = sampling.temperature.is_nan() || sampling.temperature <= 0.0;
-    greedy
-        && sampling.logprobs.is_none()
-        && sampling.logit_bias.is_empty()
-        && state.counts.is_empty()
-        && (!ban_stop_ids || state.stop_token_ids.is_empty())
 }
 
 fn decode_shape(size: usize) -> StepShape {

@@ -8,7 +8,7 @@ use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::Attention;
 use crate::compile::Compiler;
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Pinned, Plain};
 use crate::error::CudaError;
 use crate::gemm::{Blas, Output, Product};
 use crate::kernel::{Kernel, Module, Shape};
@@ -62,6 +62,7 @@ struct Kernels {
     rope: Kernel,
     swiglu: Kernel,
     argmax: Kernel,
+    draw: Kernel,
 }
 
 /// Activations, allocated once.
@@ -89,10 +90,32 @@ struct Buffers {
     best: Buffer<i32>,
     best_parts: Buffer<u32>,
     best_arrived: Buffer<u32>,
+    draws: Buffer<Draw>,
 }
 
 /// Blocks that look for the best token of a row; the kernel has the same number.
-const ARGMAX_PARTS: usize = 8;
+const ARGMAX_PARTS: usize = 32;
+
+/// What `kernels/draw.cu` draws a row's token by.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub(crate) struct Draw {
+    /// Of the temperature; 0 leaves the row's token as it is.
+    pub(crate) inverse: f32,
+    /// Weights below count as 0.
+    pub(crate) weight_min: f32,
+    /// In `[0, 1)`.
+    pub(crate) u: f64,
+}
+
+impl Plain for Draw {}
+
+/// Logits that the kernel sums as one: it keeps a sum of each such group in shared memory.
+const DRAW_GROUP: usize = 256;
+
+fn draw_shared_bytes(spec: &ModelSpec) -> u32 {
+    (spec.vocab.div_ceil(DRAW_GROUP) * size_of::<f32>()) as u32
+}
 
 impl CudaModel {
     /// Copies the weights to the GPU, compiles the kernels and allocates the activations.
@@ -375,6 +398,27 @@ impl CudaModel {
         }
     }
 
+    /// Draws the tokens of the first `rows` rows of logits.
+    ///
+    /// # Safety
+    /// There are logits and best tokens of this many rows; nobody writes `draws` before the step is waited for.
+    pub(crate) unsafe fn draw(&self, draws: &Pinned<Draw>, rows: usize) -> Result<(), CudaError> {
+        let (b, vocab) = (&self.buffers, self.spec.vocab as i32);
+        let shape = Shape::row(rows, 512).shared(draw_shared_bytes(&self.spec));
+        // SAFETY: the caller's promise, and the kernel's arguments by its file.
+        unsafe {
+            draws.upload(rows, b.draws.at(0))?;
+            launch!(
+                self.kernels.draw,
+                shape,
+                b.best.at(0),
+                b.logits.at(0),
+                b.draws.at(0),
+                vocab
+            )
+        }
+    }
+
     /// # Safety
     /// There are logits of this many rows.
     unsafe fn argmax(&self, rows: usize) -> Result<(), CudaError> {
@@ -487,6 +531,7 @@ impl Kernels {
             rope: module(&sources::ROPE, &head_dim)?.kernel("rope", 0)?,
             swiglu: module(&sources::SWIGLU, &[])?.kernel("swiglu", 0)?,
             argmax: module(&sources::ARGMAX, &[])?.kernel("argmax", 0)?,
+            draw: module(&sources::DRAW, &[])?.kernel("draw", draw_shared_bytes(spec))?,
         })
     }
 }
@@ -526,6 +571,7 @@ impl Buffers {
             best: Buffer::zeroed(device, logits_rows, "tokens")?,
             best_parts: Buffer::zeroed(device, logits_rows * ARGMAX_PARTS * 2, "tokens")?,
             best_arrived: Buffer::zeroed(device, logits_rows, "tokens")?,
+            draws: Buffer::zeroed(device, logits_rows, "tokens")?,
         })
     }
 }
@@ -574,6 +620,9 @@ fn check(spec: &ModelSpec) -> Result<(), CudaError> {
     }
     if !spec.hidden.is_multiple_of(2) {
         return refuse(format!("its width {} is odd", spec.hidden));
+    }
+    if draw_shared_bytes(spec) > 40 << 10 {
+        return refuse(format!("a vocabulary of {} tokens", spec.vocab));
     }
     if spec.head_dim > 256 {
         return refuse(format!("heads of {} numbers, more than 256", spec.head_dim));

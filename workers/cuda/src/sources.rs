@@ -25,6 +25,7 @@ source!(RMS_NORM, "rms_norm.cu");
 source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
 source!(ARGMAX, "argmax.cu");
+source!(DRAW, "draw.cu");
 source!(ATTENTION_DECODE, "attention_decode.cu");
 source!(ATTENTION_PREFILL, "attention_prefill.cu");
 source!(ATTENTION_PREFILL_SM90, "attention_prefill_sm90.cu");

@@ -12,7 +12,7 @@ use baton_executor_tests::families::{
 use baton_executor_tests::{
     Build, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, tiny_families,
 };
-use baton_model::ModelDir;
+use baton_model::{ModelDir, ModelSpec};
 use baton_protocol::Sampling;
 
 /// As the CPU's: what BF16 activations cost these models' logits. One more rounding stands between the query-key-value
@@ -113,7 +113,11 @@ fn logits_hardly_depend_on_the_company() {
 #[test]
 #[ignore = "needs a GPU"]
 fn tokens_are_those_of_the_sampling_rules() {
-    let tiny = Tiny::new(tiny_families().remove(1), 4);
+    let spec = ModelSpec {
+        vocab: 3001,
+        ..tiny_families().remove(1)
+    };
+    let tiny = Tiny::new(spec, 4);
     let mut executor = usual(Build {
         spec: &tiny.spec,
         weights: &tiny,
@@ -129,6 +133,17 @@ fn tokens_are_those_of_the_sampling_rules() {
             ..Sampling::default()
         },
         Sampling {
+            temperature: 1.0,
+            seed: 11,
+            ..Sampling::default()
+        },
+        Sampling {
+            temperature: 3.0,
+            min_p: 0.2,
+            seed: 5,
+            ..Sampling::default()
+        },
+        Sampling {
             logprobs: Some(3),
             ..Sampling::default()
         },
@@ -138,8 +153,9 @@ fn tokens_are_those_of_the_sampling_rules() {
         },
     ];
     let mut plan = StepPlan::default();
-    for s in 0..37u32 {
-        let sampling = samplings[s as usize % samplings.len()].clone();
+    for s in 0..61u32 {
+        let mut sampling = samplings[s as usize % samplings.len()].clone();
+        sampling.seed += u64::from(s);
         plan.tokens.push(s * 3 % 150);
         plan.blocks.push(s);
         let at = s as usize;
@@ -163,6 +179,7 @@ fn tokens_are_those_of_the_sampling_rules() {
     let found = executor.forward(&plan).expect("a step");
     plan.want_logits = true;
     let logits = executor.forward(&plan).expect("a step");
+    let mut tokens = std::collections::BTreeSet::new();
     for ((found, with_logits), sequence) in found
         .sequences
         .iter()
@@ -173,7 +190,9 @@ fn tokens_are_those_of_the_sampling_rules() {
         let chosen = baton_engine::sample(&mut with_logits.logits.clone(), request);
         assert_eq!(found.sampled.as_ref(), Some(&chosen));
         assert!(found.logits.is_empty());
+        tokens.insert(chosen.token);
     }
+    assert!(tokens.len() > 20, "the draws hardly differ: {tokens:?}");
 }
 
 /// Measured: 0.449, 0.0496 and 0.031.

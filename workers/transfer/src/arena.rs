@@ -199,6 +199,11 @@ impl Region {
         })
     }
 
+    /// Kind of memory.
+    pub(crate) fn memory(&self) -> MemoryType {
+        self.memory
+    }
+
     /// Length of the arena.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes as u64

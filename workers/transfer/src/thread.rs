@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use baton_protocol::{Base64Bytes, TransferDescriptor};
+use baton_protocol::{Base64Bytes, MemoryType, TransferDescriptor};
 use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ucx_sys::Ucp;
 
@@ -142,7 +142,7 @@ impl Mover {
             let busy = self.turn(now);
             if busy {
                 active = now;
-            } else if now.duration_since(active) < LINGER {
+            } else if now.duration_since(active) < LINGER || self.reads_to_gpu() {
                 // The peer's process may wait for this very core.
                 std::thread::yield_now();
             } else {
@@ -266,6 +266,12 @@ impl Mover {
         let turn = now.duration_since(self.vitals.epoch).as_micros() as u64;
         self.vitals.turn_micros.store(turn, Relaxed);
         self.count();
+    }
+
+    /// Whether reads into GPU memory are under way. Their end is seen by progress alone: a thread that waits for UCX to
+    /// wake it sleeps on, up to [`SLEEP_MAX`].
+    fn reads_to_gpu(&self) -> bool {
+        !self.transfers.is_empty() && self.region.memory() == MemoryType::Cuda
     }
 
     /// Before every answer, so that who gets one finds it in the figures.

@@ -74,6 +74,45 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
     }
 }
 
+/// How a token is chosen when nothing is asked that needs all logits in one place: an executor that can do this where
+/// the logits are chooses the same token as [`sample`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Simple {
+    /// The largest logit, the lowest id among equals.
+    Largest,
+    /// By weight among all tokens: [`Sampling`](baton_protocol::Sampling) with a temperature and neither top-k nor top-p.
+    Draw {
+        /// What logits are multiplied by.
+        inverse_temperature: f32,
+        /// Weights below count as 0; the best token's is 1.
+        weight_min: f32,
+        /// Where in the sum of all weights the token lies, in `[0, 1)`.
+        u: f64,
+    },
+}
+
+/// Whether a request over `vocab` logits is a simple one.
+pub fn simple(request: &SampleRequest, vocab: usize) -> Option<Simple> {
+    let state = &*request.state;
+    let sampling = &state.sampling;
+    let plain = sampling.logprobs.is_none()
+        && sampling.logit_bias.is_empty()
+        && state.counts.is_empty()
+        && (!request.ban_stop_ids || state.stop_token_ids.is_empty());
+    if !plain {
+        return None;
+    }
+    if sampling.temperature.is_nan() || sampling.temperature <= 0.0 {
+        return Some(Simple::Largest);
+    }
+    let truncated = (1..vocab).contains(&(sampling.top_k as usize)) || sampling.top_p < 1.0;
+    (!truncated).then(|| Simple::Draw {
+        inverse_temperature: truncate::inverse_temperature(sampling),
+        weight_min: sampling.min_p.min(1.0),
+        u: uniform(sampling.seed, request.position),
+    })
+}
+
 /// Log-probability of a given token under the plain logits, and the `top` most likely ones: what a
 /// target of [`crate::SequenceStep::targets`] reports. A token outside the vocabulary gets
 /// [`LOGPROB_MIN`]. `logits` is cleaned of NaN and infinity, and otherwise left as it is.

@@ -317,3 +317,66 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn only_what_needs_no_view_of_all_logits_is_simple() {
+    let warm = || Sampling {
+        temperature: 0.5,
+        min_p: 2.0,
+        seed: 9,
+        ..Sampling::default()
+    };
+    let asked = |sampling| simple(&request(plain(sampling), 3), 100);
+    assert_eq!(asked(Sampling::default()), Some(Simple::Largest));
+    let draw = Simple::Draw {
+        inverse_temperature: 2.0,
+        weight_min: 1.0,
+        u: uniform(9, 3),
+    };
+    assert_eq!(asked(warm()), Some(draw));
+    // Keeping the best hundred of a hundred keeps all.
+    let all = Sampling {
+        top_k: 100,
+        ..warm()
+    };
+    assert_eq!(asked(all), Some(draw));
+    for sampling in [
+        Sampling {
+            top_k: 99,
+            ..warm()
+        },
+        Sampling {
+            top_p: 0.99,
+            ..warm()
+        },
+        Sampling {
+            logprobs: Some(0),
+            ..warm()
+        },
+        Sampling {
+            logit_bias: vec![(1, 1.0)],
+            ..Sampling::default()
+        },
+    ] {
+        assert_eq!(asked(sampling), None);
+    }
+    let counted = SampleState {
+        counts: vec![TokenCount {
+            token: 1,
+            prompt: 1,
+            output: 0,
+        }],
+        ..SampleState::default()
+    };
+    assert_eq!(simple(&request(counted, 3), 100), None);
+    let mut banned = request(
+        SampleState {
+            stop_token_ids: vec![2],
+            ..SampleState::default()
+        },
+        3,
+    );
+    assert_eq!(simple(&banned, 100), Some(Simple::Largest));
+    banned.ban_stop_ids = true;
+    assert_eq!(simple(&banned, 100), None);
+}

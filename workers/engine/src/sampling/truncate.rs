@@ -68,11 +68,15 @@ fn keep_largest(ranks: &mut Vec<Rank>, count: usize) {
     ranks.truncate(count);
 }
 
+/// It must be a number. Beyond these bounds the draw is greedy, or all tokens are equal, anyway.
+pub fn inverse_temperature(sampling: &Sampling) -> f32 {
+    1.0 / sampling.temperature.clamp(1e-30, 1e30)
+}
+
 /// Draw a token with `u` in `[0, 1)`. Logits are free of NaN, `peak` is their maximum and finite, the
 /// temperature is above 0. Overwrites the logits.
 pub fn draw(logits: &mut [f32], peak: f32, sampling: &Sampling, u: f64) -> u32 {
-    // Its inverse must be a number. Beyond these bounds the draw is greedy, or all tokens are equal, anyway.
-    let inverse = 1.0 / sampling.temperature.clamp(1e-30, 1e30);
+    let inverse = inverse_temperature(sampling);
     let top_k = sampling.top_k as usize;
     if (1..logits.len()).contains(&top_k) {
         let ranks = largest(logits, top_k);
