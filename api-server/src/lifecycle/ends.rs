@@ -10,6 +10,10 @@ use crate::error::{ApiError, ErrorKind};
 /// How often a generation is begun anew after something broke.
 pub const RETRIES_MAX: u32 = 4;
 
+/// How many workers' executors one generation may break. It may be what breaks them: then the fewer it meets the
+/// better, for none of them serves again.
+pub const EXECUTORS_MAX: u32 = 2;
+
 impl Lifecycle {
     pub(super) fn worker_failed(
         &mut self,
@@ -17,6 +21,19 @@ impl Lifecycle {
         worker: WorkerId,
         out: &mut Vec<Action>,
     ) {
+        if failure.code == FailureCode::Executor {
+            self.executors_broken += 1;
+            if self.executors_broken == EXECUTORS_MAX {
+                let error = ApiError::new(
+                    ErrorKind::Worker,
+                    format!(
+                        "{EXECUTORS_MAX} workers failed over it, the last one because: {}",
+                        failure.message
+                    ),
+                );
+                return self.end_early("executors failed", Err(error), out);
+            }
+        }
         if failure.code.retryable() {
             // To give way for want of room is no fault. While every try brings tokens it comes to its end.
             let has_moved = self.output.len() > self.prefilled_output + 1;

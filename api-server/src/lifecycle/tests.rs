@@ -1,4 +1,4 @@
-use super::ends::RETRIES_MAX;
+use super::ends::{EXECUTORS_MAX, RETRIES_MAX};
 use super::room::WAITS_MAX;
 use super::*;
 use baton_protocol::{
@@ -274,6 +274,19 @@ fn only_the_news_of_the_end_was_lost() {
 
 #[test]
 fn retries_end() {
+    assert_eq!(
+        prefills_until_the_end(FailureCode::Draining),
+        RETRIES_MAX + 1
+    );
+}
+
+#[test]
+fn what_breaks_executors_does_not_meet_them_all() {
+    assert_eq!(prefills_until_the_end(FailureCode::Executor), EXECUTORS_MAX);
+}
+
+/// How often a prompt is sent that always fails so.
+fn prefills_until_the_end(code: FailureCode) -> u32 {
     let mut run = Run::new();
     let mut sent = 0;
     let mut inputs = vec![Input::Chosen(Some(target("c")))];
@@ -284,15 +297,15 @@ fn retries_end() {
                 Action::Wait(_) => inputs.push(Input::WaitOver),
                 Action::SendPrefill(_) => {
                     sent += 1;
-                    let failure = Failure::new(FailureCode::Executor, "broken");
+                    let failure = Failure::new(code, "broken");
                     inputs.push(Input::Prefill(Ok(PrefillReply::Failed { v: V, failure })));
                 }
                 _ => {}
             }
         }
     }
-    assert_eq!(sent, RETRIES_MAX + 1);
     assert_eq!(run.life.phase(), &Phase::Failed);
+    sent
 }
 
 fn any_input() -> impl Strategy<Value = Input> {

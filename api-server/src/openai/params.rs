@@ -164,7 +164,8 @@ fn sampling(
     let repetition = fields
         .number("repetition_penalty", 0.0, 100.0)?
         .or(defaults.repetition_penalty);
-    if repetition == Some(0.0) {
+    // Logits are divided by it, and workers refuse what is too small to divide by.
+    if repetition.is_some_and(|penalty| penalty < f32::MIN_POSITIVE) {
         let message = "repetition_penalty must be over 0";
         return Err(ApiError::param("repetition_penalty", message));
     }
@@ -308,6 +309,7 @@ mod tests {
             ),
             (json!({"temperature": 3}), "temperature"),
             (json!({"top_p": 0}), "top_p"),
+            (json!({"repetition_penalty": 1e-40}), "repetition_penalty"),
             (json!({"n": 0}), "n"),
             (json!({"n": 1.5}), "n"),
             (json!({"stop": [1]}), "stop"),
