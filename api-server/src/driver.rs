@@ -1,6 +1,8 @@
 //! Carries one generation through its lifecycle: does what the state machine says, over the bus, and
 //! tells it what came of it. One local task per choice.
 
+mod placed;
+
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
@@ -13,11 +15,13 @@ use baton_protocol::{
     SequenceSpec, TokenLogprobs,
 };
 
-use crate::bus::{Event, Inbox, Registered};
 use crate::error::ApiError;
+use crate::inbox::{Event, Inbox, Registered};
 use crate::lifecycle::{Action, Input, Lifecycle, Phase, Rules, Target};
 use crate::router::{Constraints, Outstanding};
 use crate::server::Server;
+
+use self::placed::Placed;
 
 /// A decode worker that said nothing of a request for this long is given up.
 const STALL: Duration = Duration::from_secs(30);
@@ -485,38 +489,5 @@ async fn reply(pending: &mut Option<Pin<Box<dyn Future<Output = Input>>>>) -> In
     match pending {
         Some(future) => future.await,
         None => std::future::pending().await,
-    }
-}
-
-/// Counts a job on its worker for as long as it lives.
-struct Placed {
-    server: Arc<Server>,
-    target: Target,
-    job: Outstanding,
-    /// It was taken: its end leaves a place.
-    admitted: bool,
-}
-
-impl Placed {
-    fn new(server: &Arc<Server>, target: &Target, job: Outstanding) -> Self {
-        server.fleet().router.begin(&target.worker, job);
-        Self {
-            server: Arc::clone(server),
-            target: target.clone(),
-            job,
-            admitted: false,
-        }
-    }
-}
-
-impl Drop for Placed {
-    fn drop(&mut self) {
-        self.server
-            .fleet()
-            .router
-            .end(&self.target.worker, self.job);
-        if self.admitted {
-            self.server.decode_room.notify_one();
-        }
     }
 }

@@ -12,6 +12,7 @@ mod detokenize;
 mod driver;
 mod error;
 mod http;
+mod inbox;
 mod lifecycle;
 mod membership;
 mod metrics;

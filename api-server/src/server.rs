@@ -9,10 +9,11 @@ use baton_protocol::{ApiBeat, ApiServerId, Beat};
 use tokio::net::TcpSocket;
 use tokio::sync::Notify;
 
-use crate::bus::{Bus, Event, Registry, Watcher, lock};
+use crate::bus::{Bus, Watcher};
 use crate::config::{ApiServerConfig, Limits};
 use crate::error::ApiServerError;
 use crate::http;
+use crate::inbox::{Event, Registry, lock};
 use crate::lifecycle::Target;
 use crate::membership::Membership;
 use crate::metrics::Metrics;

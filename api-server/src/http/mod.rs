@@ -18,8 +18,8 @@ use actix_web::rt::net::TcpStream;
 use actix_web::dev::Server as HttpServerHandle;
 use actix_web::{App, HttpServer, rt, web};
 
-use crate::bus::Mailbox;
 use crate::error::{ApiError, ErrorKind};
+use crate::inbox::Mailbox;
 use crate::server::Server;
 use respond::error_response;
 

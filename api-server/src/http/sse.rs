@@ -14,8 +14,8 @@ use actix_web::body::{BodySize, MessageBody};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use crate::bus::{Event, Inbox};
 use crate::error::ApiError;
+use crate::inbox::{Event, Inbox};
 use crate::openai::{Shape, Tally, Usage};
 
 /// A stream says something at least this often, also to notice that nobody listens any more.
