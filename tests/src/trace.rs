@@ -78,12 +78,13 @@ impl Trace {
         all
     }
 
-    /// The only generation since `from`.
+    /// The only generation that began since `from`: the last words of one before it may come late.
     ///
     /// # Panics
     /// If there is none, or another one.
     pub async fn only(tap: &Tap, from: usize) -> Self {
-        let all = Self::all(tap, from).await;
+        let mut all = Self::all(tap, from).await;
+        all.retain(|_, trace| !trace.prefills.is_empty());
         assert_eq!(all.len(), 1, "generations: {:?}", all.keys());
         all.into_values().next().expect("just counted")
     }

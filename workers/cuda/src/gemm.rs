@@ -1,6 +1,6 @@
 //! Matrix products through cuBLASLt, each shape planned once.
 //!
-//! y[rows][outputs] = x[rows][inputs] · w[outputs][inputs]ᵀ, everything row-major as it lies. To cuBLASLt, which counts
+//! `y[rows][outputs] = x[rows][inputs] · w[outputs][inputs]ᵀ`, everything row-major as it lies. To cuBLASLt, which counts
 //! columns first, that is yᵀ = w · xᵀ with w transposed: the one form that FP8 takes as well.
 
 use std::collections::HashMap;
