@@ -9,10 +9,11 @@ use baton_engine::{
 use baton_protocol::KvGeometry;
 
 use crate::attention::Attention;
+use crate::buffers::{Draw, padded_rows, rows_max};
 use crate::device::{Device, Pinned};
 use crate::error::CudaError;
 use crate::graph::Graph;
-use crate::model::{CudaModel, Draw, kv_geometry, padded_rows, rows_max};
+use crate::model::{CudaModel, kv_geometry};
 use crate::step::{DECODE_SIZES, StepAddresses, StepArrays, StepShape, decode_size};
 
 /// Threads that choose tokens by more than their logit. A row of 128,256 logits takes some 0.2 ms.

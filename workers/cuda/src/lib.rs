@@ -17,6 +17,7 @@
 #![allow(clippy::too_many_arguments)]
 
 mod attention;
+mod buffers;
 mod compile;
 mod device;
 mod error;

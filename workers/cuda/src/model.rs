@@ -7,15 +7,16 @@ use baton_protocol::{KvDtype, KvGeometry};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::Attention;
+use crate::buffers::{ARGMAX_PARTS, Buffers, Draw, logits_rows, rows_max};
 use crate::compile::Compiler;
-use crate::device::{Buffer, Device, Pinned, Plain};
+use crate::device::{Buffer, Device, Pinned};
 use crate::error::CudaError;
 use crate::gemm::{Blas, Output, Product};
 use crate::kernel::{Kernel, Module, Shape};
 use crate::launch;
-use crate::skinny::{self, Activations, End, Matrix, Norm, Skinny};
+use crate::skinny::{self, End, Matrix, Norm, Skinny};
 use crate::sources;
-use crate::step::{StepAddresses, StepShape, decode_size};
+use crate::step::{StepAddresses, StepShape};
 use crate::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 
 /// How large the steps of a model may be.
@@ -64,51 +65,6 @@ struct Kernels {
     argmax: Kernel,
     draw: Kernel,
 }
-
-/// Activations, allocated once.
-struct Buffers {
-    /// The residual stream, `[rows][hidden]`.
-    x: Buffer<f32>,
-    /// A norm's output, BF16.
-    normed: Buffer<u16>,
-    qkv: Buffer<u16>,
-    q: Buffer<u16>,
-    attended: Buffer<u16>,
-    gate_up: Buffer<u16>,
-    inner: Buffer<u16>,
-    /// `normed`, `attended` and `inner` as few rows are multiplied.
-    skinny_normed: Activations,
-    skinny_attended: Activations,
-    skinny_inner: Activations,
-    /// Sums of squares of the residual stream, `[rows][ceil(hidden / 64)]`.
-    squares: Buffer<f32>,
-    /// Cosines and sines, `[rows][head_dim / 2][2]`.
-    turns: Buffer<f32>,
-    frequencies: Buffer<f64>,
-    logits: Buffer<f32>,
-    /// The best token of each row of logits, and what the kernel that finds it needs.
-    best: Buffer<i32>,
-    best_parts: Buffer<u32>,
-    best_arrived: Buffer<u32>,
-    draws: Buffer<Draw>,
-}
-
-/// Blocks that look for the best token of a row; the kernel has the same number.
-const ARGMAX_PARTS: usize = 32;
-
-/// What `kernels/draw.cu` draws a row's token by.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub(crate) struct Draw {
-    /// Of the temperature; 0 leaves the row's token as it is.
-    pub(crate) inverse: f32,
-    /// Weights below count as 0.
-    pub(crate) weight_min: f32,
-    /// In `[0, 1)`.
-    pub(crate) u: f64,
-}
-
-impl Plain for Draw {}
 
 /// Logits that the kernel sums as one: it keeps a sum of each such group in shared memory.
 const DRAW_GROUP: usize = 256;
@@ -536,71 +492,8 @@ impl Kernels {
     }
 }
 
-impl Buffers {
-    fn new(
-        device: &Arc<Device>,
-        spec: &ModelSpec,
-        options: CudaOptions,
-    ) -> Result<Self, CudaError> {
-        let rows = rows_max(options);
-        let logits_rows = logits_rows(options);
-        let (heads, dim) = (spec.heads, spec.head_dim);
-        let frequencies = spec.rope.inverse_frequencies(dim);
-        let numbers = |width: usize| Buffer::<u16>::zeroed(device, rows * width, "activations");
-        let normed = Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?;
-        let (attended, inner) = (numbers(heads * dim)?, numbers(spec.intermediate)?);
-        let skinny = |buffer: &Buffer<u16>, width| match takes_skinny(spec) {
-            true => Activations::new(device, buffer.at(0), rows, width),
-            false => Ok(Activations::default()),
-        };
-        Ok(Self {
-            x: Buffer::zeroed(device, rows * spec.hidden, "activations")?,
-            skinny_normed: skinny(&normed, spec.hidden)?,
-            skinny_attended: skinny(&attended, heads * dim)?,
-            skinny_inner: skinny(&inner, spec.intermediate)?,
-            squares: Buffer::zeroed(device, rows * spec.hidden.div_ceil(64), "activations")?,
-            normed,
-            qkv: numbers((heads + 2 * spec.kv_heads) * dim)?,
-            q: numbers(heads * dim)?,
-            attended,
-            gate_up: numbers(2 * spec.intermediate)?,
-            inner,
-            turns: Buffer::zeroed(device, rows * dim, "activations")?,
-            frequencies: Buffer::of(device, &frequencies, "rotary frequencies")?,
-            logits: Buffer::zeroed(device, logits_rows * spec.vocab, "logits")?,
-            best: Buffer::zeroed(device, logits_rows, "tokens")?,
-            best_parts: Buffer::zeroed(device, logits_rows * ARGMAX_PARTS * 2, "tokens")?,
-            best_arrived: Buffer::zeroed(device, logits_rows, "tokens")?,
-            draws: Buffer::zeroed(device, logits_rows, "tokens")?,
-        })
-    }
-}
-
-/// Rows of a step, rounded up to what products are planned for: few plans, little waste.
-pub(crate) fn padded_rows(rows: usize) -> usize {
-    match rows {
-        0..=128 => rows.next_multiple_of(8),
-        129..=1024 => rows.next_multiple_of(64),
-        _ => rows.next_multiple_of(128),
-    }
-}
-
-/// Rows of the largest step.
-pub(crate) fn rows_max(options: CudaOptions) -> usize {
-    padded_rows(
-        options
-            .step_tokens_max
-            .max(decode_size(options.step_sequences_max)),
-    )
-}
-
-/// A decode step takes its logits at once; prompt log-probabilities take more in turns.
-fn logits_rows(options: CudaOptions) -> usize {
-    padded_rows(decode_size(options.step_sequences_max)).max(64)
-}
-
 /// Whether every product of a layer can go the way of few rows.
-fn takes_skinny(spec: &ModelSpec) -> bool {
+pub(crate) fn takes_skinny(spec: &ModelSpec) -> bool {
     let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
     let (hidden, inner) = (spec.hidden, spec.intermediate);
     Skinny::takes(hidden, q + 2 * kv)
