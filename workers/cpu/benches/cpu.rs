@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use baton_cpu::probe::{Gemm, peak_flops, read_bandwidth, seconds};
-use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel, kv_geometry};
-use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan};
+use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel};
+use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan, kv_geometry};
 use baton_model::ModelDir;
 
 fn main() {

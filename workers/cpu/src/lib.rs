@@ -34,6 +34,6 @@ mod weights;
 pub mod probe;
 
 pub use error::CpuError;
-pub use executor::{CpuExecutor, CpuOptions, kv_geometry};
+pub use executor::{CpuExecutor, CpuOptions};
 pub use kernel::Kernel;
 pub use memory::HeapMemory;

@@ -4,7 +4,8 @@ mod common;
 
 use std::sync::Arc;
 
-use baton_cpu::{CpuError, CpuExecutor, CpuOptions, HeapMemory, Kernel, kv_geometry};
+use baton_cpu::{CpuError, CpuExecutor, CpuOptions, HeapMemory, Kernel};
+use baton_engine::kv_geometry;
 use baton_executor_tests::families::{
     broken_plans_are_refused, families, prompt_log_probabilities,
 };

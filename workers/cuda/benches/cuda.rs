@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use baton_cuda::{
     Blas, Buffer, Compiler, CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device,
-    Module, Output, Product, Shape, kv_geometry, launch, sources::Source,
+    Module, Output, Product, Shape, launch, sources::Source,
 };
-use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan};
+use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan, kv_geometry};
 use baton_model::{ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, expected_tensors};
 
 const CONTEXT: usize = 512;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use baton_engine::{
     Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, Sampled, SequenceOutput, Simple,
-    StepOutput, StepPlan, Want, What, answer, simple, wants,
+    StepOutput, StepPlan, Want, What, answer, arena_blocks, simple, wants,
 };
 use baton_protocol::KvGeometry;
 
@@ -13,7 +13,7 @@ use crate::buffers::{Draw, padded_rows, rows_max};
 use crate::device::{Device, Pinned};
 use crate::error::CudaError;
 use crate::graph::Graph;
-use crate::model::{CudaModel, kv_geometry};
+use crate::model::CudaModel;
 use crate::step::{DECODE_SIZES, StepAddresses, StepArrays, StepShape, decode_size};
 
 /// Threads that choose tokens by more than their logit. A row of 128,256 logits takes some 0.2 ms.
@@ -44,20 +44,7 @@ impl CudaExecutor {
         kv: KvGeometry,
     ) -> Result<Self, CudaError> {
         let (spec, options, device) = (&model.spec, model.options, model.device.clone());
-        if let Some(difference) = kv.difference(&kv_geometry(spec, kv.block_tokens)) {
-            return Err(CudaError::Arena(difference));
-        }
-        if kv.block_tokens == 0 {
-            return Err(CudaError::Arena("a block of 0 tokens".to_owned()));
-        }
-        let blocks = memory.len() / kv.block_bytes();
-        if blocks == 0 {
-            return Err(CudaError::Arena(format!(
-                "a block takes {} bytes, the arena has {}",
-                kv.block_bytes(),
-                memory.len()
-            )));
-        }
+        let blocks = arena_blocks(spec, &kv, memory.len()).map_err(CudaError::Arena)?;
         let info = ExecutorInfo {
             device: format!("cuda:{} {}", device.ordinal(), device.name()),
             // A slot is block * block_tokens + offset in 31 bits.

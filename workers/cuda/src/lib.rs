@@ -40,6 +40,6 @@ pub use executor::CudaExecutor;
 pub use gemm::{Blas, Output, Product};
 pub use graph::Graph;
 pub use kernel::{Kernel, Module, Shape};
-pub use model::{CudaModel, CudaOptions, kv_geometry};
+pub use model::{CudaModel, CudaOptions};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};
 pub use weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use baton_model::{ModelSpec, TensorSource};
-use baton_protocol::{KvDtype, KvGeometry};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::Attention;
@@ -26,18 +25,6 @@ pub struct CudaOptions {
     pub step_tokens_max: usize,
     /// Most sequences of one step.
     pub step_sequences_max: usize,
-}
-
-/// The arena layout of a model that one GPU holds whole.
-pub fn kv_geometry(spec: &ModelSpec, block_tokens: u32) -> KvGeometry {
-    KvGeometry {
-        layout: KvGeometry::LAYOUT,
-        dtype: KvDtype::Bf16,
-        block_tokens,
-        kv_heads: spec.kv_heads as u32,
-        layers: spec.layers as u32,
-        head_dim: spec.head_dim as u32,
-    }
 }
 
 /// A loaded model.

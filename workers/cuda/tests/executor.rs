@@ -3,8 +3,8 @@
 
 use std::sync::Arc;
 
-use baton_cuda::{CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device, kv_geometry};
-use baton_engine::{Executor, SampleRequest, SampleState, SequenceStep, StepPlan};
+use baton_cuda::{CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device};
+use baton_engine::{Executor, SampleRequest, SampleState, SequenceStep, StepPlan, kv_geometry};
 use baton_executor_tests::company::{BLOCK_TOKENS, BLOCKS, alone, sequences, together};
 use baton_executor_tests::families::{
     broken_plans_are_refused, families, prompt_log_probabilities,

@@ -20,10 +20,12 @@
 //! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
 //! - `sampling`: from logits to a token.
+//! - `arena`: how a model's KV lies in memory.
 //! - `executor`: the seam to the model; `rows`: what every executor makes of a step first; `fake`: an executor without a
 //!   model.
 #![forbid(unsafe_code)]
 
+mod arena;
 mod engine;
 mod evictable;
 mod executor;
@@ -38,6 +40,7 @@ mod scheduler;
 mod sequence;
 mod table;
 
+pub use arena::{arena_blocks, kv_geometry};
 pub use engine::Engine;
 pub use executor::{
     Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SampleState, Sampled,

@@ -42,7 +42,7 @@ impl Backend {
             step_sequences_max: config.batch,
         };
         let loaded = CudaModel::load(&device, model.spec(), &weights, options).map_err(failed)?;
-        let kv = baton_cuda::kv_geometry(model.spec(), config.block_tokens);
+        let kv = baton_engine::kv_geometry(model.spec(), config.block_tokens);
         let (free, _) = device.memory().map_err(failed)?;
         let blocks = config.kv_blocks_of_gpu(&kv, free as u64)?;
         let bytes = kv.block_bytes() * blocks as usize;

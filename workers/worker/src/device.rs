@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, kv_geometry};
-use baton_engine::{Executor, KvMemory};
+use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory};
+use baton_engine::{Executor, KvMemory, kv_geometry};
 use baton_model::ModelDir;
 use baton_protocol::{KvGeometry, Role, TransferDescriptor};
 use baton_transfer::{Agent, AgentConfig};

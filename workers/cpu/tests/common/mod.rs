@@ -4,8 +4,8 @@
 
 use std::sync::Arc;
 
-use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel, kv_geometry};
-use baton_engine::KvMemory;
+use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel};
+use baton_engine::{KvMemory, kv_geometry};
 use baton_executor_tests::{Build, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX};
 
 /// Kernels of this CPU.
