@@ -344,6 +344,10 @@ impl WeightSource for Safetensors {
             );
             return Err(PrepError::tensor(file.path(), &tensor.name, reason));
         }
+        if found.dtype == Dtype::F8E4M3 {
+            let reason = "is F8_E4M3, and config.json does not say with which scales";
+            return Err(PrepError::tensor(file.path(), &tensor.name, reason));
+        }
         Ok(())
     }
 
@@ -366,6 +370,7 @@ impl WeightSource for Safetensors {
                 let value = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
                 bf16::from_f32(value).to_le_bytes()
             })),
+            Dtype::F8E4M3 => unreachable!("refused by the check"),
         }
         Ok(())
     }

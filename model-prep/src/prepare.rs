@@ -4,7 +4,7 @@ use std::fs;
 
 use baton_model::{
     Dtype, FingerprintHasher, MANIFEST, MANIFEST_FORMAT, Manifest, ModelDir, ModelSpec, TOKENIZER,
-    TensorSpec, check_tp_size, expected_tensors,
+    TensorSpec, WeightFormat, check_tp_size, expected_tensors,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -206,7 +206,7 @@ fn write(
         format: MANIFEST_FORMAT,
         name: plan.name.clone(),
         fingerprint: fingerprint.finish(),
-        dtype: Dtype::Bf16,
+        dtype: WeightFormat::Bf16,
         tp_size: plan.tp_size,
         tokens_max: plan.tokens_max,
         batch_max: plan.batch_max,

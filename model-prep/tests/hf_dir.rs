@@ -90,6 +90,7 @@ fn write_source(
                     Dtype::Bf16 => file.extend(bf16::from_f32(v).to_le_bytes()),
                     Dtype::F16 => file.extend(half::f16::from_f32(v).to_le_bytes()),
                     Dtype::F32 => file.extend(v.to_le_bytes()),
+                    Dtype::F8E4M3 => file.push(baton_model::e4m3_from_f32(v)),
                 }
             }
             let bytes = values

@@ -2,9 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::safetensors::Dtype;
 use crate::spec::ModelSpec;
-use crate::tensors::check_tp_size;
+use crate::weight_format::WeightFormat;
 
 /// Format number of the manifests written and read here.
 pub const MANIFEST_FORMAT: u32 = 1;
@@ -16,10 +15,11 @@ pub struct Manifest {
     pub format: u32,
     /// Name the model is served under.
     pub name: String,
-    /// Identity of the model, 64 hexadecimal digits; see [`crate::FingerprintHasher`].
+    /// Identity of the model, 64 hexadecimal digits; see [`crate::FingerprintHasher`]. The same in every
+    /// `dtype` it was prepared in, so that workers of different precision can pass KV on.
     pub fingerprint: String,
-    /// Format of all weights.
-    pub dtype: Dtype,
+    /// Format of the projections; all other weights are BF16.
+    pub dtype: WeightFormat,
     /// Ranks the weights are divided over.
     pub tp_size: usize,
     /// Longest sequence to serve, in tokens; the same as `spec.tokens_max`.
@@ -65,16 +65,12 @@ impl Manifest {
         {
             return Err("its fingerprint is not 64 hexadecimal digits".to_owned());
         }
-        if self.dtype != Dtype::Bf16 {
-            return Err(format!(
-                "its weights are {}, only BF16 is served",
-                self.dtype
-            ));
-        }
         self.spec
             .check()
             .map_err(|e| format!("its spec is wrong: {e}"))?;
-        check_tp_size(&self.spec, self.tp_size).map_err(|e| e.to_string())?;
+        self.dtype
+            .check_tp_size(&self.spec, self.tp_size)
+            .map_err(|e| e.to_string())?;
         if self.tokens_max == 0 || self.tokens_max != self.spec.tokens_max {
             return Err(format!(
                 "its longest sequence is {} tokens in one place and {} in another",

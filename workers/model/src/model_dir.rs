@@ -8,9 +8,10 @@ use sha2::{Digest, Sha256};
 
 use crate::error::ModelError;
 use crate::manifest::{Manifest, hex};
-use crate::safetensors::{Dtype, SafetensorsFile, Tensor};
+use crate::safetensors::{SafetensorsFile, Tensor};
 use crate::spec::ModelSpec;
-use crate::tensors::{TensorSpec, expected_tensors};
+use crate::tensors::{StoredTensor, stored_tensors};
+use crate::weight_format::WeightFormat;
 
 /// What the directory holds. Written last.
 pub const MANIFEST: &str = "manifest.json";
@@ -121,7 +122,7 @@ impl ModelDir {
         &self.manifest.spec
     }
 
-    /// Map one rank's weights and check that every tensor of the model is there, in BF16, in its shape.
+    /// Map one rank's weights and check that every tensor of the model is there, in its format and shape.
     pub fn weights(&self, rank: usize) -> Result<Weights, ModelError> {
         let tp_size = self.manifest.tp_size;
         if rank >= tp_size {
@@ -133,10 +134,11 @@ impl ModelDir {
             ));
         }
         let file = SafetensorsFile::open(&self.path.join(rank_file_name(rank)))?;
-        for tensor in expected_tensors(self.spec()) {
-            check_tensor(&file, &tensor, tp_size)?;
+        let format = self.manifest.dtype;
+        for tensor in stored_tensors(self.spec(), format, tp_size) {
+            check_tensor(&file, &tensor)?;
         }
-        Ok(Weights { file })
+        Ok(Weights { file, format })
     }
 }
 
@@ -144,6 +146,7 @@ impl ModelDir {
 #[derive(Debug)]
 pub struct Weights {
     file: SafetensorsFile,
+    format: WeightFormat,
 }
 
 impl Weights {
@@ -152,25 +155,26 @@ impl Weights {
         self.file.tensor(name)
     }
 
+    /// Format of the projections.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
     /// The file they are in.
     pub fn path(&self) -> &Path {
         self.file.path()
     }
 }
 
-fn check_tensor(
-    file: &SafetensorsFile,
-    expected: &TensorSpec,
-    tp_size: usize,
-) -> Result<(), ModelError> {
-    let found = file.tensor(&expected.name)?;
-    let shape = expected.rank_shape(tp_size);
-    if found.dtype != Dtype::Bf16 || found.shape != shape {
+fn check_tensor(file: &SafetensorsFile, expected: &StoredTensor) -> Result<(), ModelError> {
+    let (name, dtype, shape) = expected;
+    let found = file.tensor(name)?;
+    if found.dtype != *dtype || found.shape != *shape {
         let reason = format!(
-            "is {} of shape {:?}, it should be BF16 of shape {shape:?}; prepare the model again",
+            "is {} of shape {:?}, it should be {dtype} of shape {shape:?}; prepare the model again",
             found.dtype, found.shape
         );
-        return Err(ModelError::tensor(file.path(), &expected.name, reason));
+        return Err(ModelError::tensor(file.path(), name, reason));
     }
     Ok(())
 }

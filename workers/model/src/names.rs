@@ -40,3 +40,16 @@ pub const DOWN: &str = "mlp.down_proj.weight";
 pub fn layer(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.{name}")
 }
+
+/// Scales of an FP8 projection: `model.layers.3.self_attn.q_proj.weight_scale`.
+pub fn scales(projection: &str) -> String {
+    format!("{projection}_scale")
+}
+
+/// Whether a full name is that of one of a layer's seven projections.
+pub fn is_projection(name: &str) -> bool {
+    let part = name
+        .strip_prefix("model.layers.")
+        .and_then(|rest| rest.split_once('.'));
+    part.is_some_and(|(_, part)| [Q, K, V, O, GATE, UP, DOWN].contains(&part))
+}

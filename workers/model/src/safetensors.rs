@@ -32,12 +32,16 @@ pub enum Dtype {
     /// IEEE single precision.
     #[serde(rename = "F32")]
     F32,
+    /// e4m3: 4 exponent and 3 mantissa bits; [`crate::f32_from_e4m3`] says what a code stands for.
+    #[serde(rename = "F8_E4M3")]
+    F8E4M3,
 }
 
 impl Dtype {
     /// Bytes of one element.
     pub fn size(self) -> usize {
         match self {
+            Dtype::F8E4M3 => 1,
             Dtype::Bf16 | Dtype::F16 => 2,
             Dtype::F32 => 4,
         }
@@ -48,6 +52,7 @@ impl Dtype {
             "BF16" => Some(Dtype::Bf16),
             "F16" => Some(Dtype::F16),
             "F32" => Some(Dtype::F32),
+            "F8_E4M3" => Some(Dtype::F8E4M3),
             _ => None,
         }
     }
@@ -59,6 +64,7 @@ impl fmt::Display for Dtype {
             Dtype::Bf16 => "BF16",
             Dtype::F16 => "F16",
             Dtype::F32 => "F32",
+            Dtype::F8E4M3 => "F8_E4M3",
         })
     }
 }
@@ -129,7 +135,10 @@ impl SafetensorsFile {
             .entry(name)
             .ok_or_else(|| ModelError::tensor(&self.path, name, "is missing"))?;
         let dtype = Dtype::from_name(&entry.dtype).ok_or_else(|| {
-            let reason = format!("is {}; only BF16, F16 and F32 can be read", entry.dtype);
+            let reason = format!(
+                "is {}; only BF16, F16, F32 and F8_E4M3 can be read",
+                entry.dtype
+            );
             ModelError::tensor(&self.path, name, reason)
         })?;
         let (start, end) = entry.range;

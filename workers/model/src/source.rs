@@ -1,7 +1,12 @@
 //! Where an executor takes weights from: a model directory, or a test.
 
+use std::borrow::Cow;
+
+use crate::fp8::{Fp8Matrix, Fp8Scales};
 use crate::model_dir::Weights;
-use crate::safetensors::Dtype;
+use crate::names;
+use crate::safetensors::{Dtype, Tensor};
+use crate::weight_format::WeightFormat;
 
 /// A BF16 tensor as it lies in the checkpoint.
 pub struct TensorBytes<'a> {
@@ -9,6 +14,15 @@ pub struct TensorBytes<'a> {
     pub shape: Vec<usize>,
     /// Its numbers, little-endian, row after row.
     pub bytes: &'a [u8],
+}
+
+/// A projection `[out][in]` in whatever format the source has it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum MatrixBytes<'a> {
+    /// Little-endian BF16, row after row.
+    Bf16(&'a [u8]),
+    /// e4m3 with scales.
+    Fp8(Fp8Matrix<'a>),
 }
 
 /// Anything that has tensors.
@@ -29,20 +43,60 @@ pub trait TensorSource {
         }
         Ok(tensor.bytes)
     }
+
+    /// One of the seven projections of a layer, `[out][in]`, in the source's format. A source that has
+    /// FP8 has all of them so, with scales of one kind.
+    fn projection(&self, name: &str, out: usize, inputs: usize) -> Result<MatrixBytes<'_>, String> {
+        self.shaped(name, &[out, inputs]).map(MatrixBytes::Bf16)
+    }
 }
 
 impl TensorSource for Weights {
     fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String> {
-        let tensor = self.tensor(name).map_err(|e| e.to_string())?;
-        if tensor.dtype != Dtype::Bf16 {
-            return Err(format!(
-                "it is {}, and this executor computes in BF16",
-                tensor.dtype
-            ));
-        }
+        let tensor = self.of_dtype(name, Dtype::Bf16)?;
         Ok(TensorBytes {
             shape: tensor.shape,
             bytes: tensor.bytes,
         })
+    }
+
+    fn projection(&self, name: &str, out: usize, inputs: usize) -> Result<MatrixBytes<'_>, String> {
+        let shape = [out, inputs];
+        let Some(scales_shape) = self.format().scales_shape(shape) else {
+            return self.shaped(name, &shape).map(MatrixBytes::Bf16);
+        };
+        let codes = self.of_dtype(name, Dtype::F8E4M3)?;
+        let scales = self.of_dtype(&names::scales(name), Dtype::F32)?;
+        for (found, expected) in [(&codes.shape, &shape[..]), (&scales.shape, &scales_shape)] {
+            if found != expected {
+                return Err(format!(
+                    "the shape of it or of its scales is {found:?}, the configuration says {expected:?}"
+                ));
+            }
+        }
+        let numbers = scales.bytes.as_chunks::<4>().0.iter();
+        let numbers = numbers.map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        Ok(MatrixBytes::Fp8(Fp8Matrix {
+            rows: out,
+            columns: inputs,
+            codes: Cow::Borrowed(codes.bytes),
+            scales: match self.format() {
+                WeightFormat::Fp8Block => Fp8Scales::Block(numbers),
+                _ => Fp8Scales::Channel(numbers),
+            },
+        }))
+    }
+}
+
+impl Weights {
+    fn of_dtype(&self, name: &str, dtype: Dtype) -> Result<Tensor<'_>, String> {
+        let tensor = self.tensor(name).map_err(|e| e.to_string())?;
+        if tensor.dtype != dtype {
+            return Err(format!(
+                "`{name}` is {}, it should be {dtype}",
+                tensor.dtype
+            ));
+        }
+        Ok(tensor)
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::error::ModelError;
 use crate::names;
+use crate::safetensors::Dtype;
 use crate::spec::ModelSpec;
+use crate::weight_format::WeightFormat;
 
 /// How a tensor is divided over the ranks of a tensor-parallel group.
 ///
@@ -28,7 +30,12 @@ pub struct TensorSpec {
     pub shape: Vec<usize>,
     /// How ranks share it.
     pub split: Split,
+    /// One of the seven projections of a layer, whose format is the model's [`WeightFormat`]; all else is BF16.
+    pub projection: bool,
 }
+
+/// A tensor as a weight file holds it.
+pub type StoredTensor = (String, Dtype, Vec<usize>);
 
 impl TensorSpec {
     /// First dimension.
@@ -56,9 +63,44 @@ impl TensorSpec {
         }
         shape
     }
+
+    /// What one rank's weight file holds of it: the tensor, and after it the scales of an FP8 projection.
+    /// `tp_size` must have passed [`WeightFormat::check_tp_size`].
+    pub fn stored(
+        &self,
+        format: WeightFormat,
+        tp_size: usize,
+    ) -> impl Iterator<Item = StoredTensor> + use<> {
+        let shape = self.rank_shape(tp_size);
+        let scales = match (self.projection, shape.as_slice()) {
+            (true, &[out, inputs]) => format.scales_shape([out, inputs]),
+            _ => None,
+        };
+        let dtype = match scales {
+            Some(_) => Dtype::F8E4M3,
+            None => Dtype::Bf16,
+        };
+        let scales = scales.map(|shape| (names::scales(&self.name), Dtype::F32, shape));
+        [(self.name.clone(), dtype, shape)]
+            .into_iter()
+            .chain(scales)
+    }
+}
+
+/// Every tensor of one rank's weight file, in order: those of [`expected_tensors`] with the scales that
+/// the format has. `tp_size` must have passed [`WeightFormat::check_tp_size`].
+pub fn stored_tensors(
+    spec: &ModelSpec,
+    format: WeightFormat,
+    tp_size: usize,
+) -> impl Iterator<Item = StoredTensor> {
+    expected_tensors(spec)
+        .into_iter()
+        .flat_map(move |tensor| tensor.stored(format, tp_size))
 }
 
 /// Every tensor of the model, in the order in which weight files and fingerprints hold them.
+/// An FP8 model has scales besides, which [`stored_tensors`] lists: they belong to how it is kept, not to what it is.
 pub fn expected_tensors(spec: &ModelSpec) -> Vec<TensorSpec> {
     let ModelSpec {
         hidden,
@@ -70,8 +112,14 @@ pub fn expected_tensors(spec: &ModelSpec) -> Vec<TensorSpec> {
     let q = spec.heads * head_dim;
     let kv = spec.kv_heads * head_dim;
     let mut tensors = Vec::with_capacity(3 + spec.layers * 14);
-    let mut add =
-        |name: String, shape: Vec<usize>, split| tensors.push(TensorSpec { name, shape, split });
+    let mut add = |name: String, shape: Vec<usize>, split| {
+        tensors.push(TensorSpec {
+            projection: names::is_projection(&name),
+            name,
+            shape,
+            split,
+        });
+    };
 
     add(
         names::EMBED.to_owned(),
