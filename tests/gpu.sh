@@ -3,8 +3,9 @@
 # NVRTC and cuBLASLt of CUDA 13 (a toolkit, or the wheels in python3's environment), and without cargo or network.
 #
 #   tests/gpu.sh build DIR            builds the programs into DIR, here, where cargo is
-#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: tests, golden, cluster, bench [all]
+#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: kernels, tests, golden, cluster, bench [all]
 #
+# `kernels` needs numpy and torch: it compares the kernels on random inputs with products in f64.
 # `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
 # `cluster` needs nats-server and curl too, and for more than one process per GPU UCX with CUDA (BATON_UCX_LIB_DIR).
 set -uo pipefail
@@ -20,14 +21,14 @@ import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
     if message.get("executable") and message["target"]["name"] in ("executor", "cuda"):
-        shutil.copy(message["executable"], sys.argv[1])
+        shutil.copy(message["executable"], sys.argv[1] + "/" + message["target"]["name"])
 ' "$1" || return
   cargo build --locked --release --package baton || return
   cp "${CARGO_TARGET_DIR:-$root/target}/release/baton" "$1" || return
   strip "$1"/executor "$1"/cuda "$1"/baton
 }
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] || usage
 if [ "$1" = build ]; then
   [ $# -eq 2 ] || usage
@@ -49,6 +50,13 @@ weights() {
   else
     cat "$programs/$model".part* > "$work/$model"
   fi
+}
+
+# Each check compiles its kernels first; outputs are poisoned before every launch.
+kernels() {
+  local check=workers/cuda/kernels/check
+  python3 $check/gemm.py compile "$work/gemm" && python3 $check/gemm.py check "$work/gemm" quick || return
+  python3 $check/attention.py build "$work/attention" && python3 $check/attention.py check "$work/attention"
 }
 
 tests() { "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced; }
@@ -92,10 +100,10 @@ cluster() {
 bench() { "$programs/cuda"; }
 
 passed=0 failed=()
-[ $# -gt 0 ] || set -- tests golden cluster bench
+[ $# -gt 0 ] || set -- kernels tests golden cluster bench
 for step; do
   case "$step" in
-    tests | golden | cluster | bench) ;;
+    kernels | tests | golden | cluster | bench) ;;
     *) usage ;;
   esac
   echo "=== $step"
