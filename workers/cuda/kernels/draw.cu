@@ -1,11 +1,10 @@
 // A token drawn by its weight exp((logit - peak) / temperature), as the engine's sampling rules draw it without top-k and
 // top-p: bit for bit the same token from the same logits, whichever side draws.
 //
-// That takes the same operations in the same order: exp by the engine's polynomial, without fused multiply-add; each
-// group of 256 weights summed in 16 lanes, chunk after chunk, and the lanes as a tree; groups in f64, one after the
-// other; then the group in which the target lies, weight after weight.
+// That takes exp by the engine's polynomial, without fused multiply-add, and weights as integers, whose sums do not depend
+// on their order.
 //
-// Floor: rows * vocab * 4 bytes; the walk over the groups (501 of them at 128,256 logits) is some 10 us beside it.
+// Floor: rows * vocab * 4 bytes; the walk over the groups (501 of them at 128,256 logits) is some µs beside it.
 //
 // kernel draw spill_bytes_max=0
 #include "common.cuh"
@@ -16,7 +15,7 @@
 struct Draw {
     float inverse;    // of the temperature; 0 leaves the row's token as it is
     float weight_min; // weights below are 0
-    double u;         // in [0, 1)
+    u64 bits;         // where in the sum of all weights, in 2^-53
 };
 
 DEVICE float clean(float x) {
@@ -39,18 +38,19 @@ DEVICE float exp_rounded(float x) {
     return x < -87.0f ? 0.0f : __fmul_rn(p, power);
 }
 
-DEVICE float weight_of(float logit, float peak, const Draw& draw) {
+// In units of 2^-44.
+DEVICE u64 weight_of(float logit, float peak, const Draw& draw) {
     float weight = exp_rounded(__fmul_rn(__fsub_rn(clean(logit), peak), draw.inverse));
-    return weight < draw.weight_min ? 0.0f : weight;
+    return weight < draw.weight_min ? 0 : __float2ull_rn(weight * 17592186044416.0f);
 }
 
 // tokens [rows]: the best token of each row before, the drawn one after; logits [rows][vocab]; draws [rows]. Grid: rows; 512
-// threads; shared memory 4 * ceil(vocab / 256).
+// threads; shared memory 8 * ceil(vocab / 256).
 extern "C" __global__ void draw(int* tokens, const float* logits, const Draw* draws, int vocab) {
-    extern __shared__ float sums[];
-    __shared__ float group[GROUP];
+    extern __shared__ u64 sums[];
+    __shared__ u64 group[GROUP];
     __shared__ int chosen;
-    __shared__ double start, goal;
+    __shared__ u64 goal;
     dependency_trigger();
     dependency_wait();
     const Draw mine = draws[blockIdx.x];
@@ -62,50 +62,37 @@ extern "C" __global__ void draw(int* tokens, const float* logits, const Draw* dr
     // Both halves of a warp go round equally often, so that all of it meets at the shuffles.
     for (int first = 0; first < groups; first += 512 / LANES) {
         int g = first + threadIdx.x / LANES;
-        float sum = 0.0f;
+        u64 sum = 0;
 #pragma unroll
         for (int chunk = 0; chunk < GROUP / LANES; chunk++) {
             int i = g * GROUP + chunk * LANES + lane;
-            if (i < vocab) sum = __fadd_rn(sum, weight_of(row[i], peak, mine));
+            if (i < vocab) sum += weight_of(row[i], peak, mine);
         }
 #pragma unroll
-        for (int width = LANES / 2; width > 0; width /= 2) sum = __fadd_rn(sum, __shfl_down_sync(~0u, sum, width, LANES));
+        for (int width = LANES / 2; width > 0; width /= 2) sum += __shfl_down_sync(~0u, sum, width, LANES);
         if (lane == 0 && g < groups) sums[g] = sum;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        double total = 0.0, before = 0.0;
-        for (int g = 0; g < groups; g++) total = __dadd_rn(total, (double)sums[g]);
-        double target = __dmul_rn(mine.u, total);
-        int last = 0;
-        for (int g = 0; g < groups; g++) {
-            if (sums[g] == 0.0f) continue;
-            last = g;
-            double after = __dadd_rn(before, (double)sums[g]);
-            if (target < after) break;
-            before = after;
-        }
-        chosen = last;
-        start = before;
+        u64 total = 0;
+        for (int g = 0; g < groups; g++) total += sums[g];
+        u64 target = __umul64hi(mine.bits << 11, total);
+        int g = 0;
+        while (g + 1 < groups && target >= sums[g]) target -= sums[g++];
+        chosen = g;
         goal = target;
     }
     __syncthreads();
     int base = chosen * GROUP;
     if (threadIdx.x < GROUP) {
         int i = base + threadIdx.x;
-        group[threadIdx.x] = i < vocab ? weight_of(row[i], peak, mine) : 0.0f;
+        group[threadIdx.x] = i < vocab ? weight_of(row[i], peak, mine) : 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        double before = start;
-        int token = base;
-        for (int i = 0; i < GROUP; i++) {
-            if (group[i] > 0.0f) {
-                token = base + i;
-                before = __dadd_rn(before, (double)group[i]);
-                if (goal < before) break;
-            }
-        }
-        tokens[blockIdx.x] = token;
+        u64 target = goal;
+        int i = 0;
+        while (i + 1 < GROUP && target >= group[i]) target -= group[i++];
+        tokens[blockIdx.x] = base + i;
     }
 }

@@ -49,8 +49,8 @@ pub(crate) struct Draw {
     pub(crate) inverse: f32,
     /// Weights below count as 0.
     pub(crate) weight_min: f32,
-    /// In `[0, 1)`.
-    pub(crate) u: f64,
+    /// Where in the sum of all weights, in 2^-53.
+    pub(crate) bits: u64,
 }
 
 impl Plain for Draw {}

@@ -204,13 +204,13 @@ impl CudaExecutor {
                 Some(Simple::Draw {
                     inverse_temperature,
                     weight_min,
-                    u,
+                    bits,
                 }) => {
                     draws = row + 1;
                     Draw {
                         inverse: *inverse_temperature,
                         weight_min: *weight_min,
-                        u: *u,
+                        bits: *bits,
                     }
                 }
                 _ => Draw::default(),

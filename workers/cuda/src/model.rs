@@ -57,7 +57,7 @@ struct Kernels {
 const DRAW_GROUP: usize = 256;
 
 fn draw_shared_bytes(spec: &ModelSpec) -> u32 {
-    (spec.vocab.div_ceil(DRAW_GROUP) * size_of::<f32>()) as u32
+    (spec.vocab.div_ceil(DRAW_GROUP) * size_of::<u64>()) as u32
 }
 
 impl CudaModel {

@@ -50,5 +50,7 @@ pub use fake::{FakeConfig, FakeExecutor, FakeKv, FakeMemory};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use pool::{BlockPool, PoolStats};
 pub use rows::{Rows, SequenceRows, Want, What, answer, wants};
-pub use sampling::{LOGPROB_MIN, Simple, sample, simple, token_logprobs, uniform};
+pub use sampling::{
+    Distribution, LOGPROB_MIN, Simple, random_bits, sample, simple, token_logprobs, uniform,
+};
 pub use table::BlockTable;

@@ -1,7 +1,7 @@
 //! Choosing a token from logits: the rules, in the order that [`baton_protocol::Sampling`] fixes.
 //!
-//! Everything here is a function of its arguments alone. Sums are taken in one fixed order and no
-//! fused multiply-add is used, so equal logits give equal tokens on every x86-64 or Arm host.
+//! Everything here is a function of its arguments alone. No fused multiply-add is used, and what is summed are integers,
+//! so equal logits give equal tokens on every x86-64 or Arm host, and on a GPU.
 
 mod numeric;
 mod penalties;
@@ -13,7 +13,7 @@ use baton_protocol::{TokenLogprobs, TopLogprob};
 use crate::{SampleRequest, Sampled};
 
 pub(crate) use rng::mix;
-pub use rng::uniform;
+pub use rng::{random_bits, uniform};
 
 /// Reported in place of any smaller log-probability: JSON has no minus infinity.
 pub const LOGPROB_MIN: f32 = -9999.0;
@@ -46,15 +46,15 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
         let token = if greedy {
             peak_token
         } else {
-            let u = uniform(sampling.seed, request.position);
-            truncate::draw(logits, peak, sampling, u)
+            let bits = random_bits(sampling.seed, request.position);
+            truncate::draw(logits, peak, sampling, bits)
         };
         return Sampled {
             token,
             logprobs: None,
         };
     };
-    // Log-probabilities first: drawing overwrites the logits.
+    // Log-probabilities first: top-p may overwrite logits that it drops.
     let distribution = Distribution::of(logits, peak);
     let top = distribution.top(logits, usize::from(top));
     if greedy {
@@ -64,10 +64,10 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
             logprobs: Some(TokenLogprobs { logprob, top }),
         };
     }
-    let kept = logits.to_vec();
-    let u = uniform(sampling.seed, request.position);
-    let token = truncate::draw(logits, peak, sampling, u);
-    let logprob = distribution.logprob(kept[token as usize]);
+    let bits = random_bits(sampling.seed, request.position);
+    let token = truncate::draw(logits, peak, sampling, bits);
+    // A token that was drawn was not dropped.
+    let logprob = distribution.logprob(logits[token as usize]);
     Sampled {
         token,
         logprobs: Some(TokenLogprobs { logprob, top }),
@@ -86,8 +86,8 @@ pub enum Simple {
         inverse_temperature: f32,
         /// Weights below count as 0; the best token's is 1.
         weight_min: f32,
-        /// Where in the sum of all weights the token lies, in `[0, 1)`.
-        u: f64,
+        /// Where in the sum of all weights the token lies, in 2^-53.
+        bits: u64,
     },
 }
 
@@ -109,7 +109,7 @@ pub fn simple(request: &SampleRequest, vocab: usize) -> Option<Simple> {
     (!truncated).then(|| Simple::Draw {
         inverse_temperature: truncate::inverse_temperature(sampling),
         weight_min: sampling.min_p.min(1.0),
-        u: uniform(sampling.seed, request.position),
+        bits: random_bits(sampling.seed, request.position),
     })
 }
 
@@ -134,20 +134,32 @@ pub fn token_logprobs(logits: &mut [f32], token: u32, top: u8) -> TokenLogprobs 
 }
 
 /// The softmax of some logits, as far as log-probabilities need it.
-struct Distribution {
+pub struct Distribution {
     peak: f32,
     log_sum: f64,
 }
 
 impl Distribution {
     fn of(logits: &[f32], peak: f32) -> Self {
+        let weights = numeric::Weights {
+            peak,
+            scale: 1.0,
+            weight_min: 0.0,
+        };
+        Self::new(peak, weights.total(logits))
+    }
+
+    /// Of logits with this maximum, whose weights `exp(logit - peak)` have this sum in units of 2^-44.
+    pub fn new(peak: f32, total: u64) -> Self {
+        let sum = total as f64 / (1u64 << numeric::UNIT_BITS) as f64;
         Self {
             peak,
-            log_sum: numeric::sum_exp(logits, peak).ln(),
+            log_sum: sum.ln(),
         }
     }
 
-    fn logprob(&self, logit: f32) -> f32 {
+    /// The log-probability of a token with this logit.
+    pub fn logprob(&self, logit: f32) -> f32 {
         let logprob = (f64::from(logit) - f64::from(self.peak) - self.log_sum) as f32;
         logprob.max(LOGPROB_MIN)
     }

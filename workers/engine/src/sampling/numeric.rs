@@ -1,10 +1,10 @@
-//! Passes over whole rows of logits, written so that the compiler vectorises them with the result
-//! fixed: sums are kept in [`LANES`] partial sums whatever the width of the machine's vectors.
+//! Passes over whole rows of logits, written so that the compiler vectorises them with the result fixed, whatever the
+//! width of the machine's vectors.
 
 /// Partial results per pass; also the width of the inner loops.
 const LANES: usize = 16;
 
-/// Numbers per partial sum of [`exp_in_place`].
+/// Logits whose weights are summed as one before a draw looks for its token.
 pub const GROUP: usize = 256;
 
 /// Replace NaN by minus infinity and plus infinity by the largest finite number; the largest
@@ -38,69 +38,48 @@ pub fn position(logits: &[f32], value: f32) -> u32 {
     within.map_or(0, |offset| (first + offset) as u32)
 }
 
-/// Sum of `exp(x - peak)` over all logits. `peak` is their maximum.
-pub fn sum_exp(logits: &[f32], peak: f32) -> f64 {
-    let sum_group = |group: &[f32]| {
-        let mut lanes = [0.0f32; LANES];
-        let (chunks, rest) = group.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (x, lane) in chunk.iter().zip(&mut lanes) {
-                *lane += exp(x - peak);
-            }
-        }
-        for (x, lane) in rest.iter().zip(&mut lanes) {
-            *lane += exp(x - peak);
-        }
-        f64::from(tree_sum(lanes))
-    };
-    logits.chunks(GROUP).map(sum_group).sum()
+/// What a token weighs in a draw: `exp((logit - peak) * scale)` in units of 2^-[`UNIT_BITS`].
+///
+/// Weights are integers so that their sums do not depend on the order in which they are taken: an executor that samples
+/// where the logits are adds them up as it likes and draws the same token. A row of up to 2^19 weights fits in 64 bits.
+#[derive(Clone, Copy, Debug)]
+pub struct Weights {
+    /// The largest logit; it weighs 1.
+    pub peak: f32,
+    /// Inverse of the temperature.
+    pub scale: f32,
+    /// Lighter tokens weigh nothing.
+    pub weight_min: f32,
 }
 
-/// Replace every logit by its weight `exp((x - peak) * scale)`; `sums` gets the sum of each [`GROUP`] of weights.
-pub fn exp_in_place(logits: &mut [f32], peak: f32, scale: f32, sums: &mut Vec<f32>) {
-    sums.clear();
-    let weight = |x: f32| exp((x - peak) * scale);
-    for group in logits.chunks_mut(GROUP) {
-        let mut lanes = [0.0f32; LANES];
-        let (chunks, rest) = group.as_chunks_mut::<LANES>();
-        for chunk in chunks {
-            for (x, lane) in chunk.iter_mut().zip(&mut lanes) {
-                *x = weight(*x);
-                *lane += *x;
-            }
-        }
-        for (x, lane) in rest.iter_mut().zip(&mut lanes) {
-            *x = weight(*x);
-            *lane += *x;
-        }
-        sums.push(tree_sum(lanes));
-    }
-}
+/// Bits after the point of a weight.
+pub const UNIT_BITS: u32 = 44;
 
-/// Replace weights under `weight_min` by 0 and sum each [`GROUP`] anew.
-pub fn drop_below(weights: &mut [f32], weight_min: f32, sums: &mut Vec<f32>) {
-    sums.clear();
-    for group in weights.chunks_mut(GROUP) {
-        let mut lanes = [0.0f32; LANES];
-        for chunk in group.chunks_mut(LANES) {
-            for (w, lane) in chunk.iter_mut().zip(&mut lanes) {
-                *w = if *w < weight_min { 0.0 } else { *w };
-                *lane += *w;
-            }
-        }
-        sums.push(tree_sum(lanes));
+impl Weights {
+    /// A logit's weight.
+    pub fn of(&self, logit: f32) -> u64 {
+        /// The lowest bit of a number between 256 and 512 is 2^-44: adding rounds to units.
+        const ROUND: f64 = (1u64 << (52 - UNIT_BITS)) as f64;
+        let weight = exp((logit - self.peak) * self.scale);
+        let weight = if weight < self.weight_min {
+            0.0
+        } else {
+            weight
+        };
+        (f64::from(weight) + ROUND).to_bits() - ROUND.to_bits()
     }
-}
 
-fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
+    /// The weight of each [`GROUP`] of logits; those under `logit_min` count nothing.
+    pub fn groups(&self, logits: &[f32], logit_min: f32) -> Vec<u64> {
+        let weight = |x: &f32| if *x < logit_min { 0 } else { self.of(*x) };
+        let group = |group: &[f32]| group.iter().map(weight).sum();
+        logits.chunks(GROUP).map(group).collect()
     }
-    lanes[0]
+
+    /// The weight of all logits.
+    pub fn total(&self, logits: &[f32]) -> u64 {
+        logits.iter().map(|x| self.of(*x)).sum()
+    }
 }
 
 /// `e^x` for `x <= 0`, relative error under 3e-7, and 0 below -87 where `f32` ends.
@@ -142,6 +121,24 @@ mod tests {
         assert_eq!(exp(0.0), 1.0);
         assert_eq!(exp(-88.0), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+    }
+
+    #[test]
+    fn weights_are_exp_in_units() {
+        let weights = Weights {
+            peak: 3.0,
+            scale: 2.0,
+            weight_min: 1e-3,
+        };
+        assert_eq!(weights.of(3.0), 1 << UNIT_BITS);
+        assert_eq!(weights.of(f32::NEG_INFINITY), 0);
+        assert_eq!(weights.of(-0.5), 0);
+        let units = exp(-6.0) * (1u64 << UNIT_BITS) as f32;
+        assert_eq!(weights.of(0.0), units as u64);
+        let row: Vec<f32> = (0..1000).map(|i| i as f32 * 0.003).collect();
+        let groups = weights.groups(&row, f32::NEG_INFINITY);
+        assert_eq!(groups.len(), 4);
+        assert_eq!(groups.iter().sum::<u64>(), weights.total(&row));
     }
 
     #[test]

@@ -11,9 +11,13 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014) and `G` its
 /// increment. The inner `mix` keeps neighbouring seeds from being shifted copies of each other.
 pub fn uniform(seed: u64, position: u32) -> f64 {
+    random_bits(seed, position) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// The 53 bits of [`uniform`].
+pub fn random_bits(seed: u64, position: u32) -> u64 {
     let stream = mix(seed.wrapping_add(GOLDEN));
-    let bits = mix(stream.wrapping_add(GOLDEN.wrapping_mul(u64::from(position) + 1)));
-    (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+    mix(stream.wrapping_add(GOLDEN.wrapping_mul(u64::from(position) + 1))) >> 11
 }
 
 /// A bijection of 64-bit numbers in which every output bit depends on every input bit.

@@ -331,7 +331,7 @@ fn only_what_needs_no_view_of_all_logits_is_simple() {
     let draw = Simple::Draw {
         inverse_temperature: 2.0,
         weight_min: 1.0,
-        u: uniform(9, 3),
+        bits: random_bits(9, 3),
     };
     assert_eq!(asked(warm()), Some(draw));
     // Keeping the best hundred of a hundred keeps all.

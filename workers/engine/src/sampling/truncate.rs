@@ -5,7 +5,7 @@
 
 use baton_protocol::Sampling;
 
-use super::numeric;
+use super::numeric::{self, Weights};
 
 /// Candidates that top-p looks at before it sorts all tokens into buckets. Models are rarely so unsure that
 /// the nucleus holds more.
@@ -30,6 +30,10 @@ impl Rank {
 
     pub fn token(self) -> u32 {
         !(self.0 as u32)
+    }
+
+    fn logit(self, logits: &[f32]) -> f32 {
+        logits[self.token() as usize]
     }
 }
 
@@ -73,143 +77,141 @@ pub fn inverse_temperature(sampling: &Sampling) -> f32 {
     1.0 / sampling.temperature.clamp(1e-30, 1e30)
 }
 
-/// Draw a token with `u` in `[0, 1)`. Logits are free of NaN, `peak` is their maximum and finite, the
-/// temperature is above 0. Overwrites the logits.
-pub fn draw(logits: &mut [f32], peak: f32, sampling: &Sampling, u: f64) -> u32 {
-    let inverse = inverse_temperature(sampling);
-    let top_k = sampling.top_k as usize;
-    if (1..logits.len()).contains(&top_k) {
-        let ranks = largest(logits, top_k);
-        let weight = |rank: &Rank| {
-            let logit = logits[rank.token() as usize];
-            f64::from(numeric::exp((logit - peak) * inverse))
-        };
-        let weights: Vec<f64> = ranks.iter().map(weight).collect();
-        let total = weights.iter().sum();
-        return draw_ranked(&ranks, &weights, total, sampling, u);
-    }
-    let mut sums = Vec::with_capacity(logits.len().div_ceil(numeric::GROUP));
-    numeric::exp_in_place(logits, peak, inverse, &mut sums);
-    let weights = logits;
-    // The best token weighs 1; it stays whatever min-p says.
-    let mut weight_min = sampling.min_p.min(1.0);
-    if sampling.top_p < 1.0 {
-        let total: f64 = sums.iter().map(|sum| f64::from(*sum)).sum();
-        let mass = total * f64::from(sampling.top_p);
-        let ranks = largest(weights, NUCLEUS_FIRST);
-        let best: Vec<f64> = ranks
-            .iter()
-            .map(|rank| f64::from(weights[rank.token() as usize]))
-            .collect();
-        if best.iter().sum::<f64>() >= mass {
-            return draw_ranked(&ranks, &best, total, sampling, u);
-        }
-        weight_min = weight_min.max(cut_nucleus(weights, mass));
-    }
-    if weight_min > 0.0 {
-        numeric::drop_below(weights, weight_min, &mut sums);
-    }
-    draw_weighted(weights, &sums, u)
-}
-
-/// Draw among tokens in order of rank after top-p (of `total`) and min-p.
-fn draw_ranked(ranks: &[Rank], weights: &[f64], total: f64, sampling: &Sampling, u: f64) -> u32 {
-    let mass = total * f64::from(sampling.top_p.min(1.0));
-    let weight_min = f64::from(sampling.min_p.min(1.0)) * weights[0];
-    let mut kept = 0;
-    let mut sum = 0.0;
-    // The first is always kept, so that top_p 0 and min_p 1 mean the best token and not none.
-    for weight in weights {
-        if kept > 0 && (sum >= mass || *weight < weight_min || *weight == 0.0) {
-            break;
-        }
-        sum += weight;
-        kept += 1;
-    }
-    let target = u * sum;
-    let mut cumulative = 0.0;
-    for (rank, weight) in ranks.iter().zip(&weights[..kept]) {
-        cumulative += weight;
-        if target < cumulative {
-            return rank.token();
-        }
-    }
-    ranks[kept - 1].token()
-}
-
-/// The weight of the last token of the smallest prefix of the order whose weights reach `mass`. Tokens of that same
-/// weight that come after it get weight 0.
+/// Draw a token by 53 random bits. Logits are free of NaN, `peak` is their maximum and finite, the temperature is
+/// above 0. May overwrite logits that top-p drops.
 ///
-/// One pass sorts the weights into buckets, a power of two cut into 64; then only the bucket in which the mass is reached
-/// needs an order.
-fn cut_nucleus(weights: &mut [f32], mass: f64) -> f32 {
-    /// Lowest mantissa bits that a bucket ignores.
-    const IGNORED: u32 = 17;
-    /// Buckets from weight 1 down to 2^-32; what is less likely shares the last.
-    const BUCKETS: usize = 32 * 64 + 1;
-    let top = 1.0f32.to_bits() >> IGNORED;
-    let bucket = |weight: f32| ((top - (weight.to_bits() >> IGNORED)) as usize).min(BUCKETS - 1);
-
-    let mut sums = [0.0f64; BUCKETS];
-    for weight in weights.iter() {
-        sums[bucket(*weight)] += f64::from(*weight);
+/// Tokens are kept in the order of their ranks: the first `top_k`, of those the fewest whose weights reach `top_p` of the
+/// weight of all, of those the ones not lighter than `min_p`. Of the kept weights, laid out in order of ids, the one that
+/// holds the point `bits / 2^53` of their sum is drawn.
+pub fn draw(logits: &mut [f32], peak: f32, sampling: &Sampling, bits: u64) -> u32 {
+    let all = Weights {
+        peak,
+        scale: inverse_temperature(sampling),
+        weight_min: 0.0,
+    };
+    // The best token weighs 1; it stays whatever min-p says.
+    let kept = Weights {
+        weight_min: sampling.min_p.min(1.0),
+        ..all
+    };
+    let top_k = sampling.top_k as usize;
+    let mut logit_min = f32::NEG_INFINITY;
+    if (1..logits.len()).contains(&top_k) {
+        let mut ranks = largest(logits, top_k);
+        let total = ranks.iter().map(|rank| all.of(rank.logit(logits))).sum();
+        shorten(&mut ranks, logits, &all, mass(total, sampling.top_p));
+        return draw_ranked(ranks, logits, &kept, bits);
     }
-    let mut missing = mass;
+    if sampling.top_p < 1.0 {
+        let mass = mass(all.total(logits), sampling.top_p);
+        let mut ranks = largest(logits, NUCLEUS_FIRST);
+        if shorten(&mut ranks, logits, &all, mass) {
+            return draw_ranked(ranks, logits, &kept, bits);
+        }
+        logit_min = cut_nucleus(logits, &all, mass);
+    }
+    draw_weighted(logits, &kept, logit_min, bits)
+}
+
+/// The weight that top-p keeps at least.
+fn mass(total: u64, top_p: f32) -> u64 {
+    match top_p < 1.0 {
+        true => (total as f64 * f64::from(top_p)) as u64,
+        false => total,
+    }
+}
+
+/// Shorten to the fewest, and one at least, that weigh `mass`; whether all together do.
+fn shorten(ranks: &mut Vec<Rank>, logits: &[f32], weights: &Weights, mass: u64) -> bool {
+    let mut sum = 0;
+    let reached = ranks.iter().position(|rank| {
+        sum += weights.of(rank.logit(logits));
+        sum >= mass
+    });
+    if let Some(last) = reached {
+        ranks.truncate(last + 1);
+    }
+    reached.is_some()
+}
+
+/// Draw among these tokens.
+fn draw_ranked(mut ranks: Vec<Rank>, logits: &[f32], weights: &Weights, bits: u64) -> u32 {
+    ranks.sort_unstable_by_key(|rank| rank.token());
+    let weight = |rank: &Rank| weights.of(rank.logit(logits));
+    let mut target = share(bits, ranks.iter().map(weight).sum());
+    let drawn = ranks.iter().find(|rank| passes(&mut target, weight(rank)));
+    drawn.map_or(0, |rank| rank.token())
+}
+
+/// Draw among all tokens whose logits are not under `logit_min`.
+fn draw_weighted(logits: &[f32], weights: &Weights, logit_min: f32, bits: u64) -> u32 {
+    let groups = weights.groups(logits, logit_min);
+    let mut target = share(bits, groups.iter().sum());
+    let group = groups.iter().position(|sum| passes(&mut target, *sum));
+    let first = group.unwrap_or(0) * numeric::GROUP;
+    let token = logits[first..].iter().position(|logit| {
+        let counts = *logit >= logit_min;
+        passes(&mut target, if counts { weights.of(*logit) } else { 0 })
+    });
+    (first + token.unwrap_or(0)) as u32
+}
+
+/// The point `bits / 2^53` of a weight: below it, if it is not 0.
+fn share(bits: u64, weight: u64) -> u64 {
+    ((u128::from(bits) * u128::from(weight)) >> 53) as u64
+}
+
+/// Whether the point lies in this weight; if not, goes on to what is left of it after this one.
+fn passes(target: &mut u64, weight: u64) -> bool {
+    if *target < weight {
+        return true;
+    }
+    *target -= weight;
+    false
+}
+
+/// The logit of the last token of the smallest prefix of the order whose weights reach `mass`, which is more than the best
+/// token's and at most that of all. Tokens of that same logit that come after it get minus infinity.
+///
+/// One pass sorts the weights into buckets by their distance from the peak; then only the bucket in which the mass is
+/// reached needs an order.
+fn cut_nucleus(logits: &mut [f32], weights: &Weights, mass: u64) -> f32 {
+    /// Buckets for a factor of e.
+    const FINENESS: f32 = 64.0;
+    /// Buckets down to e^-31, where weights end; what is less likely shares the last.
+    const BUCKETS: usize = 31 * 64 + 1;
+    let distance = |logit: f32| (weights.peak - logit) * weights.scale;
+    let bucket = |logit: f32| ((distance(logit) * FINENESS) as usize).min(BUCKETS - 1);
+
+    let mut sums = [0; BUCKETS];
+    for logit in logits.iter() {
+        sums[bucket(*logit)] += weights.of(*logit);
+    }
+    let mut sum = 0;
     let mut reached = 0;
-    while reached + 1 < BUCKETS && sums[reached] < missing {
-        missing -= sums[reached];
+    while reached + 1 < BUCKETS && sum + sums[reached] < mass {
+        sum += sums[reached];
         reached += 1;
     }
-    let inside = weights
+    let inside = logits
         .iter()
         .enumerate()
-        .filter(|(_, weight)| bucket(**weight) == reached);
+        .filter(|(_, logit)| bucket(**logit) == reached);
     let mut ranks: Vec<Rank> = inside
-        .map(|(token, weight)| Rank::new(*weight, token))
+        .map(|(token, logit)| Rank::new(*logit, token))
         .collect();
     ranks.sort_unstable_by(|a, b| b.cmp(a));
-    let mut last = None;
+    let mut last = f32::NEG_INFINITY;
     for rank in &ranks {
-        let token = rank.token() as usize;
-        let weight = weights[token];
-        match last {
-            Some(last) if missing <= 0.0 && weight < last => break,
-            Some(_) if missing <= 0.0 => weights[token] = 0.0,
-            _ => last = Some(weight),
-        }
-        missing -= f64::from(weight);
-    }
-    last.unwrap_or(0.0)
-}
-
-/// Draw a token by its weight, in order of ids. `sums` are those of each group of weights.
-fn draw_weighted(weights: &[f32], sums: &[f32], u: f64) -> u32 {
-    let total: f64 = sums.iter().map(|sum| f64::from(*sum)).sum();
-    let target = u * total;
-    let mut before = 0.0;
-    let mut last = 0;
-    for (index, sum) in sums.iter().enumerate() {
-        if *sum == 0.0 {
-            continue;
-        }
-        last = index;
-        if target < before + f64::from(*sum) {
+        let logit = rank.logit(logits);
+        if sum < mass {
+            last = logit;
+            sum += weights.of(logit);
+        } else if logit == last {
+            logits[rank.token() as usize] = f32::NEG_INFINITY;
+        } else {
             break;
         }
-        before += f64::from(*sum);
     }
-    // Groups are summed lane by lane and walked one by one: rounding may leave the target a hair beyond the end,
-    // and then it is the group's last possible token.
-    let first = last * numeric::GROUP;
-    let mut token = first;
-    for (offset, weight) in weights[first..].iter().take(numeric::GROUP).enumerate() {
-        if *weight > 0.0 {
-            token = first + offset;
-            before += f64::from(*weight);
-            if target < before {
-                break;
-            }
-        }
-    }
-    token as u32
+    last
 }
