@@ -139,6 +139,7 @@ fn step_of(
         plan.sequences.push(SequenceStep {
             key: sequence as u64,
             tokens: at..at + tokens,
+            follows: None,
             start,
             blocks: blocks..blocks + BLOCKS,
             sample: Some(SampleRequest {

@@ -1,5 +1,6 @@
 //! One step through the whole model.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ use crate::weights::{LayerWeights, ModelWeights};
 /// How to run.
 #[derive(Clone, Debug)]
 pub struct CpuOptions {
-    /// Threads, the one that calls `forward` included.
+    /// Threads, the one that calls `submit` included.
     pub threads: usize,
     /// Instructions to use; `None` takes the best available.
     pub kernel: Option<Kernel>,
@@ -45,6 +46,10 @@ pub struct CpuExecutor {
     pool: Pool,
     buffers: Buffers,
     rows: Rows,
+    /// Tokens of the last step.
+    chosen: Vec<Option<u32>>,
+    /// Steps that were not collected yet: a step is computed when it is submitted.
+    done: VecDeque<StepOutput>,
 }
 
 /// Activations of a step, allocated once. Row strides are whole panels and K steps.
@@ -125,6 +130,7 @@ impl CpuExecutor {
             tokens_max: spec.tokens_max as u32,
             step_sequences_max: options.step_sequences_max,
             step_tokens_max: options.step_tokens_max,
+            steps_in_flight: 1,
         };
         let buffers = Buffers::new(spec, &shape, &weights, options.step_tokens_max, threads);
         Ok(Self {
@@ -138,10 +144,12 @@ impl CpuExecutor {
             pool,
             buffers,
             rows: Rows::default(),
+            chosen: Vec::new(),
+            done: VecDeque::new(),
         })
     }
 
-    /// Threads, the caller of `forward` included.
+    /// Threads, the caller of `submit` included.
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }
@@ -157,8 +165,9 @@ impl Executor for CpuExecutor {
         &self.info
     }
 
-    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         self.rows.fill(plan, &self.info)?;
+        self.rows.follow(&self.chosen)?;
         self.embed();
         attention::pieces(
             &self.shape,
@@ -169,7 +178,16 @@ impl Executor for CpuExecutor {
         for layer in 0..self.spec.layers {
             self.layer(layer);
         }
-        Ok(self.output(plan))
+        let output = self.output(plan);
+        self.chosen = output.tokens();
+        self.done.push_back(output);
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.done
+            .pop_front()
+            .ok_or_else(ExecutorError::nothing_submitted)
     }
 }
 
@@ -354,7 +372,7 @@ impl CpuExecutor {
         output
     }
 
-    fn logits(&mut self, wants: &[Want<'_>]) {
+    fn logits(&mut self, wants: &[Want]) {
         let Self {
             buffers,
             weights,

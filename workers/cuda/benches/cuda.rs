@@ -215,6 +215,7 @@ fn plan(
         plan.sequences.push(SequenceStep {
             key: *sequence as u64,
             tokens: rows.clone(),
+            follows: None,
             start: *start as u32,
             blocks: at..plan.blocks.len(),
             sample: Some(SampleRequest {

@@ -141,7 +141,7 @@ impl CudaModel {
             if few {
                 let gamma = self.weights.layers[0].attention_norm.at(0);
                 let (x, z, squares) = (b.x.at(0), b.normed.at(0), b.squares.at(0));
-                let token = at.row_token;
+                let (token, chosen) = (at.row_token, b.best.at(0));
                 launch!(
                     k.embed_scaled,
                     rows,
@@ -151,10 +151,12 @@ impl CudaModel {
                     table,
                     gamma,
                     token,
+                    chosen,
                     hidden
                 )?;
             } else {
-                launch!(k.embed, rows, b.x.at(0), table, at.row_token, hidden)?;
+                let (token, chosen) = (at.row_token, b.best.at(0));
+                launch!(k.embed, rows, b.x.at(0), table, token, chosen, hidden)?;
             }
             for layer in 0..self.spec.layers {
                 if few {

@@ -26,9 +26,12 @@ pub fn decode_size(sequences: usize) -> usize {
     size.copied().unwrap_or(sequences)
 }
 
-/// The arrays of a step, on both sides.
+/// Steps that may be under way at once: while one runs, the arrays of the next are written.
+pub const SLOTS: usize = 2;
+
+/// The arrays of a step, on both sides. On the GPU there is one set: what a step reads was copied after the step before it.
 pub struct StepArrays {
-    host: Pinned<i32>,
+    host: [Pinned<i32>; SLOTS],
     device: Buffer<i32>,
     shape: StepShape,
 }
@@ -51,7 +54,7 @@ pub struct StepShape {
 pub struct StepAddresses {
     /// `[8]`: [`HEADER_SEQUENCES`] and others.
     pub header: CUdeviceptr,
-    /// Per row: its token.
+    /// Per row: its token, or `-1 - i` for the i-th of the best tokens of the step before.
     pub row_token: CUdeviceptr,
     /// Per row: its position.
     pub row_position: CUdeviceptr,
@@ -100,13 +103,15 @@ impl StepArrays {
     ) -> Result<Self, CudaError> {
         let len = shape.fixed() + table_entries;
         Ok(Self {
-            host: Pinned::zeroed(device, len)?,
+            host: [Pinned::zeroed(device, len)?, Pinned::zeroed(device, len)?],
             device: Buffer::zeroed(device, len, "a step's arrays")?,
             shape: StepShape::default(),
         })
     }
 
-    /// Lays out a step in a shape at least as large and starts copying it. `work` are the units of prefill attention.
+    /// Lays out a step in a shape at least as large and starts copying it, from the host's arrays of `slot`: a step that was
+    /// laid out there before must be over. `work` are the units of prefill attention. Rows that follow the step before carry
+    /// `-1 - i` for the i-th of its best tokens.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
@@ -115,16 +120,17 @@ impl StepArrays {
     /// If the shape is too small: the caller has made it of the same rows.
     pub fn upload(
         &mut self,
+        slot: usize,
         shape: StepShape,
         rows: &Rows,
-        wants: &[Want<'_>],
+        wants: &[Want],
         work: &[(i32, i32)],
         kv: &KvGeometry,
     ) -> Result<StepAddresses, CudaError> {
         assert!(rows.tokens.len() <= shape.rows && rows.sequences.len() <= shape.sequences);
         assert!(wants.len() <= shape.wanted && work.len() <= shape.work);
         self.shape = shape;
-        let mut rest = &mut self.host[..];
+        let mut rest = &mut self.host[slot][..];
         let mut take = |count: usize| {
             let (array, tail) = std::mem::take(&mut rest).split_at_mut(count);
             rest = tail;
@@ -135,17 +141,17 @@ impl StepArrays {
         header[HEADER_SEQUENCES as usize] = rows.sequences.len() as i32;
         header[2] = wants.len() as i32;
         header[3] = work.len() as i32;
-        let (token, position, slot) = (take(shape.rows), take(shape.rows), take(shape.rows));
+        let (token, position, place) = (take(shape.rows), take(shape.rows), take(shape.rows));
         let count = rows.tokens.len();
         for row in 0..count {
             let (block, offset) = rows.places[row];
             token[row] = rows.tokens[row] as i32;
             position[row] = rows.positions[row] as i32;
-            slot[row] = (block * kv.block_tokens + offset) as i32;
+            place[row] = (block * kv.block_tokens + offset) as i32;
         }
         token[count..].fill(0);
         position[count..].fill(0);
-        slot[count..].fill(-1);
+        place[count..].fill(-1);
         let (first, own) = (take(shape.sequences), take(shape.sequences));
         let (kv_len, table) = (take(shape.sequences), take(shape.sequences));
         let wanted = take(shape.wanted_padded());
@@ -176,11 +182,8 @@ impl StepArrays {
             unit.copy_from_slice(&[work.0, work.1]);
         }
         // SAFETY: the device buffer is as long as the host's; the host's is written again only after the step, which
-        // is waited for.
-        unsafe {
-            self.host
-                .upload(shape.fixed() + entries, self.device.at(0))?
-        };
+        // the caller waits for.
+        unsafe { self.host[slot].upload(shape.fixed() + entries, self.device.at(0))? };
         Ok(self.addresses())
     }
 

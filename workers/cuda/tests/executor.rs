@@ -162,6 +162,7 @@ fn tokens_are_those_of_the_sampling_rules() {
         plan.sequences.push(SequenceStep {
             key: u64::from(s),
             tokens: at..at + 1,
+            follows: None,
             start: 0,
             blocks: at..at + 1,
             sample: Some(SampleRequest {

@@ -2,6 +2,7 @@
 //!
 //! `cargo bench -p baton-engine`. Medians over interleaved rounds of one run: machines drift.
 
+use std::collections::VecDeque;
 use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
@@ -35,6 +36,7 @@ fn main() {
         for (batch, times) in BATCHES.iter().zip(&mut times) {
             let null = Null {
                 info: FakeExecutor::new(FakeConfig::default()).info().clone(),
+                submitted: VecDeque::new(),
             };
             times[0].push(decode_ns(Box::new(null), *batch));
             times[1].push(decode_ns(
@@ -66,6 +68,7 @@ fn main() {
 /// Chooses token 1 at no cost: what remains is the engine's.
 struct Null {
     info: ExecutorInfo,
+    submitted: VecDeque<StepOutput>,
 }
 
 impl Executor for Null {
@@ -73,7 +76,7 @@ impl Executor for Null {
         &self.info
     }
 
-    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         let choose = |sample: &SampleRequest| {
             black_box(sample);
             Sampled {
@@ -85,9 +88,16 @@ impl Executor for Null {
             sampled: step.sample.as_ref().map(choose),
             ..SequenceOutput::default()
         };
-        Ok(StepOutput {
+        self.submitted.push_back(StepOutput {
             sequences: plan.sequences.iter().map(output).collect(),
-        })
+        });
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.submitted
+            .pop_front()
+            .ok_or_else(ExecutorError::nothing_submitted)
     }
 }
 

@@ -1,8 +1,11 @@
 //! The seam between scheduling and arithmetic.
 //!
-//! An executor runs one step at a time: some tokens of some sequences, in one batch, through the whole
-//! model, and chooses a token for each sequence that asks for one. Per step and not per operator, so each
-//! backend fuses, captures and overlaps as it likes, and a fake one drives the scheduler in tests.
+//! An executor runs steps: some tokens of some sequences, in one batch, through the whole model, and a token
+//! chosen for each sequence that asks for one. Per step and not per operator, so each backend fuses, captures and
+//! overlaps as it likes, and a fake one drives the scheduler in tests.
+//!
+//! A step is submitted, and collected later. In between the next one may be submitted: its sequences go on from
+//! tokens that only the device knows yet ([`SequenceStep::follows`]), and the device never waits for the host.
 
 use std::fmt;
 use std::ops::Range;
@@ -44,6 +47,9 @@ pub struct ExecutorInfo {
     pub step_sequences_max: usize,
     /// Most tokens of one step.
     pub step_tokens_max: usize,
+    /// Steps worth submitting before the first of them is collected: 2 where a device computes while the host plans,
+    /// 1 where they are the same.
+    pub steps_in_flight: usize,
 }
 
 /// One batch. Flat arrays with ranges into them, so that a backend can hand them to a device whole.
@@ -68,6 +74,10 @@ pub struct SequenceStep {
     pub key: u64,
     /// Its tokens in [`StepPlan::tokens`]; at least one.
     pub tokens: Range<usize>,
+    /// Its one token is what this sequence of the step submitted before chose, by its index there; what stands in
+    /// [`StepPlan::tokens`] means nothing then. Where nothing could be chosen, so that what follows it is meaningless,
+    /// any token will do.
+    pub follows: Option<usize>,
     /// Position of the first of them; the KV of all positions before it is in place.
     pub start: u32,
     /// Its block table in [`StepPlan::blocks`]: covers positions `0 .. start + tokens.len()`, and may go on
@@ -123,6 +133,14 @@ pub struct StepOutput {
     pub sequences: Vec<SequenceOutput>,
 }
 
+impl StepOutput {
+    /// The token chosen for each sequence: what [`crate::Rows::follow`] takes.
+    pub fn tokens(&self) -> Vec<Option<u32>> {
+        let token = |output: &SequenceOutput| output.sampled.as_ref().map(|sampled| sampled.token);
+        self.sequences.iter().map(token).collect()
+    }
+}
+
 /// What a step made for one sequence.
 #[derive(Clone, Debug, Default)]
 pub struct SequenceOutput {
@@ -163,11 +181,38 @@ pub trait Executor: Send {
     /// What it is and can bear. Constant.
     fn info(&self) -> &ExecutorInfo;
 
-    /// Runs one step: writes the KV of every token of the plan into its blocks, attends to everything
-    /// before it, and chooses tokens.
+    /// Begins a step: it writes the KV of every token of the plan into its blocks, attends to everything before
+    /// it, and chooses tokens. Steps run in the order of submission, each as if the one before it had ended. Of the
+    /// plan nothing is held on to after [`Self::collect`] has returned the step's output.
+    ///
+    /// At most [`ExecutorInfo::steps_in_flight`] steps may be begun and not collected, this one included.
     ///
     /// # Errors
     /// [`ExecutorError`] if the device failed. The plan is the engine's promise: keys are unique, ranges
     /// lie in their arrays, block ids in the arena, and the step is within [`ExecutorInfo`]'s bounds.
-    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError>;
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
+
+    /// Waits for the oldest step that was not collected yet, and says what it made.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device failed, or if there is no such step.
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError>;
+
+    /// One step from beginning to end, with no other under way.
+    ///
+    /// # Errors
+    /// As [`Self::submit`] and [`Self::collect`].
+    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+        self.submit(plan)?;
+        self.collect()
+    }
+}
+
+impl ExecutorError {
+    /// [`Executor::collect`] without a step to collect: a defect of the caller.
+    pub fn nothing_submitted() -> Self {
+        Self {
+            message: "no step was submitted that could be collected".to_owned(),
+        }
+    }
 }

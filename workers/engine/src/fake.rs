@@ -5,9 +5,10 @@
 //! prompt's changes the tokens, and a test that compares texts sees it, whether the KV was computed here or
 //! pulled from elsewhere.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_protocol::{KvDtype, KvGeometry, TokenLogprobs, TopLogprob};
 
@@ -90,14 +91,16 @@ pub struct FakeConfig {
     pub step_sequences_max: usize,
     /// Most tokens of one step.
     pub step_tokens_max: usize,
-    /// How long a step sleeps; 0 is full speed.
+    /// How long a step takes; 0 is full speed.
     pub step_micros: u64,
+    /// Steps that may be under way at once. The second begins when the first ends, whenever that is collected.
+    pub steps_in_flight: usize,
     /// Ids that are never chosen: end-of-sequence ids, where outputs must have their full length.
     pub never_emit: Vec<u32>,
 }
 
 impl Default for FakeConfig {
-    /// 4096 blocks of 16 tokens, a vocabulary of 32,000, sequences of up to 8192 tokens, full speed.
+    /// 4096 blocks of 16 tokens, a vocabulary of 32,000, sequences of up to 8192 tokens, full speed, step by step.
     fn default() -> Self {
         Self {
             kv: KvGeometry {
@@ -114,6 +117,7 @@ impl Default for FakeConfig {
             step_sequences_max: 256,
             step_tokens_max: 8192,
             step_micros: 0,
+            steps_in_flight: 1,
             never_emit: Vec::new(),
         }
     }
@@ -129,6 +133,10 @@ pub struct FakeExecutor {
     kv: Arc<dyn FakeKv>,
     step_time: Duration,
     never_emit: Vec<u32>,
+    /// Steps under way, and when each ends.
+    submitted: VecDeque<(StepPlan, Instant)>,
+    /// Tokens of the step collected last.
+    chosen: Vec<Option<u32>>,
 }
 
 impl FakeExecutor {
@@ -148,17 +156,25 @@ impl FakeExecutor {
             tokens_max: config.tokens_max,
             step_sequences_max: config.step_sequences_max,
             step_tokens_max: config.step_tokens_max,
+            steps_in_flight: config.steps_in_flight,
         };
         Self {
             info,
             kv,
             step_time: Duration::from_micros(config.step_micros),
             never_emit: config.never_emit,
+            submitted: VecDeque::new(),
+            chosen: Vec::new(),
         }
     }
 
     fn run(&self, step: &SequenceStep, plan: &StepPlan) -> SequenceOutput {
-        let tokens = &plan.tokens[step.tokens.clone()];
+        let mut tokens = &plan.tokens[step.tokens.clone()];
+        let followed;
+        if let Some(sequence) = step.follows {
+            followed = [self.chosen[sequence].unwrap_or(0)];
+            tokens = &followed;
+        }
         let blocks = &plan.blocks[step.blocks.clone()];
         let block_tokens = self.info.kv.block_tokens;
         let place = |position: u32| {
@@ -242,15 +258,32 @@ impl Executor for FakeExecutor {
         &self.info
     }
 
-    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
-        if !self.step_time.is_zero() {
-            std::thread::sleep(self.step_time);
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        if self.submitted.len() >= self.info.steps_in_flight {
+            return Err(ExecutorError {
+                message: format!("{} steps are under way already", self.submitted.len()),
+            });
         }
-        let sequences = plan
-            .sequences
-            .iter()
-            .map(|step| self.run(step, plan))
-            .collect();
-        Ok(StepOutput { sequences })
+        let now = Instant::now();
+        let starts = self.submitted.back().map_or(now, |(_, end)| now.max(*end));
+        self.submitted
+            .push_back((plan.clone(), starts + self.step_time));
+        Ok(())
+    }
+
+    /// Runs the step here, as late as may be: whoever touches its blocks before it was collected is found out.
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        let Some((plan, end)) = self.submitted.pop_front() else {
+            return Err(ExecutorError::nothing_submitted());
+        };
+        if !self.step_time.is_zero() {
+            std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        }
+        let steps = plan.sequences.iter();
+        let output = StepOutput {
+            sequences: steps.map(|step| self.run(step, &plan)).collect(),
+        };
+        self.chosen = output.tokens();
+        Ok(output)
     }
 }

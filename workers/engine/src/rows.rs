@@ -12,8 +12,10 @@ pub struct Rows {
     pub sequences: Vec<SequenceRows>,
     /// Position of each row.
     pub positions: Vec<u32>,
-    /// Token of each row.
+    /// Token of each row; of one that follows the step before, 0 until [`Self::follow`].
     pub tokens: Vec<u32>,
+    /// Rows whose token the step before chose, and the index of the sequence that it chose it for.
+    pub follows: Vec<(usize, usize)>,
     /// Block of each row's own KV, and its slot in it.
     pub places: Vec<(u32, u32)>,
     blocks: Vec<u32>,
@@ -46,6 +48,7 @@ impl Rows {
         self.sequences.clear();
         self.positions.clear();
         self.tokens.clear();
+        self.follows.clear();
         self.places.clear();
         self.blocks.clone_from(&plan.blocks);
         let total: usize = plan.sequences.iter().map(|s| s.tokens.len()).sum();
@@ -91,12 +94,22 @@ impl Rows {
                     info.tokens_max
                 )));
             }
-            if let Some(token) = tokens.iter().chain(targets).find(|t| **t >= info.vocab) {
+            if s.follows.is_some() && tokens.len() > 1 {
+                return Err(broken(format!(
+                    "sequence {} follows the step before with {} tokens at once",
+                    s.key,
+                    tokens.len()
+                )));
+            }
+            let known = if s.follows.is_some() { &[] } else { tokens };
+            if let Some(token) = known.iter().chain(targets).find(|t| **t >= info.vocab) {
                 return Err(broken(format!(
                     "token {token} of a vocabulary of {}",
                     info.vocab
                 )));
             }
+            let follows = s.follows.map(|sequence| (self.tokens.len(), sequence));
+            self.follows.extend(follows);
             self.sequences.push(SequenceRows {
                 row: self.tokens.len(),
                 tokens: tokens.len(),
@@ -106,30 +119,49 @@ impl Rows {
             for (position, token) in (s.start..).zip(tokens) {
                 let block = blocks[(position / info.kv.block_tokens) as usize];
                 self.positions.push(position);
-                self.tokens.push(*token);
+                self.tokens
+                    .push(if s.follows.is_some() { 0 } else { *token });
                 self.places.push((block, position % info.kv.block_tokens));
             }
+        }
+        Ok(())
+    }
+
+    /// Fills in the tokens of rows that follow the step before: `chosen`, by sequence of that step. Where nothing could be
+    /// chosen, 0 stays.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if a row follows a sequence that the step before did not have.
+    pub fn follow(&mut self, chosen: &[Option<u32>]) -> Result<(), ExecutorError> {
+        for (row, sequence) in &self.follows {
+            let Some(token) = chosen.get(*sequence) else {
+                return Err(broken(format!(
+                    "row {row} follows sequence {sequence} of a step of {}",
+                    chosen.len()
+                )));
+            };
+            self.tokens[*row] = token.unwrap_or(0);
         }
         Ok(())
     }
 }
 
 /// A row whose logits are asked for, and what for.
-#[derive(Debug)]
-pub struct Want<'a> {
+#[derive(Clone, Debug)]
+pub struct Want {
     /// Its sequence in the plan.
     pub sequence: usize,
     /// The row.
     pub row: usize,
     /// What is made of its logits.
-    pub what: What<'a>,
+    pub what: What,
 }
 
 /// What is made of a row's logits.
-#[derive(Debug)]
-pub enum What<'a> {
+#[derive(Clone, Debug)]
+pub enum What {
     /// The next token is chosen.
-    Sample(&'a SampleRequest),
+    Sample(SampleRequest),
     /// The log-probability of a token is reported, and the `top` most likely ones.
     Target {
         /// Which token.
@@ -140,7 +172,7 @@ pub enum What<'a> {
 }
 
 /// All rows of a plan whose logits are asked for, in the order in which a sequence's answers stand.
-pub fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
+pub fn wants(plan: &StepPlan, rows: &Rows) -> Vec<Want> {
     let mut wants = Vec::new();
     for (sequence, s) in plan.sequences.iter().enumerate() {
         let at = &rows.sequences[sequence];
@@ -160,7 +192,7 @@ pub fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
             wants.push(Want {
                 sequence,
                 row,
-                what: What::Sample(request),
+                what: What::Sample(request.clone()),
             });
         }
     }
@@ -168,13 +200,13 @@ pub fn wants<'a>(plan: &'a StepPlan, rows: &Rows) -> Vec<Want<'a>> {
 }
 
 /// What a row's logits, which are used up, say to what was asked.
-pub fn answer(want: &Want<'_>, logits: &mut [f32], want_logits: bool) -> SequenceOutput {
+pub fn answer(want: &Want, logits: &mut [f32], want_logits: bool) -> SequenceOutput {
     let mut output = SequenceOutput::default();
-    match want.what {
+    match &want.what {
         What::Target { token, top } => {
             output
                 .target_logprobs
-                .push(token_logprobs(logits, token, top));
+                .push(token_logprobs(logits, *token, *top));
         }
         What::Sample(request) => {
             if want_logits {

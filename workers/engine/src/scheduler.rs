@@ -236,6 +236,7 @@ fn push_row(plan: &mut StepPlan, sequence: &Sequence, count: usize) {
     plan.sequences.push(SequenceStep {
         key: sequence.key,
         tokens: first_token..plan.tokens.len(),
+        follows: None,
         start: start as u32,
         blocks: first_block..plan.blocks.len(),
         sample: (end == sequence.tokens.len()).then(|| sequence.sample_request()),

@@ -76,6 +76,7 @@ pub fn prompt_log_probabilities(error_max: f64, build: Builder<'_>) {
         sequences: vec![SequenceStep {
             key: 1,
             tokens: 0..TOKENS,
+            follows: None,
             start: 0,
             blocks: 0..10,
             sample: None,
@@ -114,6 +115,7 @@ pub fn broken_plans_are_refused(executor: &mut dyn Executor) {
         sequences: vec![SequenceStep {
             key: 1,
             tokens: 0..tokens.len(),
+            follows: None,
             start,
             blocks: 0..blocks.len(),
             sample: None,

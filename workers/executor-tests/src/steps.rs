@@ -31,6 +31,7 @@ pub fn step(executor: &mut dyn Executor, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
         plan.sequences.push(SequenceStep {
             key: part.key,
             tokens,
+            follows: None,
             start: part.range.start as u32,
             blocks,
             sample: Some(SampleRequest {

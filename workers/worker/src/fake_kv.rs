@@ -50,6 +50,7 @@ pub(crate) fn executor(
         step_sequences_max: config.batch,
         step_tokens_max: config.step_tokens,
         step_micros,
+        steps_in_flight: 2,
         never_emit: model.manifest.eos_token_ids.clone(),
     };
     FakeExecutor::with_memory(fake, Arc::new(digests))

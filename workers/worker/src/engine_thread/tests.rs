@@ -18,7 +18,11 @@ impl Executor for Breaking {
         self.inner.info()
     }
 
-    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.inner.submit(plan)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         if self.steps_left == 0 {
             assert!(!self.panics, "out of steps");
             return Err(ExecutorError {
@@ -26,7 +30,7 @@ impl Executor for Breaking {
             });
         }
         self.steps_left -= 1;
-        self.inner.forward(plan)
+        self.inner.collect()
     }
 }
 

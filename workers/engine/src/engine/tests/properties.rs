@@ -1,5 +1,7 @@
 //! What holds whatever happens.
 
+use std::collections::VecDeque;
+
 use baton_protocol::Sampling;
 use proptest::prelude::*;
 
@@ -7,15 +9,31 @@ use super::*;
 use crate::{StepPlan, sample, uniform};
 
 /// Logits by hash of all tokens so far, then the sampling rules: what a model does, as far as the engine can tell.
-struct Sampler(FakeExecutor);
+struct Sampler {
+    inner: FakeExecutor,
+    submitted: VecDeque<StepPlan>,
+    /// Tokens of the step collected last.
+    chosen: Vec<Option<u32>>,
+}
 
 impl Executor for Sampler {
     fn info(&self) -> &ExecutorInfo {
-        self.0.info()
+        self.inner.info()
     }
 
-    fn forward(&mut self, plan: &StepPlan) -> Result<StepOutput, ExecutorError> {
-        let mut output = self.0.forward(plan)?;
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.submitted.push_back(plan.clone());
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        let mut plan = self.submitted.pop_front().expect("a step was submitted");
+        for step in &mut plan.sequences {
+            if let Some(sequence) = step.follows.take() {
+                plan.tokens[step.tokens.start] = self.chosen[sequence].expect("it was asked for");
+            }
+        }
+        let mut output = self.inner.forward(&plan)?;
         for (step, row) in plan.sequences.iter().zip(&mut output.sequences) {
             if let (Some(request), Some(sampled)) = (&step.sample, &mut row.sampled) {
                 let hash = u64::from(sampled.token);
@@ -24,12 +42,18 @@ impl Executor for Sampler {
                 *sampled = sample(&mut logits, request);
             }
         }
+        self.chosen = output.tokens();
         Ok(output)
     }
 }
 
 fn sampler(setup: Setup) -> Engine {
-    engine_on(setup, Box::new(Sampler(FakeExecutor::new(fake(setup)))))
+    let executor = Sampler {
+        inner: FakeExecutor::new(fake(setup)),
+        submitted: VecDeque::new(),
+        chosen: Vec::new(),
+    };
+    engine_on(setup, Box::new(executor))
 }
 
 /// The text of one sequence alone in a roomy engine without a cache and without chunks.
