@@ -3,8 +3,8 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use baton_model_prep::{Outcome, PrepareOptions, prepare};
-use clap::Args;
+use baton_model_prep::{Outcome, Precision, PrepareOptions, prepare};
+use clap::{Args, ValueEnum};
 
 use crate::Failure;
 
@@ -28,12 +28,22 @@ pub struct ModelPrepArgs {
     /// Most sequences to serve at once [default: left to the worker]
     #[arg(long)]
     max_batch_size: Option<usize>,
+    /// Precision of the layers' matrices: fp8 makes e4m3 with a scale for each output channel, bf16 dequantizes
+    /// [default: as the source has them]
+    #[arg(long, value_enum)]
+    dtype: Option<Dtype>,
     /// Check the source and say what would be made; write nothing
     #[arg(long)]
     dry_run: bool,
     /// Replace a model that is there already
     #[arg(long)]
     force: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Dtype {
+    Bf16,
+    Fp8,
 }
 
 /// Prepares and says on standard output what was made.
@@ -45,6 +55,10 @@ pub fn run(args: ModelPrepArgs) -> Result<(), Failure> {
         tp_size: args.tp_size,
         tokens_max: args.max_num_tokens,
         batch_max: args.max_batch_size,
+        dtype: args.dtype.map(|dtype| match dtype {
+            Dtype::Bf16 => Precision::Bf16,
+            Dtype::Fp8 => Precision::Fp8,
+        }),
         dry_run: args.dry_run,
         force: args.force,
     })?;

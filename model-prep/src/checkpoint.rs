@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use baton_model::{ModelSpec, TensorSpec};
+use baton_model::{Fp8Matrix, ModelSpec, TensorSpec, WeightFormat};
 use sha2::{Digest, Sha256};
 
 use crate::error::PrepError;
@@ -24,6 +24,8 @@ pub(crate) struct Checkpoint {
     pub bos_token_id: Option<u32>,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
+    /// How it keeps the projections; BF16 stands for every unquantized format.
+    pub format: WeightFormat,
     /// Files to write as they are: config, tokenizer, template.
     pub files: Vec<SmallFile>,
     /// The weights.
@@ -40,16 +42,23 @@ pub(crate) struct SmallFile {
 
 /// Weights of a checkpoint, under Hugging Face's names and in Hugging Face's order of rows.
 pub(crate) trait WeightSource {
-    /// Whether a tensor is there, in this shape, in a format that can be read. Reads no weights.
-    fn check(&self, tensor: &TensorSpec) -> Result<(), PrepError>;
+    /// Whether a tensor is there, in this shape, in a format that can be read; if it is to be `kept`, in
+    /// this one. Reads no weights.
+    fn check(&self, tensor: &TensorSpec, kept: Option<WeightFormat>) -> Result<(), PrepError>;
 
-    /// Append the elements of a checked tensor, whole rows or a whole vector, as little-endian BF16.
+    /// Append the elements of a checked tensor, whole rows or a whole vector, as little-endian BF16; FP8 is
+    /// dequantized.
     fn read(
         &self,
         tensor: &TensorSpec,
         elements: Range<usize>,
         out: &mut Vec<u8>,
     ) -> Result<(), PrepError>;
+
+    /// A checked projection as the source has it, if that is FP8.
+    fn fp8(&self, _tensor: &TensorSpec) -> Result<Option<Fp8Matrix<'_>>, PrepError> {
+        Ok(None)
+    }
 
     /// An error about a checked tensor, with the file it is in.
     fn fault(&self, tensor: &TensorSpec, reason: &str) -> PrepError;

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_model::{
-    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, TensorSpec,
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, TensorSpec, WeightFormat,
 };
 use hf_hub::repository::{HFRepository, RepoTreeEntry, RepoTypeModel};
 use hf_hub::{HFClient, HFError};
@@ -87,7 +87,7 @@ struct Unfetched {
 }
 
 impl WeightSource for Unfetched {
-    fn check(&self, tensor: &TensorSpec) -> Result<(), PrepError> {
+    fn check(&self, tensor: &TensorSpec, _kept: Option<WeightFormat>) -> Result<(), PrepError> {
         match &self.tensors {
             Some(names) if !names.contains(&tensor.name) => Err(self.fault(tensor, "is missing")),
             _ => Ok(()),

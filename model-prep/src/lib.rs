@@ -1,7 +1,7 @@
 //! From a model's source to a model directory that workers can serve.
 //!
 //! A source is a Hugging Face name, a local Hugging Face directory or a GGUF file. [`mod@prepare`] checks it
-//! whole before it writes a byte, streams its weights (rounded to BF16 and divided over the ranks) into a
+//! whole before it writes a byte, streams its weights (rounded to BF16 or FP8 and divided over the ranks) into a
 //! temporary directory beside the output, and renames that when all of it is on disk. So memory stays
 //! bounded by one piece of one tensor, and a broken run never looks finished.
 
@@ -21,5 +21,5 @@ mod writer;
 
 pub use error::PrepError;
 pub use friendly::{friendly_names, hub_name};
-pub use options::{Outcome, Plan, PrepareOptions, PrepareReport};
+pub use options::{Outcome, Plan, Precision, PrepareOptions, PrepareReport};
 pub use prepare::prepare;

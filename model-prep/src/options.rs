@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use baton_model::Manifest;
+use baton_model::{Manifest, WeightFormat};
 
 /// What to prepare, from where, to where.
 #[derive(Clone, Debug)]
@@ -20,6 +20,8 @@ pub struct PrepareOptions {
     pub tokens_max: Option<usize>,
     /// Most sequences to serve at once; `None` leaves it to the worker.
     pub batch_max: Option<usize>,
+    /// What to make of the projections; `None` keeps what the source has, FP8 or not.
+    pub dtype: Option<Precision>,
     /// Check and plan, write nothing.
     pub dry_run: bool,
     /// Replace a model that is already there.
@@ -36,10 +38,20 @@ impl PrepareOptions {
             tp_size: 1,
             tokens_max: None,
             batch_max: None,
+            dtype: None,
             dry_run: false,
             force: false,
         }
     }
+}
+
+/// What becomes of a model's projections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// BF16; FP8 is dequantized.
+    Bf16,
+    /// FP8: kept if the source has it, else made with a scale for each output channel.
+    Fp8,
 }
 
 /// What a run did.
@@ -77,6 +89,8 @@ pub struct Plan {
     pub tensors: usize,
     /// Parameters of the whole model.
     pub parameters: u64,
+    /// Format of the projections.
+    pub dtype: WeightFormat,
     /// Bytes of weights of each rank.
     pub rank_bytes: u64,
     /// Ranks.
@@ -98,9 +112,10 @@ impl fmt::Display for Plan {
         writeln!(f, "to          {}", self.out.display())?;
         writeln!(
             f,
-            "weights     {} tensors, {:.1} million parameters, BF16",
+            "weights     {} tensors, {:.1} million parameters, {}",
             self.tensors,
-            self.parameters as f64 / 1e6
+            self.parameters as f64 / 1e6,
+            self.dtype
         )?;
         writeln!(
             f,

@@ -3,15 +3,15 @@
 use std::fs;
 
 use baton_model::{
-    Dtype, FingerprintHasher, MANIFEST, MANIFEST_FORMAT, Manifest, ModelDir, ModelSpec, TOKENIZER,
-    TensorSpec, WeightFormat, check_tp_size, expected_tensors,
+    FingerprintHasher, MANIFEST, MANIFEST_FORMAT, Manifest, ModelDir, ModelSpec, TOKENIZER,
+    TensorSpec, WeightFormat, expected_tensors, stored_tensors,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::PrepError;
 use crate::hub::Want;
-use crate::options::{Outcome, Plan, PrepareOptions, PrepareReport};
+use crate::options::{Outcome, Plan, Precision, PrepareOptions, PrepareReport};
 use crate::stage::Stage;
 use crate::{source, writer};
 
@@ -24,8 +24,11 @@ pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
     let checkpoint = source::open(&options.source, want)?;
     let tensors = expected_tensors(&checkpoint.spec);
     let plan = plan(&options, &checkpoint, &tensors)?;
+    let kept = checkpoint.format.is_fp8() && plan.dtype.is_fp8();
     for tensor in &tensors {
-        checkpoint.weights.check(tensor)?;
+        checkpoint
+            .weights
+            .check(tensor, kept.then_some(plan.dtype))?;
     }
     if options.dry_run {
         return Ok(PrepareReport {
@@ -56,7 +59,13 @@ fn plan(
 ) -> Result<Plan, PrepError> {
     let spec = &checkpoint.spec;
     let tp_size = options.tp_size;
-    check_tp_size(spec, tp_size)?;
+    let dtype = match options.dtype {
+        None => checkpoint.format,
+        Some(Precision::Bf16) => WeightFormat::Bf16,
+        Some(Precision::Fp8) if checkpoint.format.is_fp8() => checkpoint.format,
+        Some(Precision::Fp8) => WeightFormat::Fp8Channel,
+    };
+    dtype.check_tp_size(spec, tp_size)?;
     let tokens_max = match options.tokens_max {
         None => spec.tokens_max,
         Some(0) => {
@@ -77,9 +86,8 @@ fn plan(
             "the batch must hold at least 1 sequence".to_owned(),
         ));
     }
-    let rank_elements: usize = tensors
-        .iter()
-        .map(|t| t.rank_shape(tp_size).iter().product::<usize>())
+    let rank_bytes: usize = stored_tensors(spec, dtype, tp_size)
+        .map(|(_, dtype, shape)| shape.iter().product::<usize>() * dtype.size())
         .sum();
     Ok(Plan {
         name: options
@@ -90,7 +98,8 @@ fn plan(
         out: options.out.clone(),
         tensors: tensors.len(),
         parameters: tensors.iter().map(|t| t.elements() as u64).sum(),
-        rank_bytes: (rank_elements * Dtype::Bf16.size()) as u64,
+        dtype,
+        rank_bytes: rank_bytes as u64,
         tp_size,
         tokens_max,
         batch_max: options.batch_max,
@@ -165,6 +174,7 @@ fn check_output(
 
 fn same_plan(existing: &Manifest, plan: &Plan, checkpoint: &Checkpoint) -> bool {
     existing.name == plan.name
+        && existing.dtype == plan.dtype
         && existing.tp_size == plan.tp_size
         && existing.tokens_max == plan.tokens_max
         && existing.batch_max == plan.batch_max
@@ -197,7 +207,7 @@ fn write(
         stage.path(),
         tensors,
         checkpoint.weights.as_ref(),
-        plan.tp_size,
+        (plan.dtype, plan.tp_size),
         &mut fingerprint,
         &|n| bar.inc(n as u64),
     )?);
@@ -206,7 +216,7 @@ fn write(
         format: MANIFEST_FORMAT,
         name: plan.name.clone(),
         fingerprint: fingerprint.finish(),
-        dtype: WeightFormat::Bf16,
+        dtype: plan.dtype,
         tp_size: plan.tp_size,
         tokens_max: plan.tokens_max,
         batch_max: plan.batch_max,

@@ -9,7 +9,9 @@ mod weights;
 
 use std::path::Path;
 
-use baton_model::{CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG};
+use baton_model::{
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WeightFormat,
+};
 
 use crate::checkpoint::{Checkpoint, SmallFile};
 use crate::error::PrepError;
@@ -58,6 +60,7 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
         stamp: crate::checkpoint::stamp([path])?,
         bos_token_id: tokenizer.bos_token_id,
         eos_token_ids: tokenizer.eos_token_ids,
+        format: WeightFormat::Bf16,
         files,
         weights: Box::new(GgufWeights::new(container, &spec)?),
         spec,

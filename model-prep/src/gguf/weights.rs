@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::ops::Range;
 
-use baton_model::{ModelSpec, TensorSpec, expected_tensors, names};
+use baton_model::{ModelSpec, TensorSpec, WeightFormat, expected_tensors, names};
 
 use super::container::Container;
 use super::llama;
@@ -53,7 +53,7 @@ impl GgufWeights {
 }
 
 impl WeightSource for GgufWeights {
-    fn check(&self, tensor: &TensorSpec) -> Result<(), PrepError> {
+    fn check(&self, tensor: &TensorSpec, _kept: Option<WeightFormat>) -> Result<(), PrepError> {
         let name = gguf_name(&tensor.name);
         let fail = |reason: String| PrepError::tensor(&self.container.path, &name, reason);
         let info = self
@@ -75,7 +75,7 @@ impl WeightSource for GgufWeights {
         elements: Range<usize>,
         out: &mut Vec<u8>,
     ) -> Result<(), PrepError> {
-        self.check(tensor)?;
+        self.check(tensor, None)?;
         let info = self
             .container
             .tensor(&gguf_name(&tensor.name))

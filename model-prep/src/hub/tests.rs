@@ -380,7 +380,7 @@ fn a_plan_fetches_no_weights() {
     );
     assert!(!hub.fetched(WEIGHTS).exists() && !hub.part().exists());
     let tensor = expected_tensors(&checkpoint.spec).remove(0);
-    checkpoint.weights.check(&tensor).unwrap();
+    checkpoint.weights.check(&tensor, None).unwrap();
     let error = checkpoint
         .weights
         .read(&tensor, 0..16, &mut Vec::new())
@@ -402,7 +402,11 @@ fn a_plan_fetches_no_weights() {
         b.files.insert("a.safetensors", vec![0; 10]);
     });
     let checkpoint = hub.open(Want::Plan).unwrap();
-    let error = checkpoint.weights.check(&tensor).unwrap_err().to_string();
+    let error = checkpoint
+        .weights
+        .check(&tensor, None)
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains("tensor `model.embed_tokens.weight` is missing"),
         "{error}"

@@ -6,7 +6,9 @@
 use serde_json::{Map, Value};
 
 use crate::error::ModelError;
+use crate::quantization;
 use crate::spec::{ModelSpec, Rope, RopeScaling};
+use crate::weight_format::WeightFormat;
 
 /// What a family's configuration leaves out means what its class in Transformers says.
 struct Family {
@@ -61,6 +63,14 @@ const FAMILIES: [Family; 4] = [
 /// Read the text of a `config.json`.
 pub fn parse_config(text: &[u8]) -> Result<ModelSpec, ModelError> {
     parse(text).map_err(|reason| ModelError::Config(format!("config.json: {reason}")))
+}
+
+/// How the checkpoint of a `config.json` that [`parse_config`] takes keeps its projections: in FP8 blocks, in
+/// FP8 with scales for channels or whole tensors (both are [`WeightFormat::Fp8Channel`]), or unquantized.
+pub fn checkpoint_format(config: &Value) -> Result<WeightFormat, ModelError> {
+    let fields = config.as_object().cloned().unwrap_or_default();
+    quantization::weight_format(&fields)
+        .map_err(|reason| ModelError::Config(format!("config.json: {reason}")))
 }
 
 /// The `eos_token_id` of a `config.json` or `generation_config.json`: one id, a list of them, or none.
@@ -150,14 +160,7 @@ fn family(config: &Fields) -> Result<&'static Family, String> {
 }
 
 fn refuse_unsupported(config: &Fields, family: &Family) -> Result<(), String> {
-    if let Some(quantization) = config.present("quantization_config") {
-        let method = quantization.get("quant_method").unwrap_or(&Value::Null);
-        if method != "none" {
-            return Err(format!(
-                "the weights are quantized (`quant_method` {method}); use the unquantized model, or a GGUF file"
-            ));
-        }
-    }
+    quantization::weight_format(config.0)?;
     if let Some(act) = config.text("hidden_act")?
         && act != "silu"
     {

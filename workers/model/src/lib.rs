@@ -20,13 +20,14 @@ mod manifest;
 mod mapped;
 mod model_dir;
 pub mod names;
+mod quantization;
 mod safetensors;
 mod source;
 mod spec;
 mod tensors;
 mod weight_format;
 
-pub use config::{eos_token_ids, parse_config};
+pub use config::{checkpoint_format, eos_token_ids, parse_config};
 pub use e4m3::{E4M3_MAX, e4m3_from_f32, e4m3_is_nan, f32_from_e4m3};
 pub use error::ModelError;
 pub use fingerprint::FingerprintHasher;

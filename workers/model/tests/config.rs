@@ -1,6 +1,8 @@
 //! Variants of `config.json`: read as their family means them, or refused in a sentence.
 
-use baton_model::{ModelSpec, RopeScaling, eos_token_ids, parse_config};
+use baton_model::{
+    ModelSpec, RopeScaling, WeightFormat, checkpoint_format, eos_token_ids, parse_config,
+};
 use serde_json::{Value, json};
 
 fn llama(more: Value) -> Value {
@@ -172,6 +174,7 @@ fn what_cannot_be_computed_is_refused() {
             "quantized (`quant_method` \"gptq\")",
         ),
         (llama(json!({ "quantization_config": {} })), "quantized"),
+        (llama(json!({ "quantization_config": [] })), "is no object"),
         (
             of_family("mixtral", "MixtralForCausalLM", json!({})),
             "\"mixtral\" is not supported",
@@ -244,6 +247,138 @@ fn what_cannot_be_computed_is_refused() {
     }
     let error = parse_config(b"{").unwrap_err().to_string();
     assert!(error.contains("is not JSON"), "{error}");
+}
+
+fn quantized(quantization: Value) -> Value {
+    llama(json!({ "quantization_config": quantization }))
+}
+
+/// As DeepSeek and Qwen publish it.
+fn block_fp8() -> Value {
+    json!({
+        "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", "model.layers.0.input_layernorm"]
+    })
+}
+
+/// As llm-compressor writes it.
+fn compressed(strategy: &str) -> Value {
+    let input = json!({
+        "actorder": null, "block_structure": null, "dynamic": true, "group_size": null, "num_bits": 8,
+        "observer": null, "observer_kwargs": {}, "strategy": "token", "symmetric": true, "type": "float"
+    });
+    let weights = json!({
+        "actorder": null, "block_structure": null, "dynamic": false, "group_size": null, "num_bits": 8,
+        "observer": "minmax", "observer_kwargs": {}, "strategy": strategy, "symmetric": true, "type": "float"
+    });
+    json!({
+        "config_groups": { "group_0": {
+            "input_activations": input, "output_activations": null, "targets": ["Linear"], "weights": weights
+        } },
+        "format": "float-quantized", "global_compression_ratio": 1.24, "ignore": ["lm_head"],
+        "kv_cache_scheme": null, "quant_method": "compressed-tensors", "quantization_status": "compressed"
+    })
+}
+
+#[test]
+fn fp8_checkpoints_of_all_kinds_are_known() {
+    let mut compressed_block = compressed("block");
+    compressed_block["config_groups"]["group_0"]["weights"]["block_structure"] = json!([128, 128]);
+    let mut naive = compressed("tensor");
+    naive["format"] = json!("naive-quantized");
+    let auto_fp8 = json!({
+        "quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]
+    });
+    for (quantization, format) in [
+        (json!(null), WeightFormat::Bf16),
+        (json!({ "quant_method": "none" }), WeightFormat::Bf16),
+        (block_fp8(), WeightFormat::Fp8Block),
+        (auto_fp8, WeightFormat::Fp8Channel),
+        (compressed("channel"), WeightFormat::Fp8Channel),
+        (naive, WeightFormat::Fp8Channel),
+        (compressed_block, WeightFormat::Fp8Block),
+    ] {
+        let config = quantized(quantization);
+        parse_config(config.to_string().as_bytes()).unwrap();
+        assert_eq!(checkpoint_format(&config).unwrap(), format, "{config}");
+    }
+}
+
+#[test]
+fn other_quantizations_are_refused_by_what_is_wrong() {
+    let with = |mut base: Value, path: &str, value: Value| {
+        let (parent, name) = path.rsplit_once('/').unwrap();
+        base.pointer_mut(parent).unwrap()[name] = value;
+        quantized(base)
+    };
+    let weights = |name: &str, value| {
+        let path = format!("/config_groups/group_0/weights/{name}");
+        with(compressed("channel"), &path, value)
+    };
+    let mut two_kinds = compressed("channel");
+    two_kinds["config_groups"]["group_1"] = json!({ "weights": {
+        "num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]
+    } });
+    for (config, expected) in [
+        (
+            with(block_fp8(), "/fmt", json!("e5m2")),
+            "`fmt` of the quantization is \"e5m2\"",
+        ),
+        (
+            with(block_fp8(), "/weight_block_size", json!([64, 128])),
+            "`weight_block_size` is [64,128], only [128,128]",
+        ),
+        (
+            with(block_fp8(), "/scale_fmt", json!("ue8m0")),
+            "has `scale_fmt` \"ue8m0\"",
+        ),
+        (
+            with(block_fp8(), "/dequantize", json!(true)),
+            "`dequantize`",
+        ),
+        (
+            with(compressed("channel"), "/format", json!("pack-quantized")),
+            "\"pack-quantized\"",
+        ),
+        (
+            with(
+                compressed("channel"),
+                "/kv_cache_scheme",
+                json!({ "num_bits": 8 }),
+            ),
+            "KV cache",
+        ),
+        (
+            with(
+                compressed("channel"),
+                "/sparsity_config",
+                json!({ "format": "24" }),
+            ),
+            "sparsity",
+        ),
+        (
+            with(compressed("channel"), "/config_groups", json!({})),
+            "no `config_groups`",
+        ),
+        (
+            weights("num_bits", json!(4)),
+            "`group_0`: its weights are no 8-bit floats",
+        ),
+        (weights("type", json!("int")), "no 8-bit floats"),
+        (weights("symmetric", json!(false)), "`symmetric`"),
+        (
+            weights("strategy", json!("group")),
+            "`strategy` of its weights is \"group\"",
+        ),
+        (quantized(compressed("block")), "`block_structure` is null"),
+        (quantized(two_kinds), "mixes"),
+    ] {
+        let error = refused(&config);
+        assert!(
+            error.contains(expected),
+            "{error:?} should contain {expected:?}"
+        );
+    }
 }
 
 #[test]
