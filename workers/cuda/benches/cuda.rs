@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use baton_cuda::{
     Blas, Buffer, Compiler, CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device,
-    Module, Output, Product, Shape, launch, sources::Source,
+    Module, Numbers, Output, Product, Shape, launch, sources::Source,
 };
 use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan, kv_geometry};
 use baton_model::{ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, expected_tensors};
@@ -118,6 +118,7 @@ fn matmul_rate(device: &Arc<Device>) -> Result<f64, CudaError> {
         rows: N,
         outputs: N,
         inputs: N,
+        numbers: Numbers::Bf16,
         output: Output::Bf16,
     };
     let time = median(device, 12, || {

@@ -10,10 +10,12 @@ use crate::buffers::{ARGMAX_PARTS, Buffers, Draw, logits_rows, rows_max};
 use crate::compile::Compiler;
 use crate::device::{Buffer, Device, Pinned};
 use crate::error::CudaError;
-use crate::gemm::{Blas, Output, Product};
+use crate::gemm::Output;
 use crate::kernel::{Kernel, Module, Shape};
 use crate::launch;
-use crate::skinny::{self, End, Matrix, Norm, Skinny};
+use crate::many::Many;
+use crate::matrix::Format;
+use crate::skinny::{self, End, Norm, Skinny};
 use crate::sources;
 use crate::step::{StepAddresses, StepShape};
 use crate::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
@@ -35,7 +37,8 @@ pub struct CudaModel {
     pub(crate) compiler: Compiler,
     weights: ModelWeights,
     kernels: Kernels,
-    blas: Blas,
+    /// Products of steps of many rows.
+    many: Many,
     /// Products of steps of few rows, if the sizes allow.
     skinny: Option<Skinny>,
     buffers: Buffers,
@@ -46,9 +49,7 @@ struct Kernels {
     embed: Kernel,
     embed_scaled: Kernel,
     angles: Kernel,
-    rms_norm: Kernel,
     rope: Kernel,
-    swiglu: Kernel,
     argmax: Kernel,
     draw: Kernel,
 }
@@ -74,12 +75,14 @@ impl CudaModel {
         check(spec)?;
         let compiler = Compiler::for_capability(device.capability())?;
         let kernels = Kernels::load(device, &compiler, spec)?;
-        let blas = Blas::new(device)?;
+        let weights = ModelWeights::load(device, spec, source)?;
+        let formats: Vec<Format> = weights.matrices().map(|matrix| matrix.format).collect();
         let skinny = match takes_skinny(spec) {
-            true => Some(Skinny::new(device, &compiler, rows_max(options))?),
+            true => Some(Skinny::new(device, &compiler, rows_max(options), &formats)?),
             false => None,
         };
-        let weights = ModelWeights::load(device, spec, source)?;
+        let rows = rows_max(options);
+        let many = Many::new(device, &compiler, spec, weights.matrices(), rows)?;
         let buffers = Buffers::new(device, spec, options)?;
         Ok(Self {
             device: device.clone(),
@@ -88,7 +91,7 @@ impl CudaModel {
             compiler,
             weights,
             kernels,
-            blas,
+            many,
             skinny,
             buffers,
         })
@@ -184,51 +187,27 @@ impl CudaModel {
             spec,
             weights,
             kernels,
-            blas,
+            many,
             buffers: b,
             ..
         } = self;
         let layer = &weights.layers[index];
         let rows = shape.rows;
-        let mut multiply = |x, w: &Matrix, y, output| {
-            let product = Product {
-                x,
-                w: w.buffer.at(0),
-                y,
-                rows,
-                outputs: w.outputs,
-                inputs: w.inputs,
-                output,
-            };
-            // SAFETY: weights as loaded, activations of this many rows.
-            unsafe { blas.multiply(&product) }
-        };
-        let norm = |weight: &Buffer<u8>| {
-            // SAFETY: as `layers`.
-            unsafe { rms_norm(kernels, spec, b, weight, 0, rows) }
-        };
-        let (x, normed) = (b.x.at(0), b.normed.at(0));
-        norm(&layer.attention_norm)?;
-        multiply(normed, &layer.qkv, b.qkv.at(0), Output::Bf16)?;
+        let (x, normed, attended) = (b.x.at(0), b.normed.at(0), b.attended.at(0));
+        let (qkv, gate_up, inner) = (b.qkv.at(0), b.gate_up.at(0), b.inner.at(0));
         let bias = layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0));
-        // SAFETY: as `layers`.
-        unsafe { attend(kernels, spec, b, layer, bias, index, attention, shape, at)? };
-        multiply(b.attended.at(0), &layer.output, x, Output::AddF32)?;
-        norm(&layer.mlp_norm)?;
-        multiply(normed, &layer.gate_up, b.gate_up.at(0), Output::Bf16)?;
-        let count = rows * spec.intermediate;
-        let swiglu = Shape::row((count / 8).div_ceil(256), 256).early();
-        // SAFETY: as `layers`.
+        // SAFETY: as `layers`; weights as loaded, activations of this many rows.
         unsafe {
-            launch!(
-                kernels.swiglu,
-                swiglu,
-                b.inner.at(0),
-                b.gate_up.at(0),
-                count as i64
-            )?;
+            many.norm(&layer.qkv, normed, x, &layer.attention_norm, 0, rows)?;
+            many.multiply(&layer.qkv, normed, qkv, rows, Output::Bf16)?;
+            attend(kernels, spec, b, layer, bias, index, attention, shape, at)?;
+            many.prepare(&layer.output, attended, rows)?;
+            many.multiply(&layer.output, attended, x, rows, Output::AddF32)?;
+            many.norm(&layer.gate_up, normed, x, &layer.mlp_norm, 0, rows)?;
+            many.multiply(&layer.gate_up, normed, gate_up, rows, Output::Bf16)?;
+            many.swiglu(&layer.down, inner, gate_up, rows)?;
+            many.multiply(&layer.down, inner, x, rows, Output::AddF32)
         }
-        multiply(b.inner.at(0), &layer.down, x, Output::AddF32)
     }
 
     /// A layer whose products are bound by reading the weights: norms, SwiGLU and the residual stream are in their ends.
@@ -318,27 +297,18 @@ impl CudaModel {
         wanted: CUdeviceptr,
         rows: usize,
     ) -> Result<(), CudaError> {
-        let b = &self.buffers;
-        let product = Product {
-            x: b.normed.at(0),
-            w: self.weights.lm_head().buffer.at(0),
-            y: b.logits.at(0),
-            rows,
-            outputs: self.spec.vocab,
-            inputs: self.spec.hidden,
-            output: Output::F32,
-        };
+        let Self {
+            weights,
+            many,
+            buffers: b,
+            ..
+        } = self;
+        let (head, gamma) = (weights.lm_head(), &weights.norm);
+        let (x, normed, logits) = (b.x.at(0), b.normed.at(0), b.logits.at(0));
         // SAFETY: buffers hold this many rows.
         unsafe {
-            rms_norm(
-                &self.kernels,
-                &self.spec,
-                b,
-                &self.weights.norm,
-                wanted,
-                rows,
-            )?;
-            self.blas.multiply(&product)?;
+            many.norm(head, normed, x, gamma, wanted, rows)?;
+            many.multiply(head, normed, logits, rows, Output::F32)?;
             self.argmax(rows)
         }
     }
@@ -428,35 +398,6 @@ unsafe fn attend(
     }
 }
 
-/// Norms rows of the residual stream, all of them if `chosen` is null.
-///
-/// # Safety
-/// As [`CudaModel::layers`].
-unsafe fn rms_norm(
-    kernels: &Kernels,
-    spec: &ModelSpec,
-    b: &Buffers,
-    weight: &Buffer<u8>,
-    chosen: CUdeviceptr,
-    rows: usize,
-) -> Result<(), CudaError> {
-    let shape = Shape::row(rows, 256).early();
-    let (y, x, hidden) = (b.normed.at(0), b.x.at(0), spec.hidden as i32);
-    // SAFETY: the caller's promise.
-    unsafe {
-        launch!(
-            kernels.rms_norm,
-            shape,
-            y,
-            x,
-            weight.at(0),
-            chosen,
-            hidden,
-            spec.rms_eps
-        )
-    }
-}
-
 impl Kernels {
     fn load(
         device: &Arc<Device>,
@@ -472,9 +413,7 @@ impl Kernels {
             angles: embed.kernel("angles", 0)?,
             embed: embed.kernel("embed", 0)?,
             embed_scaled: embed.kernel("embed_scaled", 0)?,
-            rms_norm: module(&sources::RMS_NORM, &[])?.kernel("rms_norm", 0)?,
             rope: module(&sources::ROPE, &head_dim)?.kernel("rope", 0)?,
-            swiglu: module(&sources::SWIGLU, &[])?.kernel("swiglu", 0)?,
             argmax: module(&sources::ARGMAX, &[])?.kernel("argmax", 0)?,
             draw: module(&sources::DRAW, &[])?.kernel("draw", draw_shared_bytes(spec))?,
         })

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::compile::Compiler;
-use crate::device::{Buffer, Device};
+use crate::device::Device;
 use crate::error::CudaError;
 use crate::kernel::{Kernel, Module, Shape};
 use crate::launch;
+use crate::matrix::{Format, Matrix};
 use crate::sources;
 use crate::tensor_map::{Piece, TensorMap};
 
@@ -24,7 +25,8 @@ pub struct Skinny {
     multiprocessors: usize,
     /// Hopper's road: TMA, wgmma and clusters.
     clusters: bool,
-    variants: Vec<Variant>,
+    /// Of each format of weights that there are, by rows.
+    variants: [Vec<Variant>; Format::ALL.len()],
 }
 
 struct Variant {
@@ -37,17 +39,6 @@ struct Variant {
     residual: Kernel,
     swiglu: Kernel,
     logits: Kernel,
-}
-
-/// Weights `[outputs][inputs]` in BF16.
-pub struct Matrix {
-    /// Their bytes.
-    pub buffer: Buffer<u8>,
-    /// Rows.
-    pub outputs: usize,
-    /// Columns.
-    pub inputs: usize,
-    map: TensorMap,
 }
 
 /// Rows of activations `[rows][inputs]` in BF16, as each variant copies them.
@@ -121,27 +112,6 @@ struct Parameters {
     eps: f32,
 }
 
-impl Matrix {
-    /// Describes weights that are on the GPU.
-    ///
-    /// # Errors
-    /// [`CudaError::Driver`].
-    pub fn new(
-        device: &Device,
-        buffer: Buffer<u8>,
-        outputs: usize,
-        inputs: usize,
-    ) -> Result<Self, CudaError> {
-        assert_eq!(buffer.len(), outputs * inputs * 2);
-        Ok(Self {
-            map: map(device, buffer.at(0), outputs, inputs, 64)?,
-            buffer,
-            outputs,
-            inputs,
-        })
-    }
-}
-
 impl Activations {
     /// Describes `[rows][inputs]` at an address.
     ///
@@ -181,38 +151,34 @@ fn map(
 }
 
 impl Skinny {
-    /// Whether products of these sizes can go this way.
+    /// Whether products of these sizes can go this way; FP8 weights have inputs of a multiple of 16 besides.
     pub fn takes(inputs: usize, outputs: usize) -> bool {
         inputs.is_multiple_of(8) && outputs.is_multiple_of(8)
     }
 
-    /// Compiles the variants that steps of up to `rows` rows need.
+    /// Compiles the variants that steps of up to `rows` rows need, with weights of these formats.
     ///
     /// # Errors
     /// [`CudaError`].
-    pub fn new(device: &Arc<Device>, compiler: &Compiler, rows: usize) -> Result<Self, CudaError> {
+    pub fn new(
+        device: &Arc<Device>,
+        compiler: &Compiler,
+        rows: usize,
+        formats: &[Format],
+    ) -> Result<Self, CudaError> {
         let last = ROW_TILES.iter().position(|tile| *tile >= rows);
         let tiles = &ROW_TILES[..last.map_or(ROW_TILES.len(), |last| last + 1)];
-        let variants = tiles.iter().map(|tile| {
-            let defines = [format!("N_TILE={tile}"), "WEIGHT=0".to_owned()];
-            let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
-            let [outputs, rows, threads, shared] = module.constants("gemm_skinny_shape")?;
-            let kernel = |name: &str| module.kernel(&format!("gemm_skinny_{name}"), shared as u32);
-            Ok(Variant {
-                rows: rows as usize,
-                outputs: outputs as usize,
-                threads: threads as u32,
-                shared_bytes: shared as u32,
-                store: kernel("store")?,
-                residual: kernel("residual")?,
-                swiglu: kernel("swiglu")?,
-                logits: kernel("logits")?,
-            })
-        });
+        let mut variants = [const { Vec::new() }; Format::ALL.len()];
+        for format in Format::ALL.into_iter().filter(|f| formats.contains(f)) {
+            let loaded = tiles
+                .iter()
+                .map(|tile| Variant::load(device, compiler, *tile, format));
+            variants[format.number()] = loaded.collect::<Result<_, _>>()?;
+        }
         Ok(Self {
             multiprocessors: device.multiprocessors() as usize,
             clusters: device.capability() == (9, 0),
-            variants: variants.collect::<Result<_, CudaError>>()?,
+            variants,
         })
     }
 
@@ -231,15 +197,16 @@ impl Skinny {
         norm: Option<Norm>,
         end: End,
     ) -> Result<(), CudaError> {
-        let at = self.variants.iter().position(|v| v.rows >= rows);
-        let at = at.expect("the caller keeps to ROWS_MAX");
-        let variant = &self.variants[at];
+        let variants = &self.variants[w.format.number()];
+        let at = variants.iter().position(|v| v.rows >= rows);
+        let at = at.expect("the caller keeps to ROWS_MAX and to the formats that were asked for");
+        let variant = &variants[at];
         let mut p = Parameters {
             w_map: w.map,
             x_map: x.maps[at],
             w: w.buffer.at(0),
             x: x.address,
-            w_scale: 0,
+            w_scale: w.scales_at(),
             bias: 0,
             x_ssq: norm.map_or(0, |norm| norm.squares),
             gamma: 0,
@@ -310,5 +277,32 @@ impl Skinny {
             true => shape.cluster(split),
             false => shape,
         }
+    }
+}
+
+impl Variant {
+    fn load(
+        device: &Arc<Device>,
+        compiler: &Compiler,
+        tile: usize,
+        format: Format,
+    ) -> Result<Self, CudaError> {
+        let defines = [
+            format!("N_TILE={tile}"),
+            format!("WEIGHT={}", format.number()),
+        ];
+        let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
+        let [outputs, rows, threads, shared] = module.constants("gemm_skinny_shape")?;
+        let kernel = |name: &str| module.kernel(&format!("gemm_skinny_{name}"), shared as u32);
+        Ok(Self {
+            rows: rows as usize,
+            outputs: outputs as usize,
+            threads: threads as u32,
+            shared_bytes: shared as u32,
+            store: kernel("store")?,
+            residual: kernel("residual")?,
+            swiglu: kernel("swiglu")?,
+            logits: kernel("logits")?,
+        })
     }
 }

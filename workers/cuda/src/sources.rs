@@ -24,6 +24,7 @@ source!(EMBED, "embed.cu");
 source!(RMS_NORM, "rms_norm.cu");
 source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
+source!(QUANTISE, "quantise.cu");
 source!(ARGMAX, "argmax.cu");
 source!(DRAW, "draw.cu");
 source!(ATTENTION_DECODE, "attention_decode.cu");
@@ -42,6 +43,7 @@ macro_rules! headers {
 pub const HEADERS: &[(&str, &str)] = headers![
     "attention_wgmma.cuh",
     "common.cuh",
+    "e4m3.cuh",
     "gemm_ampere.cuh",
     "gemm_epilogue.cuh",
     "gemm_hopper.cuh",

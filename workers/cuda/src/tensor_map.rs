@@ -10,10 +10,13 @@ use crate::error::CudaError;
 #[repr(C, align(64))]
 pub struct TensorMap([u8; 128]);
 
+const BF16: sys::CUtensorMapDataType = sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+const BYTES: sys::CUtensorMapDataType = sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8;
+
 /// How a matrix is copied to shared memory.
 #[derive(Clone, Copy, Debug)]
 pub struct Piece {
-    /// Columns of one copy: 64.
+    /// Columns of one copy: 128 bytes of them.
     pub columns: u32,
     /// Rows of one copy.
     pub rows: u32,
@@ -38,7 +41,29 @@ impl TensorMap {
     ) -> Result<Self, CudaError> {
         let sizes = [columns as u64, rows as u64];
         let copied = [piece.columns, piece.rows];
-        Self::encode(address, sizes, [columns as u64 * 2], copied, piece.far)
+        Self::encode(
+            address,
+            BF16,
+            sizes,
+            [columns as u64 * 2],
+            copied,
+            piece.far,
+        )
+    }
+
+    /// Bytes `[rows][columns]`, otherwise as [`TensorMap::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn bytes(
+        address: sys::CUdeviceptr,
+        rows: usize,
+        columns: usize,
+        piece: Piece,
+    ) -> Result<Self, CudaError> {
+        let sizes = [columns as u64, rows as u64];
+        let copied = [piece.columns, piece.rows];
+        Self::encode(address, BYTES, sizes, [columns as u64], copied, piece.far)
     }
 
     /// Queries, BF16 `[rows][heads][head_dim]`, copied `tokens` rows of `group` heads of 64 numbers at a time, heads next to
@@ -54,12 +79,13 @@ impl TensorMap {
         let sizes = [head_dim as u64, heads as u64, rows as u64];
         let strides = [head_dim as u64 * 2, (heads * head_dim) as u64 * 2];
         let copied = [64, group as u32, tokens as u32];
-        Self::encode(address, sizes, strides, copied, false)
+        Self::encode(address, BF16, sizes, strides, copied, false)
     }
 
     /// Sizes and what is copied in elements, strides (of all dimensions but the innermost) in bytes.
     fn encode<const RANK: usize, const STRIDES: usize>(
         address: sys::CUdeviceptr,
+        numbers: sys::CUtensorMapDataType,
         sizes: [u64; RANK],
         strides: [u64; STRIDES],
         copied: [u32; RANK],
@@ -76,7 +102,7 @@ impl TensorMap {
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 (&raw mut map).cast(),
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                numbers,
                 RANK as u32,
                 address as *mut std::ffi::c_void,
                 sizes.as_ptr(),
