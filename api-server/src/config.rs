@@ -9,6 +9,8 @@ use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, ProtocolError};
 use tokio::sync::oneshot;
 
+use crate::keys::ApiKeys;
+
 /// Settings of one API server.
 pub struct ApiServerConfig {
     /// Its name on the bus; one of its own in the cluster.
@@ -31,6 +33,8 @@ pub struct ApiServerConfig {
     pub request_budget: Duration,
     /// Bounds on what clients may ask for.
     pub limits: Limits,
+    /// Keys that clients must have; with none everybody is served.
+    pub api_keys: ApiKeys,
     /// Told the bound address once requests are served.
     pub on_ready: Option<oneshot::Sender<SocketAddr>>,
 }
@@ -56,6 +60,7 @@ impl ApiServerConfig {
             port: 8000,
             request_budget: Duration::from_millis(u64::from(REQUEST_BUDGET_MS)),
             limits: Limits::default(),
+            api_keys: ApiKeys::default(),
             on_ready: None,
         })
     }

@@ -15,6 +15,8 @@ pub enum ErrorKind {
     BodyStalled,
     /// The prompt does not fit one message on the bus.
     JobTooLarge,
+    /// No API key, or an unknown one.
+    Unauthorized,
     /// No such model.
     UnknownModel,
     /// No such path.
@@ -56,12 +58,13 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
         Self::BodyStalled,
         Self::JobTooLarge,
+        Self::Unauthorized,
         Self::UnknownModel,
         Self::UnknownPath,
         Self::Method,
@@ -92,6 +95,7 @@ impl ErrorKind {
             Self::BodyTooLarge => (413, BAD, Some("body_too_large"), false, "body_too_large"),
             Self::BodyStalled => (408, BAD, Some("body_stalled"), false, "body_stalled"),
             Self::JobTooLarge => (413, BAD, Some("prompt_too_large"), false, "job_too_large"),
+            Self::Unauthorized => (401, BAD, Some("invalid_api_key"), false, "unauthorized"),
             Self::UnknownModel => (404, BAD, Some("model_not_found"), false, "unknown_model"),
             Self::UnknownPath => (404, BAD, Some("not_found"), false, "unknown_path"),
             Self::Method => (405, BAD, Some("method_not_allowed"), false, "method"),

@@ -13,6 +13,7 @@ mod driver;
 mod error;
 mod http;
 mod inbox;
+mod keys;
 mod lifecycle;
 mod membership;
 mod metrics;
@@ -25,4 +26,5 @@ mod tokenizer;
 
 pub use config::{ApiServerConfig, Limits};
 pub use error::{ApiServerError, ErrorKind, Row};
+pub use keys::ApiKeys;
 pub use server::run;

@@ -14,6 +14,7 @@ use crate::config::{ApiServerConfig, Limits};
 use crate::error::ApiServerError;
 use crate::http;
 use crate::inbox::{Event, Registry, lock};
+use crate::keys::ApiKeys;
 use crate::lifecycle::Target;
 use crate::membership::Membership;
 use crate::metrics::Metrics;
@@ -38,6 +39,8 @@ pub struct Server {
     pub metrics: Metrics,
     /// Bounds.
     pub limits: Limits,
+    /// Who may ask.
+    pub keys: ApiKeys,
     /// Time a request may take.
     pub request_budget: Duration,
     /// When this server started, for `created` of the model.
@@ -158,6 +161,7 @@ pub async fn run(
         registry,
         metrics,
         limits: config.limits,
+        keys: config.api_keys,
         request_budget: config.request_budget,
         started_unix: now.map_or(0, |since| since.as_secs()),
         decode_room: Notify::new(),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_api_server::ApiServerConfig;
+use baton_api_server::{ApiKeys, ApiServerConfig};
 use clap::Args;
 
 use crate::Failure;
@@ -42,6 +42,8 @@ pub struct ApiServerArgs {
     /// Time a request may take from its arrival to its last token, in seconds
     #[arg(long)]
     request_budget_s: Option<u64>,
+    #[command(flatten)]
+    keys: ApiKeysArgs,
     /// Most answers under way; more are told to come back (429)
     #[arg(long)]
     in_flight_max: Option<usize>,
@@ -51,6 +53,42 @@ pub struct ApiServerArgs {
     /// Time for requests under way to finish at the end, in seconds
     #[arg(long)]
     drain_s: Option<u64>,
+}
+
+/// Who may ask.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ApiKeysArgs {
+    /// File of the API keys that clients must have, one a line: KEY or NAME KEY; BATON_API_KEYS holds keys themselves,
+    /// divided by commas. Without either everybody is served
+    #[arg(long, env = "BATON_API_KEYS_FILE")]
+    pub api_keys_file: Option<PathBuf>,
+    /// Most answers under way for one API key; more are told to come back (429)
+    #[arg(long)]
+    pub api_key_in_flight_max: Option<usize>,
+}
+
+impl ApiKeysArgs {
+    fn keys(&self) -> Result<ApiKeys, Failure> {
+        let given = std::env::var("BATON_API_KEYS")
+            .ok()
+            .filter(|keys| !keys.is_empty());
+        let keys = match (&self.api_keys_file, given) {
+            (Some(_), Some(_)) => {
+                return Err(
+                    "both --api-keys-file and BATON_API_KEYS are given: which of them holds?"
+                        .into(),
+                );
+            }
+            (Some(file), None) => ApiKeys::read(file)?,
+            (None, Some(keys)) => ApiKeys::parse(&keys.replace(',', "\n"))
+                .map_err(|error| format!("BATON_API_KEYS: {error}"))?,
+            (None, None) if self.api_key_in_flight_max.is_some() => {
+                return Err("--api-key-in-flight-max needs API keys: --api-keys-file".into());
+            }
+            (None, None) => ApiKeys::default(),
+        };
+        Ok(keys.with_in_flight_max(self.api_key_in_flight_max))
+    }
 }
 
 /// Serves until a signal comes and requests under way have finished.
@@ -76,6 +114,7 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     config.nats_url = args.request_plane_uri;
     config.nats_credentials = args.request_plane_credentials;
     config.model_name = args.model_name;
+    config.api_keys = args.keys.keys()?;
     config.host = args.api_server_host;
     config.port = args.api_server_port;
     if let Some(seconds) = args.request_budget_s {

@@ -24,6 +24,7 @@ use self::cpu::CpuMeter;
 use self::prompt::{Prompts, Random};
 use self::report::Report;
 use crate::Failure;
+use crate::api_key::ApiKeyArg;
 use crate::shutdown::Shutdown;
 use crate::up::Ready;
 
@@ -33,6 +34,8 @@ pub struct BenchArgs {
     /// Where the API server answers [default: what --ready-file says, else http://127.0.0.1:8000]
     #[arg(long, env = "BATON_URL")]
     url: Option<String>,
+    #[command(flatten)]
+    api_key: ApiKeyArg,
     /// Model to ask for [default: the one that is served]
     #[arg(long)]
     model: Option<String>,
@@ -101,7 +104,7 @@ pub fn run(mut args: BenchArgs) -> Result<(), Failure> {
     let url = args
         .url
         .get_or_insert_with(|| "http://127.0.0.1:8000".to_owned());
-    let target = Target::parse(url)?;
+    let target = Target::parse(url)?.with_headers(args.api_key.headers()?);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

@@ -8,6 +8,7 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use crate::Failure;
+use crate::api_key::ApiKeyArg;
 use crate::shutdown::Shutdown;
 use crate::sse::SseReader;
 
@@ -16,6 +17,8 @@ pub struct ChatArgs {
     /// Where the API server answers
     #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
     url: String,
+    #[command(flatten)]
+    api_key: ApiKeyArg,
     /// Model to ask for [default: the one that is served]
     #[arg(long)]
     model: Option<String>,
@@ -56,6 +59,7 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
 async fn converse(args: ChatArgs) -> Result<(), Failure> {
     let client = reqwest::Client::builder()
         .read_timeout(SILENCE_MAX)
+        .default_headers(args.api_key.headers()?)
         .no_proxy()
         .build()?;
     let model = match &args.model {

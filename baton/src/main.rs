@@ -4,6 +4,7 @@
 //! error ends the process: one sentence on standard error, exit status 1.
 #![forbid(unsafe_code)]
 
+mod api_key;
 mod api_server;
 mod bench;
 mod chat;

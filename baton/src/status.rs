@@ -7,12 +7,15 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::Failure;
+use crate::api_key::ApiKeyArg;
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {
     /// Where the API server answers
     #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
     url: String,
+    #[command(flatten)]
+    api_key: ApiKeyArg,
     /// Print what the API server says as it is
     #[arg(long)]
     json: bool,
@@ -25,7 +28,7 @@ pub fn run(args: StatusArgs) -> Result<(), Failure> {
     let cluster = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(ask(&args.url))?;
+        .block_on(ask(&args))?;
     let text = match args.json {
         true => format!("{cluster:#}\n"),
         false => render(&cluster),
@@ -37,9 +40,11 @@ pub fn run(args: StatusArgs) -> Result<(), Failure> {
     }
 }
 
-async fn ask(url: &str) -> Result<Value, Failure> {
+async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
+    let url = &args.url;
     let client = reqwest::Client::builder()
         .timeout(ANSWER_WAIT)
+        .default_headers(args.api_key.headers()?)
         .no_proxy()
         .build()?;
     let unreachable = |error| format!("no API server answers at {url}: {error}");

@@ -21,6 +21,7 @@ use self::restarts::Restarts;
 use self::scratch::Scratch;
 use self::supervisor::{ProcessSpec, Stage, Supervisor};
 use crate::Failure;
+use crate::api_server::ApiKeysArgs;
 use crate::logging::LogFormat;
 use crate::model_source;
 use crate::shutdown::Shutdown;
@@ -65,6 +66,8 @@ pub struct UpArgs {
     /// Port for HTTP [default: 8000, or the next free one]
     #[arg(long)]
     api_server_port: Option<u16>,
+    #[command(flatten)]
+    keys: ApiKeysArgs,
     /// What workers compute on: cpu, cuda:N or fake
     #[arg(long, default_value = "cpu")]
     device: String,

@@ -9,6 +9,7 @@ use actix_web::{HttpResponse, rt};
 use baton_protocol::{Generation, RequestId};
 use tokio::sync::oneshot;
 
+use super::authorize::Caller;
 use super::choice::{Choice, Destination, Echo, Whole};
 use super::respond;
 use super::sse::{Outbox, Presence, SseBody};
@@ -44,6 +45,7 @@ pub async fn answer(
     params: Params,
     prompts: Vec<Prepared>,
     arrived: Instant,
+    caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
     let choices = prompts.len() * params.n as usize;
     let in_flight_max = server.limits.in_flight_max;
@@ -51,6 +53,10 @@ pub async fn answer(
         let message = format!("this server has its bound of {in_flight_max} requests in flight");
         return Err(ApiError::new(ErrorKind::TooManyRequests, message));
     }
+    let place = match caller.0 {
+        Some(key) => Some(server.keys.admit(&key, choices)?),
+        None => None,
+    };
     let id = random_id()?;
     let shape = Arc::new(Shape::new(
         kind,
@@ -78,7 +84,7 @@ pub async fn answer(
             .insert_header((header::CONTENT_TYPE, "text/event-stream; charset=utf-8"))
             .insert_header((header::CACHE_CONTROL, "no-cache"))
             .insert_header(("X-Accel-Buffering", "no"))
-            .body(SseBody::new(outbox, presence)));
+            .body(SseBody::new(outbox, presence, place)));
     }
     let mut waiting = Vec::with_capacity(choices);
     let to = || {
@@ -92,7 +98,7 @@ pub async fn answer(
         let lost = |_| ApiError::new(ErrorKind::Internal, "a generation was dropped");
         whole.push(choice.await.map_err(lost)??);
     }
-    drop(presence);
+    drop((presence, place));
     Ok(respond::json(
         StatusCode::OK,
         in_one_piece(&server, &shape, &mut tally, &whole),

@@ -6,8 +6,9 @@ use std::time::Instant;
 use actix_web::{HttpRequest, HttpResponse, web};
 
 use super::answer::{Prepared, answer};
+use super::authorize::Caller;
 use super::body;
-use super::respond::error_response;
+use super::respond::refuse;
 use super::status::unknown_model;
 use crate::error::{ApiError, ErrorKind};
 use crate::inbox::Mailbox;
@@ -47,16 +48,7 @@ pub async fn text(
 }
 
 fn respond(server: &Server, outcome: Result<HttpResponse, ApiError>) -> HttpResponse {
-    outcome.unwrap_or_else(|error| {
-        let label = error.kind.row().label;
-        tracing::debug!(reason = label, %error, "request refused");
-        server
-            .metrics
-            .errors_total
-            .with_label_values(&[label])
-            .inc();
-        error_response(&error)
-    })
+    outcome.unwrap_or_else(|error| refuse(server, &error))
 }
 
 async fn try_chat(
@@ -66,6 +58,7 @@ async fn try_chat(
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
+    let caller = Caller::of(&request);
     let body = body::read(&request, payload, &server.limits).await?;
     let ChatRequest { params, messages } =
         ChatRequest::parse(&body, &server.model.defaults, &server.limits)?;
@@ -90,6 +83,7 @@ async fn try_chat(
         params,
         vec![prepared],
         arrived,
+        caller,
     )
     .await
 }
@@ -101,6 +95,7 @@ async fn try_text(
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
+    let caller = Caller::of(&request);
     let body = body::read(&request, payload, &server.limits).await?;
     let CompletionRequest {
         params,
@@ -124,6 +119,7 @@ async fn try_text(
         params,
         prepared,
         arrived,
+        caller,
     )
     .await
 }

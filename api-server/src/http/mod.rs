@@ -1,6 +1,7 @@
 //! HTTP: routes, bodies, answers.
 
 mod answer;
+mod authorize;
 mod body;
 mod choice;
 mod completions;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use actix_web::rt::net::TcpStream;
 
 use actix_web::dev::Server as HttpServerHandle;
+use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, rt, web};
 
 use crate::error::{ApiError, ErrorKind};
@@ -36,6 +38,7 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
         let mailbox = Arc::new(Mailbox::default());
         rt::spawn(Arc::clone(&mailbox).distribute());
         App::new()
+            .wrap(from_fn(authorize::authorize))
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
             .service(only(

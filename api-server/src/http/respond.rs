@@ -4,6 +4,7 @@ use actix_web::HttpResponse;
 use actix_web::http::{StatusCode, header};
 
 use crate::error::ApiError;
+use crate::server::Server;
 
 /// An error as a response: status, `Retry-After` and body from the one table.
 pub fn error_response(error: &ApiError) -> HttpResponse {
@@ -11,11 +12,26 @@ pub fn error_response(error: &ApiError) -> HttpResponse {
         StatusCode::from_u16(error.kind.row().status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = HttpResponse::build(status);
     response.insert_header((header::CONTENT_TYPE, "application/json"));
+    if status == StatusCode::UNAUTHORIZED {
+        response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
+    }
     if let Some(ms) = error.retry_after_ms {
         // The header counts whole seconds.
         response.insert_header((header::RETRY_AFTER, ms.div_ceil(1_000).max(1).to_string()));
     }
     response.body(error.body())
+}
+
+/// As [`error_response`], counted and logged.
+pub fn refuse(server: &Server, error: &ApiError) -> HttpResponse {
+    let label = error.kind.row().label;
+    tracing::debug!(reason = label, %error, "request refused");
+    server
+        .metrics
+        .errors_total
+        .with_label_values(&[label])
+        .inc();
+    error_response(error)
 }
 
 /// A JSON document.

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use crate::error::ApiError;
 use crate::inbox::{Event, Inbox};
+use crate::keys::Place;
 use crate::openai::{Shape, Tally, Usage};
 
 /// A stream says something at least this often, also to notice that nobody listens any more.
@@ -186,17 +187,19 @@ impl Drop for Presence {
 pub struct SseBody {
     outbox: Rc<Outbox>,
     _presence: Presence,
+    _place: Option<Place>,
     timer: Pin<Box<tokio::time::Sleep>>,
     last_write: Instant,
 }
 
 impl SseBody {
-    /// The body that empties this outbox.
-    pub fn new(outbox: Rc<Outbox>, presence: Presence) -> Self {
+    /// The body that empties this outbox, and keeps the request's place in its key's bound.
+    pub fn new(outbox: Rc<Outbox>, presence: Presence, place: Option<Place>) -> Self {
         let timer = Box::pin(tokio::time::sleep(KEEP_ALIVE));
         Self {
             outbox,
             _presence: presence,
+            _place: place,
             timer,
             last_write: Instant::now(),
         }

@@ -1,5 +1,6 @@
 //! A small client for streamed answers: a kept connection, events told apart by bytes.
 
+use reqwest::header::HeaderMap;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -18,6 +19,7 @@ const REFUSAL_BYTES_MAX: usize = 16 << 10;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     authority: String,
+    headers: HeaderMap,
 }
 
 impl Target {
@@ -40,10 +42,28 @@ impl Target {
                     } else {
                         format!("{authority}:80")
                     },
+                    headers: HeaderMap::new(),
                 })
             }
             _ => Err(format!("{url:?} is not of the form http://HOST:PORT").into()),
         }
+    }
+}
+
+impl Target {
+    /// The same, with headers that every request carries.
+    #[must_use]
+    pub fn with_headers(mut self, headers: HeaderMap) -> Self {
+        self.headers = headers;
+        self
+    }
+
+    /// The headers as they go over the wire.
+    fn lines(&self) -> String {
+        let lines = self.headers.iter();
+        lines
+            .map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap_or_default()))
+            .collect()
     }
 }
 
@@ -55,6 +75,7 @@ pub async fn served_model(target: &Target) -> Result<String, Failure> {
     let url = format!("http://{}/v1/models", target.authority);
     let client = reqwest::Client::builder()
         .timeout(std::time::Duration::from_secs(10))
+        .default_headers(target.headers.clone())
         .no_proxy()
         .build()?;
     let answer = client
@@ -113,10 +134,11 @@ impl Connection {
         let kept = self.stream.take();
         let reused = kept.is_some();
         let message = format!(
-            "POST {} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{}",
+            "POST {} HTTP/1.1\r\nhost: {}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n{}\r\n{}",
             request.path,
             self.target.authority,
             request.body.len(),
+            self.target.lines(),
             request.body
         );
         let mut stream = match kept {

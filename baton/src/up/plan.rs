@@ -56,6 +56,12 @@ impl Plan {
         if let Some(name) = &args.model_name {
             front.extend(flags([("--model-name", name)]));
         }
+        if let Some(file) = &args.keys.api_keys_file {
+            front.extend([OsString::from("--api-keys-file"), file.into()]);
+        }
+        if let Some(most) = args.keys.api_key_in_flight_max {
+            front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
+        }
         let mut compute = flags([("--device", &args.device)]);
         if args.device == "cpu" {
             let threads = threads_each(args.threads, workers.len());

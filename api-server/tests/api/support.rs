@@ -505,6 +505,8 @@ fn logprobs(token: u32, top: u8) -> TokenLogprobs {
 /// An API server on a port of its own.
 pub struct Api {
     pub address: std::net::SocketAddr,
+    /// Shown with every request.
+    pub key: Option<&'static str>,
     stop: Option<oneshot::Sender<()>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -534,6 +536,7 @@ impl Api {
         drop(model);
         Self {
             address,
+            key: None,
             stop: Some(stop),
             task,
         }
@@ -583,8 +586,12 @@ impl Api {
         socket.set_recv_buffer_size(8 << 10).unwrap();
         let mut stream = socket.connect(self.address).await.unwrap();
         // HTTP/1.0: a streamed body comes as it is and ends with the connection.
+        let key = self
+            .key
+            .map(|key| format!("Authorization: Bearer {key}\r\n"));
+        let key = key.unwrap_or_default();
         let head = format!(
-            "{method} {path} HTTP/1.0\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            "{method} {path} HTTP/1.0\r\nHost: test\r\n{key}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
             body.len()
         );
         stream.write_all(head.as_bytes()).await.unwrap();

@@ -1,5 +1,6 @@
 //! The API server against a real nats-server and scripted workers.
 
+mod keys;
 mod support;
 
 use std::time::Duration;

@@ -1,0 +1,43 @@
+//! Before anything else of a request is looked at: may its sender ask?
+
+use std::sync::Arc;
+
+use actix_web::body::BoxBody;
+use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::http::header;
+use actix_web::middleware::Next;
+use actix_web::{HttpMessage, HttpRequest, web};
+
+use super::respond::refuse;
+use crate::keys::{Key, OPEN_PATHS};
+use crate::server::Server;
+
+/// Who sent a request: a key, or anybody where there are none.
+pub struct Caller(pub Option<Arc<Key>>);
+
+impl Caller {
+    /// As [`authorize`] has found.
+    pub fn of(request: &HttpRequest) -> Self {
+        Self(request.extensions().get::<Arc<Key>>().cloned())
+    }
+}
+
+/// Lets through what needs no key or has one. Around every path, so that a new one is closed until it is said to be open.
+pub async fn authorize(
+    server: web::Data<Server>,
+    request: ServiceRequest,
+    next: Next<BoxBody>,
+) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
+    if server.keys.is_empty() || OPEN_PATHS.contains(&request.path()) {
+        return next.call(request).await;
+    }
+    let header = request.headers().get(header::AUTHORIZATION);
+    match server.keys.check(header.map(|value| value.as_bytes())) {
+        Ok(key) => {
+            tracing::debug!(key = key.name, path = request.path(), "request");
+            request.extensions_mut().insert(key);
+            next.call(request).await
+        }
+        Err(error) => Ok(request.into_response(refuse(&server, &error))),
+    }
+}

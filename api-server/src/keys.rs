@@ -1,0 +1,254 @@
+//! API keys: who may ask, and how much at once.
+//!
+//! A server without keys serves everybody who reaches it. With keys every path wants one, but those that only say how
+//! the server is ([`OPEN_PATHS`]). Keys are kept and compared as SHA-256 digests, all of them each time, so neither the
+//! time of a comparison nor a dump of memory tells a key.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use sha2::{Digest, Sha256};
+use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
+
+use crate::error::{ApiError, ErrorKind};
+
+/// What load balancers and Prometheus ask for, without a key.
+pub const OPEN_PATHS: [&str; 3] = ["/health", "/live", "/metrics"];
+
+/// Shorter keys can be guessed.
+const KEY_BYTES_MIN: usize = 16;
+
+/// More is a wrong file.
+const KEYS_MAX: usize = 10_000;
+
+/// The keys of a server.
+#[derive(Debug, Default)]
+pub struct ApiKeys {
+    keys: Vec<Arc<Key>>,
+    in_flight_max: Option<usize>,
+}
+
+/// One key, and what is under way for it.
+pub struct Key {
+    /// Its name in logs; `key-3` for the third without one.
+    pub name: String,
+    digest: [u8; 32],
+    in_flight: AtomicUsize,
+}
+
+/// Choices under way for a key, until it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    key: Arc<Key>,
+    choices: usize,
+}
+
+impl ApiKeys {
+    /// Reads keys, one a line: `KEY` or `NAME KEY`. Empty lines and those that begin with `#` are left out.
+    ///
+    /// # Errors
+    /// A sentence that names the line, and never a key.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut keys: Vec<Arc<Key>> = Vec::new();
+        for (index, line) in text.lines().enumerate() {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let wrong = |what: &str| Err(format!("line {}: {what}", index + 1));
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let (name, key) = match words[..] {
+                [key] => (format!("key-{}", keys.len() + 1), key),
+                [name, key] => (name.to_owned(), key),
+                _ => return wrong("more than a name and a key"),
+            };
+            if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+                return wrong("a key is of printable ASCII characters");
+            }
+            if key.len() < KEY_BYTES_MIN {
+                return wrong(
+                    "a key of fewer than 16 characters can be guessed; `openssl rand -hex 24` makes a good one",
+                );
+            }
+            let digest = Sha256::digest(key).into();
+            if keys.iter().any(|k| k.name == name || k.digest == digest) {
+                return wrong("this name or key stands further up too");
+            }
+            if keys.len() == KEYS_MAX {
+                return wrong("more than 10,000 keys");
+            }
+            keys.push(Arc::new(Key {
+                name,
+                digest,
+                in_flight: AtomicUsize::new(0),
+            }));
+        }
+        if keys.is_empty() {
+            return Err(
+                "there is no key in it; leave the setting out to serve without keys".to_owned(),
+            );
+        }
+        Ok(Self {
+            keys,
+            in_flight_max: None,
+        })
+    }
+
+    /// As [`Self::parse`], from a file.
+    ///
+    /// # Errors
+    /// A sentence that names the file.
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string());
+        text.and_then(|text| Self::parse(&text))
+            .map_err(|error| format!("API keys in {}: {error}", path.display()))
+    }
+
+    /// The same with a bound on the generations under way for each key.
+    #[must_use]
+    pub fn with_in_flight_max(mut self, in_flight_max: Option<usize>) -> Self {
+        self.in_flight_max = in_flight_max;
+        self
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Whether everybody is served.
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// The key that an `Authorization` header gives.
+    ///
+    /// # Errors
+    /// 401, with what is missing.
+    pub fn check(&self, authorization: Option<&[u8]>) -> Result<Arc<Key>, ApiError> {
+        let refused = |message: &str| Err(ApiError::new(ErrorKind::Unauthorized, message));
+        let Some(header) = authorization else {
+            return refused("this server wants an API key: Authorization: Bearer KEY");
+        };
+        let given = match header.split_at_checked(7) {
+            Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),
+            _ => return refused("the Authorization header is not of the form: Bearer KEY"),
+        };
+        let digest: [u8; 32] = Sha256::digest(given).into();
+        let mut found = u32::MAX;
+        for (index, key) in self.keys.iter().enumerate() {
+            let same: Choice = digest.ct_eq(&key.digest);
+            found.conditional_assign(&(index as u32), same);
+        }
+        match self.keys.get(found as usize) {
+            Some(key) => Ok(Arc::clone(key)),
+            None => refused("this API key is not known here"),
+        }
+    }
+
+    /// Room for so many more choices of a key.
+    ///
+    /// # Errors
+    /// 429 if they were more than a key may have under way.
+    pub fn admit(&self, key: &Arc<Key>, choices: usize) -> Result<Place, ApiError> {
+        let most = self.in_flight_max.unwrap_or(usize::MAX);
+        let more = |now: usize| now.checked_add(choices).filter(|sum| *sum <= most);
+        match key
+            .in_flight
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+        {
+            Ok(_) => Ok(Place {
+                key: Arc::clone(key),
+                choices,
+            }),
+            Err(now) => Err(ApiError::new(
+                ErrorKind::TooManyRequests,
+                format!(
+                    "this API key has {now} generations under way, {choices} more would pass its bound of {most}"
+                ),
+            )),
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.key.in_flight.fetch_sub(self.choices, Ordering::AcqRel);
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Key({})", self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TEXT: &str = "\n# people\nanna  sk-anna-0123456789\n  sk-nobody-0123456789  \n";
+
+    #[test]
+    fn a_key_is_found_whatever_stands_around_it() {
+        let keys = ApiKeys::parse(TEXT).unwrap();
+        assert_eq!(keys.len(), 2);
+        let name = |header: &str| {
+            keys.check(Some(header.as_bytes()))
+                .map(|key| key.name.clone())
+        };
+        assert_eq!(name("Bearer sk-anna-0123456789").unwrap(), "anna");
+        assert_eq!(name("bearer  sk-anna-0123456789 ").unwrap(), "anna");
+        assert_eq!(name("Bearer sk-nobody-0123456789").unwrap(), "key-2");
+        for wrong in [
+            "Bearer sk-anna-012345678",
+            "Bearer sk-anna-01234567890",
+            "Bearer ",
+            "Bearer",
+            "Basic sk-anna-0123456789",
+            "sk-anna-0123456789",
+            "",
+        ] {
+            let error = name(wrong).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Unauthorized, "{wrong}");
+        }
+        assert!(keys.check(None).is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_file_is_said_without_its_keys() {
+        for (text, line) in [
+            ("short", "line 1"),
+            ("# only a comment\n", "no key"),
+            ("a sk-0123456789abcdef x", "line 1"),
+            ("a sk-0123456789abcdef\nb sk-0123456789abcdef", "line 2"),
+            ("a sk-0123456789abcdef\na sk-0123456789abcdeg", "line 2"),
+            ("a sk-0123456789abcdéf", "line 1"),
+        ] {
+            let error = ApiKeys::parse(text).unwrap_err();
+            assert!(error.contains(line), "{error}");
+            assert!(!error.contains("sk-"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_bound_counts_choices_until_they_end() {
+        let keys = ApiKeys::parse(TEXT).unwrap().with_in_flight_max(Some(3));
+        let key = |name: &str| {
+            let header = format!("Bearer sk-{name}-0123456789");
+            keys.check(Some(header.as_bytes())).unwrap()
+        };
+        let anna = key("anna");
+        let two = keys.admit(&anna, 2).unwrap();
+        assert_eq!(
+            keys.admit(&anna, 2).unwrap_err().kind,
+            ErrorKind::TooManyRequests
+        );
+        let one = keys.admit(&anna, 1).unwrap();
+        let other = keys.admit(&key("nobody"), 3).unwrap();
+        drop((one, other, two));
+        drop(keys.admit(&anna, 3).unwrap());
+    }
+}
