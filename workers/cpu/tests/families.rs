@@ -33,6 +33,11 @@ fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
 }
 
 #[test]
+fn a_step_submitted_ahead_changes_no_token() {
+    baton_executor_tests::ahead::steps_ahead(&|build| Box::new(executor(Kernel::best(), 2, build)));
+}
+
+#[test]
 fn what_does_not_fit_is_refused_with_a_sentence() {
     let tiny = Tiny::new(tiny_families().remove(0), 1);
     let kv = kv_geometry(&tiny.spec, 16);

@@ -51,6 +51,12 @@ fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn a_step_submitted_ahead_changes_no_token() {
+    baton_executor_tests::ahead::steps_ahead(&|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn what_does_not_fit_is_refused_with_a_sentence() {
     let tiny = Tiny::new(tiny_families().remove(0), 1);
     let b = Build {

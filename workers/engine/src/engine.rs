@@ -5,11 +5,12 @@ use std::time::Instant;
 
 use baton_protocol::{Refusal, SequenceSpec};
 
+use crate::flight::{FlightRow, Flights};
 use crate::scheduler::Scheduler;
 use crate::sequence::Sequence;
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
-    NewSequence, ResumedSequence, Sampled, SequenceOutput, SequenceStep, StepOutput,
+    NewSequence, ResumedSequence, Sampled, SequenceOutput, StepOutput,
 };
 
 /// Told to those whom a full queue turned away: some steps later things look different.
@@ -17,8 +18,10 @@ const RETRY_AFTER_MS: u32 = 200;
 
 /// Schedules sequences on one executor. One OS thread owns it; see [`Engine::step`].
 pub struct Engine {
+    // Dropped first: what it still runs writes into blocks of the others.
     executor: Box<dyn Executor>,
     scheduler: Scheduler,
+    flights: Flights,
     /// Longest sequence: the model's bound, or the arena's if that is smaller.
     tokens_max: usize,
     queue_max: usize,
@@ -39,9 +42,12 @@ impl Engine {
         let pool = BlockPool::new(info.blocks, info.kv.block_tokens);
         // A sequence that outgrew the whole arena would be preempted for ever.
         let arena_tokens = info.blocks as usize * info.kv.block_tokens as usize;
+        let tokens_max = arena_tokens.min(info.tokens_max as usize);
+        let prefix_cache = config.prefix_cache;
         Self {
-            tokens_max: arena_tokens.min(info.tokens_max as usize),
-            scheduler: Scheduler::new(pool, running_max, step_tokens, config.prefix_cache),
+            tokens_max,
+            scheduler: Scheduler::new(pool, running_max, step_tokens, tokens_max, prefix_cache),
+            flights: Flights::default(),
             executor,
             queue_max: config.queue_max,
             arrivals: 0,
@@ -137,14 +143,21 @@ impl Engine {
         Ok(())
     }
 
-    /// Take a sequence out, in whatever phase it is, and give its blocks back at once. `false` if it is not here.
+    /// Take a sequence out, in whatever phase it is, and give its blocks back: at once, or when the steps in flight that
+    /// may touch them are collected. `false` if it is not here.
     pub fn abort(&mut self, key: u64) -> bool {
-        self.scheduler.remove(key).is_some()
+        let Some(sequence) = self.scheduler.remove(key) else {
+            return false;
+        };
+        if sequence.in_flight > 0 {
+            self.flights.give_back(sequence.blocks);
+        }
+        true
     }
 
-    /// Whether any sequence is in the engine.
+    /// Whether any sequence is in the engine, or a step in flight.
     pub fn has_work(&self) -> bool {
-        self.scheduler.sequences().next().is_some()
+        !self.flights.is_empty() || self.scheduler.sequences().next().is_some()
     }
 
     /// Whether the last step found nothing it could run although there is work: prompts wait for blocks that
@@ -165,32 +178,69 @@ impl Engine {
         }
     }
 
-    /// Run one step over whatever can run. The events may be none: a chunk in the middle of a prompt has
-    /// nothing to tell, and neither has a step that found nothing to run ([`Engine::is_stalled`]).
+    /// Submit what can run, as far ahead as the executor bears, and collect the oldest step. The events may be none: a
+    /// chunk in the middle of a prompt has nothing to tell, and neither has a step that found nothing to run
+    /// ([`Engine::is_stalled`]).
     ///
     /// # Errors
     /// [`ExecutorError`] if the executor failed. It is out of service then, and every later step fails alike: the owner
     /// reports all its sequences as failed and drops the engine.
     pub fn step(&mut self) -> Result<Vec<Event>, ExecutorError> {
+        let mut events = Vec::with_capacity(self.scheduler.decoding.len() + 1);
+        self.in_service(|engine| {
+            let depth = engine.info().steps_in_flight.max(1);
+            while engine.flights.len() < depth && engine.submit_step(&mut events)? {}
+            engine.stalled = engine.flights.is_empty() && engine.has_work();
+            engine.collect_step(&mut events)
+        })?;
+        Ok(events)
+    }
+
+    /// Collect all steps in flight and submit none: for an owner that has no use for more events now, and wants the
+    /// blocks of aborted sequences back all the same.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn settle(&mut self) -> Result<Vec<Event>, ExecutorError> {
+        let mut events = Vec::new();
+        self.in_service(|engine| {
+            while !engine.flights.is_empty() {
+                engine.collect_step(&mut events)?;
+            }
+            Ok(())
+        })?;
+        Ok(events)
+    }
+
+    /// Does something with the executor, unless it has failed; if it fails now, that is remembered.
+    fn in_service(
+        &mut self,
+        run: impl FnOnce(&mut Self) -> Result<(), ExecutorError>,
+    ) -> Result<(), ExecutorError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let mut events = Vec::with_capacity(self.scheduler.decoding.len() + 1);
-        let rows = self.scheduler.plan(Instant::now(), &mut events);
-        self.stalled = rows == 0 && self.has_work();
+        run(self).inspect_err(|error| {
+            self.flights.abandon();
+            self.failed = Some(error.clone());
+        })
+    }
+
+    /// Plan the next step and submit it; `false` if there is none, or if it has to wait for those in flight.
+    fn submit_step(&mut self, events: &mut Vec<Event>) -> Result<bool, ExecutorError> {
+        let rows = match self.flights.is_empty() {
+            true => self.scheduler.plan(Instant::now(), events),
+            false => self.scheduler.plan_ahead(),
+        };
         if rows == 0 {
-            return Ok(events);
+            return Ok(false);
         }
-        let output = self.executor.forward(&self.scheduler.plan);
-        let output = output.and_then(|output| self.check_output(output));
-        match output {
-            Ok(output) => self.collect(output, &mut events),
-            Err(error) => {
-                self.failed = Some(error.clone());
-                return Err(error);
-            }
-        }
-        Ok(events)
+        self.executor.submit(&self.scheduler.plan)?;
+        // The plan's hold on sampling states ends here, the executor's when the step is collected.
+        self.scheduler.plan.sequences.clear();
+        let flight = std::mem::take(&mut self.scheduler.flight);
+        self.flights.submitted(flight);
+        Ok(true)
     }
 
     /// Whether blocks and sequences agree with each other. Linear in the arena's blocks: for idle moments and tests.
@@ -205,7 +255,12 @@ impl Engine {
         if let Some(twice) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(format!("sequence {} is in the engine twice", twice[0]));
         }
+        let arrivals = |running: &[Sequence]| running.is_sorted_by_key(|s| s.arrival);
+        if !arrivals(&self.scheduler.decoding) || !arrivals(&self.scheduler.prefilling) {
+            return Err("running sequences are not in order of arrival".to_owned());
+        }
         for sequence in self.scheduler.sequences() {
+            self.flights.check(sequence)?;
             let Sequence {
                 key,
                 computed,
@@ -263,18 +318,17 @@ impl Engine {
     }
 
     /// The executor's half of the contract: a row for each sequence, and in it what was asked for.
-    fn check_output(&self, output: StepOutput) -> Result<StepOutput, ExecutorError> {
-        let rows = &self.scheduler.plan.sequences;
+    fn check_output(&self, rows: &[FlightRow], output: &StepOutput) -> Result<(), ExecutorError> {
         let vocab = self.info().vocab;
-        let fits = |(row, output): (&SequenceStep, &SequenceOutput)| {
+        let fits = |(row, output): (&FlightRow, &SequenceOutput)| {
             let token_fits = match &output.sampled {
-                Some(sampled) => row.sample.is_some() && sampled.token < vocab,
-                None => row.sample.is_none(),
+                Some(sampled) => row.samples && sampled.token < vocab,
+                None => !row.samples,
             };
-            token_fits && output.target_logprobs.len() == row.targets.len()
+            token_fits && output.target_logprobs.len() == row.targets
         };
         if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
-            return Ok(output);
+            return Ok(());
         }
         Err(ExecutorError {
             message: format!(
@@ -285,44 +339,52 @@ impl Engine {
         })
     }
 
-    fn collect(&mut self, output: StepOutput, events: &mut Vec<Event>) {
-        // Gives up the plan's hold on sampling states: counts are then updated in place.
-        self.scheduler.plan.sequences.clear();
-        let mut rows = output.sequences.into_iter();
-        self.collect_decodes(&mut rows, events);
-        self.collect_prefills(&mut rows, events);
+    /// Collect the oldest step in flight, if there is one.
+    fn collect_step(&mut self, events: &mut Vec<Event>) -> Result<(), ExecutorError> {
+        let Some(oldest) = self.flights.oldest() else {
+            return Ok(());
+        };
+        let output = self.executor.collect()?;
+        self.check_output(&oldest.rows, &output)?;
+        let Some(flight) = self.flights.collected() else {
+            return Ok(());
+        };
+        let mut decodes: Vec<_> = flight.rows.into_iter().zip(output.sequences).collect();
+        let prompts = decodes.split_off(flight.decodes);
+        self.collect_decodes(decodes, events);
+        self.collect_prefills(prompts, events);
+        Ok(())
     }
 
-    fn collect_decodes(
-        &mut self,
-        rows: &mut impl Iterator<Item = SequenceOutput>,
-        events: &mut Vec<Event>,
-    ) {
+    /// Rows and sequences are both in order of arrival. Rows of those that have left since are thrown away.
+    fn collect_decodes(&mut self, rows: Vec<(FlightRow, SequenceOutput)>, events: &mut Vec<Event>) {
         let Scheduler {
             decoding,
-            planned_decodes,
             pool,
             prefix_cache,
             ..
         } = &mut self.scheduler;
         let block_tokens = pool.block_tokens();
-        debug_assert_eq!(
-            decoding.len(),
-            *planned_decodes,
-            "every generating sequence has a row"
-        );
+        let mut rows = rows.into_iter().peekable();
         decoding.retain_mut(|sequence| {
-            let Some(sampled) = rows.next().and_then(|row| row.sampled) else {
+            while rows
+                .next_if(|(row, _)| row.arrival < sequence.arrival)
+                .is_some()
+            {}
+            let row = rows.next_if(|(row, _)| row.arrival == sequence.arrival);
+            let Some(sampled) = row.and_then(|(_, output)| output.sampled) else {
                 return true;
             };
             sequence.computed += 1;
+            sequence.in_flight -= 1;
             // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.
             let full = sequence.computed / block_tokens;
             if *prefix_cache
                 && sequence.computed % block_tokens == 0
                 && sequence.blocks.indexed() + 1 == full
             {
-                sequence.blocks.index(&sequence.tokens[..sequence.computed]);
+                let given_up = sequence.blocks.index(&sequence.tokens[..sequence.computed]);
+                self.flights.give_back(given_up);
             }
             let finish = sequence.finish_with(sampled.token, self.tokens_max);
             let index = sequence.output_tokens() as u32;
@@ -333,30 +395,37 @@ impl Engine {
                 sampled,
                 finish,
             });
+            if finish.is_some() && sequence.in_flight > 0 {
+                self.flights.give_back(sequence.blocks.take());
+            }
             finish.is_none()
         });
     }
 
     fn collect_prefills(
         &mut self,
-        rows: &mut impl Iterator<Item = SequenceOutput>,
+        rows: Vec<(FlightRow, SequenceOutput)>,
         events: &mut Vec<Event>,
     ) {
         let Scheduler {
             prefilling,
-            planned_prefills,
             prefix_cache,
             ..
         } = &mut self.scheduler;
         let mut done: Vec<(usize, Sampled)> = Vec::new();
-        for ((at, count), row) in planned_prefills.iter().zip(rows) {
-            let sequence = &mut prefilling[*at];
-            sequence.computed += count;
-            sequence.prompt.logprobs.extend(row.target_logprobs);
+        for (row, output) in rows {
+            let Some(at) = prefilling.iter().position(|s| s.arrival == row.arrival) else {
+                continue;
+            };
+            let sequence = &mut prefilling[at];
+            sequence.computed += row.tokens;
+            sequence.in_flight -= row.tokens;
+            sequence.prompt.logprobs.extend(output.target_logprobs);
             if *prefix_cache {
-                sequence.blocks.index(&sequence.tokens[..sequence.computed]);
+                // A step that may be in flight already has no row of this sequence.
+                drop(sequence.blocks.index(&sequence.tokens[..sequence.computed]));
             }
-            done.extend(row.sampled.map(|sampled| (*at, sampled)));
+            done.extend(output.sampled.map(|sampled| (at, sampled)));
         }
         done.sort_unstable_by_key(|(at, _)| *at);
         for (removed, (at, sampled)) in done.into_iter().enumerate() {

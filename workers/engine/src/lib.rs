@@ -15,9 +15,13 @@
 //! 6. It generates one token a step ([`Event::Token`]) until a rule ends it, [`Engine::abort`] takes it out, or it has to
 //!    give up its blocks ([`Event::Preempted`]).
 //!
+//! On a device that computes while the host plans, a decode step is submitted before the last one's tokens are here: its
+//! sequences go on from what the device has chosen. One that ends meanwhile has its row thrown away.
+//!
 //! Where things are:
 //!
-//! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them.
+//! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them; `flight`: steps
+//!   submitted and not collected.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
 //! - `sampling`: from logits to a token.
 //! - `arena`: how a model's KV lies in memory.
@@ -30,6 +34,7 @@ mod engine;
 mod evictable;
 mod executor;
 mod fake;
+mod flight;
 mod free_list;
 mod messages;
 mod pool;

@@ -148,8 +148,14 @@ impl BlockPool {
     }
 
     /// Index the full blocks of `tokens` that `ids[indexed..]` holds; the new number of indexed blocks. A block whose
-    /// prefix is indexed already is exchanged for the one in the index.
-    pub(crate) fn index(&self, ids: &mut [u32], indexed: usize, tokens: &[u32]) -> usize {
+    /// prefix is indexed already is exchanged for the one in the index, and goes to `given_up`, still held.
+    pub(crate) fn index(
+        &self,
+        ids: &mut [u32],
+        indexed: usize,
+        tokens: &[u32],
+        given_up: &mut Vec<u32>,
+    ) -> usize {
         let mut state = self.state();
         let block_tokens = self.block_tokens();
         for (i, chunk) in tokens.chunks_exact(block_tokens).enumerate().skip(indexed) {
@@ -158,8 +164,7 @@ impl BlockPool {
                 Inserted::New => {}
                 Inserted::Exists(block) => {
                     state.hold(block);
-                    state.release(&ids[i..=i]);
-                    ids[i] = block;
+                    given_up.push(std::mem::replace(&mut ids[i], block));
                 }
                 Inserted::Collision => return i,
             }
@@ -194,6 +199,12 @@ impl BlockPool {
     pub(crate) fn is_private(&self, block: u32) -> bool {
         let state = self.state();
         state.holders[block as usize] == 1 && !state.index.contains(block)
+    }
+
+    /// Whether any table holds the block.
+    #[cfg(test)]
+    pub(crate) fn is_held(&self, block: u32) -> bool {
+        self.state().holders[block as usize] > 0
     }
 
     pub(crate) fn is_same(&self, other: &Self) -> bool {

@@ -9,10 +9,19 @@
 //!
 //! A prompt takes all its blocks on admission, so two half-done prompts never wait for each other's. Output
 //! takes blocks one at a time, and when none is left the youngest generating sequence gives up its own.
+//!
+//! While a step is in flight the next is planned if it needs nothing that only the end of the last can tell:
+//!
+//! - it is a decode step, and no prompt could run. Beside a step of prompts what the host does is short, and those that come
+//!   until it ends can be in the next; a decode step is short itself.
+//! - every sequence in it goes on from a token that the device knows. One with penalties does not; then all wait, for a step
+//!   without it would cost it half its speed, and the wait costs the others a few percent of theirs.
+//! - there is a block for everyone: nobody is thrown out for a guess.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use crate::flight::{Flight, FlightRow};
 use crate::sequence::Sequence;
 use crate::{BlockPool, Event, SequenceStep, StepPlan};
 
@@ -36,11 +45,11 @@ pub struct Scheduler {
     pub prefilling: Vec<Sequence>,
     /// Generating sequences, oldest first.
     pub decoding: Vec<Sequence>,
-    /// Rows `0 .. planned_decodes` are `decoding` in order; the others are `planned_prefills`.
     pub plan: StepPlan,
-    pub planned_decodes: usize,
-    /// Index in `prefilling`, and number of tokens.
-    pub planned_prefills: Vec<(usize, usize)>,
+    /// The same step as it will be collected.
+    pub flight: Flight,
+    /// Longest sequence.
+    tokens_max: usize,
     /// Scratch of [`Self::plan_prefills`].
     shortest_first: Vec<usize>,
 }
@@ -50,6 +59,7 @@ impl Scheduler {
         pool: BlockPool,
         running_max: usize,
         step_tokens: usize,
+        tokens_max: usize,
         prefix_cache: bool,
     ) -> Self {
         assert!(
@@ -66,8 +76,8 @@ impl Scheduler {
             prefilling: Vec::new(),
             decoding: Vec::new(),
             plan: StepPlan::default(),
-            planned_decodes: 0,
-            planned_prefills: Vec::new(),
+            flight: Flight::default(),
+            tokens_max,
             shortest_first: Vec::new(),
         }
     }
@@ -94,16 +104,49 @@ impl Scheduler {
         self.parked.remove(at)
     }
 
-    /// Plan the next step; the number of its rows. Sequences that had to give up their blocks are reported.
+    /// Plan the next step, with none in flight; the number of its rows. Sequences that had to give up their blocks are
+    /// reported.
     pub fn plan(&mut self, now: Instant, events: &mut Vec<Event>) -> usize {
-        self.plan.sequences.clear();
-        self.plan.tokens.clear();
-        self.plan.blocks.clear();
-        self.plan.targets.clear();
+        self.begin_plan();
         self.admit();
         self.plan_decodes(events);
         self.plan_prefills(now);
         self.plan.sequences.len()
+    }
+
+    /// Plan a step behind those in flight; the number of its rows, 0 if it has to wait for them.
+    pub fn plan_ahead(&mut self) -> usize {
+        self.begin_plan();
+        let prompts_in_flight = self.prefilling.iter().any(|s| s.in_flight > 0);
+        if prompts_in_flight && !self.waiting.is_empty() {
+            // They may share what is being computed, so their blocks are chosen after it.
+            return 0;
+        }
+        self.admit();
+        if self.prefilling.iter().any(|s| s.remaining() > 0) {
+            return 0;
+        }
+        let goes_on = |s: &Sequence| !s.is_ending(self.tokens_max);
+        for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
+            let is_known = sequence.in_flight == 0 || sequence.can_follow();
+            let tokens = sequence.tokens.len() + sequence.in_flight;
+            if !is_known || sequence.blocks.capacity() < tokens && !sequence.blocks.grow() {
+                return 0;
+            }
+        }
+        for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
+            push_row(&mut self.plan, &mut self.flight, sequence, 1);
+        }
+        self.flight.decodes = self.flight.rows.len();
+        self.flight.decodes
+    }
+
+    fn begin_plan(&mut self) {
+        self.plan.sequences.clear();
+        self.plan.tokens.clear();
+        self.plan.blocks.clear();
+        self.plan.targets.clear();
+        self.flight = Flight::default();
     }
 
     /// Fill the batch, the oldest first. Resumed sequences overtake a prompt that cannot start: it may be
@@ -158,11 +201,11 @@ impl Scheduler {
             if !self.make_room(row, events) {
                 continue;
             }
-            let sequence = &self.decoding[row];
-            push_row(&mut self.plan, sequence, 1);
+            let sequence = &mut self.decoding[row];
+            push_row(&mut self.plan, &mut self.flight, sequence, 1);
             row += 1;
         }
-        self.planned_decodes = row;
+        self.flight.decodes = row;
     }
 
     /// See to it that this generating sequence has a block for its last token. `false` if it had to give
@@ -187,11 +230,10 @@ impl Scheduler {
     }
 
     fn plan_prefills(&mut self, now: Instant) {
-        self.planned_prefills.clear();
         let Some(oldest) = self.prefilling.first() else {
             return;
         };
-        let mut budget = self.step_tokens - self.planned_decodes;
+        let mut budget = self.step_tokens - self.flight.decodes;
         let guaranteed = oldest.remaining().min(budget.div_ceil(2));
         budget -= guaranteed;
 
@@ -215,32 +257,44 @@ impl Scheduler {
         }
         let sequence = &mut self.prefilling[at];
         sequence.prompt.started.get_or_insert(now);
-        push_row(&mut self.plan, sequence, tokens);
-        self.planned_prefills.push((at, tokens));
+        push_row(&mut self.plan, &mut self.flight, sequence, tokens);
     }
 }
 
 /// Plan the next `count` tokens of a sequence; with its last one goes the choice of the next.
-fn push_row(plan: &mut StepPlan, sequence: &Sequence, count: usize) {
-    let start = sequence.computed;
+fn push_row(plan: &mut StepPlan, flight: &mut Flight, sequence: &mut Sequence, count: usize) {
+    let start = sequence.computed + sequence.in_flight;
     let end = start + count;
     let (first_token, first_block) = (plan.tokens.len(), plan.blocks.len());
     let first_target = plan.targets.len();
-    plan.tokens.extend_from_slice(&sequence.tokens[start..end]);
+    let known = sequence.tokens.get(start..end);
+    match known {
+        Some(tokens) => plan.tokens.extend_from_slice(tokens),
+        None => plan.tokens.push(0),
+    }
     plan.blocks.extend_from_slice(sequence.blocks.ids());
     if sequence.prompt.logprobs_top.is_some() {
         let to = (end + 1).min(sequence.prompt_tokens);
         plan.targets
             .extend_from_slice(sequence.tokens.get(start + 1..to).unwrap_or(&[]));
     }
-    plan.sequences.push(SequenceStep {
+    let step = SequenceStep {
         key: sequence.key,
         tokens: first_token..plan.tokens.len(),
-        follows: None,
+        follows: known.is_none().then_some(sequence.row),
         start: start as u32,
         blocks: first_block..plan.blocks.len(),
-        sample: (end == sequence.tokens.len()).then(|| sequence.sample_request()),
+        sample: (end >= sequence.tokens.len()).then(|| sequence.sample_request()),
         targets: first_target..plan.targets.len(),
         target_top: sequence.prompt.logprobs_top.unwrap_or(0),
+    };
+    flight.rows.push(FlightRow {
+        arrival: sequence.arrival,
+        tokens: count,
+        samples: step.sample.is_some(),
+        targets: step.targets.len(),
     });
+    sequence.in_flight += count;
+    sequence.row = plan.sequences.len();
+    plan.sequences.push(step);
 }

@@ -17,6 +17,10 @@ pub struct Sequence {
     pub prompt_tokens: usize,
     /// The KV of this many tokens is in place.
     pub computed: usize,
+    /// Tokens after those that steps in flight run: of a prompt its own, else tokens that nobody knows yet but the first.
+    pub in_flight: usize,
+    /// Its row in the last of these steps.
+    pub row: usize,
     pub blocks: BlockTable,
     pub prompt: PromptReport,
     state: Arc<SampleState>,
@@ -61,6 +65,8 @@ impl Sequence {
             tokens,
             prompt_tokens,
             computed: 0,
+            in_flight: 0,
+            row: 0,
             blocks,
             prompt: PromptReport {
                 logprobs_top: None,
@@ -75,9 +81,21 @@ impl Sequence {
         }
     }
 
-    /// Tokens whose KV is not in place yet.
+    /// Tokens of a prompt that no step has run or runs.
     pub fn remaining(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.tokens.len() - self.computed - self.in_flight
+    }
+
+    /// Whether a step in flight surely ends this generating sequence.
+    pub fn is_ending(&self, tokens_max: usize) -> bool {
+        self.in_flight > 0
+            && (self.output_tokens() + self.in_flight >= self.max_tokens
+                || self.tokens.len() + self.in_flight >= tokens_max)
+    }
+
+    /// Whether the token after next can be chosen before the next is known here: penalties count every token.
+    pub fn can_follow(&self) -> bool {
+        !has_penalty(&self.state.sampling)
     }
 
     /// Output tokens so far; also the output index of the next one.
@@ -85,12 +103,12 @@ impl Sequence {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// How to choose the token after the last.
+    /// How to choose the token after the last, and after those in flight.
     pub fn sample_request(&self) -> SampleRequest {
         SampleRequest {
-            position: self.tokens.len() as u32,
+            position: (self.tokens.len() + self.in_flight) as u32,
             state: Arc::clone(&self.state),
-            ban_stop_ids: self.output_tokens() < self.min_tokens
+            ban_stop_ids: self.output_tokens() + self.in_flight < self.min_tokens
                 && !self.state.stop_token_ids.is_empty(),
         }
     }
@@ -111,7 +129,7 @@ impl Sequence {
         if !has_penalty(&self.state.sampling) {
             return;
         }
-        // No step is under way, so nobody else holds the state and nothing is copied.
+        // Such a sequence is in one step at a time, and that is over: nobody else holds the state and nothing is copied.
         let counts = &mut Arc::make_mut(&mut self.state).counts;
         match counts.binary_search_by_key(&token, |count| count.token) {
             Ok(at) => counts[at].output += 1,

@@ -74,11 +74,22 @@ impl BlockTable {
     }
 
     /// The KV of all of `tokens`, counted from the start of the sequence, is in place: index their full
-    /// blocks, which may exchange blocks for equal ones that others share.
-    pub(crate) fn index(&mut self, tokens: &[u32]) {
+    /// blocks, which may exchange blocks for equal ones that others share. Those given up for them come back: a step in
+    /// flight may still read them.
+    pub(crate) fn index(&mut self, tokens: &[u32]) -> BlockTable {
+        let mut given_up = Vec::new();
         if tokens.len() / self.pool.block_tokens() > self.indexed {
-            self.indexed = self.pool.index(&mut self.ids, self.indexed, tokens);
+            self.indexed = self
+                .pool
+                .index(&mut self.ids, self.indexed, tokens, &mut given_up);
         }
+        Self::new(self.pool.clone(), given_up, 0)
+    }
+
+    /// The blocks, of which this one holds none any more.
+    pub(crate) fn take(&mut self) -> BlockTable {
+        let rest = Self::new(self.pool.clone(), Vec::new(), 0);
+        std::mem::replace(self, rest)
     }
 
     /// Whether this table belongs to that pool.

@@ -3,9 +3,11 @@
 //!
 //! - [`families()`](families::families): every model family against a plain decoder in f64 ([`Tiny::reference`]).
 //! - [`company`]: logits with and without neighbours, in any chunks.
+//! - [`ahead`]: steps submitted before the last was collected.
 //! - [`golden`]: real weights against Transformers.
 #![forbid(unsafe_code)]
 
+pub mod ahead;
 pub mod company;
 pub mod families;
 pub mod golden;

@@ -3,7 +3,7 @@
 //! Commands come in through a bounded channel and events go out through another; tokens go straight to
 //! the [`TokenOutbox`]. With work it steps back to back, without it sleeps until a command comes. When a
 //! step finds no free block it sleeps until blocks come back, and when the bus is slow, until there is
-//! room for tokens: commands (aborts above all) are carried out meanwhile.
+//! room for tokens, with no step in flight: commands (aborts above all) are carried out meanwhile.
 
 mod handle;
 mod held;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use baton_engine::{Engine, Event, NewSequence, ResumedSequence};
+use baton_engine::{Engine, Event, ExecutorError, NewSequence, ResumedSequence};
 use baton_protocol::{
     ApiServerId, End, Failure, FailureCode, FrameItem, PackedTokens, PullReport, Refusal,
 };
@@ -92,7 +92,12 @@ impl EngineThread {
             let flow = if !self.has_work() {
                 self.check_pools();
                 self.wait(None)
-            } else if self.tokens.has_room() && self.step() {
+            } else if !self.tokens.has_room() {
+                // A step or two over the bound, once; or blocks of the aborted would be held as long as the bus is slow.
+                self.advance(Engine::settle);
+                self.stalled.store(true, Ordering::Release);
+                self.wait(Some(STALL_WAIT))
+            } else if self.advance(Engine::step) {
                 Flow::On
             } else {
                 self.stalled.store(true, Ordering::Release);
@@ -217,14 +222,17 @@ impl EngineThread {
         Flow::On
     }
 
-    /// Runs one step and sends on what it made. False if nothing could run.
-    fn step(&mut self) -> bool {
+    /// Has the engine run and sends on what it made. False if nothing could run.
+    fn advance(
+        &mut self,
+        run: impl FnOnce(&mut Engine) -> Result<Vec<Event>, ExecutorError>,
+    ) -> bool {
         self.checked = false;
         let Some(engine) = &mut self.engine else {
             return false;
         };
         // A panicking executor is a broken executor, and no reason to leave requests without an answer.
-        let outcome = catch_unwind(AssertUnwindSafe(|| engine.step()));
+        let outcome = catch_unwind(AssertUnwindSafe(|| run(engine)));
         let events = match outcome {
             Ok(Ok(events)) => events,
             Ok(Err(error)) => {

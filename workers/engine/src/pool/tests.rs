@@ -10,7 +10,7 @@ fn tokens(seed: u32, count: usize) -> Vec<u32> {
 
 fn written(pool: &BlockPool, tokens: &[u32]) -> BlockTable {
     let mut table = pool.admit(tokens, true, 0).expect("room");
-    table.index(tokens);
+    drop(table.index(tokens));
     table
 }
 
@@ -77,7 +77,7 @@ fn blocks_being_written_are_not_shared() {
     let prompt = tokens(1, 9);
     let mut writing = pool.admit(&prompt, true, 0).expect("room");
     assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 0);
-    writing.index(&prompt[..5]);
+    drop(writing.index(&prompt[..5]));
     assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 1);
 }
 
@@ -88,8 +88,8 @@ fn equal_blocks_written_twice_become_one() {
     let mut a = pool.admit(&prompt, true, 0).expect("room");
     let mut b = pool.admit(&prompt, true, 0).expect("room");
     assert_eq!(pool.stats().used, 6);
-    a.index(&prompt);
-    b.index(&prompt);
+    drop(a.index(&prompt));
+    drop(b.index(&prompt));
     assert_eq!(a.ids()[..2], b.ids()[..2]);
     assert_eq!(pool.stats().used, 4);
     pool.check().expect("sound");
@@ -202,7 +202,7 @@ proptest! {
                     }
                     let private = !table.is_empty() && pool.state().quarantined[table.ids()[table.len() - 1] as usize];
                     if !private {
-                        table.index(tokens);
+                        drop(table.index(tokens));
                     }
                 }
                 Action::Grow { table } if !tables.is_empty() => {

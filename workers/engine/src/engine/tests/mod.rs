@@ -6,7 +6,11 @@ use super::*;
 use crate::{FakeConfig, FakeExecutor};
 
 mod behaviour;
+mod flights;
 mod properties;
+mod sampler;
+
+use sampler::{Watch, sampler, watched_sampler};
 
 const BLOCK_TOKENS: u32 = 4;
 const VOCAB: u32 = 1000;
@@ -18,6 +22,7 @@ struct Setup {
     sequences: usize,
     queue: usize,
     prefix_cache: bool,
+    steps_in_flight: usize,
 }
 
 impl Default for Setup {
@@ -28,6 +33,7 @@ impl Default for Setup {
             sequences: 8,
             queue: 1000,
             prefix_cache: true,
+            steps_in_flight: 1,
         }
     }
 }
@@ -37,6 +43,7 @@ fn fake(setup: Setup) -> FakeConfig {
         blocks: setup.blocks,
         vocab: VOCAB,
         tokens_max: 512,
+        steps_in_flight: setup.steps_in_flight,
         ..FakeConfig::default()
     };
     config.kv.block_tokens = BLOCK_TOKENS;
@@ -92,6 +99,7 @@ struct Driver {
     cached_tokens: u32,
     preemptions: usize,
     steps: usize,
+    watch: Watch,
 }
 
 impl Driver {
@@ -155,6 +163,16 @@ impl Driver {
                 }
             }
         }
+        self.check(engine);
+    }
+
+    /// Books that agree, and no block given back that a step in flight may touch.
+    fn check(&self, engine: &Engine) {
+        engine.check().expect("sound");
+        for block in self.watch.blocks() {
+            let held = engine.pool().is_held(block);
+            assert!(held, "block {block} was given back under a step in flight");
+        }
     }
 
     fn run(&mut self, engine: &mut Engine, steps_max: usize) {
@@ -165,7 +183,6 @@ impl Driver {
             );
             self.step(engine);
             assert!(!engine.is_stalled(), "nobody outside holds a block");
-            engine.check().expect("sound");
         }
     }
 }
@@ -186,6 +203,7 @@ const ROOMY: Setup = Setup {
     sequences: 8,
     queue: 1000,
     prefix_cache: false,
+    steps_in_flight: 1,
 };
 
 /// The text of one sequence that has the engine to itself.

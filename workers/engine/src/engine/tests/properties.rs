@@ -1,68 +1,26 @@
 //! What holds whatever happens.
 
-use std::collections::VecDeque;
-
 use baton_protocol::Sampling;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{StepPlan, sample, uniform};
 
-/// Logits by hash of all tokens so far, then the sampling rules: what a model does, as far as the engine can tell.
-struct Sampler {
-    inner: FakeExecutor,
-    submitted: VecDeque<StepPlan>,
-    /// Tokens of the step collected last.
-    chosen: Vec<Option<u32>>,
-}
-
-impl Executor for Sampler {
-    fn info(&self) -> &ExecutorInfo {
-        self.inner.info()
-    }
-
-    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        self.submitted.push_back(plan.clone());
-        Ok(())
-    }
-
-    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        let mut plan = self.submitted.pop_front().expect("a step was submitted");
-        for step in &mut plan.sequences {
-            if let Some(sequence) = step.follows.take() {
-                plan.tokens[step.tokens.start] = self.chosen[sequence].expect("it was asked for");
-            }
-        }
-        let mut output = self.inner.forward(&plan)?;
-        for (step, row) in plan.sequences.iter().zip(&mut output.sequences) {
-            if let (Some(request), Some(sampled)) = (&step.sample, &mut row.sampled) {
-                let hash = u64::from(sampled.token);
-                let logit = |i| uniform(hash, i) as f32 * 12.0 - 6.0;
-                let mut logits: Vec<f32> = (0..VOCAB).map(logit).collect();
-                *sampled = sample(&mut logits, request);
-            }
-        }
-        self.chosen = output.tokens();
-        Ok(output)
-    }
-}
-
-fn sampler(setup: Setup) -> Engine {
-    let executor = Sampler {
-        inner: FakeExecutor::new(fake(setup)),
-        submitted: VecDeque::new(),
-        chosen: Vec::new(),
+fn watched(setup: Setup) -> (Engine, Driver) {
+    let (engine, watch, _) = watched_sampler(setup);
+    let driver = Driver {
+        watch,
+        ..Driver::default()
     };
-    engine_on(setup, Box::new(executor))
+    (engine, driver)
 }
 
 /// The text of one sequence alone in a roomy engine without a cache and without chunks.
-fn alone(spec: &SequenceSpec) -> Vec<u32> {
+pub fn alone(spec: &SequenceSpec) -> Vec<u32> {
     alone_on(&mut sampler(ROOMY), spec)
 }
 
 #[derive(Clone, Debug)]
-struct Job {
+pub struct Job {
     /// Which family of prompts, and how much of the family's beginning it shares.
     family: u32,
     shared: usize,
@@ -71,7 +29,7 @@ struct Job {
 }
 
 impl Job {
-    fn spec(&self, key: u64) -> SequenceSpec {
+    pub fn spec(&self, key: u64) -> SequenceSpec {
         let mut tokens = prompt(self.family, self.shared);
         tokens.extend(prompt(100 + key as u32, self.own));
         SequenceSpec {
@@ -87,9 +45,9 @@ prop_compose! {
         seed in 0u64..3,
         top_k in prop_oneof![Just(0u32), 1u32..50],
         top_p in prop_oneof![Just(1.0f32), 0.5f32..1.0],
-        repetition_penalty in prop_oneof![Just(1.0f32), 1.0f32..2.0],
-        presence_penalty in prop_oneof![Just(0.0f32), 0.0f32..2.0],
-        frequency_penalty in prop_oneof![Just(0.0f32), 0.0f32..2.0],
+        repetition_penalty in prop_oneof![9 => Just(1.0f32), 1 => 1.0f32..2.0],
+        presence_penalty in prop_oneof![9 => Just(0.0f32), 1 => 0.0f32..2.0],
+        frequency_penalty in prop_oneof![9 => Just(0.0f32), 1 => 0.0f32..2.0],
         logprobs in prop_oneof![Just(None), Just(Some(2u8))],
     ) -> Sampling {
         Sampling {
@@ -99,13 +57,21 @@ prop_compose! {
     }
 }
 
+/// Few, or so many that one is soon met.
+fn stop_token_ids() -> impl Strategy<Value = Vec<u32>> {
+    prop_oneof![
+        prop::collection::vec(0..VOCAB, 0..8),
+        (0..VOCAB).prop_map(|first| (0..150).map(|i| (first + i) % VOCAB).collect()),
+    ]
+}
+
 prop_compose! {
-    fn job()(
+    pub fn job()(
         family in 0u32..3,
         shared in 0usize..30,
         own in 1usize..30,
         sampling in sampling(),
-        stop_token_ids in prop::collection::vec(0..VOCAB, 0..8),
+        stop_token_ids in stop_token_ids(),
         min_tokens in 0u32..10,
         max_tokens in 1u32..20,
     ) -> Job {
@@ -113,14 +79,15 @@ prop_compose! {
     }
 }
 
-fn setup() -> impl Strategy<Value = Setup> {
-    (20u32..80, 1usize..80, 1usize..12, any::<bool>()).prop_map(
-        |(blocks, step_tokens, sequences, prefix_cache)| Setup {
+pub fn setup() -> impl Strategy<Value = Setup> {
+    (20u32..80, 1usize..80, 1usize..12, any::<bool>(), 1usize..4).prop_map(
+        |(blocks, step_tokens, sequences, prefix_cache, steps_in_flight)| Setup {
             blocks,
             step_tokens,
             sequences,
             queue: 1000,
             prefix_cache,
+            steps_in_flight,
         },
     )
 }
@@ -135,8 +102,7 @@ proptest! {
         setup in setup(),
         jobs in prop::collection::vec((job(), 0usize..6), 1..16),
     ) {
-        let mut engine = sampler(setup);
-        let mut driver = Driver::default();
+        let (mut engine, mut driver) = watched(setup);
         for (key, (job, pause)) in jobs.iter().enumerate() {
             driver.submit(&mut engine, key as u64, job.spec(key as u64));
             for _ in 0..*pause {
@@ -153,15 +119,14 @@ proptest! {
         assert_empty(&engine);
     }
 
-    /// Aborts at any moment free everything at once and leave the others' texts alone.
+    /// Aborts at any moment free everything and leave the others' texts alone.
     #[test]
     fn aborts_free_everything(
         setup in setup(),
         jobs in prop::collection::vec((job(), 0usize..4), 1..16),
         aborts in prop::collection::vec((0u64..16, 0usize..5), 0..16),
     ) {
-        let mut engine = sampler(setup);
-        let mut driver = Driver::default();
+        let (mut engine, mut driver) = watched(setup);
         for (key, (job, pause)) in jobs.iter().enumerate() {
             driver.submit(&mut engine, key as u64, job.spec(key as u64));
             for _ in 0..*pause {
@@ -174,7 +139,7 @@ proptest! {
                 aborted.push(key);
             }
             prop_assert!(!engine.abort(key));
-            engine.check().expect("sound");
+            driver.check(&engine);
             for _ in 0..pause {
                 driver.step(&mut engine);
             }

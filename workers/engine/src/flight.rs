@@ -1,0 +1,109 @@
+//! Steps in flight: submitted and not collected. And blocks that cannot be given back before some of them are over.
+//!
+//! The executor runs steps in order, so a later step may use a block that an earlier one still writes. Others may not: a pull
+//! or a lease knows nothing of that order. So blocks that lose their owner while a step in flight may touch them stay here
+//! until it was collected.
+
+use std::collections::VecDeque;
+
+use crate::BlockTable;
+use crate::sequence::Sequence;
+
+/// One step, as far as its output has to be given to sequences.
+#[derive(Default)]
+pub struct Flight {
+    /// In the plan's order: first `decodes` generating sequences, oldest first, then prompts.
+    pub rows: Vec<FlightRow>,
+    pub decodes: usize,
+}
+
+/// One sequence's part of it.
+pub struct FlightRow {
+    /// Whose. Not its key: after an abort that may come again before the step is over.
+    pub arrival: u64,
+    /// Tokens that it runs.
+    pub tokens: usize,
+    /// The next token is chosen.
+    pub samples: bool,
+    /// Log-probabilities that it reports.
+    pub targets: usize,
+}
+
+/// All steps in flight, the oldest first.
+#[derive(Default)]
+pub struct Flights {
+    steps: VecDeque<Flight>,
+    leaving: Vec<Leaving>,
+}
+
+struct Leaving {
+    blocks: BlockTable,
+    /// Steps to be collected first.
+    steps: usize,
+}
+
+impl Flights {
+    pub fn len(&self) -> usize {
+        self.steps.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    pub fn oldest(&self) -> Option<&Flight> {
+        self.steps.front()
+    }
+
+    pub fn submitted(&mut self, step: Flight) {
+        self.steps.push_back(step);
+    }
+
+    /// The oldest step is over, and with it the wait of those blocks that waited for it alone.
+    pub fn collected(&mut self) -> Option<Flight> {
+        let step = self.steps.pop_front()?;
+        self.leaving.retain_mut(|leaving| {
+            leaving.steps -= 1;
+            leaving.steps > 0
+        });
+        Some(step)
+    }
+
+    /// Give back blocks that steps in flight may touch, as soon as none does.
+    pub fn give_back(&mut self, blocks: BlockTable) {
+        if !self.is_empty() && !blocks.is_empty() {
+            self.leaving.push(Leaving {
+                blocks,
+                steps: self.steps.len(),
+            });
+        }
+    }
+
+    /// No step will be collected any more: the executor is out of service.
+    pub fn abandon(&mut self) {
+        self.steps.clear();
+        self.leaving.clear();
+    }
+
+    /// Whether the books agree with what a sequence says of itself.
+    pub fn check(&self, sequence: &Sequence) -> Result<(), String> {
+        let rows = self.steps.iter().flat_map(|step| &step.rows);
+        let own = rows.filter(|row| row.arrival == sequence.arrival);
+        let tokens: usize = own.map(|row| row.tokens).sum();
+        if tokens != sequence.in_flight {
+            return Err(format!(
+                "sequence {} counts {} tokens in flight; steps run {tokens}",
+                sequence.key, sequence.in_flight
+            ));
+        }
+        match self.leaving.iter().find(|l| l.steps > self.steps.len()) {
+            Some(leaving) => Err(format!(
+                "{:?} wait for {} steps of {}",
+                leaving.blocks,
+                leaving.steps,
+                self.steps.len()
+            )),
+            None => Ok(()),
+        }
+    }
+}
