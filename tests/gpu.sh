@@ -56,7 +56,8 @@ weights() {
 kernels() {
   local check=workers/cuda/kernels/check
   python3 $check/gemm.py compile "$work/gemm" && python3 $check/gemm.py check "$work/gemm" quick || return
-  python3 $check/attention.py build "$work/attention" && python3 $check/attention.py check "$work/attention"
+  python3 $check/attention.py build "$work/attention" && python3 $check/attention.py check "$work/attention" || return
+  python3 $check/quantise.py
 }
 
 tests() { "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced; }

@@ -1,10 +1,11 @@
 //! Decode and prefill of the Llama-3.1-8B shape with random weights, against this GPU's ceilings, measured in the same run.
 //!
 //! `cargo bench -p baton-cuda` where a GPU and cargo are on one machine; elsewhere copy the binary that
-//! `cargo bench -p baton-cuda --no-run` names. Arguments choose parts: `ceilings`, `decode`, `prefill`; none is all.
+//! `cargo bench -p baton-cuda --no-run` names. Arguments choose parts (`ceilings`, `decode`, `prefill`) and weights (`bf16`, `fp8`,
+//! e4m3 with a scale a channel, and `fp8-block`, with one for each 128 × 128); none of a sort is all of it.
 //!
 //! Floors: decode reads every matrix and the batch's KV once, at the read bandwidth of a sum over 4 GiB; prefill does
-//! 2 · rows · weights + attention operations, at the rate of an 8192³ product.
+//! 2 · rows · weights + attention operations, at the rate of an 8192³ product of the same numbers.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,8 +15,16 @@ use baton_cuda::{
     Module, Numbers, Output, Product, Shape, launch, sources::Source,
 };
 use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan, kv_geometry};
-use baton_model::{ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, expected_tensors};
+use baton_model::{
+    Fp8Matrix, Fp8Scales, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource,
+    WeightFormat, expected_tensors,
+};
 
+const FORMATS: [(&str, WeightFormat); 3] = [
+    ("bf16", WeightFormat::Bf16),
+    ("fp8", WeightFormat::Fp8Channel),
+    ("fp8-block", WeightFormat::Fp8Block),
+];
 const CONTEXT: usize = 512;
 const STEP_TOKENS: usize = 8192;
 const BATCH_MAX: usize = 128;
@@ -33,7 +42,19 @@ fn run() -> Result<(), CudaError> {
         .skip(1)
         .filter(|a| !a.starts_with('-'))
         .collect();
-    let wants = |part: &str| parts.is_empty() || parts.iter().any(|p| p == part);
+    let formats: Vec<_> = FORMATS
+        .iter()
+        .filter(|(name, _)| parts.iter().any(|p| p == name))
+        .collect();
+    let formats = match formats.is_empty() {
+        true => FORMATS.iter().collect(),
+        false => formats,
+    };
+    let parts: Vec<&String> = parts
+        .iter()
+        .filter(|p| FORMATS.iter().all(|(name, _)| p != name))
+        .collect();
+    let wants = |part: &str| parts.is_empty() || parts.iter().any(|p| *p == part);
     let device = Device::open(0)?;
     println!(
         "{}, {} multiprocessors",
@@ -41,46 +62,69 @@ fn run() -> Result<(), CudaError> {
         device.multiprocessors()
     );
     let bandwidth = read_bandwidth(&device)?;
-    let rate = matmul_rate(&device)?;
-    println!(
-        "ceilings: read {:.2} TB/s, BF16 8192^3 {:.0} TFLOP/s",
+    let bf16 = matmul_rate(&device, false)?;
+    let fp8 = match device.capability() {
+        (9, 0) => Some(matmul_rate(&device, true)?),
+        _ => None,
+    };
+    print!(
+        "ceilings: read {:.2} TB/s, 8192^3 BF16 {:.0} TFLOP/s",
         bandwidth / 1e12,
-        rate / 1e12
+        bf16 / 1e12
+    );
+    println!(
+        "{}",
+        fp8.map_or(String::new(), |rate| format!(", FP8 {:.0}", rate / 1e12))
     );
     if !wants("decode") && !wants("prefill") {
         return Ok(());
     }
     let spec = llama_8b();
-    let started = Instant::now();
-    let mut executor = executor(&device, &spec)?;
-    println!(
-        "{:.1} GB of matrices loaded, kernels and graphs made in {:.1} s",
-        executor.streamed_bytes() as f64 / 1e9,
-        started.elapsed().as_secs_f64()
-    );
-    if wants("decode") {
-        println!("\ndecode, context {CONTEXT}: batch, ms per step, share of the read bandwidth");
-        for batch in [1, 8, 32, 64, 128] {
-            let time = decode(&mut executor, batch);
-            let kv = batch * CONTEXT * (executor.info().kv.block_bytes() / BLOCK_TOKENS as usize);
-            let floor = (executor.streamed_bytes() + kv) as f64 / bandwidth;
-            println!("{batch:6} {:8.3} {:5.1}%", time * 1e3, floor / time * 100.0);
+    for (name, format) in formats {
+        let started = Instant::now();
+        let mut executor = executor(&device, &spec, *format)?;
+        println!(
+            "\n{name}: {:.2} GB of matrices loaded, kernels and graphs made in {:.1} s",
+            executor.streamed_bytes() as f64 / 1e9,
+            started.elapsed().as_secs_f64()
+        );
+        let rate = if *format == WeightFormat::Bf16 {
+            bf16
+        } else {
+            fp8.unwrap_or(bf16)
+        };
+        if wants("decode") {
+            decode_table(&mut executor, bandwidth);
         }
-    }
-    if wants("prefill") {
-        println!("\nprefill: prompts x tokens, ms, share of the product rate");
-        for (prompts, tokens) in [(1, 512), (1, 2048), (1, 8192), (16, 1024), (64, 512)] {
-            let time = prefill(&mut executor, prompts, tokens);
-            let floor = operations(&spec, prompts, tokens) / rate;
-            let label = format!("{prompts}x{tokens}");
-            println!(
-                "{label:>8} {:8.2} {:5.1}%",
-                time * 1e3,
-                floor / time * 100.0
-            );
+        if wants("prefill") {
+            prefill_table(&mut executor, &spec, rate);
         }
     }
     Ok(())
+}
+
+fn decode_table(executor: &mut CudaExecutor, bandwidth: f64) {
+    println!("\ndecode, context {CONTEXT}: batch, ms per step, share of the read bandwidth");
+    for batch in [1, 8, 32, 64, 128] {
+        let time = decode(executor, batch);
+        let kv = batch * CONTEXT * (executor.info().kv.block_bytes() / BLOCK_TOKENS as usize);
+        let floor = (executor.streamed_bytes() + kv) as f64 / bandwidth;
+        println!("{batch:6} {:8.3} {:5.1}%", time * 1e3, floor / time * 100.0);
+    }
+}
+
+fn prefill_table(executor: &mut CudaExecutor, spec: &ModelSpec, rate: f64) {
+    println!("\nprefill: prompts x tokens, ms, share of the product rate");
+    for (prompts, tokens) in [(1, 512), (1, 2048), (1, 8192), (16, 1024), (64, 512)] {
+        let time = prefill(executor, prompts, tokens);
+        let floor = operations(spec, prompts, tokens) / rate;
+        let label = format!("{prompts}x{tokens}");
+        println!(
+            "{label:>8} {:8.2} {:5.1}%",
+            time * 1e3,
+            floor / time * 100.0
+        );
+    }
 }
 
 /// Bytes per second of a kernel that reads 4 GiB.
@@ -103,14 +147,18 @@ fn read_bandwidth(device: &Arc<Device>) -> Result<f64, CudaError> {
     Ok(BYTES as f64 / time)
 }
 
-/// Operations per second of a BF16 product of 8192³ on random numbers.
-fn matmul_rate(device: &Arc<Device>) -> Result<f64, CudaError> {
+/// Operations per second of a product of 8192³ on random numbers, BF16 or e4m3 with scales.
+fn matmul_rate(device: &Arc<Device>, fp8: bool) -> Result<f64, CudaError> {
     const N: usize = 8192;
     let mut blas = Blas::new(device)?;
-    let noise = noise(2 * N * N);
-    let x = Buffer::<u8>::of(device, &noise, "a matrix")?;
-    let w = Buffer::<u8>::of(device, &noise, "a matrix")?;
+    let numbers = match fp8 {
+        true => codes(N * N),
+        false => noise(2 * N * N),
+    };
+    let x = Buffer::<u8>::of(device, &numbers, "a matrix")?;
+    let w = Buffer::<u8>::of(device, &numbers, "a matrix")?;
     let y = Buffer::<u16>::zeroed(device, N * N, "a matrix")?;
+    let scales = Buffer::<f32>::of(device, &[CODE_SCALE; N], "scales")?;
     let product = Product {
         x: x.at(0),
         w: w.at(0),
@@ -118,7 +166,14 @@ fn matmul_rate(device: &Arc<Device>) -> Result<f64, CudaError> {
         rows: N,
         outputs: N,
         inputs: N,
-        numbers: Numbers::Bf16,
+        numbers: match fp8 {
+            true => Numbers::E4m3 {
+                w_scales: scales.at(0),
+                x_scales: scales.at(0),
+                blocks: false,
+            },
+            false => Numbers::Bf16,
+        },
         output: Output::Bf16,
     };
     let time = median(device, 12, || {
@@ -245,13 +300,22 @@ fn operations(spec: &ModelSpec, prompts: usize, tokens: usize) -> f64 {
     2.0 * (rows * matrices as f64 + head) + 4.0 * attention
 }
 
-fn executor(device: &Arc<Device>, spec: &ModelSpec) -> Result<CudaExecutor, CudaError> {
+fn executor(
+    device: &Arc<Device>,
+    spec: &ModelSpec,
+    format: WeightFormat,
+) -> Result<CudaExecutor, CudaError> {
     let options = CudaOptions {
         step_tokens_max: STEP_TOKENS,
         step_sequences_max: BATCH_MAX,
     };
     let largest = expected_tensors(spec).iter().map(|t| t.elements()).max();
-    let source = Noise(noise(largest.unwrap_or(0) * 2 + (1 << 20)));
+    let largest = largest.unwrap_or(0);
+    let source = Noise {
+        numbers: noise(largest * 2 + (1 << 20)),
+        codes: codes(largest + (1 << 20)),
+        format,
+    };
     let model = CudaModel::load(device, spec, &source, options)?;
     let kv = kv_geometry(spec, BLOCK_TOKENS);
     // A prime number of blocks, so that multiples of another prime visit each once.
@@ -261,7 +325,11 @@ fn executor(device: &Arc<Device>, spec: &ModelSpec) -> Result<CudaExecutor, Cuda
 }
 
 /// Every tensor is a piece of the same noise.
-struct Noise(Vec<u8>);
+struct Noise {
+    numbers: Vec<u8>,
+    codes: Vec<u8>,
+    format: WeightFormat,
+}
 
 impl TensorSource for Noise {
     fn bf16(&self, _name: &str) -> Result<TensorBytes<'_>, String> {
@@ -269,25 +337,60 @@ impl TensorSource for Noise {
     }
 
     fn shaped(&self, name: &str, shape: &[usize]) -> Result<&[u8], String> {
-        let bytes = shape.iter().product::<usize>() * 2;
-        let seed = name
-            .bytes()
-            .fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(b.into()));
-        let at = seed % (self.0.len() - bytes).max(1) / 2 * 2;
-        Ok(&self.0[at..at + bytes])
+        Ok(piece(
+            &self.numbers,
+            name,
+            shape.iter().product::<usize>() * 2,
+        ))
+    }
+
+    fn projection(&self, name: &str, out: usize, inputs: usize) -> Result<MatrixBytes<'_>, String> {
+        let scales = |count| vec![CODE_SCALE; count];
+        let scales = match self.format {
+            WeightFormat::Bf16 => return self.shaped(name, &[out, inputs]).map(MatrixBytes::Bf16),
+            WeightFormat::Fp8Channel => Fp8Scales::Channel(scales(out)),
+            WeightFormat::Fp8Block => {
+                Fp8Scales::Block(scales(out.div_ceil(128) * inputs.div_ceil(128)))
+            }
+        };
+        Ok(MatrixBytes::Fp8(Fp8Matrix {
+            rows: out,
+            columns: inputs,
+            codes: piece(&self.codes, name, out * inputs).into(),
+            scales,
+        }))
     }
 }
 
+fn piece<'a>(noise: &'a [u8], name: &str, bytes: usize) -> &'a [u8] {
+    let seed = name
+        .bytes()
+        .fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(b.into()));
+    let at = seed % (noise.len() - bytes).max(1) / 2 * 2;
+    &noise[at..at + bytes]
+}
+
+/// e4m3 numbers of either sign between 2^-3 and 2; times [`CODE_SCALE`] they are as large as [`noise`].
+fn codes(bytes: usize) -> Vec<u8> {
+    random(bytes, 0x9f9f_9f9f_9f9f_9f9f, 0x2020_2020_2020_2020)
+}
+
+const CODE_SCALE: f32 = 0.0625;
+
 /// BF16 numbers of either sign between 2^-7 and 2^-3.
 fn noise(bytes: usize) -> Vec<u8> {
+    random(bytes, 0x81ff_81ff_81ff_81ff, 0x3c00_3c00_3c00_3c00)
+}
+
+/// Random bytes, only the bits of `free` at random and those of `set` set.
+fn random(bytes: usize, free: u64, set: u64) -> Vec<u8> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut out = Vec::with_capacity(bytes + 8);
     while out.len() < bytes {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        let word = (state & 0x81ff_81ff_81ff_81ff) | 0x3c00_3c00_3c00_3c00;
-        out.extend_from_slice(&word.to_le_bytes());
+        out.extend_from_slice(&((state & free) | set).to_le_bytes());
     }
     out.truncate(bytes);
     out

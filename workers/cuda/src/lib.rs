@@ -1,17 +1,19 @@
-//! The executor on NVIDIA GPUs: Llama-type decoders in BF16.
+//! The executor on NVIDIA GPUs: Llama-type decoders in BF16, their projections in FP8 too.
 //!
 //! Nothing of CUDA is linked: the driver, the run-time compiler and cuBLASLt are loaded when a device is opened, so the one
 //! binary starts on any machine and says what is missing. Kernels are in `kernels/`, one operation a file; they are
 //! compiled for the device at the first start and kept in a cache.
 //!
 //! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
-//! logits; `attention` chooses among the attention kernels; `gemm` plans matrix products; `graph` captures a decode step
-//! whole, once for each size of batch; `executor` puts them together and takes the tokens back.
+//! logits; `attention` chooses among the attention kernels; `skinny` multiplies few rows and `many` many, whose products `gemm`
+//! plans; `graph` captures a decode step whole, once for each size of batch; `executor` puts them together and takes the
+//! tokens back.
 //!
 //! # Numbers
-//! Weights, KV and what enters a product are BF16; sums, the residual stream and logits are f32. No sum depends on which
-//! block comes first, so the same step gives the same bits again. Another batch size may take another road through a product
-//! and differ in rounding: unlike on a CPU, logits are the same within a tolerance, not to the bit, whatever the company.
+//! Weights, KV and what enters a product are BF16; weights may be FP8, and then what many rows are multiplied as is FP8
+//! too. Sums, the residual stream and logits are f32. No sum depends on which block comes first, so the same step gives
+//! the same bits again. Another batch size may take another road through a product and differ in rounding: unlike on a
+//! CPU, logits are the same within a tolerance, not to the bit, whatever the company.
 
 // Kernels and products have as many arguments as they have.
 #![allow(clippy::too_many_arguments)]

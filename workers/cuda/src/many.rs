@@ -94,6 +94,11 @@ impl Many {
         })
     }
 
+    /// Whether products with w make BF16 of it first, each time.
+    pub(crate) fn widens(&self, w: &Matrix) -> bool {
+        road(w, self.hopper) == Road::Widened
+    }
+
     /// Norms rows of the residual stream `x`, all of them if `chosen` is null, for a product with `w`: into `y` as BF16 where that
     /// takes BF16.
     ///

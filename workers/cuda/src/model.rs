@@ -97,6 +97,32 @@ impl CudaModel {
         })
     }
 
+    /// What became of the weights, as a sentence for whoever starts a worker.
+    pub fn weights_text(&self) -> String {
+        let matrices = || self.weights.matrices();
+        let fp8 = || matrices().filter(|w| w.format != Format::Bf16);
+        let gigabytes = self.streamed_bytes() as f64 / 1e9;
+        let mut text = format!("{} matrices, {gigabytes:.2} GB", matrices().count());
+        if fp8().count() > 0 {
+            text += &format!(", {} of them FP8", fp8().count());
+        }
+        let widened = fp8().filter(|w| self.many.widens(w)).count();
+        if widened > 0 {
+            text += &format!(
+                "; {widened} of those are made BF16 for each step of more than {} tokens: this GPU has no \
+                 product for their format",
+                skinny::ROWS_MAX
+            );
+        }
+        if self.weights.widened > 0 {
+            text += &format!(
+                "; {} came as FP8 in sizes that only BF16 can have here, and take twice the memory",
+                self.weights.widened
+            );
+        }
+        text
+    }
+
     /// Bytes of weights that a step of one row reads.
     pub fn streamed_bytes(&self) -> usize {
         self.weights.streamed_bytes()

@@ -3,6 +3,7 @@
 //! Projections stay FP8 where every road can read them; others become BF16 here. The host never holds more of a rearranged copy
 //! than [`STAGE_BYTES`].
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use baton_model::{Fp8Scales, MatrixBytes, ModelSpec, TensorSource, dequantize_row, names};
@@ -27,6 +28,8 @@ pub struct ModelWeights {
     pub norm: Buffer<u8>,
     /// `[vocab][hidden]`; `None` if the embedding is it.
     lm_head: Option<Matrix>,
+    /// Matrices that came as FP8 and had to be made BF16.
+    pub widened: usize,
 }
 
 /// One decoder layer.
@@ -59,7 +62,11 @@ impl ModelWeights {
         spec: &ModelSpec,
         source: &dyn TensorSource,
     ) -> Result<Self, CudaError> {
-        let loader = Loader { device, source };
+        let loader = Loader {
+            device,
+            source,
+            widened: Cell::new(0),
+        };
         let (vocab, hidden) = (spec.vocab, spec.hidden);
         let head = |name| {
             let buffer = loader.one(name, &[vocab, hidden])?;
@@ -76,6 +83,7 @@ impl ModelWeights {
                 true => None,
                 false => Some(head(names::LM_HEAD)?),
             },
+            widened: loader.widened.get(),
         })
     }
 
@@ -213,6 +221,7 @@ fn outputs<'a, 'b>(
 struct Loader<'a> {
     device: &'a Arc<Device>,
     source: &'a dyn TensorSource,
+    widened: Cell<usize>,
 }
 
 impl<'a> Loader<'a> {
@@ -256,6 +265,10 @@ impl<'a> Loader<'a> {
             true => formats[0],
             false => Format::Bf16,
         };
+        let fp8 = |part: &Part<'_>| matches!(part.bytes, MatrixBytes::Fp8(_));
+        if format == Format::Bf16 && parts.iter().any(fp8) {
+            self.widened.set(self.widened.get() + 1);
+        }
         let names: Vec<&str> = parts.iter().map(|p| p.name.as_str()).collect();
         let what = names.join(", ");
         let bytes = rows * inputs * format.bytes();

@@ -42,6 +42,7 @@ impl Backend {
             step_sequences_max: config.batch,
         };
         let loaded = CudaModel::load(&device, model.spec(), &weights, options).map_err(failed)?;
+        tracing::info!(weights = loaded.weights_text(), "the model is on the GPU");
         let kv = baton_engine::kv_geometry(model.spec(), config.block_tokens);
         let (free, _) = device.memory().map_err(failed)?;
         let blocks = config.kv_blocks_of_gpu(&kv, free as u64)?;
