@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::{Client, ConnectOptions, Event as NatsEvent, RequestErrorKind};
+use baton_bus::BusConfig;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PrefillJob,
@@ -21,9 +22,6 @@ const SUBSCRIPTION_CAPACITY: usize = 65_536;
 
 /// Silence of this length means that a worker is gone.
 const GONE_AFTER: Duration = Duration::from_millis(limits::GONE_AFTER_MS);
-
-/// How long the first connection may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What beats and connection events are reported to.
 pub trait Watcher: Send + Sync + 'static {
@@ -55,42 +53,28 @@ impl Bus {
     /// # Errors
     /// [`ApiServerError::Bus`] if there is no server, or it refuses.
     pub async fn connect(
-        url: &str,
-        credentials: Option<&std::path::Path>,
+        config: &BusConfig,
         cluster: Cluster,
         name: ApiServerId,
         registry: Arc<Registry>,
     ) -> Result<Self, ApiServerError> {
-        let fault = |error: &dyn std::fmt::Display| {
-            ApiServerError::Bus(format!(
-                "cannot connect to NATS at {url}: {error}; start nats-server or correct --request-plane-uri"
-            ))
-        };
         let connected = Arc::new(AtomicBool::new(true));
-        let flag = Arc::clone(&connected);
-        let mut options = ConnectOptions::new()
-            .name(format!("baton api-server {name}"))
-            .subscription_capacity(SUBSCRIPTION_CAPACITY)
-            .client_capacity(8192)
-            .connection_timeout(CONNECT_TIMEOUT)
-            .reconnect_delay_callback(|attempts| {
-                Duration::from_millis((50 * attempts as u64).min(1_000))
-            })
-            .event_callback(move |event| {
-                on_event(&event, &flag, &registry);
-                std::future::ready(())
-            });
-        if let Some(path) = credentials {
-            options = options.credentials_file(path).await.map_err(|error| {
-                ApiServerError::Bus(format!("NATS credentials {}: {error}", path.display()))
-            })?;
-        }
-        let connect = tokio::time::timeout(CONNECT_TIMEOUT, options.connect(url));
-        let client = match connect.await {
-            Ok(Ok(client)) => client,
-            Ok(Err(error)) => return Err(fault(&error)),
-            Err(_) => return Err(fault(&"no answer within 10 s")),
+        let options = || {
+            let (flag, registry) = (Arc::clone(&connected), Arc::clone(&registry));
+            ConnectOptions::new()
+                .name(format!("baton api-server {name}"))
+                .subscription_capacity(SUBSCRIPTION_CAPACITY)
+                .client_capacity(8192)
+                .reconnect_delay_callback(|attempts| {
+                    Duration::from_millis((50 * attempts as u64).min(1_000))
+                })
+                .event_callback(move |event| {
+                    on_event(&event, &flag, &registry);
+                    std::future::ready(())
+                })
         };
+        let client = config.connect(options).await;
+        let client = client.map_err(|error| ApiServerError::Bus(error.to_string()))?;
         Ok(Self {
             client,
             cluster,

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use baton_bus::BusConfig;
 use baton_protocol::limits::REQUEST_BUDGET_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, ProtocolError};
@@ -17,10 +18,8 @@ pub struct ApiServerConfig {
     pub name: ApiServerId,
     /// The cluster it serves.
     pub cluster: Cluster,
-    /// `nats://host:port`.
-    pub nats_url: String,
-    /// A NATS credentials file.
-    pub nats_credentials: Option<PathBuf>,
+    /// How to reach the NATS server.
+    pub bus: BusConfig,
     /// Name under which clients ask for the model; `None` takes the manifest's.
     pub model_name: Option<String>,
     /// A prepared model directory: manifest, tokenizer, chat template and generation defaults.
@@ -52,8 +51,7 @@ impl ApiServerConfig {
         Ok(Self {
             name: ApiServerId::new(name)?,
             cluster: Cluster::new(cluster)?,
-            nats_url: "nats://127.0.0.1:4222".to_owned(),
-            nats_credentials: None,
+            bus: BusConfig::default(),
             model_name: None,
             tokenizer: tokenizer.into(),
             host: "127.0.0.1".to_owned(),

@@ -137,8 +137,7 @@ pub async fn run(
         Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
     let registry = Arc::new(Registry::default());
     let bus = Bus::connect(
-        &config.nats_url,
-        config.nats_credentials.as_deref(),
+        &config.bus,
         config.cluster.clone(),
         config.name.clone(),
         Arc::clone(&registry),

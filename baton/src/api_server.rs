@@ -7,20 +7,13 @@ use baton_api_server::{ApiKeys, ApiServerConfig};
 use clap::Args;
 
 use crate::Failure;
+use crate::bus_args::BusArgs;
 use crate::shutdown::Shutdown;
 
 #[derive(Args, Debug)]
 pub struct ApiServerArgs {
-    /// NATS server: nats://HOST:PORT
-    #[arg(
-        long,
-        default_value = "nats://127.0.0.1:4222",
-        env = "BATON_REQUEST_PLANE_URI"
-    )]
-    request_plane_uri: String,
-    /// File with NATS credentials (JWT and key)
-    #[arg(long)]
-    request_plane_credentials: Option<PathBuf>,
+    #[command(flatten)]
+    bus: BusArgs,
     /// Name of the cluster to serve
     #[arg(long, default_value = "baton")]
     cluster: String,
@@ -111,8 +104,7 @@ pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
 fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     let name = args.api_server_name.unwrap_or_else(default_name);
     let mut config = ApiServerConfig::new(name, args.cluster, args.tokenizer)?;
-    config.nats_url = args.request_plane_uri;
-    config.nats_credentials = args.request_plane_credentials;
+    config.bus = args.bus.config();
     config.model_name = args.model_name;
     config.api_keys = args.keys.keys()?;
     config.host = args.api_server_host;

@@ -7,6 +7,7 @@
 mod api_key;
 mod api_server;
 mod bench;
+mod bus_args;
 mod chat;
 mod logging;
 mod model_prep;

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{Role, WorkerId};
-use baton_worker::{BusConfig, WorkerConfig};
+use baton_worker::WorkerConfig;
 use clap::{Args, ValueEnum};
 
 use crate::Failure;
+use crate::bus_args::BusArgs;
 use crate::shutdown::Shutdown;
 use crate::tuning::TuningArgs;
 
@@ -16,16 +17,8 @@ pub struct WorkerArgs {
     /// Model directory, as `baton model-prep` makes it
     #[arg(long)]
     model: PathBuf,
-    /// NATS server: nats://HOST:PORT
-    #[arg(
-        long,
-        default_value = "nats://127.0.0.1:4222",
-        env = "BATON_REQUEST_PLANE_URI"
-    )]
-    request_plane_uri: String,
-    /// File with NATS credentials (JWT and key)
-    #[arg(long)]
-    request_plane_credentials: Option<PathBuf>,
+    #[command(flatten)]
+    bus: BusArgs,
     /// Name of the cluster to join
     #[arg(long, default_value = "baton")]
     cluster: String,
@@ -101,11 +94,7 @@ fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
     let worker = WorkerId::new(name).map_err(|error| format!("--worker-name: {error}"))?;
     let cluster = Cluster::new(args.cluster).map_err(|error| format!("--cluster: {error}"))?;
     let mut config = WorkerConfig::new(worker, role, args.model, cluster);
-    config.bus = BusConfig {
-        url: args.request_plane_uri,
-        credentials: args.request_plane_credentials,
-        ..BusConfig::default()
-    };
+    config.bus = args.bus.config();
     config.device = args.device.parse()?;
     config.threads = args.threads;
     if let Some(seconds) = args.drain_s {

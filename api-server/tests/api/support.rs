@@ -521,7 +521,7 @@ impl Api {
         let mut config = ApiServerConfig::new("api", "test", model.path()).unwrap();
         let (on_ready, ready) = oneshot::channel();
         let (stop, stopped) = oneshot::channel::<()>();
-        config.nats_url = nats.url.clone();
+        config.bus.url = nats.url.clone();
         config.port = 0;
         config.on_ready = Some(on_ready);
         config.limits.drain = Duration::from_secs(1);

@@ -1,25 +1,19 @@
-//! The NATS connection: connecting, subscriptions, and the one task that publishes.
+//! The NATS connection: subscriptions, and the one task that publishes.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, Subject, Subscriber};
+use baton_bus::BusConfig;
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{Incarnation, Versioned, WorkerId, encode};
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
+use crate::WorkerError;
 use crate::engine_thread::EngineWaker;
 use crate::frames::{TokenOutbox, messages};
-use crate::{BusConfig, WorkerError};
-
-/// First pause between tries to connect; doubled each time.
-const RETRY_MIN: Duration = Duration::from_millis(100);
-
-/// Longest pause between tries to connect.
-const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// Messages the NATS client may hold while the server is away. Beyond it, publishing waits.
 const CLIENT_CAPACITY: usize = 256;
@@ -28,84 +22,35 @@ const CLIENT_CAPACITY: usize = 256;
 /// what they would have handed out is taken back.
 const OUTBOX_CAPACITY: usize = 4_096;
 
-/// Connects, trying again until it works or `connect_wait` is over. The receiver says whether the server
-/// is there; the client repairs later losses by itself.
+/// Connects. The receiver says whether the server is there; the client repairs later losses by itself.
 pub(crate) async fn connect(
     config: &BusConfig,
     worker: &WorkerId,
 ) -> Result<(Client, watch::Receiver<bool>), WorkerError> {
-    let begun = Instant::now();
-    let mut pause = RETRY_MIN;
-    let mut told = String::new();
-    loop {
-        let (up, is_up) = watch::channel(true);
-        let options = options(config, worker, up).await?;
-        let servers: Vec<_> = config.url.split(',').map(str::trim).collect();
-        let error = match options.connect(servers).await {
-            Ok(client) => return Ok((client, is_up)),
-            Err(error) => error.to_string(),
-        };
-        let waited = begun.elapsed();
-        let failure = WorkerError::Bus {
-            url: config.url_without_secrets(),
-            waited: config.connect_wait,
-            detail: error,
-        };
-        if config
-            .connect_wait
-            .is_some_and(|wait| waited + pause > wait)
-        {
-            return Err(failure);
-        }
-        // The same sentence once, not every few seconds.
-        let sentence = failure.to_string();
-        if sentence != told {
-            tracing::warn!("{sentence} Trying again.");
-            told = sentence;
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(RETRY_MAX);
-    }
-}
-
-async fn options(
-    config: &BusConfig,
-    worker: &WorkerId,
-    up: watch::Sender<bool>,
-) -> Result<ConnectOptions, WorkerError> {
-    let mut options = ConnectOptions::new()
-        .name(format!("baton worker {worker}"))
-        .client_capacity(CLIENT_CAPACITY)
-        .ping_interval(Duration::from_secs(5))
-        .event_callback(move |event| {
-            match &event {
-                Event::Connected => up.send_replace(true),
-                Event::Disconnected | Event::Closed => up.send_replace(false),
-                _ => true,
-            };
-            async move {
-                match event {
-                    Event::Connected => tracing::info!("bus connected"),
-                    Event::Disconnected => tracing::warn!("bus lost, reconnecting"),
-                    other => tracing::warn!(event = %other, "bus"),
+    let (up, is_up) = watch::channel(true);
+    let options = || {
+        let up = up.clone();
+        ConnectOptions::new()
+            .name(format!("baton worker {worker}"))
+            .client_capacity(CLIENT_CAPACITY)
+            .ping_interval(Duration::from_secs(5))
+            .event_callback(move |event| {
+                match &event {
+                    Event::Connected => up.send_replace(true),
+                    Event::Disconnected | Event::Closed => up.send_replace(false),
+                    _ => true,
+                };
+                async move {
+                    match event {
+                        Event::Connected => tracing::info!("bus connected"),
+                        Event::Disconnected => tracing::warn!("bus lost, reconnecting"),
+                        other => tracing::warn!(event = %other, "bus"),
+                    }
                 }
-            }
-        });
-    if let (Some(user), password) = (&config.user, &config.password) {
-        options = options.user_and_password(user.clone(), password.clone().unwrap_or_default());
-    }
-    if let Some(token) = &config.token {
-        options = options.token(token.clone());
-    }
-    if let Some(path) = &config.credentials {
-        options = options
-            .credentials_file(path)
-            .await
-            .map_err(|error| WorkerError::Config {
-                detail: format!("credentials file {}: {error}", path.display()),
-            })?;
-    }
-    Ok(options)
+            })
+    };
+    let client = config.connect(options).await.map_err(WorkerError::Bus)?;
+    Ok((client, is_up))
 }
 
 /// What a worker listens to.

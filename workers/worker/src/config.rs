@@ -3,8 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
 
+use baton_bus::BusConfig;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, Role, WorkerId, limits};
 
@@ -166,70 +166,6 @@ impl WorkerConfig {
     }
 }
 
-/// How to reach the NATS server.
-#[derive(Clone)]
-pub struct BusConfig {
-    /// `nats://host:port`, or `tls://…`; several addresses of one cluster separated by commas.
-    pub url: String,
-    /// User name, with `password`.
-    pub user: Option<String>,
-    /// Password.
-    pub password: Option<String>,
-    /// Token, instead of a user.
-    pub token: Option<String>,
-    /// Credentials file (JWT and key), instead of either.
-    pub credentials: Option<PathBuf>,
-    /// Give up when the first connection has not come about after this; `None` tries for ever. Later
-    /// losses are always repaired.
-    pub connect_wait: Option<Duration>,
-}
-
-impl Default for BusConfig {
-    fn default() -> Self {
-        Self {
-            url: "nats://127.0.0.1:4222".to_owned(),
-            user: None,
-            password: None,
-            token: None,
-            credentials: None,
-            connect_wait: Some(Duration::from_secs(60)),
-        }
-    }
-}
-
-/// Secrets stay out of logs.
-impl fmt::Debug for BusConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let auth = match (&self.credentials, &self.token, &self.user) {
-            (Some(path), _, _) => format!("credentials file {}", path.display()),
-            (None, Some(_), _) => "token".to_owned(),
-            (None, None, Some(user)) => format!("user {user}"),
-            (None, None, None) => "none".to_owned(),
-        };
-        f.debug_struct("BusConfig")
-            .field("url", &self.url_without_secrets())
-            .field("auth", &auth)
-            .field("connect_wait", &self.connect_wait)
-            .finish()
-    }
-}
-
-impl BusConfig {
-    /// The addresses without `user:password@`.
-    pub fn url_without_secrets(&self) -> String {
-        let plain = |url: &str| match (url.split_once("://"), url.rsplit_once('@')) {
-            (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{host}"),
-            (None, Some((_, host))) => host.to_owned(),
-            (_, None) => url.to_owned(),
-        };
-        self.url
-            .split(',')
-            .map(|url| plain(url.trim()))
-            .collect::<Vec<_>>()
-            .join(",")
-    }
-}
-
 /// What a worker computes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device {
@@ -302,21 +238,6 @@ impl fmt::Display for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn secrets_stay_out_of_logs() {
-        let bus = BusConfig {
-            url: "nats://ann:s3cret@a:1, b:2".to_owned(),
-            token: Some("t0ken".to_owned()),
-            ..BusConfig::default()
-        };
-        let text = format!("{bus:?}");
-        assert!(text.contains("nats://a:1,b:2"), "{text}");
-        assert!(
-            !text.contains("s3cret") && !text.contains("t0ken"),
-            "{text}"
-        );
-    }
 
     #[test]
     fn devices_have_one_spelling() {

@@ -2,7 +2,8 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::time::Duration;
+
+use baton_bus::BusError;
 
 /// Why [`crate::run()`] ended other than by its shutdown.
 #[derive(Debug)]
@@ -32,14 +33,7 @@ pub enum WorkerError {
         detail: String,
     },
     /// The bus was not reached.
-    Bus {
-        /// Its address.
-        url: String,
-        /// How long it was tried, when that was bounded.
-        waited: Option<Duration>,
-        /// The last error.
-        detail: String,
-    },
+    Bus(BusError),
     /// The executor broke while serving. The worker stayed, said so in its beats, and left on shutdown.
     Executor {
         /// What broke.
@@ -66,20 +60,7 @@ impl fmt::Display for WorkerError {
                 f,
                 "KV transfer did not start: {detail}. Install UCX (libucx0 or a libucx wheel), or run role \"both\", which needs none"
             ),
-            Self::Bus {
-                url,
-                waited,
-                detail,
-            } => {
-                write!(f, "the NATS server at {url} was not reached")?;
-                if let Some(waited) = waited {
-                    write!(f, " within {} s", waited.as_secs())?;
-                }
-                write!(
-                    f,
-                    ": {detail}. Is it running there, and do the credentials fit?"
-                )
-            }
+            Self::Bus(error) => error.fmt(f),
             Self::Executor { detail } => write!(f, "the executor failed: {detail}"),
             Self::System { what, detail } => write!(f, "{what}: {detail}"),
         }

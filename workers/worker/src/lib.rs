@@ -42,8 +42,7 @@ mod run;
 mod service;
 
 pub use config::{
-    BusConfig, DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT,
-    WorkerConfig,
+    DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, WorkerConfig,
 };
 pub use error::WorkerError;
 pub use run::run;

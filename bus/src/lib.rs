@@ -1,0 +1,303 @@
+//! How Baton reaches its NATS server: where it is, who we are there, over TLS or not, and the first connection.
+//!
+//! What is said on the bus is in `baton-protocol`; who says it, in `baton-api-server` and `baton-worker`.
+#![forbid(unsafe_code)]
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, ServerAddr};
+use percent_encoding::percent_decode_str;
+use tokio::time::{Instant, timeout};
+
+/// First pause between tries to connect; doubled each time.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+
+/// Longest pause between tries to connect.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// How long one try may take.
+const TRY_WAIT: Duration = Duration::from_secs(10);
+
+/// How to reach the NATS server.
+#[derive(Clone)]
+pub struct BusConfig {
+    /// `nats://host:port`, or `tls://…`; several addresses of one cluster divided by commas. `user:password@` or `token@`
+    /// before the host say who we are (percent-encoded, as in any URL), if nothing below does.
+    pub url: String,
+    /// Credentials file: a JWT and its key.
+    pub credentials: Option<PathBuf>,
+    /// File with the seed of an NKey.
+    pub nkey: Option<PathBuf>,
+    /// Certificates that the server's must come from; `None` takes the system's.
+    pub ca: Option<PathBuf>,
+    /// Our own certificate and its key.
+    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// Give up when the first connection has not come about after this; `None` tries for ever. Later
+    /// losses are always repaired.
+    pub connect_wait: Option<Duration>,
+}
+
+/// Why there is no connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BusError {
+    /// A setting cannot be used.
+    Setting {
+        /// Which, and what is wrong with it.
+        detail: String,
+    },
+    /// The server was not reached, or did not let us in.
+    Unreachable {
+        /// Without secrets.
+        url: String,
+        /// How long it was tried.
+        waited: Option<Duration>,
+        /// What went wrong the last time, and what to do.
+        detail: String,
+    },
+}
+
+impl Default for BusConfig {
+    fn default() -> Self {
+        Self {
+            url: "nats://127.0.0.1:4222".to_owned(),
+            credentials: None,
+            nkey: None,
+            ca: None,
+            certificate: None,
+            connect_wait: Some(Duration::from_secs(60)),
+        }
+    }
+}
+
+impl BusConfig {
+    /// The addresses without `user:password@`.
+    pub fn url_without_secrets(&self) -> String {
+        let plain = |url: &str| match (url.split_once("://"), url.rsplit_once('@')) {
+            (Some((scheme, _)), Some((_, host))) => format!("{scheme}://{host}"),
+            (None, Some((_, host))) => host.to_owned(),
+            (_, None) => url.to_owned(),
+        };
+        let urls = self.url.split(',').map(|url| plain(url.trim()));
+        urls.collect::<Vec<_>>().join(",")
+    }
+
+    /// Connects, trying again with growing pauses until it works or `connect_wait` is over. `options` are made anew for
+    /// each try; what this configuration says comes on top of them.
+    ///
+    /// # Errors
+    /// [`BusError`].
+    pub async fn connect(
+        &self,
+        mut options: impl FnMut() -> ConnectOptions,
+    ) -> Result<Client, BusError> {
+        let servers = self.servers()?;
+        let begun = Instant::now();
+        let mut pause = RETRY_MIN;
+        let mut told = String::new();
+        loop {
+            let options = self.authorize(options(), &servers)?;
+            let detail = match timeout(TRY_WAIT, options.connect(&servers[..])).await {
+                Ok(Ok(client)) => return Ok(client),
+                Ok(Err(error)) => advise(error.kind(), &error),
+                Err(_) => format!("no answer within {} s", TRY_WAIT.as_secs()),
+            };
+            let failure = BusError::Unreachable {
+                url: self.url_without_secrets(),
+                waited: self.connect_wait,
+                detail,
+            };
+            let waited = begun.elapsed();
+            if self.connect_wait.is_some_and(|wait| waited + pause > wait) {
+                return Err(failure);
+            }
+            // The same sentence once, not every few seconds.
+            let sentence = failure.to_string();
+            if sentence != told {
+                tracing::warn!("{sentence}. Trying again");
+                told = sentence;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    fn servers(&self) -> Result<Vec<ServerAddr>, BusError> {
+        let parse = |url: &str| {
+            url.trim().parse().map_err(|error| BusError::Setting {
+                detail: format!(
+                    "the NATS address {} is not of the form nats://HOST:PORT: {error}",
+                    self.url_without_secrets()
+                ),
+            })
+        };
+        self.url.split(',').map(parse).collect()
+    }
+
+    /// Who we are, and what makes the connection safe.
+    fn authorize(
+        &self,
+        mut options: ConnectOptions,
+        servers: &[ServerAddr],
+    ) -> Result<ConnectOptions, BusError> {
+        let named = servers.iter().find(|server| server.has_user_pass());
+        let plain = |text| percent_decode_str(text).decode_utf8_lossy().into_owned();
+        let user = named.and_then(ServerAddr::username).map(plain);
+        let password = named.and_then(ServerAddr::password).map(plain);
+        options = match (&self.credentials, &self.nkey, user, password) {
+            (Some(path), None, ..) => {
+                let text = read("NATS credentials", path)?;
+                options
+                    .credentials(&text)
+                    .map_err(|error| unusable("NATS credentials", path, &error))?
+            }
+            (None, Some(path), ..) => {
+                let seed = read("NKey", path)?;
+                let seed = seed
+                    .lines()
+                    .map(str::trim)
+                    .find(|line| line.starts_with('S'));
+                let seed = seed.ok_or_else(|| unusable("NKey", path, &"it holds no seed"))?;
+                options.nkey(seed.to_owned())
+            }
+            (Some(_), Some(_), ..) => {
+                let detail = "both NATS credentials and an NKey are given: which of them holds?";
+                return Err(BusError::Setting {
+                    detail: detail.to_owned(),
+                });
+            }
+            (None, None, Some(user), Some(password)) => options.user_and_password(user, password),
+            (None, None, Some(token), None) => options.token(token),
+            (None, None, None, _) => options,
+        };
+        if let Some(ca) = &self.ca {
+            read("NATS CA certificates", ca)?;
+            options = options.add_root_certificates(ca.clone()).require_tls(true);
+        }
+        if let Some((certificate, key)) = &self.certificate {
+            read("NATS certificate", certificate)?;
+            read("key of the NATS certificate", key)?;
+            options = options.add_client_certificate(certificate.clone(), key.clone());
+        }
+        Ok(options)
+    }
+}
+
+/// A file that must be there: async-nats would say so only as a failed connection.
+fn read(what: &str, path: &Path) -> Result<String, BusError> {
+    std::fs::read_to_string(path).map_err(|error| unusable(what, path, &error))
+}
+
+fn unusable(what: &str, path: &Path, error: &dyn fmt::Display) -> BusError {
+    BusError::Setting {
+        detail: format!("{what} {}: {error}", path.display()),
+    }
+}
+
+fn advise(kind: ConnectErrorKind, error: &dyn fmt::Display) -> String {
+    match kind {
+        ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
+            format!("it does not let us in ({error}): give the credentials it wants")
+        }
+        ConnectErrorKind::Tls => {
+            format!("{error}: does the certificate authority fit the server's certificate?")
+        }
+        _ => format!("{error}: is nats-server running there?"),
+    }
+}
+
+/// Secrets stay out of logs.
+impl fmt::Debug for BusConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BusConfig")
+            .field("url", &self.url_without_secrets())
+            .field("credentials", &self.credentials)
+            .field("nkey", &self.nkey)
+            .field("ca", &self.ca)
+            .field(
+                "certificate",
+                &self.certificate.as_ref().map(|(path, _)| path),
+            )
+            .field("connect_wait", &self.connect_wait)
+            .finish()
+    }
+}
+
+impl fmt::Display for BusError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Setting { detail } => f.write_str(detail),
+            Self::Unreachable {
+                url,
+                waited,
+                detail,
+            } => {
+                write!(f, "the NATS server at {url} was not reached")?;
+                if let Some(waited) = waited {
+                    write!(f, " within {} s", waited.as_secs())?;
+                }
+                write!(f, ": {detail}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for BusError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_stay_out_of_logs() {
+        let bus = BusConfig {
+            url: "nats://ann:s3cret@a:1, t0ken@b:2".to_owned(),
+            ..BusConfig::default()
+        };
+        let text = format!("{bus:?}");
+        assert!(text.contains("nats://a:1,b:2"), "{text}");
+        assert!(
+            !text.contains("s3cret") && !text.contains("t0ken"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_named() {
+        let config = |change: fn(&mut BusConfig)| {
+            let mut config = BusConfig::default();
+            change(&mut config);
+            let servers = config.servers().unwrap();
+            config
+                .authorize(ConnectOptions::new(), &servers)
+                .err()
+                .map(|error| error.to_string())
+        };
+        assert_eq!(config(|_| {}), None);
+        fn missing() -> Option<PathBuf> {
+            Some(PathBuf::from("/nowhere/file"))
+        }
+        for error in [
+            config(|c| c.credentials = missing()),
+            config(|c| c.nkey = missing()),
+            config(|c| c.ca = missing()),
+            config(|c| c.certificate = missing().zip(missing())),
+        ] {
+            assert!(error.unwrap().contains("/nowhere/file"));
+        }
+        let both = config(|c| (c.credentials, c.nkey) = (missing(), missing()));
+        assert!(both.unwrap().contains("which of them"));
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_a_sentence() {
+        let config = BusConfig {
+            url: "nats://a:4222, nats://ann:s3cret@:x".to_owned(),
+            ..BusConfig::default()
+        };
+        let error = config.servers().unwrap_err().to_string();
+        assert!(error.contains("nats://HOST:PORT"), "{error}");
+        assert!(!error.contains("s3cret"), "{error}");
+    }
+}

