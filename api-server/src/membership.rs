@@ -182,6 +182,7 @@ pub(crate) mod tests {
                 head_dim: 2,
             },
             device: "test".to_owned(),
+            weights: "bf16".to_owned(),
             load: Load::default(),
             capacity: Capacity {
                 blocks: 100,

@@ -77,6 +77,7 @@ fn render(cluster: &Value) -> String {
         "role",
         "state",
         "device",
+        "weights",
         "running",
         "waiting",
         "leased",
@@ -92,6 +93,7 @@ fn render(cluster: &Value) -> String {
             word(&worker["role"]),
             word(&worker["state"]),
             word(&worker["device"]),
+            word(&worker["weights"]),
             word(&load["running"]),
             word(&load["waiting"]),
             word(&load["leased"]),
@@ -191,7 +193,7 @@ mod tests {
             "cluster": "baton", "api_server": "api-1", "healthy": false, "reasons": ["no decode worker"],
             "model": {"name": "smol"},
             "workers": [
-                {"worker": "context-0", "role": "context", "state": "serving", "device": "cpu",
+                {"worker": "context-0", "role": "context", "state": "serving", "device": "cpu", "weights": "fp8-channel",
                  "load": {"running": 1, "waiting": 2, "leased": 3, "pulling": 0, "blocks_used": 4},
                  "capacity": {"blocks": 100}, "transport": "ucx 1.13.1 tcp", "peers": []},
                 {"worker": "decode-0", "role": "decode", "state": "suspect", "device": "cpu",
@@ -214,8 +216,8 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(
-            cells(lines[4])[..4],
-            ["context-0", "context", "serving", "cpu"]
+            cells(lines[4])[..5],
+            ["context-0", "context", "serving", "cpu", "fp8-channel"]
         );
         assert!(lines[4].contains("4/100"), "{text}");
         let peer = cells(text.lines().last().unwrap());

@@ -369,6 +369,42 @@ fn fp8_checkpoints_are_kept_as_they_are() {
     }
 }
 
+/// The matrices of the feed-forward layer have more than the million elements that are read at a time.
+#[test]
+fn matrices_of_several_pieces_are_whole() {
+    let mut config = config();
+    config["intermediate_size"] = json!(8192);
+    let (bench, mut source) = (Bench::new(), Source::bf16(config));
+    let whole_is = |model: &ModelDir, expected: &dyn Fn(&TensorSpec) -> Vec<u8>| {
+        for tensor in expected_tensors(model.spec())
+            .iter()
+            .filter(|t| t.projection)
+        {
+            let mut bytes = Vec::new();
+            whole(model, tensor).dequantize(&mut bytes);
+            assert!(bytes == expected(tensor), "{}", tensor.name);
+        }
+    };
+    let made = bench.prepared(&source, Some(Precision::Fp8), 2);
+    whole_is(&made, &|tensor| {
+        let (_, _, bytes) = &source.tensors[&tensor.name];
+        let matrix = Fp8Matrix::per_channel(bytes, tensor.rows(), tensor.columns());
+        let mut bytes = Vec::new();
+        matrix.dequantize(&mut bytes);
+        bytes
+    });
+
+    source.config["quantization_config"] = quantization(Scales::Block);
+    for name in source.projections() {
+        source.quantize(&name, Scales::Block);
+    }
+    let kept = bench.prepared(&source, None, 2);
+    whole_is(&kept, &|tensor| source.dequantized(&tensor.name));
+    let bf16 = bench.prepared(&source, Some(Precision::Bf16), 1);
+    assert_bf16(&bf16, &source);
+    assert_eq!(bf16.manifest.fingerprint, kept.manifest.fingerprint);
+}
+
 #[test]
 fn blocks_are_not_cut() {
     let mut config = config();

@@ -146,6 +146,10 @@ pub struct Beat {
     pub kv: KvGeometry,
     /// What it computes on, for people: `cpu avx512-bf16, 2 threads`.
     pub device: String,
+    /// How it keeps its weights, for people: `bf16`, `fp8-channel`, `fp8-block`. Workers of one model may differ in
+    /// it and pull each other's KV.
+    #[serde(default)]
+    pub weights: String,
     /// How busy it is.
     pub load: Load,
     /// What it can hold.

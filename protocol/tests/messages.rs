@@ -108,6 +108,7 @@ fn beat() -> Beat {
         model: model(),
         kv: kv(),
         device: "cpu avx512-bf16, 1 thread".to_owned(),
+        weights: "bf16".to_owned(),
         load: Load {
             running: 3,
             blocks_used: 12,

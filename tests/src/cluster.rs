@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -33,6 +33,10 @@ pub struct Setup {
     pub both: usize,
     /// `cpu` or `fake`.
     pub device: &'static str,
+    /// The model directory of the workers; the API server takes [`model_dir`] in any case.
+    pub model: &'static Path,
+    /// That of decode workers, if it is another.
+    pub decode_model: Option<&'static Path>,
     /// Token budget of a step.
     pub step_tokens: usize,
     /// Sequences of a step.
@@ -56,6 +60,8 @@ impl Default for Setup {
             decode: 1,
             both: 0,
             device: "cpu",
+            model: model_dir(),
+            decode_model: None,
             step_tokens: 256,
             batch: 32,
             queue: 256,
@@ -437,7 +443,10 @@ fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role) -> Command
         .args(["worker", "--role", role.label(), "--worker-name", name])
         .args(join_args(nats))
         .arg("--model")
-        .arg::<PathBuf>(model_dir().into())
+        .arg(match role {
+            Role::Decode => setup.decode_model.unwrap_or(setup.model),
+            Role::Context | Role::Both => setup.model,
+        })
         .args(["--device", setup.device])
         .args(["--threads", "1"])
         .args(["--kv-mib", &setup.kv_mib.to_string()])

@@ -135,39 +135,48 @@ pub fn smollm2_gguf() -> PathBuf {
     );
 }
 
-/// SmolLM2-135M-Instruct as `baton model-prep` makes it, prepared once and kept below the target directory until the
-/// binary changes what it writes (`model-prep` itself says whether the directory is still good).
+/// SmolLM2-135M-Instruct as `baton model-prep` makes it.
 pub fn model_dir() -> &'static Path {
     static MODEL: OnceLock<PathBuf> = OnceLock::new();
-    MODEL.get_or_init(|| {
-        let out = scratch().join("smollm2-135m-instruct");
-        let _lock = lock("model.lock");
-        let made_by = scratch().join("smollm2-135m-instruct.made-by");
-        let stamp = stamp(baton());
-        if out.join("manifest.json").is_file()
-            && fs::read_to_string(&made_by).is_ok_and(|by| by == stamp)
-        {
-            return out;
-        }
-        let _ = fs::remove_dir_all(&out);
-        let output = Command::new(baton())
-            .arg("model-prep")
-            .arg("--model")
-            .arg(smollm2_gguf())
-            .args(["--tp-size", "1"])
-            .args(["--max-num-tokens", &TOKENS_MAX.to_string()])
-            .arg("--out")
-            .arg(&out)
-            .output()
-            .expect("the binary was just built");
-        assert!(
-            output.status.success() && out.join("manifest.json").is_file(),
-            "model-prep failed:\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        fs::write(&made_by, stamp).expect("a file in the target directory");
-        out
-    })
+    MODEL.get_or_init(|| prepared("smollm2-135m-instruct", &[]))
+}
+
+/// The same model with FP8 weights.
+pub fn fp8_model_dir() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| prepared("smollm2-135m-instruct-fp8", &["--dtype", "fp8"]))
+}
+
+/// A model directory, prepared once and kept below the target directory until the binary changes what it writes.
+fn prepared(name: &str, args: &[&str]) -> PathBuf {
+    let out = scratch().join(name);
+    let _lock = lock("model.lock");
+    let made_by = scratch().join(format!("{name}.made-by"));
+    let stamp = stamp(baton());
+    if out.join("manifest.json").is_file()
+        && fs::read_to_string(&made_by).is_ok_and(|by| by == stamp)
+    {
+        return out;
+    }
+    let _ = fs::remove_dir_all(&out);
+    let output = Command::new(baton())
+        .arg("model-prep")
+        .arg("--model")
+        .arg(smollm2_gguf())
+        .args(["--tp-size", "1"])
+        .args(["--max-num-tokens", &TOKENS_MAX.to_string()])
+        .args(args)
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .expect("the binary was just built");
+    assert!(
+        output.status.success() && out.join("manifest.json").is_file(),
+        "model-prep failed:\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    fs::write(&made_by, stamp).expect("a file in the target directory");
+    out
 }
 
 /// Tells one build of a file from another.

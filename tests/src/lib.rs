@@ -23,7 +23,7 @@ mod wait;
 
 pub use api::{Answer, Api, Events};
 pub use cluster::{Cluster, Setup, Worker};
-pub use fixture::{baton, command, golden, model_dir, repository, smollm2_gguf};
+pub use fixture::{baton, command, fp8_model_dir, golden, model_dir, repository, smollm2_gguf};
 pub use metrics::Metrics;
 pub use nats::Nats;
 pub use process::{Process, Signal};

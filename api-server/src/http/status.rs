@@ -115,6 +115,7 @@ fn worker_object(member: &Member, now: Instant) -> Value {
         "state": member.state(now),
         "silent_ms": member.silent(now).as_millis() as u64,
         "device": beat.device,
+        "weights": beat.weights,
         "transport": beat.transport,
         "model": beat.model,
         "kv": beat.kv,

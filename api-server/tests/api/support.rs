@@ -304,6 +304,7 @@ impl FakeWorker {
             },
             kv: geometry(),
             device: "scripted".to_owned(),
+            weights: "bf16".to_owned(),
             load: Load::default(),
             capacity: Capacity {
                 blocks: 64,

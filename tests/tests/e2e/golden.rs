@@ -4,13 +4,20 @@
 use baton_tests::{Cluster, Setup, Trace, Turn, golden};
 use serde_json::{Value, json};
 
-/// Where the reference's best two logits lie further apart than this, the best must be ours too. Our weights and KV are
-/// BF16, the reference computes in F32 on the same weights: `workers/cpu/tests` states and gates the same bound on the
-/// logits themselves.
-const MARGIN: f64 = 0.1;
+/// How far from the reference an answer may be.
+pub struct Limits {
+    /// Where the reference's best two logits lie further apart than this, the best must be ours too.
+    pub margin: f64,
+    /// Most that a log-probability of one of the reference's best tokens may differ.
+    pub logprob_error_max: f64,
+}
 
-/// Most that a log-probability of one of the reference's best tokens may differ.
-const LOGPROB_ERROR_MAX: f64 = 0.25;
+/// Our weights and KV are BF16, the reference computes in F32 on the same weights: `workers/cpu/tests` states and gates
+/// the same bound on the logits themselves.
+const BF16_LIMITS: Limits = Limits {
+    margin: 0.1,
+    logprob_error_max: 0.25,
+};
 
 fn ids(value: &Value) -> Vec<u32> {
     let ids = value.as_array().expect("a list of ids");
@@ -23,10 +30,25 @@ fn ids(value: &Value) -> Vec<u32> {
 async fn greedy_output_agrees_with_the_reference() {
     let turn = Turn::take();
     let cluster = Cluster::start(&turn, Setup::split(1, 1)).await;
+    compare_with_the_reference(&cluster, 6, &BF16_LIMITS).await;
+}
+
+/// Asks for the greedy output of the reference's first `cases` prompts; where ours is another token than the reference's, it
+/// goes on from the reference's. Gives how often that was, and the largest error of a log-probability.
+pub async fn compare_with_the_reference(
+    cluster: &Cluster,
+    cases: usize,
+    limits: &Limits,
+) -> (usize, f64) {
     let model = cluster.model().await;
     let golden = golden("logits.json");
-    let mut compared = 0;
-    for case in golden["cases"].as_array().expect("cases") {
+    let (mut compared, mut differ, mut worst) = (0, 0, 0f64);
+    for case in golden["cases"]
+        .as_array()
+        .expect("cases")
+        .iter()
+        .take(cases)
+    {
         let steps = case["steps"].as_array().expect("steps");
         let (input, output) = (ids(&case["input_ids"]), ids(&case["output_ids"]));
         // teacher-forced: after a step on which the two may differ, go on from the reference's choice
@@ -54,8 +76,9 @@ async fn greedy_output_agrees_with_the_reference() {
                     Some(entry) => {
                         let theirs = number(&entry[1]) - number(&step["logsumexp"]);
                         let ours = number(&logprobs[made]);
+                        worst = worst.max((ours - theirs).abs());
                         assert!(
-                            (ours - theirs).abs() <= LOGPROB_ERROR_MAX,
+                            (ours - theirs).abs() <= limits.logprob_error_max,
                             "{at}: log-probability {ours}, the reference's is {theirs}"
                         );
                     }
@@ -64,8 +87,9 @@ async fn greedy_output_agrees_with_the_reference() {
                 compared += 1;
                 done += 1;
                 if token != output[done - 1] {
+                    differ += 1;
                     assert!(
-                        margin <= MARGIN,
+                        margin <= limits.margin,
                         "{at}: {token}, the reference chose {} by {margin}",
                         output[done - 1]
                     );
@@ -74,7 +98,11 @@ async fn greedy_output_agrees_with_the_reference() {
             }
         }
     }
-    assert!(compared >= 6 * 64, "only {compared} steps were compared");
+    assert!(
+        compared >= cases * 64,
+        "only {compared} steps were compared"
+    );
+    (differ, worst)
 }
 
 #[tokio::test]

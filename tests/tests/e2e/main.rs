@@ -5,5 +5,6 @@ mod failure;
 mod golden;
 mod leaving;
 mod load;
+mod mixed_precision;
 mod same_text;
 mod tools;

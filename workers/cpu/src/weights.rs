@@ -1,6 +1,6 @@
 //! A model's weights, packed at load.
 
-use baton_model::{ModelSpec, TensorSource, names};
+use baton_model::{MatrixBytes, ModelSpec, TensorSource, names};
 
 use crate::error::CpuError;
 use crate::math::f32_of;
@@ -83,7 +83,7 @@ impl LayerWeights {
         let (hidden, inner) = (spec.hidden, spec.intermediate);
         let (q_rows, kv_rows) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         let vector = |tensor: &str, len| vector(source, &name(tensor), len);
-        let matrix = |tensor: &str, rows, k| matrix(source, &name(tensor), rows, k);
+        let matrix = |tensor: &str, rows, k| projection(source, &name(tensor), rows, k);
 
         let q = matrix(names::Q, q_rows, hidden)?;
         let k = matrix(names::K, kv_rows, hidden)?;
@@ -143,6 +143,14 @@ struct Matrix {
 }
 
 impl Matrix {
+    fn new(bytes: &[u8], rows: usize, k: usize) -> Self {
+        let mut numbers = Pages::zeroed(rows * k);
+        let out = Shared::new(&mut numbers);
+        // SAFETY: the only part handed out.
+        copy_numbers(bytes, unsafe { out.slice(0, rows * k) });
+        Matrix { numbers, rows, k }
+    }
+
     fn row(&self, row: usize) -> &[u16] {
         &self.numbers[row * self.k..][..self.k]
     }
@@ -168,12 +176,28 @@ fn matrix(
     rows: usize,
     k: usize,
 ) -> Result<Matrix, CpuError> {
-    let bytes = read(source, name, &[rows, k])?;
-    let mut numbers = Pages::zeroed(rows * k);
-    let out = Shared::new(&mut numbers);
-    // SAFETY: the only part handed out.
-    copy_numbers(bytes, unsafe { out.slice(0, rows * k) });
-    Ok(Matrix { numbers, rows, k })
+    Ok(Matrix::new(read(source, name, &[rows, k])?, rows, k))
+}
+
+/// A projection; FP8 becomes BF16, which every kernel multiplies.
+fn projection(
+    source: &dyn TensorSource,
+    name: &str,
+    rows: usize,
+    k: usize,
+) -> Result<Matrix, CpuError> {
+    match source.projection(name, rows, k) {
+        Ok(MatrixBytes::Bf16(bytes)) => Ok(Matrix::new(bytes, rows, k)),
+        Ok(MatrixBytes::Fp8(matrix)) => {
+            let mut bytes = Vec::new();
+            matrix.dequantize(&mut bytes);
+            Ok(Matrix::new(&bytes, rows, k))
+        }
+        Err(reason) => Err(CpuError::Weight {
+            name: name.to_owned(),
+            reason,
+        }),
+    }
 }
 
 fn vector(source: &dyn TensorSource, name: &str, len: usize) -> Result<Vec<f32>, CpuError> {

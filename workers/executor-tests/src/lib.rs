@@ -1,7 +1,8 @@
 //! The acceptance test of an executor, the same for every device. A crate like `workers/cpu` calls these from its tests
 //! with a function that builds its executor; what an error may cost is its own to state.
 //!
-//! - [`families()`](families::families): every model family against a plain decoder in f64 ([`Tiny::reference`]).
+//! - [`families()`](families::families): every model family against a plain decoder in f64 ([`Tiny::reference`]), and
+//!   [`fp8_families`](families::fp8_families) the same with FP8 weights.
 //! - [`company`]: logits with and without neighbours, in any chunks.
 //! - [`ahead`]: steps submitted before the last was collected.
 //! - [`golden`]: real weights against Transformers.

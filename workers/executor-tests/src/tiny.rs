@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use baton_model::{ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, expected_tensors};
+use baton_model::{
+    Fp8Matrix, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, WeightFormat,
+    expected_tensors, f32_from_e4m3, names,
+};
 use half::bf16;
 
 /// Random weights of a spec.
@@ -10,6 +13,8 @@ pub struct Tiny {
     /// What it is.
     pub spec: ModelSpec,
     tensors: HashMap<String, (Vec<usize>, Vec<u8>)>,
+    /// Its projections, if they are FP8.
+    fp8: HashMap<String, Fp8Matrix<'static>>,
 }
 
 impl TensorSource for Tiny {
@@ -19,6 +24,16 @@ impl TensorSource for Tiny {
             shape: shape.clone(),
             bytes,
         })
+    }
+
+    fn projection(&self, name: &str, out: usize, inputs: usize) -> Result<MatrixBytes<'_>, String> {
+        match self.fp8.get(name) {
+            None => self.shaped(name, &[out, inputs]).map(MatrixBytes::Bf16),
+            Some(matrix) => Ok(MatrixBytes::Fp8(Fp8Matrix {
+                codes: matrix.codes.as_ref().into(),
+                ..matrix.clone()
+            })),
+        }
     }
 }
 
@@ -67,10 +82,39 @@ impl Tiny {
             (t.name, (t.shape, numbers.collect()))
         });
         let tensors = tensors.collect();
-        Self { spec, tensors }
+        Self {
+            spec,
+            tensors,
+            fp8: HashMap::new(),
+        }
     }
 
+    /// The same with projections in this format. They exist in it alone: an executor that asks for BF16 gets none.
+    pub fn in_format(mut self, format: WeightFormat) -> Self {
+        let quantize = match format {
+            WeightFormat::Bf16 => return self,
+            WeightFormat::Fp8Channel => Fp8Matrix::per_channel,
+            WeightFormat::Fp8Block => Fp8Matrix::per_block,
+        };
+        let of_projections = |name: &String, _: &mut _| names::is_projection(name);
+        let projections = self.tensors.extract_if(of_projections);
+        let fp8 = projections.map(|(name, (shape, bytes))| {
+            let matrix = quantize(&bytes, shape[0], shape[1]);
+            (name, matrix)
+        });
+        self.fp8 = fp8.collect();
+        self
+    }
+
+    /// A tensor's numbers as they are meant: FP8 times its scales without rounding.
     pub(crate) fn numbers(&self, name: &str) -> Vec<f64> {
+        if let Some(matrix) = self.fp8.get(name) {
+            let number = |(i, &code): (usize, &u8)| {
+                let scale = matrix.scale(i / matrix.columns, i % matrix.columns);
+                f64::from(f32_from_e4m3(code)) * f64::from(scale)
+            };
+            return matrix.codes.iter().enumerate().map(number).collect();
+        }
         let bytes = &self.tensors[name].1;
         bytes
             .chunks(2)

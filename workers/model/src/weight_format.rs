@@ -34,6 +34,15 @@ impl WeightFormat {
         self != WeightFormat::Bf16
     }
 
+    /// The word of beats, logs and `baton status`.
+    pub fn label(self) -> &'static str {
+        match self {
+            WeightFormat::Bf16 => "bf16",
+            WeightFormat::Fp8Channel => "fp8-channel",
+            WeightFormat::Fp8Block => "fp8-block",
+        }
+    }
+
     /// Shape of the scales of a projection `[out, in]`; `None` if it has none.
     pub fn scales_shape(self, shape: [usize; 2]) -> Option<Vec<usize>> {
         let [out, inputs] = shape;

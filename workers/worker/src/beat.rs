@@ -46,6 +46,7 @@ impl Desk {
             model: self.checks.model.clone(),
             kv: self.checks.kv.clone(),
             device: self.me.device.clone(),
+            weights: self.me.weights.label().to_owned(),
             load: self.load(),
             capacity: self.me.capacity,
             peers: self.peers.health(),

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use async_nats::{Client, Message};
 use baton_engine::BlockPool;
+use baton_model::WeightFormat;
 use baton_protocol::limits::{BEAT_INTERVAL_MS, GONE_AFTER_MS};
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
@@ -42,6 +43,7 @@ pub(crate) struct Identity {
     pub(crate) incarnation: Incarnation,
     pub(crate) role: Role,
     pub(crate) device: String,
+    pub(crate) weights: WeightFormat,
     pub(crate) transport: String,
     pub(crate) capacity: Capacity,
 }

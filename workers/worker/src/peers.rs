@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use baton_protocol::limits::GONE_AFTER_MS;
 use baton_protocol::{
-    Beat, Incarnation, KvGeometry, ModelFingerprint, PeerHealth, PeerState, WorkerId, WorkerState,
+    Beat, Incarnation, KvGeometry, ModelInfo, PeerHealth, PeerState, WorkerId, WorkerState,
 };
 use tokio::time::Instant;
 
@@ -45,7 +45,7 @@ pub(crate) struct Link {
 /// All context workers heard of.
 pub(crate) struct Peers {
     me: WorkerId,
-    model: ModelFingerprint,
+    model: ModelInfo,
     kv: KvGeometry,
     peers: HashMap<WorkerId, Peer>,
 }
@@ -65,11 +65,15 @@ struct Peer {
 enum State {
     Connecting,
     Ready,
-    Broken { retry_at: Instant },
+    Broken {
+        retry_at: Instant,
+    },
+    /// It serves this worker's model in name, and its KV is of no use: it is shown with the reason, and never connected.
+    Unlike,
 }
 
 impl Peers {
-    pub(crate) fn new(me: WorkerId, model: ModelFingerprint, kv: KvGeometry) -> Self {
+    pub(crate) fn new(me: WorkerId, model: ModelInfo, kv: KvGeometry) -> Self {
         Self {
             me,
             model,
@@ -78,16 +82,18 @@ impl Peers {
         }
     }
 
-    /// A worker beat. Workers whose KV this one could not use are no peers.
+    /// A worker beat. Workers that make no KV for this one's model are no peers.
     pub(crate) fn heard(&mut self, now: Instant, beat: &Beat) -> Vec<Action> {
+        let related =
+            beat.model.fingerprint == self.model.fingerprint || beat.model.name == self.model.name;
         let usable = beat.role.prefills()
             && beat.worker != self.me
             && beat.state != WorkerState::Failed
-            && beat.model.fingerprint == self.model
-            && beat.kv == self.kv;
+            && related;
         if !usable {
             return self.forget(&beat.worker).into_iter().collect();
         }
+        let difference = self.difference(beat);
         let mut actions = Vec::new();
         let known = self.peers.len();
         match self.peers.get_mut(&beat.worker) {
@@ -95,29 +101,49 @@ impl Peers {
                 peer.heard = now;
                 return actions;
             }
-            Some(peer) => actions.push(Action::Disconnect {
-                incarnation: peer.incarnation,
-            }),
+            Some(peer) => actions.extend(peer.disconnect()),
             None if known >= PEERS_MAX => {
                 tracing::warn!(worker = %beat.worker, PEERS_MAX, "too many context workers: this one is left out");
                 return actions;
             }
             None => {}
         }
+        if let Some(error) = &difference {
+            tracing::warn!(worker = %beat.worker, error, "a context worker's KV cannot be used");
+        } else {
+            actions.push(Action::Connect {
+                worker: beat.worker.clone(),
+                incarnation: beat.incarnation,
+            });
+        }
         let peer = Peer {
             incarnation: beat.incarnation,
             heard: now,
-            state: State::Connecting,
+            state: match difference {
+                None => State::Connecting,
+                Some(_) => State::Unlike,
+            },
             link: None,
-            error: None,
+            error: difference,
             failures: 0,
         };
         self.peers.insert(beat.worker.clone(), peer);
-        actions.push(Action::Connect {
-            worker: beat.worker.clone(),
-            incarnation: beat.incarnation,
-        });
         actions
+    }
+
+    /// Why KV of a worker that serves a model of this name, or this very model, cannot be used here.
+    fn difference(&self, beat: &Beat) -> Option<String> {
+        if beat.model.fingerprint != self.model.fingerprint {
+            let short = |model: &ModelInfo| model.fingerprint.as_str()[..12].to_owned();
+            return Some(format!(
+                "it serves another {} ({}…, here {}…): prepare both from one source, whatever their precision",
+                self.model.name,
+                short(&beat.model),
+                short(&self.model)
+            ));
+        }
+        let difference = self.kv.difference(&beat.kv)?;
+        Some(format!("its KV is laid out otherwise: {difference}"))
     }
 
     /// A connection stands. One that nobody wants any more is closed again.
@@ -216,7 +242,7 @@ impl Peers {
     pub(crate) fn next_retry(&self) -> Option<Instant> {
         let retry = |peer: &Peer| match peer.state {
             State::Broken { retry_at } => Some(retry_at),
-            State::Connecting | State::Ready => None,
+            State::Connecting | State::Ready | State::Unlike => None,
         };
         self.peers.values().filter_map(retry).min()
     }
@@ -233,7 +259,7 @@ impl Peers {
     pub(crate) fn ready(&self, worker: &WorkerId, incarnation: Incarnation) -> Result<(), String> {
         let Some(peer) = self.peers.get(worker) else {
             return Err(format!(
-                "context worker {worker} was not heard of, or serves another model or geometry"
+                "context worker {worker} was not heard of, or serves another model"
             ));
         };
         if peer.incarnation != incarnation {
@@ -244,6 +270,10 @@ impl Peers {
         match peer.state {
             State::Ready => Ok(()),
             State::Connecting => Err(format!("context worker {worker} is still being connected")),
+            State::Unlike => Err(format!(
+                "KV of context worker {worker} cannot be used: {}",
+                peer.error.as_deref().unwrap_or("it differs")
+            )),
             State::Broken { .. } => Err(format!(
                 "the connection to context worker {worker} is broken: {}",
                 peer.error.as_deref().unwrap_or("for no stated reason")
@@ -259,7 +289,7 @@ impl Peers {
             state: match peer.state {
                 State::Connecting => PeerState::Connecting,
                 State::Ready => PeerState::Ready,
-                State::Broken { .. } => PeerState::Broken,
+                State::Broken { .. } | State::Unlike => PeerState::Broken,
             },
             transport: peer
                 .link
@@ -278,16 +308,22 @@ impl Peers {
     }
 
     fn forget(&mut self, worker: &WorkerId) -> Option<Action> {
-        let peer = self.peers.remove(worker)?;
-        Some(Action::Disconnect {
-            incarnation: peer.incarnation,
+        self.peers.remove(worker)?.disconnect()
+    }
+}
+
+impl Peer {
+    /// What is to be done when it is let go.
+    fn disconnect(&self) -> Option<Action> {
+        (self.state != State::Unlike).then_some(Action::Disconnect {
+            incarnation: self.incarnation,
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::{Capacity, KvDtype, Load, ModelInfo, PROTOCOL_VERSION, Role};
+    use baton_protocol::{Capacity, KvDtype, Load, ModelFingerprint, PROTOCOL_VERSION, Role};
 
     use super::*;
 
@@ -306,8 +342,13 @@ mod tests {
         }
     }
 
-    fn model(digit: &str) -> ModelFingerprint {
-        ModelFingerprint::new(digit.repeat(64)).unwrap()
+    fn model(digit: &str) -> ModelInfo {
+        ModelInfo {
+            name: "m".into(),
+            fingerprint: ModelFingerprint::new(digit.repeat(64)).unwrap(),
+            tokens_max: 8,
+            vocab: 8,
+        }
     }
 
     fn peers() -> Peers {
@@ -321,14 +362,10 @@ mod tests {
             incarnation: Incarnation(incarnation),
             role: Role::Context,
             state: WorkerState::Serving,
-            model: ModelInfo {
-                name: "m".into(),
-                fingerprint: model("a"),
-                tokens_max: 8,
-                vocab: 8,
-            },
+            model: model("a"),
             kv: kv(),
             device: String::new(),
+            weights: String::new(),
             load: Load::default(),
             capacity: Capacity::default(),
             peers: Vec::new(),
@@ -396,20 +433,70 @@ mod tests {
             ..beat("d", 1)
         };
         let mut other_model = beat("m", 1);
-        other_model.model.fingerprint = model("b");
-        let other_kv = Beat {
-            kv: KvGeometry { layers: 2, ..kv() },
-            ..beat("k", 1)
+        other_model.model = ModelInfo {
+            name: "another".into(),
+            ..model("b")
         };
-        for beat in [decode, other_model, other_kv, beat("me", 1)] {
+        for beat in [decode, other_model, beat("me", 1)] {
             assert_eq!(peers.heard(now, &beat), [], "{}", beat.worker);
         }
+        assert_eq!(peers.health(), []);
         peers.heard(now, &beat("ctx", 1));
         let failed = Beat {
             state: WorkerState::Failed,
             ..beat("ctx", 1)
         };
         assert_eq!(peers.heard(now, &failed), [disconnect(1)]);
+    }
+
+    #[test]
+    fn workers_of_the_model_with_other_kv_are_shown_and_left_alone() {
+        let (mut peers, now) = (peers(), Instant::now());
+        let mut namesake = beat("namesake", 1);
+        namesake.model = model("b");
+        let other_kv = Beat {
+            kv: KvGeometry { layers: 2, ..kv() },
+            ..beat("other-kv", 1)
+        };
+        for beat in [&namesake, &other_kv] {
+            assert_eq!(peers.heard(now, beat), []);
+            assert_eq!(peers.heard(now, beat), []);
+        }
+        let expected = [
+            (
+                "namesake",
+                "it serves another m (bbbbbbbbbbbb…, here aaaaaaaaaaaa…)",
+            ),
+            (
+                "other-kv",
+                "its KV is laid out otherwise: layers is 1 here and 2 there",
+            ),
+        ];
+        for (health, (worker, error)) in peers.health().iter().zip(expected) {
+            assert_eq!(
+                (health.worker.as_str(), health.state),
+                (worker, PeerState::Broken)
+            );
+            assert!(health.error.as_ref().unwrap().contains(error), "{health:?}");
+            let refused = peers.ready(&name(worker), Incarnation(1)).unwrap_err();
+            assert!(refused.contains(error), "{refused}");
+        }
+        assert_eq!(peers.next_retry(), None);
+        assert_eq!(peers.tick(now), []);
+
+        // Restarted with the right one it is a peer, and then again with a wrong one.
+        assert_eq!(
+            peers.heard(now, &beat("other-kv", 2)),
+            [connect("other-kv", 2)]
+        );
+        let wrong_again = Beat {
+            incarnation: Incarnation(3),
+            ..other_kv
+        };
+        assert_eq!(peers.heard(now, &wrong_again), [disconnect(2)]);
+        let gone = Duration::from_millis(GONE_AFTER_MS);
+        assert_eq!(peers.tick(now + gone), [], "nothing was connected");
+        assert_eq!(peers.health(), []);
     }
 
     #[test]

@@ -61,6 +61,7 @@ pub async fn run(
     })
     .await?;
     let info = backend.executor.info().clone();
+    let weights = model.manifest.dtype;
     let model = model_info(&config, &model, &info)?;
     let descriptor = WorkerDescriptor {
         v: PROTOCOL_VERSION,
@@ -84,6 +85,7 @@ pub async fn run(
         fingerprint = %model.fingerprint,
         tokens_max = model.tokens_max,
         device = info.device,
+        weights = weights.label(),
         kv_blocks = info.blocks,
         kv_bytes = info.blocks as usize * info.kv.block_bytes(),
         block_tokens = info.kv.block_tokens,
@@ -141,6 +143,7 @@ pub async fn run(
             incarnation,
             role: config.role,
             device: info.device.clone(),
+            weights,
             transport,
             capacity: Capacity {
                 blocks: info.blocks,
@@ -148,11 +151,7 @@ pub async fn run(
                 queue: config.queue as u32,
             },
         },
-        peers: Peers::new(
-            config.worker.clone(),
-            model.fingerprint.clone(),
-            info.kv.clone(),
-        ),
+        peers: Peers::new(config.worker.clone(), model.clone(), info.kv.clone()),
         checks: Checks {
             model,
             kv: info.kv.clone(),
