@@ -7,12 +7,12 @@ use baton_cuda::{CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device};
 use baton_engine::{Executor, SampleRequest, SampleState, SequenceStep, StepPlan, kv_geometry};
 use baton_executor_tests::company::{BLOCK_TOKENS, BLOCKS, alone, sequences, together};
 use baton_executor_tests::families::{
-    broken_plans_are_refused, families, prompt_log_probabilities,
+    broken_plans_are_refused, families, fp8_families, prompt_log_probabilities,
 };
 use baton_executor_tests::{
-    Build, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, tiny_families,
+    Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, step, tiny_families,
 };
-use baton_model::{ModelDir, ModelSpec};
+use baton_model::{ModelDir, ModelSpec, WeightFormat};
 use baton_protocol::Sampling;
 
 /// As the CPU's: what BF16 activations cost these models' logits. One more rounding stands between the query-key-value
@@ -75,43 +75,181 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
 #[ignore = "needs a GPU"]
 fn logits_hardly_depend_on_the_company() {
     for family in [1, 3, 5] {
-        let tiny = Tiny::new(tiny_families().remove(family), 9);
-        let sequences = sequences(tiny.spec.vocab);
-        let build = || {
-            usual(Build {
-                spec: &tiny.spec,
-                weights: &tiny,
-                block_tokens: BLOCK_TOKENS,
-                blocks: BLOCKS,
-            })
-        };
-        let expected = alone(&mut build(), &sequences);
-        let mut worst: f32 = 0.0;
-        for seed in 0..3 {
-            let found = together(&mut build(), &sequences, seed);
-            let again = together(&mut build(), &sequences, seed);
-            for (at, logits) in &found {
-                let bits = |l: &[f32]| l.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                assert_eq!(
-                    bits(logits),
-                    bits(&again[at]),
-                    "the same steps give the same bits"
-                );
-                for (a, b) in logits.iter().zip(&expected[at]) {
-                    assert!(a.is_finite());
-                    worst = worst.max((a - b).abs());
-                }
+        in_company(&Tiny::new(tiny_families().remove(family), 9), ERROR_MAX);
+    }
+}
+
+fn in_company(tiny: &Tiny, error_max: f64) {
+    let sequences = sequences(tiny.spec.vocab);
+    let build = || {
+        usual(Build {
+            spec: &tiny.spec,
+            weights: tiny,
+            block_tokens: BLOCK_TOKENS,
+            blocks: BLOCKS,
+        })
+    };
+    let expected = alone(&mut build(), &sequences);
+    let mut worst: f32 = 0.0;
+    for seed in 0..3 {
+        let found = together(&mut build(), &sequences, seed);
+        let again = together(&mut build(), &sequences, seed);
+        for (at, logits) in &found {
+            let bits = |l: &[f32]| l.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(
+                bits(logits),
+                bits(&again[at]),
+                "the same steps give the same bits"
+            );
+            for (a, b) in logits.iter().zip(&expected[at]) {
+                assert!(a.is_finite());
+                worst = worst.max((a - b).abs());
             }
         }
-        println!(
-            "{} in company: logits differ by at most {worst:.4}",
-            tiny.spec.family
-        );
-        assert!(
-            f64::from(worst) < ERROR_MAX,
-            "{}: {worst}",
-            tiny.spec.family
-        );
+    }
+    println!(
+        "{} in company: logits differ by at most {worst:.4}",
+        tiny.spec.family
+    );
+    assert!(
+        f64::from(worst) < error_max,
+        "{}: {worst}",
+        tiny.spec.family
+    );
+}
+
+/// Sizes that FP8 products of many rows take as they are: blocks whole, sixteens whole and no more, as few heads as there are.
+fn fp8_specs() -> Vec<ModelSpec> {
+    let blocks = |spec: ModelSpec| ModelSpec {
+        hidden: 512,
+        intermediate: 1024,
+        heads: 8,
+        kv_heads: 2,
+        head_dim: 64,
+        ..spec
+    };
+    let sixteens = |spec: ModelSpec| ModelSpec {
+        hidden: 80,
+        intermediate: 112,
+        heads: 5,
+        kv_heads: 1,
+        head_dim: 16,
+        ..spec
+    };
+    let wide = [1, 3, 4, 5].map(|family| blocks(tiny_families().remove(family)));
+    wide.into_iter()
+        .chain(tiny_families().into_iter().map(sixteens))
+        .collect()
+}
+
+/// Few rows are multiplied as BF16, many as e4m3: what its rounding (3 in 100 of each product's input) costs these models' logits.
+/// Measured: 0.44.
+const FP8_ERROR_MAX: f64 = 0.6;
+/// And on average. Measured: 0.056.
+const FP8_ERROR_MEAN: f64 = 0.1;
+
+#[test]
+#[ignore = "needs a GPU"]
+fn fp8_logits_are_those_of_the_plain_decoder_with_the_same_weights() {
+    fp8_families("cuda", ERROR_MAX, &|b| Box::new(usual(b)));
+    for (i, spec) in fp8_specs().into_iter().enumerate() {
+        for format in [WeightFormat::Fp8Channel, WeightFormat::Fp8Block] {
+            let tiny = Tiny::new(spec.clone(), i as u64 + 1).in_format(format);
+            let mut random = Random(77);
+            let tokens: Vec<u32> = (0..120)
+                .map(|_| random.below(tiny.spec.vocab) as u32)
+                .collect();
+            let reference = tiny.reference(&tokens);
+            let label = format!("{} #{i}, width {}, {format}", spec.family, spec.hidden);
+            // Of 40 rows, and of 100: the first keeps to BF16 throughout.
+            for (first, worst_max, mean_max) in [
+                (40, ERROR_MAX, ERROR_MAX),
+                (100, FP8_ERROR_MAX, FP8_ERROR_MEAN),
+            ] {
+                let mut executor = usual(Build {
+                    spec: &tiny.spec,
+                    weights: &tiny,
+                    block_tokens: 16,
+                    blocks: 10,
+                });
+                let blocks = [8, 3, 9, 1, 0, 2, 7, 5];
+                let (mut worst, mut sum): (f64, f64) = (0.0, 0.0);
+                let ranges = std::iter::once(0..first).chain((first..120).map(|t| t..t + 1));
+                let steps = 121 - first;
+                for range in ranges {
+                    let end = range.end;
+                    let part = Part {
+                        key: 0,
+                        tokens: &tokens,
+                        range,
+                        blocks: &blocks,
+                    };
+                    let logits = &step(&mut executor, &[part])[0];
+                    for (ours, truth) in logits.iter().zip(&reference[end - 1]) {
+                        let error = (f64::from(*ours) - truth).abs();
+                        assert!(error.is_finite(), "{label}: {ours} after {end}");
+                        worst = worst.max(error);
+                        sum += error;
+                    }
+                }
+                let mean = sum / (steps * tiny.spec.vocab) as f64;
+                println!("{label}, prompt of {first}: worst {worst:.4}, mean {mean:.4}");
+                assert!(worst < worst_max && mean < mean_max, "{label}");
+            }
+        }
+    }
+}
+
+/// More sequences than the road of few rows takes, in a captured graph: each of one token.
+#[test]
+#[ignore = "needs a GPU"]
+fn a_large_batch_is_what_its_sequences_are_alone() {
+    const SEQUENCES: usize = 90;
+    for (format, error_max) in [
+        (WeightFormat::Bf16, ERROR_MAX),
+        (WeightFormat::Fp8Channel, FP8_ERROR_MAX),
+        (WeightFormat::Fp8Block, FP8_ERROR_MAX),
+    ] {
+        let tiny = Tiny::new(fp8_specs().remove(0), 3).in_format(format);
+        let wide = Build {
+            spec: &tiny.spec,
+            weights: &tiny,
+            block_tokens: 16,
+            blocks: SEQUENCES,
+        };
+        let mut executor = build(wide, STEP_TOKENS_MAX, SEQUENCES);
+        let tokens: Vec<u32> = (0..SEQUENCES as u32).map(|s| s * 7 % 150).collect();
+        let blocks: Vec<u32> = (0..SEQUENCES as u32).rev().collect();
+        let parts: Vec<Part<'_>> = (0..SEQUENCES)
+            .map(|s| Part {
+                key: s as u64,
+                tokens: &tokens[s..=s],
+                range: 0..1,
+                blocks: &blocks[s..=s],
+            })
+            .collect();
+        let mut worst: f64 = 0.0;
+        for (token, logits) in tokens.iter().zip(step(&mut executor, &parts)) {
+            for (ours, truth) in logits.iter().zip(&tiny.reference(&[*token])[0]) {
+                let error = (f64::from(*ours) - truth).abs();
+                assert!(error.is_finite(), "{format}: {ours}");
+                worst = worst.max(error);
+            }
+        }
+        println!("{SEQUENCES} sequences, {format}: logits differ by at most {worst:.4}");
+        assert!(worst < error_max, "{format}: {worst}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn fp8_logits_depend_on_the_company_no_more_than_on_the_rounding_of_activations() {
+    for (i, format) in [WeightFormat::Fp8Channel, WeightFormat::Fp8Block]
+        .into_iter()
+        .enumerate()
+    {
+        let tiny = Tiny::new(fp8_specs().remove(i), 9).in_format(format);
+        in_company(&tiny, FP8_ERROR_MAX);
     }
 }
 
@@ -209,10 +347,27 @@ const GOLDEN: golden::Limits = golden::Limits {
     margin: 0.1,
 };
 
+/// Measured: 6.09, 0.483 and 1.32, at 19 of 384 steps another token; against the reference, whose weights are BF16. Rounding the
+/// weights alone costs as much (`workers/cpu/tests/golden.rs`), so this holds the activations of prompts to next to nothing.
+const GOLDEN_FP8: golden::Limits = golden::Limits {
+    error_max: 7.5,
+    error_mean: 0.6,
+    margin: 1.7,
+};
+
 #[test]
 #[ignore = "needs a GPU and the test model"]
 fn teacher_forced_logits_are_those_of_transformers() {
-    let model = golden::model();
+    teacher_forced("cuda", &golden::model(), &GOLDEN);
+}
+
+#[test]
+#[ignore = "needs a GPU and the test model"]
+fn teacher_forced_logits_with_fp8_weights_are_near_those_of_transformers() {
+    teacher_forced("cuda, FP8", &golden::fp8_model(), &GOLDEN_FP8);
+}
+
+fn teacher_forced(label: &str, model: &golden::Model, limits: &golden::Limits) {
     let dir = ModelDir::open(&model.path).expect("a prepared model");
     let weights = dir.weights(0).expect("its weights");
     let mut executor = usual(Build {
@@ -221,5 +376,5 @@ fn teacher_forced_logits_are_those_of_transformers() {
         block_tokens: golden::BLOCK_TOKENS,
         blocks: golden::BLOCKS as usize,
     });
-    golden::teacher_forced("cuda", &mut executor, 6, 64, &GOLDEN);
+    golden::teacher_forced(label, &mut executor, 6, 64, limits);
 }
