@@ -54,6 +54,7 @@ functions! {
     ucp_worker_progress: fn(worker: ucp_worker_h) -> c_uint;
     ucp_worker_get_efd: fn(worker: ucp_worker_h, fd: *mut c_int) -> ucs_status_t;
     ucp_worker_arm: fn(worker: ucp_worker_h) -> ucs_status_t;
+    ucp_worker_set_am_recv_handler: fn(worker: ucp_worker_h, param: *const ucp_am_handler_param_t) -> ucs_status_t;
 
     ucp_mem_map: fn(context: ucp_context_h, params: *const ucp_mem_map_params_t, memory: *mut ucp_mem_h) -> ucs_status_t;
     ucp_mem_query: fn(memory: ucp_mem_h, attributes: *mut ucp_mem_attr_t) -> ucs_status_t;
@@ -70,6 +71,10 @@ functions! {
 
     ucp_get_nbx: fn(
         ep: ucp_ep_h, buffer: *mut c_void, count: usize, remote: u64, rkey: ucp_rkey_h, param: *const ucp_request_param_t,
+    ) -> ucs_status_ptr_t;
+    ucp_am_send_nbx: fn(
+        ep: ucp_ep_h, id: c_uint, header: *const c_void, header_length: usize, buffer: *const c_void, count: usize,
+        param: *const ucp_request_param_t,
     ) -> ucs_status_ptr_t;
     ucp_request_check_status: fn(request: *mut c_void) -> ucs_status_t;
     ucp_request_free: fn(request: *mut c_void);

@@ -23,6 +23,16 @@ pub type ucp_send_nbx_callback_t =
 pub type ucp_err_handler_cb_t =
     unsafe extern "C" fn(arg: *mut c_void, ep: ucp_ep_h, status: ucs_status_t);
 
+/// Called when an active message has come. `data` is valid until it returns.
+pub type ucp_am_recv_callback_t = unsafe extern "C" fn(
+    arg: *mut c_void,
+    header: *const c_void,
+    header_length: usize,
+    data: *mut c_void,
+    length: usize,
+    param: *const ucp_am_recv_param_t,
+) -> ucs_status_t;
+
 /// What a [`ucs_status_ptr_t`] says: `Ok(None)` done, `Ok(Some(request))` under way, or an error.
 ///
 /// # Errors
@@ -57,6 +67,7 @@ zeroed_default!(
     ucp_mem_attr_t,
     ucp_ep_params_t,
     ucp_request_param_t,
+    ucp_am_handler_param_t,
 );
 
 /// Tail for fields that newer releases append.
@@ -171,6 +182,25 @@ pub struct ucp_request_param_t {
     pub tail: Tail,
 }
 
+/// Parameters of `ucp_worker_set_am_recv_handler`.
+#[repr(C)]
+#[derive(Clone)]
+pub struct ucp_am_handler_param_t {
+    pub field_mask: u64,
+    pub id: c_uint,
+    pub flags: u32,
+    pub cb: Option<ucp_am_recv_callback_t>,
+    pub arg: *mut c_void,
+    pub tail: Tail,
+}
+
+/// What comes with an active message.
+#[repr(C)]
+pub struct ucp_am_recv_param_t {
+    pub recv_attr: u64,
+    pub reply_ep: ucp_ep_h,
+}
+
 /// API version that this file describes, for `ucp_init_version`.
 pub const UCP_API_MAJOR: c_uint = 1;
 /// See [`UCP_API_MAJOR`].
@@ -188,6 +218,15 @@ pub const UCS_ERR_LAST: ucs_status_t = -100;
 
 pub const UCP_FEATURE_RMA: u64 = 1 << 1;
 pub const UCP_FEATURE_WAKEUP: u64 = 1 << 4;
+pub const UCP_FEATURE_AM: u64 = 1 << 6;
+
+pub const UCP_AM_HANDLER_PARAM_FIELD_ID: u64 = 1 << 0;
+pub const UCP_AM_HANDLER_PARAM_FIELD_FLAGS: u64 = 1 << 1;
+pub const UCP_AM_HANDLER_PARAM_FIELD_CB: u64 = 1 << 2;
+pub const UCP_AM_HANDLER_PARAM_FIELD_ARG: u64 = 1 << 3;
+pub const UCP_AM_FLAG_WHOLE_MSG: u32 = 1 << 0;
+pub const UCP_AM_SEND_FLAG_EAGER: u32 = 1 << 1;
+pub const UCP_AM_RECV_ATTR_FLAG_RNDV: u64 = 1 << 17;
 
 pub const UCP_PARAM_FIELD_FEATURES: u64 = 1 << 0;
 pub const UCP_PARAM_FIELD_MT_WORKERS_SHARED: u64 = 1 << 5;
@@ -213,6 +252,7 @@ pub const UCP_OP_ATTR_FIELD_CALLBACK: u32 = 1 << 1;
 pub const UCP_OP_ATTR_FIELD_USER_DATA: u32 = 1 << 2;
 pub const UCP_OP_ATTR_FIELD_FLAGS: u32 = 1 << 4;
 pub const UCP_OP_ATTR_FIELD_MEMORY_TYPE: u32 = 1 << 6;
+pub const UCP_OP_ATTR_FIELD_MEMH: u32 = 1 << 8;
 pub const UCP_EP_CLOSE_FLAG_FORCE: u32 = 1 << 0;
 
 pub const UCS_MEMORY_TYPE_HOST: c_uint = 0;
