@@ -299,6 +299,16 @@ impl CudaMemory {
         Buffer::uninitialized(device, bytes, "the KV arena").map(Self)
     }
 
+    /// Its address on the GPU.
+    pub(crate) fn address(&self) -> sys::CUdeviceptr {
+        self.0.at(0)
+    }
+
+    /// Its length.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.len()
+    }
+
     /// Sets every byte. For tests that want to see what is read before it was written.
     ///
     /// # Errors

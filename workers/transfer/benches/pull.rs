@@ -7,7 +7,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use baton_transfer::{Agent, AgentConfig, Arena, PeerKey, Read};
+use baton_transfer::{Agent, Arena, PeerKey, Read};
 use support::{ROADS, Server, matches};
 
 const ARENA_BYTES: u64 = 256 << 20;
@@ -32,12 +32,8 @@ fn main() {
 
 async fn measure(tls: Option<&str>) {
     let server = Server::start(ARENA_BYTES as usize, SEED, tls);
-    let config = AgentConfig {
-        arena_bytes: ARENA_BYTES as usize,
-        gpu: None,
-        tls: tls.map(str::to_owned),
-    };
-    let (agent, arena) = Agent::start(config).expect("UCX works here");
+    let (agent, arena) =
+        Agent::start(support::config(ARENA_BYTES as usize, tls)).expect("UCX works here");
     let peer = PeerKey(1);
     println!(
         "\n{} (UCX_TLS {})",

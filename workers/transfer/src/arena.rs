@@ -8,8 +8,9 @@ use ucx_sys::*;
 
 use crate::TransferError;
 use crate::context::{Context, check, status_text};
-use crate::probe::SCRATCH_BYTES;
+use crate::probe::{self, scratch_bytes};
 use crate::seal::{Kind, seal};
+use crate::stage::MakeStaging;
 
 /// Where an arena's memory comes from.
 pub(crate) enum Source {
@@ -32,11 +33,15 @@ pub struct GpuMemory {
     /// Makes the GPU the calling thread's own, as UCX wants it; also keeps the memory alive as long as an arena is made
     /// of it. An error is a sentence.
     pub bind: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// Makes host memory and copies for peers that cannot read the GPU's.
+    pub staging: MakeStaging,
+    /// Whether UCX is to be told of the memory. Without, everything is staged.
+    pub registered: bool,
 }
 
 /// Bytes to allocate for an arena of `bytes` on a GPU: probes read into what lies behind it.
 pub fn gpu_allocation_bytes(bytes: usize) -> usize {
-    bytes.next_multiple_of(4096) + SCRATCH_BYTES
+    bytes.next_multiple_of(4096) + scratch_bytes(MemoryType::Cuda)
 }
 
 impl std::fmt::Debug for GpuMemory {
@@ -97,7 +102,8 @@ impl std::fmt::Debug for Arena {
 /// A mapped piece of memory: the arena, and behind it scratch space that probes read into.
 pub(crate) struct Region {
     context: Arc<Context>,
-    handle: ucp_mem_h,
+    /// None for GPU memory that UCX does not know.
+    handle: Option<ucp_mem_h>,
     base: *mut u8,
     bytes: usize,
     memory: MemoryType,
@@ -121,29 +127,26 @@ impl Region {
         if bytes == 0 {
             return Err(failed("it has no bytes".into()));
         }
+        let memory = match gpu {
+            None => MemoryType::Host,
+            Some(_) => MemoryType::Cuda,
+        };
         let length = bytes
             .checked_next_multiple_of(4096)
-            .and_then(|bytes| bytes.checked_add(SCRATCH_BYTES))
+            .and_then(|bytes| bytes.checked_add(scratch_bytes(memory)))
             .ok_or_else(|| failed("that is more than there are addresses".into()))?;
-        let params = match &gpu {
-            None => ucp_mem_map_params_t {
-                field_mask: UCP_MEM_MAP_PARAM_FIELD_LENGTH
-                    | UCP_MEM_MAP_PARAM_FIELD_FLAGS
-                    | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
-                length,
-                flags: UCP_MEM_MAP_ALLOCATE,
-                memory_type: UCS_MEMORY_TYPE_HOST,
-                ..Default::default()
-            },
-            Some(gpu) => ucp_mem_map_params_t {
-                field_mask: UCP_MEM_MAP_PARAM_FIELD_ADDRESS
-                    | UCP_MEM_MAP_PARAM_FIELD_LENGTH
-                    | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
-                address: gpu.base as *mut std::ffi::c_void,
-                length,
-                memory_type: UCS_MEMORY_TYPE_CUDA,
-                ..Default::default()
-            },
+        let gpu = match gpu {
+            Some(gpu) => return Ok(Self::map_gpu(context, gpu, length)),
+            None => gpu,
+        };
+        let params = ucp_mem_map_params_t {
+            field_mask: UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                | UCP_MEM_MAP_PARAM_FIELD_FLAGS
+                | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+            length,
+            flags: UCP_MEM_MAP_ALLOCATE,
+            memory_type: UCS_MEMORY_TYPE_HOST,
+            ..Default::default()
         };
         let ucp = context.ucp;
         let mut handle = null_mut();
@@ -158,16 +161,12 @@ impl Region {
         };
         // SAFETY: the handle was just made; the attributes are a place to write to.
         let status = unsafe { (ucp.ucp_mem_query)(handle, &mut attributes) };
-        let base = attributes.address.cast();
         let region = Self {
             context,
-            handle,
-            base,
+            handle: Some(handle),
+            base: attributes.address.cast(),
             bytes,
-            memory: match gpu {
-                None => MemoryType::Host,
-                Some(_) => MemoryType::Cuda,
-            },
+            memory,
             _gpu: gpu,
         };
         check(ucp, "ucp_mem_query", status)?;
@@ -177,17 +176,64 @@ impl Region {
         Ok(region)
     }
 
+    /// GPU memory that UCX refuses is not shared with anybody; KV then goes through host memory.
+    fn map_gpu(context: Arc<Context>, gpu: GpuMemory, length: usize) -> Self {
+        let params = ucp_mem_map_params_t {
+            field_mask: UCP_MEM_MAP_PARAM_FIELD_ADDRESS
+                | UCP_MEM_MAP_PARAM_FIELD_LENGTH
+                | UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
+            address: gpu.base as *mut std::ffi::c_void,
+            length,
+            memory_type: UCS_MEMORY_TYPE_CUDA,
+            ..Default::default()
+        };
+        let ucp = context.ucp;
+        let mut handle = null_mut();
+        // A UCX without CUDA might take the address for one in host memory.
+        let refused = if !gpu.registered || !probe::transports(&context).contains("cuda") {
+            gpu.registered
+                .then(|| "it has no transport for CUDA".to_owned())
+        } else {
+            // SAFETY: context and params are valid; `handle` is a place to write to.
+            let status = unsafe { (ucp.ucp_mem_map)(context.handle, &params, &mut handle) };
+            (status != UCS_OK).then(|| status_text(ucp, status))
+        };
+        if let Some(why) = refused {
+            handle = null_mut();
+            tracing::warn!(
+                "this UCX cannot register {length} bytes of GPU memory ({why}), so KV goes through host memory, many times \
+                 slower: take the one of the Python package libucx-cu13 (BATON_UCX_LIB_DIR)"
+            );
+        }
+        Self {
+            context,
+            handle: (!handle.is_null()).then_some(handle),
+            base: gpu.base as *mut u8,
+            bytes: gpu.bytes,
+            memory: MemoryType::Cuda,
+            _gpu: Some(gpu),
+        }
+    }
+
     /// What a peer needs to read the arena.
     pub(crate) fn describe(&self) -> Result<RankRegion, TransferError> {
         let ucp = self.context.ucp;
+        let (base, bytes) = (self.base.addr() as u64, self.bytes());
+        let Some(handle) = self.handle else {
+            return Ok(RankRegion {
+                rkey: Base64Bytes(Vec::new()),
+                base,
+                bytes,
+                memory: self.memory,
+            });
+        };
         let (mut buffer, mut length) = (null_mut(), 0);
         // SAFETY: context and handle are valid; the rest are places to write to.
         check(ucp, "ucp_rkey_pack", unsafe {
-            (ucp.ucp_rkey_pack)(self.context.handle, self.handle, &mut buffer, &mut length)
+            (ucp.ucp_rkey_pack)(self.context.handle, handle, &mut buffer, &mut length)
         })?;
         // SAFETY: UCX says that there are `length` bytes.
         let packed = unsafe { std::slice::from_raw_parts(buffer.cast::<u8>(), length) };
-        let (base, bytes) = (self.base.addr() as u64, self.bytes());
         let rkey = Base64Bytes(seal(Kind::Key { base, bytes }, packed));
         // SAFETY: packed above, and copied.
         unsafe { (ucp.ucp_rkey_buffer_release)(buffer) };
@@ -204,6 +250,11 @@ impl Region {
         self.memory
     }
 
+    /// UCX's handle, if UCX knows the memory.
+    pub(crate) fn handle(&self) -> Option<ucp_mem_h> {
+        self.handle
+    }
+
     /// Length of the arena.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes as u64
@@ -214,7 +265,7 @@ impl Region {
         self.base.wrapping_add(offset as usize)
     }
 
-    /// Offset of [`SCRATCH_BYTES`] bytes that nobody else uses.
+    /// Offset of [`scratch_bytes`] bytes that nobody else uses.
     pub(crate) fn scratch(&self) -> u64 {
         self.bytes.next_multiple_of(4096) as u64
     }
@@ -230,8 +281,9 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        let Some(handle) = self.handle else { return };
         // SAFETY: mapped by this context, which is alive, and nobody holds the memory any more.
-        let status = unsafe { (self.context.ucp.ucp_mem_unmap)(self.context.handle, self.handle) };
+        let status = unsafe { (self.context.ucp.ucp_mem_unmap)(self.context.handle, handle) };
         if status != UCS_OK {
             tracing::warn!(
                 "UCX: ucp_mem_unmap failed: {}",

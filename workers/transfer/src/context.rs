@@ -116,7 +116,7 @@ impl Context {
     fn init(ucp: &'static Ucp, config: *const c_void) -> Result<Self, TransferError> {
         let params = ucp_params_t {
             field_mask: UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_MT_WORKERS_SHARED,
-            features: UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP,
+            features: UCP_FEATURE_RMA | UCP_FEATURE_AM | UCP_FEATURE_WAKEUP,
             mt_workers_shared: 1,
             ..Default::default()
         };

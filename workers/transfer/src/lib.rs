@@ -17,7 +17,7 @@
 //!
 //! Files: `agent` is the handle, `thread` the loop behind it, `worker` the UCX worker that it turns, `peer`
 //! one connection, `pull` one set of reads, `context` UCX's configuration, `arena` the memory, `probe`
-//! what is told of a connection, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
+//! what is told of a connection, `stage` the road through host memory for GPUs that cannot be read in place, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
 //! bell, `plan` pure arithmetic.
 
 mod agent;
@@ -29,6 +29,7 @@ mod plan;
 mod probe;
 mod pull;
 mod seal;
+mod stage;
 mod thread;
 mod wake;
 mod worker;
@@ -40,3 +41,4 @@ pub use peer::PeerKey;
 pub use plan::plan_reads;
 pub use probe::PeerReport;
 pub use pull::{PullStats, Read};
+pub use stage::{MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};

@@ -7,7 +7,7 @@ use std::ptr::null_mut;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use baton_protocol::{TransferDescriptor, UcxVersion};
+use baton_protocol::{MemoryType, TransferDescriptor, UcxVersion};
 use libc::FILE;
 use ucx_sys::*;
 
@@ -35,9 +35,11 @@ pub(crate) struct PeerPlan {
 
 #[derive(Debug)]
 struct RankPlan {
-    rkey: Vec<u8>,
+    /// None where the peer's UCX does not know the arena.
+    rkey: Option<Vec<u8>>,
     base: u64,
     bytes: u64,
+    memory: MemoryType,
 }
 
 impl PeerPlan {
@@ -57,11 +59,15 @@ impl PeerPlan {
                 base: rank.base,
                 bytes: rank.bytes,
             };
-            let rkey = unseal(place, &rank.rkey.0)?.to_vec();
+            let rkey = match rank.rkey.0.as_slice() {
+                [] if rank.memory == MemoryType::Cuda => None,
+                rkey => Some(unseal(place, rkey)?.to_vec()),
+            };
             Ok(RankPlan {
                 rkey,
                 base: rank.base,
                 bytes: rank.bytes,
+                memory: rank.memory,
             })
         });
         let ranks = ranks.collect::<Result<Vec<_>, TransferError>>()?;
@@ -70,13 +76,24 @@ impl PeerPlan {
         }
         Ok(Self { address, ranks })
     }
+
+    /// A reader, which is only written to: nothing of its memory is named.
+    pub(crate) fn reader(address: &[u8]) -> Result<Self, TransferError> {
+        let address = unseal(Kind::Address, address)?.to_vec();
+        Ok(Self {
+            address,
+            ranks: Vec::new(),
+        })
+    }
 }
 
 /// A rank's arena as seen from here.
 pub(crate) struct RemoteRegion {
+    /// Null where the peer's UCX does not know the arena.
     pub(crate) rkey: ucp_rkey_h,
     pub(crate) base: u64,
     pub(crate) bytes: u64,
+    pub(crate) memory: MemoryType,
 }
 
 /// A live or failed connection. Only the agent's thread touches it.
@@ -86,11 +103,19 @@ pub(crate) struct RemoteRegion {
 pub(crate) struct Link {
     ucp: &'static Ucp,
     pub(crate) key: PeerKey,
+    /// What the peer knows us by, where it sends us staged KV.
+    pub(crate) reader: u64,
     ep: ucp_ep_h,
     regions: Vec<RemoteRegion>,
     failure: Rc<Cell<Option<ucs_status_t>>>,
     /// Whether the peer has to answer reads with messages; assumed until it is known.
     pub(crate) emulated: Cell<bool>,
+    /// Whether KV comes by way of host memory, asked for in messages.
+    pub(crate) staged: Cell<bool>,
+    /// Whether the peer answers such messages: none while it has not said.
+    pub(crate) welcome: Cell<Option<bool>>,
+    /// Chunks asked for that have not come.
+    pub(crate) asked: Cell<usize>,
     /// Requests that UCX holds, of all transfers.
     pub(crate) in_flight: Rc<Cell<usize>>,
     /// Where those of all links are counted.
@@ -104,6 +129,7 @@ impl Link {
         ucp: &'static Ucp,
         worker: ucp_worker_h,
         key: PeerKey,
+        reader: u64,
         plan: &PeerPlan,
         vitals: Arc<Vitals>,
     ) -> Result<(Self, Result<(), TransferError>), TransferError> {
@@ -130,10 +156,14 @@ impl Link {
         let mut link = Self {
             ucp,
             key,
+            reader,
             ep,
             regions: Vec::with_capacity(plan.ranks.len()),
             failure,
             emulated: Cell::new(true),
+            staged: Cell::new(false),
+            welcome: Cell::new(None),
+            asked: Cell::new(0),
             in_flight: Rc::default(),
             vitals,
         };
@@ -143,14 +173,17 @@ impl Link {
 
     fn unpack(&mut self, rank: &RankPlan) -> Result<(), TransferError> {
         let mut rkey = null_mut();
-        // SAFETY: the endpoint is alive; the key is a whole one, as its seal shows.
-        check(self.ucp, "ucp_ep_rkey_unpack", unsafe {
-            (self.ucp.ucp_ep_rkey_unpack)(self.ep, rank.rkey.as_ptr().cast(), &mut rkey)
-        })?;
+        if let Some(packed) = &rank.rkey {
+            // SAFETY: the endpoint is alive; the key is a whole one, as its seal shows.
+            check(self.ucp, "ucp_ep_rkey_unpack", unsafe {
+                (self.ucp.ucp_ep_rkey_unpack)(self.ep, packed.as_ptr().cast(), &mut rkey)
+            })?;
+        }
         self.regions.push(RemoteRegion {
             rkey,
             base: rank.base,
             bytes: rank.bytes,
+            memory: rank.memory,
         });
         Ok(())
     }
@@ -162,6 +195,17 @@ impl Link {
     /// The peer's arenas, by rank.
     pub(crate) fn regions(&self) -> &[RemoteRegion] {
         &self.regions
+    }
+
+    /// Whether GPU memory is at either end. Only some transports read that in place.
+    pub(crate) fn is_gpu(&self, own: MemoryType) -> bool {
+        let theirs = self.regions.iter().map(|region| region.memory);
+        theirs.chain([own]).any(|memory| memory == MemoryType::Cuda)
+    }
+
+    /// Whether every arena may be read by one side alone.
+    pub(crate) fn has_keys(&self) -> bool {
+        self.regions.iter().all(|region| !region.rkey.is_null())
     }
 
     /// What UCX reported of the endpoint, once it has failed.
@@ -202,7 +246,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        for region in &self.regions {
+        for region in self.regions.iter().filter(|region| !region.rkey.is_null()) {
             // SAFETY: unpacked by us; every request that used it has ended, because its transfer held
             // this link.
             unsafe { (self.ucp.ucp_rkey_destroy)(region.rkey) };

@@ -2,27 +2,37 @@
 
 use std::ptr::null_mut;
 
-use baton_protocol::UcxVersion;
+use baton_protocol::{MemoryType, UcxVersion};
 use libc::FILE;
 
+use crate::arena::Region;
 use crate::context::Context;
 use crate::peer::Link;
 use crate::pull::Read;
 
-/// Bytes behind the arena that probes read into; also the length of one probe read. As large as a
-/// block of a large model, so the rate is that of real pulls.
-pub(crate) const SCRATCH_BYTES: usize = 4 << 20;
+/// Bytes behind the arena that probes read into; also the length of one probe read. As large as what real pulls
+/// read at once, so that the rate is theirs: a block of a large model, and between GPUs, which need more to come near
+/// their peak, sixteen.
+pub(crate) const fn scratch_bytes(memory: MemoryType) -> usize {
+    match memory {
+        MemoryType::Host => 4 << 20,
+        MemoryType::Cuda => 64 << 20,
+    }
+}
 
 /// Bytes of the first read from each rank: enough to set the connection up and to show that the key
 /// works.
 const FIRST_READ_BYTES: u64 = 4096;
 
-/// Most bytes of the measurement.
-const PROBE_BYTES: u64 = 128 << 20;
+/// The same where GPU memory is at either end.
+const FIRST_GPU_READ_BYTES: u64 = 1 << 20;
 
-/// The measurement stays within this much of the arena: pages of shared memory are slow to touch for the
+/// Most probe reads of the measurement, of full length.
+const PROBE_READS: u64 = 32;
+
+/// The measurement stays within this many reads of the arena: pages of shared memory are slow to touch for the
 /// first time, and it is the lasting rate that matters.
-const PROBE_WINDOW_BYTES: u64 = 16 << 20;
+const PROBE_WINDOW_READS: u64 = 4;
 
 /// A connection that was tried and measured.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,26 +43,31 @@ pub struct PeerReport {
     pub gigabytes_per_second: f32,
 }
 
-/// One small read from each rank.
-pub(crate) fn first_reads(link: &Link, scratch: u64) -> Vec<Read> {
-    link.regions()
-        .iter()
-        .enumerate()
-        .map(|(rank, region)| Read {
+/// One read from each rank; where a GPU is, long enough to map the peer's memory, which takes as long as many reads.
+pub(crate) fn first_reads(link: &Link, region: &Region) -> Vec<Read> {
+    let bytes = match link.is_gpu(region.memory()) {
+        true => FIRST_GPU_READ_BYTES,
+        false => FIRST_READ_BYTES,
+    };
+    let regions = link.regions().iter().enumerate();
+    regions
+        .map(|(rank, remote)| Read {
             rank: rank as u32,
             remote_offset: 0,
-            local_offset: scratch,
-            bytes: region.bytes.min(FIRST_READ_BYTES),
+            local_offset: region.scratch(),
+            bytes: remote.bytes.min(bytes),
         })
         .collect()
 }
 
 /// Reads that walk round the first rank's arena. All go to the same place; nobody looks at it.
-pub(crate) fn probe_reads(link: &Link, scratch: u64) -> Vec<Read> {
-    let window = link.regions()[0].bytes.min(PROBE_WINDOW_BYTES);
-    let length = window.min(SCRATCH_BYTES as u64);
+pub(crate) fn probe_reads(link: &Link, region: &Region) -> Vec<Read> {
+    let scratch = region.scratch();
+    let longest = scratch_bytes(region.memory()) as u64;
+    let window = link.regions()[0].bytes.min(PROBE_WINDOW_READS * longest);
+    let length = window.min(longest);
     // An arena shorter than a page or so gives no rate worth the time.
-    (0..(PROBE_BYTES / length).min(1024))
+    (0..(PROBE_READS * longest / length).min(1024))
         .map(|i| Read {
             rank: 0,
             remote_offset: i % (window / length) * length,
@@ -86,6 +101,27 @@ pub(crate) fn describe(link: &Link, ucx: UcxVersion) -> String {
     let road = road(&text, ucx);
     link.emulated.set(road.ends_with(EMULATED));
     road
+}
+
+/// Transports that read a GPU's memory in place.
+const READ_GPUS: [&str; 3] = ["cuda_ipc", "rc", "dc"];
+
+/// Whether this road, as [`describe`] names it, reads GPU memory in place.
+pub(crate) fn reads_gpus(road: &str) -> bool {
+    let reads = |name: &str| READ_GPUS.iter().any(|reads| name.starts_with(reads));
+    !road.ends_with(EMULATED) && road.split(',').any(reads)
+}
+
+/// The name of the staged road over this connection: `tcp staged`.
+pub(crate) fn describe_staged(link: &Link) -> String {
+    let text = printed(|file| link.print_info(file));
+    tracing::debug!("{text}");
+    let lanes = text.lines().filter(|line| line.contains("lane["));
+    // Copies within a process are no transport between two.
+    let names = lanes
+        .filter_map(transport_name)
+        .filter(|name| !name.starts_with("cuda_"));
+    format!("{} staged", distinct(names))
 }
 
 /// Reads UCX's description of an endpoint: `lane[1]:  4:posix/memory.0 md[3] …` is a lane, and
@@ -174,6 +210,22 @@ mod tests {
             road("# lane[0]:  3:sysv/memory.0 md[2]", UcxVersion(1, 22, 0)),
             "sysv"
         );
+    }
+
+    #[test]
+    fn roads_that_read_gpus_are_told_apart() {
+        for road in ["cuda_ipc", "rc_mlx5", "tcp,cuda_ipc", "dc_mlx5,cuda_ipc"] {
+            assert!(reads_gpus(road), "{road}");
+        }
+        for road in [
+            "tcp emulated",
+            "tcp",
+            "sysv,posix",
+            "tcp,cuda_copy",
+            "cuda_ipc emulated",
+        ] {
+            assert!(!reads_gpus(road), "{road}");
+        }
     }
 
     #[test]

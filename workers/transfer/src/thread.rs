@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ucx_sys::Ucp;
 
 use self::ending::{Closing, Quarantined};
-use self::transfers::{Then, Transfer};
+use self::transfers::{Then, Transfer, Work};
 use crate::TransferError;
 use crate::agent::{Vitals, version};
 use crate::arena::{Arena, Region, Source};
@@ -25,6 +25,7 @@ use crate::peer::{Link, PeerKey, PeerPlan};
 use crate::probe;
 use crate::pull::{Read, Reading};
 use crate::seal::{Kind, seal};
+use crate::stage::{HostStaging, MakeStaging, Serving, Stage, Staging};
 use crate::wake::Wake;
 use crate::worker::Worker;
 
@@ -33,6 +34,10 @@ pub(crate) use self::command::{Command, Guard, Ready, Setup};
 /// The thread spins this long after the last activity before it sleeps. A target that slept at once would
 /// be scheduled anew for each fragment of an emulated read: that was twenty times slower.
 const LINGER: Duration = Duration::from_micros(200);
+
+/// And this long past the last pull into GPU memory. To fall asleep and be woken takes a quarter of a millisecond, which is a third
+/// of a pull; a worker that serves more than a few requests a second is not worth the sleep.
+const LINGER_GPU: Duration = Duration::from_secs(1);
 
 /// Longest sleep: the thread shows that it lives.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
@@ -79,13 +84,18 @@ struct Mover {
     quarantine: Vec<Quarantined>,
     closing: Vec<Closing>,
     links: HashMap<PeerKey, Rc<Link>>,
+    serving: Serving,
     worker: Worker,
+    // After the worker, which delivers to its inbox.
+    stage: Rc<Stage>,
     region: Arc<Region>,
     ucp: &'static Ucp,
     commands: Receiver<Command>,
     wake: Arc<Wake>,
     vitals: Arc<Vitals>,
     stopping: bool,
+    /// When the last pull was under way.
+    pulled: Option<Instant>,
 }
 
 impl Mover {
@@ -106,11 +116,19 @@ impl Mover {
         let context = Arc::new(Context::new(tls.as_deref())?);
         let ucp = context.ucp;
         let summary = format!("ucx {} {}", version(ucp), probe::transports(&context));
+        let staging = match &source {
+            Source::Gpu(gpu) => Some(gpu.staging.clone()),
+            Source::Allocate { .. } => None,
+        };
         let region = Arc::new(Region::map(context.clone(), source)?);
         let worker = Worker::new(context)?;
+        let address = seal(Kind::Address, &worker.address()?);
+        let staging = staging.unwrap_or_else(|| beside(&region));
+        let stage = Rc::new(Stage::new(staging, address.clone()));
+        stage.inbox.listen(ucp, worker.handle)?;
         let descriptor = TransferDescriptor {
             ucx: version(ucp),
-            address: Base64Bytes(seal(Kind::Address, &worker.address()?)),
+            address: Base64Bytes(address),
             ranks: vec![region.describe()?],
         };
         let ready = Ready {
@@ -123,13 +141,16 @@ impl Mover {
             quarantine: Vec::new(),
             closing: Vec::new(),
             links: HashMap::new(),
+            serving: Serving::new(ucp, stage.clone(), vitals.clone()),
             worker,
+            stage,
             region,
             ucp,
             commands,
             wake,
             vitals,
             stopping: false,
+            pulled: None,
         };
         Ok((mover, ready))
     }
@@ -142,7 +163,7 @@ impl Mover {
             let busy = self.turn(now);
             if busy {
                 active = now;
-            } else if now.duration_since(active) < LINGER || self.reads_to_gpu() {
+            } else if now.duration_since(active) < LINGER || self.must_watch(now) {
                 // The peer's process may wait for this very core.
                 std::thread::yield_now();
             } else {
@@ -155,6 +176,7 @@ impl Mover {
     fn turn(&mut self, now: Instant) -> bool {
         let mut busy = self.worker.progress();
         busy |= self.take_commands();
+        busy |= self.serve(now);
         busy |= self.advance(now);
         self.close_failed();
         self.sweep();
@@ -188,14 +210,16 @@ impl Mover {
             } => {
                 self.disconnect(peer);
                 match self.connect(peer, &plan) {
-                    Ok(link) => {
-                        let reads = probe::first_reads(&link, self.region.scratch());
+                    // Where UCX does not know one of the two memories it must not touch either.
+                    Ok(link) if link.has_keys() && self.region.handle().is_some() => {
+                        let reads = probe::first_reads(&link, &self.region);
                         let reading = Reading::new(self.ucp, link, reads, started, allowed);
                         self.transfers.push(Transfer {
-                            reading,
+                            work: Work::Reads(reading),
                             then: Then::Probe { reply },
                         });
                     }
+                    Ok(link) => self.greet(link, started, allowed, None, reply),
                     Err(error) => drop(reply.send(Err(error))),
                 }
             }
@@ -208,9 +232,9 @@ impl Mover {
                 reply,
             } => match self.admit(peer, &reads) {
                 Ok(link) => {
-                    let reading = Reading::new(self.ucp, link, reads, started, allowed);
+                    let work = self.pulling(link, reads, started, allowed);
                     self.transfers.push(Transfer {
-                        reading,
+                        work,
                         then: Then::Pull { guard, reply },
                     });
                 }
@@ -231,6 +255,7 @@ impl Mover {
             self.ucp,
             self.worker.handle,
             peer,
+            self.stage.id(),
             plan,
             self.vitals.clone(),
         )?;
@@ -268,10 +293,25 @@ impl Mover {
         self.count();
     }
 
-    /// Whether reads into GPU memory are under way. Their end is seen by progress alone: a thread that waits for UCX to
-    /// wake it sleeps on, up to [`SLEEP_MAX`].
-    fn reads_to_gpu(&self) -> bool {
-        !self.transfers.is_empty() && self.region.memory() == MemoryType::Cuda
+    /// Whether something is under way, or soon will be, whose end is seen by looking alone: a thread that waits for UCX to wake it
+    /// sleeps on, up to [`SLEEP_MAX`].
+    fn must_watch(&mut self, now: Instant) -> bool {
+        let pulls = self.region.memory() == MemoryType::Cuda;
+        if pulls && !self.transfers.is_empty() {
+            self.pulled = Some(now);
+        }
+        let pulled = self.pulled;
+        pulled.is_some_and(|pulled| now.duration_since(pulled) < LINGER_GPU)
+            || self.stage.is_copying()
+    }
+
+    /// What peers want of the staged road.
+    fn serve(&mut self, now: Instant) -> bool {
+        let letters = self.stage.letters(self.links.values());
+        let bytes = self.region.bytes();
+        let (busy, broken) = self.serving.turn(self.worker.handle, letters, bytes, now);
+        self.close_all(broken);
+        busy
     }
 
     /// Before every answer, so that who gets one finds it in the figures.
@@ -288,7 +328,7 @@ impl Mover {
         let deadlines = self
             .transfers
             .iter()
-            .map(|transfer| transfer.reading.deadline());
+            .map(|transfer| transfer.work.deadline());
         let wait = deadlines.min().map_or(SLEEP_MAX, |deadline| {
             deadline.saturating_duration_since(now).min(SLEEP_MAX)
         });
@@ -307,4 +347,17 @@ impl Mover {
             self.wake.clear();
         }
     }
+}
+
+/// Slots beside an arena in host memory.
+fn beside(region: &Arc<Region>) -> MakeStaging {
+    let region = region.clone();
+    Arc::new(move || {
+        // What behind the arena is scratch space belongs to it.
+        let bytes = region.scratch() + probe::scratch_bytes(region.memory()) as u64;
+        // SAFETY: the region is mapped as long as the thread, which alone has the slots, holds it. A reader that sees a range
+        // half written is told by the release.
+        let staging = unsafe { HostStaging::new(region.at(0), bytes) };
+        Ok(Box::new(staging) as Box<dyn Staging>)
+    })
 }

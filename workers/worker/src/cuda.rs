@@ -1,12 +1,16 @@
 //! A worker on an NVIDIA GPU: the model first, then as much KV as is left.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions};
+use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, HostSlots};
 use baton_engine::KvMemory;
 use baton_model::ModelDir;
 use baton_protocol::Role;
-use baton_transfer::{Agent, AgentConfig, GpuMemory, gpu_allocation_bytes};
+use baton_transfer::{
+    Agent, AgentConfig, GpuMemory, MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging,
+    gpu_allocation_bytes,
+};
 
 use crate::device::{Arena, Backend};
 use crate::{WorkerConfig, WorkerError};
@@ -76,6 +80,8 @@ fn share(
                 let _keep = &owner;
                 bound.bind().map_err(|error| error.to_string())
             }),
+            staging: staging(device, &memory),
+            registered: true,
         }),
         tls: config.ucx_tls.clone(),
         ..AgentConfig::default()
@@ -100,6 +106,41 @@ fn share(
         Err(error) => Err(WorkerError::Transfer {
             detail: error.to_string(),
         }),
+    }
+}
+
+/// Host memory for peers that cannot read the GPU's, made when the first of them comes.
+fn staging(device: &Arc<baton_cuda::Device>, memory: &Arc<CudaMemory>) -> MakeStaging {
+    let (device, memory) = (device.clone(), memory.clone());
+    Arc::new(move || {
+        let slots = HostSlots::new(&device, memory.clone(), STAGING_SLOTS, STAGING_SLOT_BYTES);
+        let slots = slots.map_err(|error| error.to_string())?;
+        Ok(Box::new(Slots(slots)) as Box<dyn Staging>)
+    })
+}
+
+/// A GPU's slots, as the transfer agent knows them.
+struct Slots(HostSlots);
+
+impl Staging for Slots {
+    fn slot(&mut self, slot: usize) -> &mut [u8] {
+        self.0.slot(slot)
+    }
+
+    fn fetch(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String> {
+        self.0
+            .fetch(slot, ranges)
+            .map_err(|error| error.to_string())
+    }
+
+    fn store(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String> {
+        self.0
+            .store(slot, ranges)
+            .map_err(|error| error.to_string())
+    }
+
+    fn is_done(&mut self, slot: usize) -> Result<bool, String> {
+        self.0.is_done(slot).map_err(|error| error.to_string())
     }
 }
 

@@ -6,17 +6,17 @@ use std::time::{Duration, Instant};
 
 use ucx_sys::UCS_INPROGRESS;
 
+use super::transfers::Work;
 use super::{Guard, Mover};
 use crate::TransferError;
 use crate::peer::{Link, PeerKey};
-use crate::pull::Reading;
 
 /// At shutdown UCX gets this long to end what it has in flight.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
 /// A failed transfer whose requests have not all ended.
 pub(super) struct Quarantined {
-    pub(super) reading: Reading,
+    pub(super) work: Work,
     /// Dropped with this value, when UCX writes no more.
     pub(super) _guard: Option<Guard>,
 }
@@ -50,6 +50,14 @@ impl Mover {
         }
     }
 
+    /// Closes links of readers that are served, those that nobody can look up any more.
+    pub(super) fn close_all(&mut self, links: Vec<Rc<Link>>) {
+        for link in links {
+            let request = link.close();
+            self.closing.push(Closing { link, request });
+        }
+    }
+
     /// Closes links that failed while nobody used them.
     pub(super) fn close_failed(&mut self) {
         let failed: Vec<_> = self
@@ -66,8 +74,10 @@ impl Mover {
 
     /// Lets go of what UCX is done with.
     pub(super) fn sweep(&mut self) {
-        self.quarantine
-            .retain(|quarantined| quarantined.reading.in_flight() > 0);
+        self.quarantine.retain_mut(|quarantined| {
+            quarantined.work.settle();
+            quarantined.work.in_flight() > 0
+        });
         let ucp = self.ucp;
         self.closing.retain_mut(|closing| {
             if let Some(request) = closing.request
@@ -91,9 +101,12 @@ impl Mover {
         for link in self.links.values().cloned().collect::<Vec<_>>() {
             self.close(&link);
         }
+        let readers = self.serving.end();
+        self.close_all(readers);
         let end = Instant::now() + DRAIN_TIME;
         while !self.idle() && Instant::now() < end {
             self.worker.progress();
+            self.serving.settle();
             self.sweep();
             std::thread::yield_now();
         }
@@ -101,6 +114,6 @@ impl Mover {
 
     /// Whether UCX holds nothing of ours.
     pub(super) fn idle(&self) -> bool {
-        self.quarantine.is_empty() && self.closing.is_empty()
+        self.quarantine.is_empty() && self.closing.is_empty() && self.serving.is_idle()
     }
 }

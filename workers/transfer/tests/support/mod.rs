@@ -5,12 +5,19 @@
 
 #![allow(dead_code, reason = "each user needs a part")]
 
+use std::alloc::{Layout, alloc_zeroed};
+use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_protocol::TransferDescriptor;
-use baton_transfer::{Agent, AgentConfig, AgentHealth, Arena, PeerKey, Read};
+use baton_transfer::{
+    Agent, AgentConfig, AgentHealth, Arena, GpuMemory, PeerKey, Read, STAGING_SLOT_BYTES,
+    STAGING_SLOTS, Staging, gpu_allocation_bytes,
+};
 
 /// Set to `<arena bytes>,<seed>,<UCX_TLS or nothing>` in a server.
 pub const SERVE_VARIABLE: &str = "BATON_TEST_SERVE";
@@ -22,8 +29,122 @@ const MARK: &str = "DESCRIPTOR ";
 const PULLING: &str = "PULLING";
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// Shared memory and whatever else UCX chooses; or sockets alone.
-pub const ROADS: [Option<&str>; 2] = [None, Some("tcp,self")];
+/// Shared memory and whatever else UCX chooses; sockets alone; or sockets, with arenas that UCX does not know, as if on GPUs.
+pub const ROADS: [Option<&str>; 3] = [None, Some("tcp,self"), Some(STAGED)];
+pub const STAGED: &str = "staged";
+
+/// What an agent on one of the [`ROADS`] is made of.
+pub fn config(arena_bytes: usize, road: Option<&str>) -> AgentConfig {
+    if road != Some(STAGED) {
+        return AgentConfig {
+            arena_bytes,
+            gpu: None,
+            tls: road.map(str::to_owned),
+        };
+    }
+    let bytes = gpu_allocation_bytes(arena_bytes);
+    let layout = Layout::from_size_align(bytes, 4096).expect("a size");
+    // Never freed: an arena may outlive the agent, and the process is short.
+    // SAFETY: the size is not zero.
+    let base = unsafe { alloc_zeroed(layout) }.expose_provenance();
+    assert_ne!(base, 0, "no memory");
+    AgentConfig {
+        arena_bytes: 0,
+        gpu: Some(GpuMemory {
+            base: base as u64,
+            bytes: arena_bytes,
+            bind: Arc::new(|| Ok(())),
+            staging: Arc::new(move || Ok(Box::new(SlowStaging::new(base, bytes)))),
+            registered: false,
+        }),
+        tls: Some("tcp,self".to_owned()),
+    }
+}
+
+/// Copies that take place when they have been asked for a few times: as a GPU's, they have not happened before they are over.
+struct SlowStaging {
+    base: usize,
+    bytes: usize,
+    slots: Vec<u8>,
+    pending: HashMap<usize, Pending>,
+}
+
+struct Pending {
+    asked: usize,
+    to_arena: bool,
+    ranges: Vec<Range<u64>>,
+}
+
+impl SlowStaging {
+    fn new(base: usize, bytes: usize) -> Self {
+        Self {
+            base,
+            bytes,
+            slots: vec![0; STAGING_SLOTS * STAGING_SLOT_BYTES],
+            pending: HashMap::new(),
+        }
+    }
+
+    fn start(&mut self, slot: usize, ranges: &[Range<u64>], to_arena: bool) -> Result<(), String> {
+        let total: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+        assert!(total <= STAGING_SLOT_BYTES as u64 && total > 0);
+        assert!(ranges.iter().all(|range| range.end <= self.bytes as u64));
+        let pending = Pending {
+            asked: 0,
+            to_arena,
+            ranges: ranges.to_vec(),
+        };
+        let before = self.pending.insert(slot, pending);
+        assert!(before.is_none(), "slot {slot} has two copies under way");
+        Ok(())
+    }
+}
+
+impl Staging for SlowStaging {
+    fn slot(&mut self, slot: usize) -> &mut [u8] {
+        assert!(
+            !self.pending.contains_key(&slot),
+            "slot {slot} is being copied"
+        );
+        &mut self.slots[slot * STAGING_SLOT_BYTES..][..STAGING_SLOT_BYTES]
+    }
+
+    fn fetch(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String> {
+        self.start(slot, ranges, false)
+    }
+
+    fn store(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String> {
+        self.start(slot, ranges, true)
+    }
+
+    fn is_done(&mut self, slot: usize) -> Result<bool, String> {
+        let pending = self.pending.get_mut(&slot).expect("a copy is under way");
+        pending.asked += 1;
+        if pending.asked < 3 {
+            return Ok(false);
+        }
+        let Pending {
+            to_arena, ranges, ..
+        } = self.pending.remove(&slot).expect("it was there");
+        let base = std::ptr::with_exposed_provenance_mut::<u8>(self.base);
+        let mut bytes = self.slot(slot);
+        for range in ranges {
+            let here;
+            (here, bytes) = bytes.split_at_mut((range.end - range.start) as usize);
+            // SAFETY: within the arena, as was checked; slots are memory of their own.
+            unsafe {
+                let there = base.add(range.start as usize);
+                match to_arena {
+                    true => there.copy_from_nonoverlapping(here.as_ptr(), here.len()),
+                    false => here
+                        .as_mut_ptr()
+                        .copy_from_nonoverlapping(there, here.len()),
+                }
+            }
+        }
+        Ok(true)
+    }
+}
 
 /// A server process, killed when dropped.
 pub struct Server {
@@ -127,12 +248,7 @@ pub fn serve() -> bool {
         .next()
         .filter(|tls| !tls.is_empty())
         .map(|tls| tls.replace('+', ","));
-    let (agent, arena) = Agent::start(AgentConfig {
-        arena_bytes: bytes,
-        gpu: None,
-        tls,
-    })
-    .expect("UCX works here");
+    let (agent, arena) = Agent::start(config(bytes, tls.as_deref())).expect("UCX works here");
     fill(&arena, seed);
     println!(
         "{MARK}{}",

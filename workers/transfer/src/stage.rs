@@ -1,0 +1,144 @@
+//! The staged road: KV through host memory, where a peer cannot read GPU memory in place.
+//!
+//! A read by one side alone would have to find in the peer's host memory what nobody has told it to put there. So the reader
+//! asks: it names ranges, at most a slot's worth at a time, and some slots ahead. The peer copies them from its arena into a
+//! slot of its own and sends that as active messages; the reader puts them into a slot of *its* own and copies that into its
+//! arena. Every message is sent at once, in pieces that never need an answer from inside UCX, so that a killed reader takes
+//! nobody along. docs/transfer.md has the protocol.
+//!
+//! UCX never writes to the arena here: what is left of a failed pull are copies of our own, which end.
+//!
+//! Files: `message` is what is said, `inbox` hears it, `send` says it, `serve` is the side that has the KV, `fetch` the side that
+//! wants it, `host` a [`Staging`] for arenas in host memory.
+
+mod fetch;
+mod host;
+mod inbox;
+mod message;
+mod send;
+mod serve;
+
+use std::cell::{Cell, RefCell};
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+
+pub(crate) use self::fetch::{Fetching, Greeting};
+pub(crate) use self::host::HostStaging;
+pub(crate) use self::inbox::Inbox;
+pub(crate) use self::serve::Serving;
+
+/// Bytes of a slot, and of what is asked for at once. Some of them in flight fill a link of 100 Gbit/s over a millisecond.
+pub const STAGING_SLOT_BYTES: usize = 1 << 20;
+
+/// Slots: half of them for what is sent, half for what comes.
+pub const STAGING_SLOTS: usize = 64;
+
+/// Slots for what is sent are those below.
+const SERVING_SLOTS: usize = STAGING_SLOTS / 2;
+
+/// Most slots that one reader asks of one peer at once.
+const ASKS_MAX: usize = 8;
+
+/// Most ranges of one slot.
+const RANGES_MAX: usize = 64;
+
+/// Host memory beside an arena, in [`STAGING_SLOTS`] slots of [`STAGING_SLOT_BYTES`], and copies between the two. Used by the
+/// agent's thread alone.
+///
+/// Ranges are of bytes of the arena (of its whole allocation: probes go behind it), and not longer in all than a slot. They lie in
+/// the slot one behind the other. A slot has one copy under way at most.
+pub trait Staging {
+    /// A slot's bytes. Nothing is under way in it.
+    fn slot(&mut self, slot: usize) -> &mut [u8];
+
+    /// Starts copying from the arena into a slot.
+    ///
+    /// # Errors
+    /// What is wrong, as a sentence.
+    fn fetch(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String>;
+
+    /// Starts copying from a slot into the arena.
+    ///
+    /// # Errors
+    /// What is wrong, as a sentence.
+    fn store(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String>;
+
+    /// Whether the slot's copy has ended.
+    ///
+    /// # Errors
+    /// What is wrong, as a sentence: then it is not known whether it ever will.
+    fn is_done(&mut self, slot: usize) -> Result<bool, String>;
+}
+
+/// Makes a [`Staging`] on the agent's thread, when the first peer needs it.
+pub type MakeStaging = Arc<dyn Fn() -> Result<Box<dyn Staging>, String> + Send + Sync>;
+
+/// What both sides of the staged road share.
+pub(crate) struct Stage {
+    make: MakeStaging,
+    pub(crate) inbox: Rc<Inbox>,
+    /// Of this agent, as readers say it to peers.
+    address: Vec<u8>,
+    /// Slots for what comes that are free.
+    free: RefCell<Vec<usize>>,
+    /// Slots whose copies are under way, in either direction.
+    copying: Cell<usize>,
+    next_id: Cell<u64>,
+}
+
+impl Stage {
+    pub(crate) fn new(make: MakeStaging, address: Vec<u8>) -> Self {
+        Self {
+            make,
+            inbox: Rc::default(),
+            address,
+            free: RefCell::new((SERVING_SLOTS..STAGING_SLOTS).collect()),
+            copying: Cell::new(0),
+            // Another agent's, or this one's in an earlier life, should not look the same.
+            next_id: Cell::new(RandomState::new().build_hasher().finish()),
+        }
+    }
+
+    /// Makes the slots, if there are none yet.
+    fn open(&self) -> Result<(), String> {
+        let mut staging = self.inbox.staging.borrow_mut();
+        if staging.is_none() {
+            *staging = Some((self.make)()?);
+        }
+        Ok(())
+    }
+
+    /// Does something with the slots; they are there.
+    fn with<T>(
+        &self,
+        body: impl FnOnce(&mut dyn Staging) -> Result<T, String>,
+    ) -> Result<T, String> {
+        match &mut *self.inbox.staging.borrow_mut() {
+            Some(staging) => body(&mut **staging),
+            None => Err("there are no slots".into()),
+        }
+    }
+
+    /// Whether a slot's copy has ended; if so it is counted off.
+    fn has_ended(&self, slot: usize) -> Result<bool, String> {
+        let ended = self.with(|staging| staging.is_done(slot))?;
+        if ended {
+            self.copying.set(self.copying.get() - 1);
+        }
+        Ok(ended)
+    }
+
+    /// Whether copies are under way, whose end only asking tells.
+    pub(crate) fn is_copying(&self) -> bool {
+        self.copying.get() > 0
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        let id = self.next_id.get();
+        self.next_id.set(id.wrapping_add(1));
+        id
+    }
+}

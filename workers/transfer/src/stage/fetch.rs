@@ -1,0 +1,314 @@
+//! The side that wants the KV: asks for it chunk by chunk, and copies what comes into its arena.
+
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use ucx_sys::*;
+
+use super::inbox::{Arrival, Letter};
+use super::message::{Message, ranges_body};
+use super::send::{Body, Sent, send};
+use super::{ASKS_MAX, RANGES_MAX, STAGING_SLOT_BYTES, Stage};
+use crate::peer::Link;
+use crate::pull::{Progress, Read, Why};
+
+/// Introduces this agent to a peer, and waits to be welcome.
+pub(crate) struct Greeting {
+    pub(crate) link: Rc<Link>,
+    pub(crate) started: Instant,
+    pub(crate) allowed: Duration,
+    stage: Rc<Stage>,
+    said: bool,
+    sent: Rc<Sent>,
+}
+
+impl Greeting {
+    pub(crate) fn new(
+        stage: Rc<Stage>,
+        link: Rc<Link>,
+        started: Instant,
+        allowed: Duration,
+    ) -> Self {
+        Self {
+            link,
+            started,
+            allowed,
+            stage,
+            said: false,
+            sent: Rc::default(),
+        }
+    }
+
+    pub(crate) fn post(&mut self, ucp: &Ucp) -> bool {
+        if std::mem::replace(&mut self.said, true) {
+            return false;
+        }
+        let body = Body::Own(self.stage.address.clone());
+        let reader = self.link.reader;
+        // SAFETY: the body goes with the message.
+        unsafe { send(ucp, &self.link, Message::Hello { reader }, body, &self.sent) };
+        true
+    }
+
+    pub(crate) fn progress(&self, now: Instant) -> Progress {
+        if let Some(status) = self.sent.failure().or(self.link.failure()) {
+            return Progress::Failed(Why::Ucx(status));
+        }
+        match self.link.welcome.get() {
+            Some(true) => match self.stage.open() {
+                Ok(()) => Progress::Done,
+                Err(error) => Progress::Failed(Why::Said(error)),
+            },
+            Some(false) => {
+                Progress::Failed(Why::Said("the peer stages no KV: its log says why".into()))
+            }
+            None if now >= self.started + self.allowed => Progress::Late,
+            None => Progress::Pending,
+        }
+    }
+}
+
+/// A pull by way of host memory.
+pub(crate) struct Fetching {
+    pub(crate) link: Rc<Link>,
+    pub(crate) started: Instant,
+    pub(crate) allowed: Duration,
+    /// Bytes in place.
+    pub(crate) stored: u64,
+    stage: Rc<Stage>,
+    reads: Vec<Read>,
+    /// Index of the read to ask for next, and how much of it is asked for.
+    next: (usize, u64),
+    chunks: Vec<Chunk>,
+    sent: Rc<Sent>,
+    failure: Option<String>,
+}
+
+/// A slot's worth under way.
+struct Chunk {
+    id: u64,
+    slot: usize,
+    bytes: u64,
+    /// Where it belongs in our arena.
+    ranges: Vec<Range<u64>>,
+    is_storing: bool,
+}
+
+impl Fetching {
+    pub(crate) fn new(
+        stage: Rc<Stage>,
+        link: Rc<Link>,
+        reads: Vec<Read>,
+        started: Instant,
+        allowed: Duration,
+    ) -> Self {
+        Self {
+            link,
+            started,
+            allowed,
+            stored: 0,
+            stage,
+            reads,
+            next: (0, 0),
+            chunks: Vec::new(),
+            sent: Rc::default(),
+            failure: None,
+        }
+    }
+
+    /// Asks for what may be asked for, and goes on with what came. Returns whether that was anything.
+    pub(crate) fn post(&mut self, ucp: &Ucp, now: Instant) -> bool {
+        let mut busy = self.take_in();
+        while self.failure.is_none()
+            && self.sent.failure().is_none()
+            && self.link.failure().is_none()
+            && self.link.asked.get() < ASKS_MAX
+            && self.next.0 < self.reads.len()
+        {
+            let Some(slot) = self.stage.free.borrow_mut().pop() else {
+                break;
+            };
+            busy = true;
+            self.ask(ucp, slot, now);
+        }
+        busy
+    }
+
+    fn ask(&mut self, ucp: &Ucp, slot: usize, now: Instant) {
+        let (remote, ranges) = self.next_chunk();
+        let bytes = ranges.iter().map(|range| range.end - range.start).sum();
+        let id = self.stage.id();
+        let arrival = Arrival {
+            slot,
+            bytes: bytes as usize,
+            got: 0,
+            refused: false,
+        };
+        self.stage.inbox.arrivals.borrow_mut().insert(id, arrival);
+        self.link.asked.set(self.link.asked.get() + 1);
+        self.chunks.push(Chunk {
+            id,
+            slot,
+            bytes,
+            ranges,
+            is_storing: false,
+        });
+        let left = (self.started + self.allowed).saturating_duration_since(now);
+        let message = Message::Ask {
+            reader: self.link.reader,
+            chunk: id,
+            budget_ms: left.as_millis().try_into().unwrap_or(u32::MAX),
+        };
+        let body = Body::Own(ranges_body(&remote));
+        // SAFETY: the body goes with the message.
+        unsafe { send(ucp, &self.link, message, body, &self.sent) };
+    }
+
+    /// The next ranges, the peer's and our own: a slot's worth, or as many as one message names.
+    fn next_chunk(&mut self) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+        let (mut remote, mut local) = (Vec::new(), Vec::new());
+        let mut room = STAGING_SLOT_BYTES as u64;
+        while room > 0
+            && remote.len() < RANGES_MAX
+            && let Some(read) = self.reads.get(self.next.0)
+        {
+            let done = self.next.1;
+            let bytes = (read.bytes - done).min(room);
+            let range = |start: u64| start + done..start + done + bytes;
+            remote.push(range(read.remote_offset));
+            local.push(range(read.local_offset));
+            room -= bytes;
+            self.next = match done + bytes == read.bytes {
+                true => (self.next.0 + 1, 0),
+                false => (self.next.0, done + bytes),
+            };
+        }
+        (remote, local)
+    }
+
+    /// Stores chunks that came, and lets go of those that are stored.
+    fn take_in(&mut self) -> bool {
+        let mut busy = false;
+        let mut index = 0;
+        while let Some(chunk) = self.chunks.get_mut(index) {
+            match chunk.go_on(&self.stage) {
+                Ok(Step::Waits) => index += 1,
+                Ok(Step::Came) => {
+                    self.link.asked.set(self.link.asked.get() - 1);
+                    busy = true;
+                    index += 1;
+                }
+                Ok(Step::Stored) => {
+                    let chunk = self.chunks.swap_remove(index);
+                    self.stage.free.borrow_mut().push(chunk.slot);
+                    self.stored += chunk.bytes;
+                    busy = true;
+                }
+                Err(error) => {
+                    self.failure.get_or_insert(error);
+                    index += 1;
+                }
+            }
+        }
+        busy
+    }
+
+    /// Asks for no more.
+    pub(crate) fn cut(&mut self) {
+        self.next = (self.reads.len(), 0);
+    }
+
+    /// Copies that still write to our arena.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.chunks.iter().filter(|chunk| chunk.is_storing).count()
+    }
+
+    /// Forgets what has not come, and what copies have ended.
+    pub(crate) fn settle(&mut self) {
+        let (stage, link) = (&self.stage, &self.link);
+        self.chunks.retain(|chunk| {
+            if chunk.is_storing {
+                // Where asking fails nobody knows: then it is never let go of.
+                let ended = stage.has_ended(chunk.slot).unwrap_or(false);
+                if ended {
+                    stage.free.borrow_mut().push(chunk.slot);
+                }
+                return !ended;
+            }
+            stage.inbox.arrivals.borrow_mut().remove(&chunk.id);
+            stage.free.borrow_mut().push(chunk.slot);
+            link.asked.set(link.asked.get() - 1);
+            false
+        });
+    }
+
+    pub(crate) fn progress(&self, now: Instant) -> Progress {
+        if let Some(failure) = &self.failure {
+            Progress::Failed(Why::Said(failure.clone()))
+        } else if let Some(status) = self.sent.failure().or(self.link.failure()) {
+            Progress::Failed(Why::Ucx(status))
+        } else if self.next.0 == self.reads.len() && self.chunks.is_empty() {
+            Progress::Done
+        } else if now >= self.started + self.allowed {
+            Progress::Late
+        } else {
+            Progress::Pending
+        }
+    }
+}
+
+/// What happened to a chunk.
+enum Step {
+    Waits,
+    Came,
+    Stored,
+}
+
+impl Chunk {
+    fn go_on(&mut self, stage: &Stage) -> Result<Step, String> {
+        if self.is_storing {
+            return Ok(match stage.has_ended(self.slot)? {
+                true => Step::Stored,
+                false => Step::Waits,
+            });
+        }
+        let arrivals = stage.inbox.arrivals.borrow();
+        let has_come = match arrivals.get(&self.id) {
+            Some(arrival) if arrival.refused => {
+                return Err("the peer cannot send what was asked for".into());
+            }
+            Some(arrival) => arrival.got == arrival.bytes,
+            None => false,
+        };
+        if !has_come {
+            return Ok(Step::Waits);
+        }
+        drop(arrivals);
+        stage.with(|staging| staging.store(self.slot, &self.ranges))?;
+        stage.inbox.arrivals.borrow_mut().remove(&self.id);
+        stage.copying.set(stage.copying.get() + 1);
+        self.is_storing = true;
+        Ok(Step::Came)
+    }
+}
+
+impl Stage {
+    /// Letters that came: a peer's welcome is noted with its link, the rest is for the serving side.
+    pub(crate) fn letters<'a>(
+        &self,
+        links: impl Iterator<Item = &'a Rc<Link>> + Clone,
+    ) -> Vec<Letter> {
+        let letters = std::mem::take(&mut *self.inbox.letters.borrow_mut());
+        let note = |letter: &Letter| match letter.message {
+            Message::Welcome { reader, willing } => {
+                for link in links.clone().filter(|link| link.reader == reader) {
+                    link.welcome.set(Some(willing));
+                }
+                false
+            }
+            _ => true,
+        };
+        letters.into_iter().filter(note).collect()
+    }
+}

@@ -1,0 +1,295 @@
+//! The side that has the KV: copies what readers ask for into slots, and sends it.
+
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ucx_sys::*;
+
+use super::inbox::Letter;
+use super::message::{Message, ranges};
+use super::send::{Body, Sent, send};
+use super::{ASKS_MAX, RANGES_MAX, SERVING_SLOTS, STAGING_SLOT_BYTES, Stage};
+use crate::agent::Vitals;
+use crate::peer::{Link, PeerKey, PeerPlan};
+use crate::pull::EMULATED_READ_BYTES;
+
+/// Most readers at once.
+const READERS_MAX: usize = 256;
+
+/// A piece of a slot that goes as one message: one of UCX's segments, whose size the agent has set for it.
+const PIECE_BYTES: usize = EMULATED_READ_BYTES as usize;
+
+/// Readers, and what they are sent.
+pub(crate) struct Serving {
+    ucp: &'static Ucp,
+    stage: Rc<Stage>,
+    vitals: Arc<Vitals>,
+    readers: HashMap<u64, Rc<Link>>,
+    queue: VecDeque<Ask>,
+    under_way: Vec<Parcel>,
+    free: Vec<usize>,
+    /// For messages that nobody waits for.
+    notes: Rc<Sent>,
+}
+
+/// A slot's worth that a reader wants.
+struct Ask {
+    reader: u64,
+    chunk: u64,
+    ranges: Vec<Range<u64>>,
+    until: Instant,
+}
+
+/// One that is being copied or sent.
+struct Parcel {
+    ask: Ask,
+    link: Rc<Link>,
+    slot: usize,
+    is_copied: bool,
+    sent: Rc<Sent>,
+}
+
+impl Serving {
+    pub(crate) fn new(ucp: &'static Ucp, stage: Rc<Stage>, vitals: Arc<Vitals>) -> Self {
+        Self {
+            ucp,
+            stage,
+            vitals,
+            readers: HashMap::new(),
+            queue: VecDeque::new(),
+            under_way: Vec::new(),
+            free: (0..SERVING_SLOTS).collect(),
+            notes: Rc::default(),
+        }
+    }
+
+    /// Acts on a letter of a reader.
+    fn read(&mut self, worker: ucp_worker_h, letter: Letter, arena_bytes: u64, now: Instant) {
+        match letter.message {
+            Message::Hello { reader } => self.greet(worker, reader, &letter.body),
+            Message::Ask {
+                reader,
+                chunk,
+                budget_ms,
+            } => {
+                let Some(link) = self.readers.get(&reader).cloned() else {
+                    return tracing::debug!("a reader that did not introduce itself is not served");
+                };
+                let theirs = self.queue.iter().filter(|ask| ask.reader == reader).count();
+                let wanted = ranges(&letter.body, arena_bytes, RANGES_MAX).filter(|ranges| {
+                    let bytes = ranges
+                        .iter()
+                        .try_fold(0u64, |sum, range| sum.checked_add(range.end - range.start));
+                    bytes.is_some_and(|bytes| bytes <= STAGING_SLOT_BYTES as u64)
+                });
+                match wanted.filter(|_| theirs < 2 * ASKS_MAX) {
+                    Some(ranges) => self.queue.push_back(Ask {
+                        reader,
+                        chunk,
+                        ranges,
+                        until: now + Duration::from_millis(budget_ms.into()),
+                    }),
+                    None => self.note(&link, Message::Refused { chunk }),
+                }
+            }
+            Message::Welcome { .. } | Message::Data { .. } | Message::Refused { .. } => {}
+        }
+    }
+
+    fn greet(&mut self, worker: ucp_worker_h, reader: u64, address: &[u8]) {
+        if self.readers.len() >= READERS_MAX && !self.readers.contains_key(&reader) {
+            return tracing::warn!("there are already {READERS_MAX} readers of staged KV");
+        }
+        let link = match self.readers.get(&reader) {
+            Some(link) => link.clone(),
+            None => {
+                let opened = PeerPlan::reader(address).and_then(|plan| {
+                    Link::open(
+                        self.ucp,
+                        worker,
+                        PeerKey(reader),
+                        reader,
+                        &plan,
+                        self.vitals.clone(),
+                    )
+                });
+                match opened {
+                    Ok((link, _)) => {
+                        let link = Rc::new(link);
+                        self.readers.insert(reader, link.clone());
+                        link
+                    }
+                    Err(error) => {
+                        return tracing::warn!("a reader of staged KV is not reached: {error}");
+                    }
+                }
+            }
+        };
+        let opened = self.stage.open();
+        if let Err(error) = &opened {
+            tracing::warn!("no host memory to stage KV in: {error}");
+        }
+        let willing = opened.is_ok();
+        self.note(&link, Message::Welcome { reader, willing });
+    }
+
+    /// Letters, then parcels. Returns whether anything happened, and links to close.
+    pub(crate) fn turn(
+        &mut self,
+        worker: ucp_worker_h,
+        letters: Vec<Letter>,
+        arena_bytes: u64,
+        now: Instant,
+    ) -> (bool, Vec<Rc<Link>>) {
+        let mut busy = !letters.is_empty();
+        for letter in letters {
+            self.read(worker, letter, arena_bytes, now);
+        }
+        busy |= self.begin(now);
+        let mut broken = Vec::new();
+        let mut index = 0;
+        while let Some(parcel) = self.under_way.get_mut(index) {
+            let before = (parcel.is_copied, parcel.sent.in_flight());
+            let ended = parcel.go_on(self.ucp, &self.stage, now);
+            busy |= before != (parcel.is_copied, parcel.sent.in_flight());
+            match ended {
+                Ok(false) => {
+                    if now >= parcel.ask.until {
+                        broken.push(parcel.ask.reader);
+                    }
+                    index += 1;
+                }
+                Ok(true) => {
+                    let parcel = self.under_way.swap_remove(index);
+                    self.free.push(parcel.slot);
+                    busy = true;
+                }
+                Err(error) => {
+                    // The slot stays out of use: a copy may still write to it.
+                    tracing::error!("staging KV: {error}");
+                    let parcel = self.under_way.swap_remove(index);
+                    let chunk = parcel.ask.chunk;
+                    self.note(&parcel.link, Message::Refused { chunk });
+                }
+            }
+        }
+        let failed = self.readers.iter();
+        let failed = failed.filter(|(_, link)| link.failure().is_some());
+        broken.extend(failed.map(|(reader, _)| *reader));
+        // Each once: afterwards nobody finds it here.
+        let closed = broken.into_iter().filter_map(|reader| {
+            self.queue.retain(|ask| ask.reader != reader);
+            self.readers.remove(&reader)
+        });
+        let closed = closed.collect();
+        (busy, closed)
+    }
+
+    /// Takes asks as long as there are slots.
+    fn begin(&mut self, now: Instant) -> bool {
+        let mut busy = false;
+        while let Some(&slot) = self.free.last() {
+            let Some(ask) = self.queue.pop_front() else {
+                break;
+            };
+            busy = true;
+            let Some(link) = self.readers.get(&ask.reader).cloned() else {
+                continue;
+            };
+            if now >= ask.until {
+                continue;
+            }
+            match self.stage.with(|staging| staging.fetch(slot, &ask.ranges)) {
+                Ok(()) => {
+                    self.free.pop();
+                    self.stage.copying.set(self.stage.copying.get() + 1);
+                    self.under_way.push(Parcel {
+                        ask,
+                        link,
+                        slot,
+                        is_copied: false,
+                        sent: Rc::default(),
+                    });
+                }
+                Err(error) => {
+                    tracing::error!("staging KV: {error}");
+                    let chunk = ask.chunk;
+                    self.note(&link, Message::Refused { chunk });
+                }
+            }
+        }
+        busy
+    }
+
+    fn note(&self, link: &Link, message: Message) {
+        // SAFETY: it carries nothing.
+        unsafe { send(self.ucp, link, message, Body::Nothing, &self.notes) };
+    }
+
+    /// Ends every reader's connection.
+    pub(crate) fn end(&mut self) -> Vec<Rc<Link>> {
+        self.queue.clear();
+        self.readers.drain().map(|(_, link)| link).collect()
+    }
+
+    /// Lets go of what has ended, when nothing new begins.
+    pub(crate) fn settle(&mut self) {
+        let (stage, free) = (&self.stage, &mut self.free);
+        self.under_way.retain_mut(|parcel| {
+            if !parcel.is_copied {
+                parcel.is_copied = stage.has_ended(parcel.slot).unwrap_or(false);
+            }
+            let ended = parcel.is_copied && parcel.sent.in_flight() == 0;
+            if ended {
+                free.push(parcel.slot);
+            }
+            !ended
+        });
+    }
+
+    /// Whether UCX and the device hold nothing of ours.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.under_way.is_empty() && self.notes.in_flight() == 0
+    }
+}
+
+impl Parcel {
+    /// Whether it has ended: sent, or not to be sent any more.
+    fn go_on(&mut self, ucp: &Ucp, stage: &Stage, now: Instant) -> Result<bool, String> {
+        if !self.is_copied {
+            if !stage.has_ended(self.slot)? {
+                return Ok(false);
+            }
+            self.is_copied = true;
+            if self.link.failure().is_none() && now < self.ask.until {
+                self.send(ucp, stage)?;
+            }
+        }
+        Ok(self.sent.in_flight() == 0)
+    }
+
+    fn send(&self, ucp: &Ucp, stage: &Stage) -> Result<(), String> {
+        let bytes: u64 = self
+            .ask
+            .ranges
+            .iter()
+            .map(|range| range.end - range.start)
+            .sum();
+        let slot = stage.with(|staging| Ok(staging.slot(self.slot).as_ptr()))?;
+        let bytes = bytes as usize;
+        for at in (0..bytes).step_by(PIECE_BYTES) {
+            let message = Message::Data {
+                chunk: self.ask.chunk,
+                at: at as u32,
+            };
+            let body = Body::At(slot.wrapping_add(at), PIECE_BYTES.min(bytes - at));
+            // SAFETY: within the slot, which nobody writes to before `sent` has counted everything off: it is not free until
+            // then.
+            unsafe { send(ucp, &self.link, message, body, &self.sent) };
+        }
+        Ok(())
+    }
+}
