@@ -137,6 +137,7 @@ impl Desk {
             prompt_logprobs,
             queue,
             compute,
+            done,
         } = done;
         let blocks = HeldBlocks::new(blocks, self.engine.waker.clone());
         let Some(entry) = self.remove_prefill(key) else {
@@ -189,6 +190,7 @@ impl Desk {
                 blocks,
             );
         }
+        tracing::debug!(request = %entry.request, since_last_step_us = done.elapsed().as_micros(), "prefilled");
         self.hand_over(entry.request, reply, handle, prompt_logprobs);
     }
 
@@ -199,7 +201,7 @@ impl Desk {
         handle: KvHandle,
         prompt_logprobs: Option<Vec<TokenLogprobs>>,
     ) {
-        tracing::debug!(%request, handle = %handle.handle, tokens = handle.valid_tokens, cached = handle.cached_tokens, "prefilled");
+        tracing::debug!(%request, handle = %handle.handle, tokens = handle.valid_tokens, cached = handle.cached_tokens, "handed over");
         let ready = PrefillReply::Ready {
             v: PROTOCOL_VERSION,
             handle: Box::new(handle),

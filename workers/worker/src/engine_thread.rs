@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_engine::{Engine, Event, ExecutorError, NewSequence, ResumedSequence};
 use baton_protocol::{
@@ -177,6 +177,7 @@ impl EngineThread {
                 blocks,
                 pulled,
             } => {
+                tracing::debug!(request = %route.request, "its next step is the first here");
                 let index = spec.output_tokens() + 1;
                 let taken = match &mut self.engine {
                     Some(engine) => engine.resume(ResumedSequence {
@@ -279,6 +280,7 @@ impl EngineThread {
                     prompt_logprobs,
                     queue,
                     compute,
+                    done: Instant::now(),
                 })));
             }
             Event::Token {

@@ -108,6 +108,7 @@ impl Pull {
                 )
             })?;
 
+        let ranges = reads.len();
         let begun = Instant::now();
         let mut guard = Guard {
             blocks: Arc::new(Mutex::new(blocks)),
@@ -121,8 +122,8 @@ impl Pull {
                 PULL_TIMEOUT,
             )
             .await;
-        let bytes = match stats {
-            Ok((_, stats)) => stats.bytes,
+        let (bytes, read) = match stats {
+            Ok((_, stats)) => (stats.bytes, stats.seconds),
             Err(error) => {
                 let message = format!("pulling KV from {from}: {error}");
                 return Err(PullFailure {
@@ -158,6 +159,7 @@ impl Pull {
             bytes,
             seconds: begun.elapsed().as_secs_f32(),
         };
+        tracing::debug!(request = %release.request, ranges, bytes, read_us = read * 1e6, seconds = report.seconds, "read and released");
         let blocks = guard
             .take()
             .ok_or_else(|| invalid("its blocks are gone".to_owned()))?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_engine::{BlockTable, Engine, Sampled};
 use baton_protocol::{Failure, FinishReason, PullReport, Refusal, SequenceSpec, TokenLogprobs};
@@ -59,6 +59,8 @@ pub(crate) struct Prefilled {
     pub(crate) prompt_logprobs: Option<Vec<TokenLogprobs>>,
     pub(crate) queue: Duration,
     pub(crate) compute: Duration,
+    /// When its last step was over.
+    pub(crate) done: Instant,
 }
 
 /// How busy the engine is, as of its last step.
