@@ -79,6 +79,9 @@ pub struct BenchArgs {
     /// Print the figures as JSON
     #[arg(long)]
     json: bool,
+    /// With --json, each answer's time to its first token, and mean and longest time between tokens
+    #[arg(long, requires = "json")]
+    each: bool,
 }
 
 /// Loads, measures and prints; fails if any request did.
@@ -175,6 +178,7 @@ async fn load(args: BenchArgs, target: Target) -> Result<Report, Failure> {
     let mut report = run_slots(run, args.concurrency).await?;
     report.cpu = meter.stop();
     report.json_wanted = args.json;
+    report.each_wanted = args.each;
     Ok(report)
 }
 

@@ -27,6 +27,10 @@ pub struct Report {
     longest_pause: Histogram<u64>,
     whole: Histogram<u64>,
     failures: BTreeMap<String, u64>,
+    /// Of each answer: time to its first token, mean and longest time between two.
+    each: Vec<[Duration; 3]>,
+    /// Whether these are wanted.
+    pub each_wanted: bool,
     /// CPU time by process.
     pub cpu: Vec<(String, Option<Duration>)>,
     /// Whether JSON was asked for.
@@ -57,6 +61,8 @@ impl Report {
             longest_pause: histogram(),
             whole: histogram(),
             failures: BTreeMap::new(),
+            each: Vec::new(),
+            each_wanted: false,
             cpu: Vec::new(),
             json_wanted: false,
         }
@@ -100,8 +106,12 @@ impl Report {
             self.between.saturating_record(gap);
         }
         self.longest_pause.saturating_record(longest);
-        if let Some(first) = streamed.chunks.first() {
+        if let (Some(first), Some(last)) = (streamed.chunks.first(), streamed.chunks.last()) {
             self.first.saturating_record(micros(*first - since));
+            let tokens_after = streamed.output_tokens.saturating_sub(1).max(1);
+            let mean = (*last - *first).div_f64(tokens_after as f64);
+            self.each
+                .push([*first - since, mean, Duration::from_micros(longest)]);
         }
     }
 
@@ -135,6 +145,11 @@ impl Report {
                 (name.clone(), json!({"seconds": seconds, "micros_per_token": seconds.and_then(|s| self.per_token(s))}))
             })
             .collect();
+        let ms = |time: &Duration| time.as_secs_f64() * 1e3;
+        let each: Option<Vec<_>> = self.each_wanted.then(|| {
+            let each = self.each.iter();
+            each.map(|times| times.each_ref().map(ms)).collect()
+        });
         json!({
             "requests": self.requests(), "succeeded": self.succeeded, "failed": self.failed(),
             "failures": self.failures, "seconds": seconds,
@@ -145,7 +160,7 @@ impl Report {
             "requests_per_second": self.succeeded as f64 / seconds,
             "ttft_ms": quantiles(&self.first), "between_chunks_ms": quantiles(&self.between),
             "longest_pause_ms": quantiles(&self.longest_pause), "request_ms": quantiles(&self.whole),
-            "cpu": cpu,
+            "cpu": cpu, "each_ttft_mean_longest_ms": each,
         })
     }
 
@@ -266,6 +281,17 @@ mod tests {
         near(&json["ttft_ms"]["p50"], 10.0);
         near(&json["between_chunks_ms"]["p50"], 10.0);
         near(&json["longest_pause_ms"]["p50"], 30.0);
+        assert!(json["each_ttft_mean_longest_ms"].is_null());
+        report.each_wanted = true;
+        let each = &report.to_json()["each_ttft_mean_longest_ms"][0];
+        for (value, ms) in each
+            .as_array()
+            .unwrap()
+            .iter()
+            .zip([10.0, 50.0 / 3.0, 30.0])
+        {
+            near(value, ms);
+        }
         assert!(report.to_string().contains("1 x    HTTP 503"), "{report}");
     }
 

@@ -1,0 +1,116 @@
+"""A model directory of the Llama-3.1-8B shape with random weights, for measuring where no weights can be had.
+
+Usage: random_model.py DIR [--layers 32] [--hidden 4096] ...
+
+Every matrix is a piece of the same noise: numbers of either sign between 2^-7 and 2^-3. The tokenizer knows bytes and
+nothing else by name, so answers are gibberish. Checksums in the manifest are left zero: nothing reads them but
+`baton model-prep --verify`. Takes some seconds and 16 GB.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+parser.add_argument("directory", type=Path)
+parser.add_argument("--name", default="random-8b")
+for option, default in {
+    "hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128, "vocab": 128256,
+    "tokens-max": 131072, "threads": 16,
+}.items():
+    parser.add_argument(f"--{option}", type=int, default=default)
+a = parser.parse_args()
+a.directory.mkdir(parents=True, exist_ok=True)
+
+q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+tensors = [("model.embed_tokens.weight", [a.vocab, a.hidden])]
+for layer in range(a.layers):
+    tensors += [(f"model.layers.{layer}.{name}.weight", shape) for name, shape in [
+        ("input_layernorm", [a.hidden]), ("self_attn.q_proj", [q, a.hidden]), ("self_attn.k_proj", [kv, a.hidden]),
+        ("self_attn.v_proj", [kv, a.hidden]), ("self_attn.o_proj", [a.hidden, q]), ("post_attention_layernorm", [a.hidden]),
+        ("mlp.gate_proj", [a.intermediate, a.hidden]), ("mlp.up_proj", [a.intermediate, a.hidden]),
+        ("mlp.down_proj", [a.hidden, a.intermediate]),
+    ]]
+tensors += [("model.norm.weight", [a.hidden]), ("lm_head.weight", [a.vocab, a.hidden])]
+
+entries, end = {"__metadata__": {"format": "pt"}}, 0
+for name, shape in tensors:
+    start, end = end, end + 2 * math.prod(shape)
+    entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+header = json.dumps(entries).encode()
+header += b" " * (-(8 + len(header)) % 64)
+header = len(header).to_bytes(8, "little") + header
+
+# Written in pieces of an odd length of numbers, so that no two rows are the same.
+PIECE = 2 * ((32 << 20) - 4099)
+every = lambda number: int.from_bytes(number.to_bytes(2, "little") * (PIECE // 2), "little")  # noqa: E731
+noise = random.Random(1).getrandbits(8 * PIECE) & every(0x81FF) | every(0x3C00)
+noise = noise.to_bytes(PIECE, "little")
+weights = os.open(a.directory / "rank0.safetensors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+os.pwrite(weights, header, 0)
+
+
+def piece(at):
+    view = memoryview(noise)[: min(PIECE, end - at)]
+    while view:
+        written = os.pwrite(weights, view, len(header) + at)
+        view, at = view[written:], at + written
+
+
+with ThreadPoolExecutor(a.threads) as pool:
+    list(pool.map(piece, range(0, end, PIECE)))
+os.close(weights)
+
+# The characters that byte-level tokenizers write bytes as, and names for the rest.
+plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+letters = plain + [256 + i for i in range(256 - len(plain))]
+vocabulary = {chr(letter): i for i, letter in enumerate(letters)} | {f"word{i}": i for i in range(256, a.vocab - 2)}
+specials = {"<begin>": a.vocab - 2, "<end>": a.vocab - 1}
+byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+files = {
+    "tokenizer.json": {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": byte_level,
+        "added_tokens": [
+            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+             "special": True} for text, i in specials.items()
+        ],
+        "post_processor": None, "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "vocab": vocabulary | specials, "merges": [],
+        },
+    },
+    "tokenizer_config.json": {"bos_token": "<begin>", "eos_token": "<end>", "add_bos_token": False},
+    "config.json": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": a.hidden,
+        "intermediate_size": a.intermediate, "num_hidden_layers": a.layers, "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads, "head_dim": a.head_dim, "vocab_size": a.vocab, "hidden_act": "silu",
+        "max_position_embeddings": a.tokens_max, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
+}
+for name, content in files.items():
+    (a.directory / name).write_text(json.dumps(content))
+manifest = {
+    "format": 1, "name": a.name, "fingerprint": "0" * 64, "dtype": "BF16", "tp_size": 1, "tokens_max": a.tokens_max,
+    "batch_max": None,
+    "spec": {
+        "family": "llama", "hidden": a.hidden, "intermediate": a.intermediate, "layers": a.layers, "heads": a.heads,
+        "kv_heads": a.kv_heads, "head_dim": a.head_dim, "vocab": a.vocab, "tokens_max": a.tokens_max, "rms_eps": 1e-5,
+        "rope": {"theta": 500000.0, "scaling": {"kind": "none"}}, "qkv_bias": False, "qk_norm": False,
+        "tied_embeddings": False, "sliding_window": None,
+    },
+    "bos_token_id": a.vocab - 2, "eos_token_ids": [a.vocab - 1],
+    "files": [
+        {"name": path.name, "bytes": path.stat().st_size, "sha256": "0" * 64}
+        for path in sorted(a.directory.iterdir()) if path.name != "manifest.json"
+    ],
+    "source": "random numbers", "source_stamp": "",
+}
+(a.directory / "manifest.json").write_text(json.dumps(manifest, indent=1))
+print(f"{end / 1e9:.1f} GB of weights in {a.directory}")
