@@ -287,6 +287,45 @@ fn a_dead_reader_does_no_harm_to_its_target() {
 }
 
 #[test]
+fn a_stopped_reader_does_not_hinder_others() {
+    over_each_road(async |tls| {
+        let (target, arena) = agent(64 * MIB, tls);
+        fill(&arena, 5);
+        let mut reader = Server::start(64 << 20, 0, tls);
+        reader.pull_from(&target.descriptor());
+        reader.stop();
+        let (second, second_arena) = agent(64 * MIB, tls);
+        second
+            .connect(PEER, target.descriptor(), LONG)
+            .await
+            .expect("the target still answers");
+        for _ in 0..20 {
+            pulls_rightly(&second, &second_arena, PEER, 5).await;
+        }
+        second.shutdown();
+        target.shutdown();
+    });
+}
+
+#[test]
+fn a_peer_without_host_memory_says_so() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    let mut poor = config(8 << 20, Some(STAGED));
+    let gpu = poor.gpu.as_mut().expect("it is staged");
+    gpu.staging = Arc::new(|| Err("no memory can be pinned".to_owned()));
+    let (target, _arena) = Agent::start(poor).expect("UCX works here");
+    let (reader, _arena) = agent(8 * MIB, Some(STAGED));
+    let connected = runtime.block_on(reader.connect(PEER, target.descriptor(), LONG));
+    let error = connected.expect_err("it cannot be read").to_string();
+    assert!(error.contains("the peer stages no KV"), "{error}");
+    reader.shutdown();
+    target.shutdown();
+}
+
+#[test]
 fn shutdown_ends_what_is_under_way() {
     over_each_road(async |tls| {
         let server = Server::start(64 << 20, 1, tls);
