@@ -20,7 +20,7 @@ build() {
 import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"] in ("executor", "cuda"):
+    if message.get("executable") and message["target"]["name"] in ("executor", "sampling", "sample", "cuda"):
         shutil.copy(message["executable"], sys.argv[1] + "/" + message["target"]["name"])
 ' "$1" || return
   cargo build --locked --release --package baton || return

@@ -9,18 +9,21 @@
 #include "scalar.cuh"
 
 // The token of a row: its id, or -1 - i for what the step before chose as its i-th, which may be nothing (-1): then any will
-// do, what follows it is thrown away.
-DEVICE long long token_of(int told, const int* chosen) {
+// do, what follows it is thrown away. From then on it stands in row_token, for penalties. The whole block takes part.
+DEVICE long long token_of(int* row_token, const int* chosen) {
+    const int told = row_token[blockIdx.x];
     if (told >= 0) return told;
-    int token = chosen[-1 - told];
-    return token < 0 ? 0 : token;
+    const int token = max(chosen[-1 - told], 0);
+    __syncthreads(); // all have read what they were told
+    if (threadIdx.x == 0) row_token[blockIdx.x] = token;
+    return token;
 }
 
 // x [rows][hidden]; table [vocab][hidden]. `hidden` is even. Grid: rows.
-extern "C" __global__ void embed(float* x, const u16* table, const int* row_token, const int* chosen, int hidden) {
+extern "C" __global__ void embed(float* x, const u16* table, int* row_token, const int* chosen, int hidden) {
     dependency_trigger();
     dependency_wait();
-    const u32* from = (const u32*)(table + token_of(row_token[blockIdx.x], chosen) * hidden);
+    const u32* from = (const u32*)(table + token_of(row_token, chosen) * hidden);
     float2* to = (float2*)(x + (long long)blockIdx.x * hidden);
     for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) to[i] = f32x2_of(from[i]);
 }
@@ -28,13 +31,13 @@ extern "C" __global__ void embed(float* x, const u16* table, const int* row_toke
 // The same for a chain of skinny products, which divide by the norm at their ends: z = bf16(x * gamma), and the row's sum of
 // squares in the first of its ceil(hidden / 64) places, zeros in the others. Grid: rows; 128 threads.
 extern "C" __global__ void embed_scaled(
-    float* x, u32* z, float* squares, const u16* table, const u32* gamma, const int* row_token, const int* chosen,
+    float* x, u32* z, float* squares, const u16* table, const u32* gamma, int* row_token, const int* chosen,
     int hidden
 ) {
     __shared__ float scratch[32];
     dependency_trigger();
     dependency_wait();
-    const u32* from = (const u32*)(table + token_of(row_token[blockIdx.x], chosen) * hidden);
+    const u32* from = (const u32*)(table + token_of(row_token, chosen) * hidden);
     long long row = blockIdx.x;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use baton_model::ModelSpec;
 
-use crate::device::{Buffer, Device, Plain};
+use crate::device::{Buffer, Device};
 use crate::error::CudaError;
 use crate::model::{CudaOptions, takes_skinny};
 use crate::skinny::Activations;
@@ -35,25 +35,10 @@ pub(crate) struct Buffers {
     pub(crate) best: Buffer<i32>,
     pub(crate) best_parts: Buffer<u32>,
     pub(crate) best_arrived: Buffer<u32>,
-    pub(crate) draws: Buffer<Draw>,
 }
 
 /// Blocks that look for the best token of a row; the kernel has the same number.
 pub(crate) const ARGMAX_PARTS: usize = 32;
-
-/// What `kernels/draw.cu` draws a row's token by.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub(crate) struct Draw {
-    /// Of the temperature; 0 leaves the row's token as it is.
-    pub(crate) inverse: f32,
-    /// Weights below count as 0.
-    pub(crate) weight_min: f32,
-    /// Where in the sum of all weights, in 2^-53.
-    pub(crate) bits: u64,
-}
-
-impl Plain for Draw {}
 
 impl Buffers {
     pub(crate) fn new(
@@ -90,7 +75,6 @@ impl Buffers {
             best: Buffer::zeroed(device, logits_rows, "tokens")?,
             best_parts: Buffer::zeroed(device, logits_rows * ARGMAX_PARTS * 2, "tokens")?,
             best_arrived: Buffer::zeroed(device, logits_rows, "tokens")?,
-            draws: Buffer::zeroed(device, logits_rows, "tokens")?,
         })
     }
 }

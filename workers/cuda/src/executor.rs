@@ -1,29 +1,27 @@
 //! One step: told to the GPU, run, and its tokens taken back; the next is told before that.
 //!
 //! Everything runs on one stream, so two steps under way share all of the GPU's memory and need two of only what the host
-//! touches: the arrays that it writes, the tokens that it reads ([`Slot`]). A token that the GPU has chosen is read there by
-//! the step that follows. One that the host has to choose is waited for before the next step is launched.
+//! touches: the arrays that it writes, the tokens that it reads ([`Slot`]). A token is read where it was chosen by the step that
+//! follows. Only where a plan wants logits the host chooses from them, and the next step is launched after that.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, Sampled, SequenceOutput, Simple,
-    StepOutput, StepPlan, Want, What, answer, arena_blocks, simple, wants,
+    Executor, ExecutorError, ExecutorInfo, KvMemory, LOGPROB_MIN, Rows, Sampled, SequenceOutput,
+    StepOutput, StepPlan, Want, What, answer, arena_blocks, wants,
 };
-use baton_protocol::KvGeometry;
+use baton_protocol::{KvGeometry, TokenLogprobs};
 
 use crate::attention::Attention;
-use crate::buffers::{Draw, padded_rows, rows_max};
+use crate::buffers::{padded_rows, rows_max};
 use crate::device::{Device, Pinned};
 use crate::error::CudaError;
 use crate::event::Event;
 use crate::graph::Graph;
 use crate::model::CudaModel;
+use crate::sampling::{Answer, Batch, Sampler};
 use crate::step::{DECODE_SIZES, SLOTS, StepAddresses, StepArrays, StepShape, decode_size};
-
-/// Threads that choose tokens by more than their logit. A row of 128,256 logits takes some 0.2 ms.
-const SAMPLING_THREADS_MAX: usize = 16;
 
 /// A model on a GPU.
 pub struct CudaExecutor {
@@ -33,8 +31,9 @@ pub struct CudaExecutor {
     arrays: StepArrays,
     graphs: Vec<(usize, Graph)>,
     rows: Rows,
-    /// Logits on the host. Only the step submitted last has any there.
-    logits: Pinned<f32>,
+    sampler: Sampler,
+    /// Logits on the host, for plans that want them. Only the step submitted last has any there.
+    logits: Option<Pinned<f32>>,
     slots: [Slot; SLOTS],
     /// Steps submitted and not collected, the oldest first.
     submitted: VecDeque<Step>,
@@ -42,13 +41,11 @@ pub struct CudaExecutor {
     slot: usize,
     /// Tokens of the last step, once it was collected.
     chosen: Vec<Option<u32>>,
-    sampling_threads: usize,
 }
 
 /// What the host and the GPU exchange for one step, beside the arrays.
 struct Slot {
-    tokens: Pinned<i32>,
-    draws: Pinned<Draw>,
+    batch: Batch,
     /// Behind the copies of what the step has made.
     done: Event,
 }
@@ -58,8 +55,6 @@ struct Step {
     slot: usize,
     /// Rows whose logits the GPU computes, or has computed, last: nothing was made of them yet.
     wants: Vec<Want>,
-    /// Of these: rows whose logits come to the host.
-    on_host: Vec<bool>,
     want_logits: bool,
     output: StepOutput,
 }
@@ -106,20 +101,15 @@ impl CudaExecutor {
             work: attention.work_max(rows, sequences),
         };
         let entries = sequences * kv.blocks_for(spec.tokens_max);
-        let logits_rows = model.logits_rows();
+        let sampler = Sampler::new(&device, &model.compiler, spec.vocab, model.logits_rows())?;
         let mut executor = Self {
             arrays: StepArrays::new(&device, largest, entries)?,
-            logits: Pinned::zeroed(&device, logits_rows * spec.vocab)?,
-            slots: [
-                Slot::new(&device, logits_rows)?,
-                Slot::new(&device, logits_rows)?,
-            ],
+            logits: None,
+            slots: [Slot::new(&device, &sampler)?, Slot::new(&device, &sampler)?],
+            sampler,
             submitted: VecDeque::with_capacity(SLOTS),
             slot: 0,
             chosen: Vec::new(),
-            sampling_threads: std::thread::available_parallelism()
-                .map_or(1, usize::from)
-                .min(SAMPLING_THREADS_MAX),
             info,
             model,
             attention,
@@ -176,7 +166,6 @@ impl CudaExecutor {
         let mut step = Step {
             slot: self.slot,
             wants: Vec::new(),
-            on_host: Vec::new(),
             want_logits: plan.want_logits,
             output: StepOutput {
                 sequences: vec![SequenceOutput::default(); plan.sequences.len()],
@@ -194,11 +183,12 @@ impl CudaExecutor {
             Some(graph) if one_each => {
                 let shape = decode_shape(self.graphs[graph].0);
                 let slot = self.slot;
-                self.arrays
+                let at = self
+                    .arrays
                     .upload(slot, shape, &self.rows, &wants, &[], &kv)?;
                 // SAFETY: the plan was checked against the arena; the graph was captured with these arrays' places.
                 unsafe { self.graphs[graph].1.launch()? };
-                self.choose(&mut step, wants)?;
+                self.choose(&mut step, wants, &at)?;
             }
             _ => {
                 let work = self.attention.work(&self.rows);
@@ -221,7 +211,7 @@ impl CudaExecutor {
                     let rest = wants.split_off(most);
                     // SAFETY: rows of this step.
                     unsafe { self.model.logits(wanted, most)? };
-                    self.choose(&mut step, wants)?;
+                    self.choose(&mut step, wants, &at)?;
                     self.answer(&mut step)?;
                     wanted += (most * size_of::<i32>()) as u64;
                     wants = rest;
@@ -231,53 +221,46 @@ impl CudaExecutor {
                     // SAFETY: rows of this step.
                     unsafe { self.model.logits(wanted, padded_rows(wants.len()))? };
                 }
-                self.choose(&mut step, wants)?;
+                self.choose(&mut step, wants, &at)?;
             }
         }
         Ok(step)
     }
 
-    /// Has tokens chosen from the logits of `wants`, on the GPU where it can, and copied to the host.
-    fn choose(&mut self, step: &mut Step, wants: Vec<Want>) -> Result<(), CudaError> {
-        let vocab = self.model.spec.vocab;
+    /// Has tokens chosen from the logits of `wants`, and what was chosen copied to the host.
+    fn choose(
+        &mut self,
+        step: &mut Step,
+        wants: Vec<Want>,
+        at: &StepAddresses,
+    ) -> Result<(), CudaError> {
         let slot = &mut self.slots[step.slot];
-        let choices: Vec<Option<Simple>> = wants
-            .iter()
-            .map(|want| match &want.what {
-                What::Sample(request) if !step.want_logits => simple(request, vocab),
-                _ => None,
-            })
-            .collect();
-        let mut draws = 0;
-        for (row, choice) in choices.iter().enumerate() {
-            slot.draws[row] = match choice {
-                Some(Simple::Draw {
-                    inverse_temperature,
-                    weight_min,
-                    bits,
-                }) => {
-                    draws = row + 1;
-                    Draw {
-                        inverse: *inverse_temperature,
-                        weight_min: *weight_min,
-                        bits: *bits,
-                    }
+        let (best, logits) = (self.model.best_at(), self.model.logits_at(0));
+        if step.want_logits {
+            let vocab = self.model.spec.vocab;
+            let host = match &mut self.logits {
+                Some(host) => host,
+                none => {
+                    let rows = self.model.logits_rows();
+                    none.insert(Pinned::zeroed(self.model.device(), rows * vocab)?)
                 }
-                _ => Draw::default(),
             };
-        }
-        step.on_host = choices.iter().map(Option::is_none).collect();
-        // SAFETY: rows that are computed before; waited for in `answer`, before anything is read or written again.
-        unsafe {
-            if draws > 0 {
-                self.model.draw(&slot.draws, draws)?;
-            }
-            if !wants.is_empty() {
-                slot.tokens.download(0, wants.len(), self.model.best_at())?;
-            }
-            for (row, _) in step.on_host.iter().enumerate().filter(|(_, host)| **host) {
-                self.logits
-                    .download(row * vocab, vocab, self.model.logits_at(row))?;
+            // SAFETY: rows that are computed before; waited for in `answer`, before anything is read or written again.
+            unsafe { host.download(0, wants.len() * vocab, logits)? };
+        } else {
+            let followers = &self.rows.follows;
+            let follows = |want: &Want| followers.binary_search_by_key(&want.row, |f| f.0).is_ok();
+            // SAFETY: rows that are computed before, with the best token of each; waited for in `answer`, before anything is read
+            // or written again.
+            unsafe {
+                self.sampler.launch(
+                    &mut slot.batch,
+                    &wants,
+                    follows,
+                    best,
+                    logits,
+                    at.row_token,
+                )?;
             }
         }
         step.wants = wants;
@@ -286,34 +269,30 @@ impl CudaExecutor {
 
     /// Waits for what a step has made last, and takes it.
     fn answer(&mut self, step: &mut Step) -> Result<(), CudaError> {
-        let vocab = self.model.spec.vocab;
         let slot = &self.slots[step.slot];
         slot.done.wait()?;
         let wants = std::mem::take(&mut step.wants);
-        let mut answers: Vec<SequenceOutput> = wants
-            .iter()
-            .zip(slot.tokens.iter())
-            .map(|(_, token)| SequenceOutput {
-                sampled: Some(Sampled {
-                    token: *token as u32,
-                    logprobs: None,
-                }),
-                ..SequenceOutput::default()
-            })
-            .collect();
-        let rows = self.logits.chunks_mut(vocab).zip(&mut answers);
-        let jobs = wants.iter().zip(rows).zip(&step.on_host);
-        let jobs: Vec<_> = jobs
-            .filter(|(_, host)| **host)
-            .map(|(job, _)| job)
-            .collect();
-        answer_all(jobs, step.want_logits, self.sampling_threads);
-        for (want, answer) in wants.iter().zip(answers) {
-            let sequence = &mut step.output.sequences[want.sequence];
-            sequence.target_logprobs.extend(answer.target_logprobs);
-            if let What::Sample(_) = want.what {
-                sequence.sampled = answer.sampled;
-                sequence.logits = answer.logits;
+        let sequences = &mut step.output.sequences;
+        if step.want_logits {
+            let host = self.logits.iter_mut();
+            let rows = host.flat_map(|logits| logits.chunks_mut(self.model.spec.vocab));
+            for (want, logits) in wants.iter().zip(rows) {
+                let answer = answer(want, logits, true);
+                let output = &mut sequences[want.sequence];
+                output.target_logprobs.extend(answer.target_logprobs);
+                if let What::Sample(_) = want.what {
+                    (output.sampled, output.logits) = (answer.sampled, answer.logits);
+                }
+            }
+            return Ok(());
+        }
+        for (want, answer) in wants.iter().zip(slot.batch.answers(&wants)) {
+            let output = &mut sequences[want.sequence];
+            match answer {
+                Answer::Target(logprobs) => output.target_logprobs.push(logprobs),
+                Answer::Sampled(sampled) => {
+                    output.sampled = Some(sampled.unwrap_or_else(|| nothing_possible(want)));
+                }
             }
         }
         Ok(())
@@ -321,9 +300,9 @@ impl CudaExecutor {
 
     /// Tells the rows that follow the step before where their tokens are: here, or among the best tokens on the GPU.
     fn follow(&mut self) -> Result<(), ExecutorError> {
-        // What the host has to choose, it chooses now; the logits on the host are free again then.
         if let Some(mut last) = self.submitted.pop_back() {
-            if last.on_host.contains(&true) {
+            // What the host has to choose, it chooses now; the logits on the host are free again then.
+            if last.want_logits {
                 self.answer(&mut last)?;
             }
             self.chosen = last.output.tokens();
@@ -338,33 +317,27 @@ impl CudaExecutor {
 }
 
 impl Slot {
-    fn new(device: &Arc<Device>, rows: usize) -> Result<Self, CudaError> {
+    fn new(device: &Arc<Device>, sampler: &Sampler) -> Result<Self, CudaError> {
         Ok(Self {
-            tokens: Pinned::zeroed(device, rows)?,
-            draws: Pinned::zeroed(device, rows)?,
+            batch: sampler.batch()?,
             done: Event::new(device)?,
         })
     }
 }
 
-/// A row's want, its logits, and where its answer goes.
-type Job<'a> = (&'a Want, (&'a mut [f32], &'a mut SequenceOutput));
-
-fn answer_all(mut jobs: Vec<Job<'_>>, want_logits: bool, threads: usize) {
-    let run = |jobs: &mut [Job<'_>]| {
-        for (want, (logits, out)) in jobs {
-            **out = answer(want, logits, want_logits);
-        }
+/// What the engine's rules say of logits that leave no token possible.
+fn nothing_possible(want: &Want) -> Sampled {
+    let logprobs = match &want.what {
+        What::Sample(request) => request.state.sampling.logprobs,
+        What::Target { .. } => None,
     };
-    if jobs.len() <= 2 || threads == 1 {
-        return run(&mut jobs);
+    Sampled {
+        token: 0,
+        logprobs: logprobs.map(|_| TokenLogprobs {
+            logprob: LOGPROB_MIN,
+            top: Vec::new(),
+        }),
     }
-    let each = jobs.len().div_ceil(threads);
-    std::thread::scope(|scope| {
-        for jobs in jobs.chunks_mut(each) {
-            scope.spawn(move || run(jobs));
-        }
-    });
 }
 
 fn decode_shape(size: usize) -> StepShape {

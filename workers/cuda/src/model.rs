@@ -6,9 +6,9 @@ use baton_model::{ModelSpec, TensorSource};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::Attention;
-use crate::buffers::{ARGMAX_PARTS, Buffers, Draw, logits_rows, rows_max};
+use crate::buffers::{ARGMAX_PARTS, Buffers, logits_rows, rows_max};
 use crate::compile::Compiler;
-use crate::device::{Buffer, Device, Pinned};
+use crate::device::{Buffer, Device};
 use crate::error::CudaError;
 use crate::gemm::Output;
 use crate::kernel::{Kernel, Module, Shape};
@@ -51,14 +51,6 @@ struct Kernels {
     angles: Kernel,
     rope: Kernel,
     argmax: Kernel,
-    draw: Kernel,
-}
-
-/// Logits that the kernel sums as one: it keeps a sum of each such group in shared memory.
-const DRAW_GROUP: usize = 256;
-
-fn draw_shared_bytes(spec: &ModelSpec) -> u32 {
-    (spec.vocab.div_ceil(DRAW_GROUP) * size_of::<u64>()) as u32
 }
 
 impl CudaModel {
@@ -339,27 +331,6 @@ impl CudaModel {
         }
     }
 
-    /// Draws the tokens of the first `rows` rows of logits.
-    ///
-    /// # Safety
-    /// There are logits and best tokens of this many rows; nobody writes `draws` before the step is waited for.
-    pub(crate) unsafe fn draw(&self, draws: &Pinned<Draw>, rows: usize) -> Result<(), CudaError> {
-        let (b, vocab) = (&self.buffers, self.spec.vocab as i32);
-        let shape = Shape::row(rows, 512).shared(draw_shared_bytes(&self.spec));
-        // SAFETY: the caller's promise, and the kernel's arguments by its file.
-        unsafe {
-            draws.upload(rows, b.draws.at(0))?;
-            launch!(
-                self.kernels.draw,
-                shape,
-                b.best.at(0),
-                b.logits.at(0),
-                b.draws.at(0),
-                vocab
-            )
-        }
-    }
-
     /// # Safety
     /// There are logits of this many rows.
     unsafe fn argmax(&self, rows: usize) -> Result<(), CudaError> {
@@ -441,7 +412,6 @@ impl Kernels {
             embed_scaled: embed.kernel("embed_scaled", 0)?,
             rope: module(&sources::ROPE, &head_dim)?.kernel("rope", 0)?,
             argmax: module(&sources::ARGMAX, &[])?.kernel("argmax", 0)?,
-            draw: module(&sources::DRAW, &[])?.kernel("draw", draw_shared_bytes(spec))?,
         })
     }
 }
@@ -467,9 +437,6 @@ fn check(spec: &ModelSpec) -> Result<(), CudaError> {
     }
     if !spec.hidden.is_multiple_of(2) {
         return refuse(format!("its width {} is odd", spec.hidden));
-    }
-    if draw_shared_bytes(spec) > 40 << 10 {
-        return refuse(format!("a vocabulary of {} tokens", spec.vocab));
     }
     if spec.head_dim > 256 {
         return refuse(format!("heads of {} numbers, more than 256", spec.head_dim));

@@ -26,7 +26,7 @@ source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
 source!(QUANTISE, "quantise.cu");
 source!(ARGMAX, "argmax.cu");
-source!(DRAW, "draw.cu");
+source!(SAMPLE, "sample.cu");
 source!(ATTENTION_DECODE, "attention_decode.cu");
 source!(ATTENTION_PREFILL, "attention_prefill.cu");
 source!(ATTENTION_PREFILL_SM90, "attention_prefill_sm90.cu");
@@ -42,12 +42,14 @@ macro_rules! headers {
 /// What kernel files include.
 pub const HEADERS: &[(&str, &str)] = headers![
     "attention_wgmma.cuh",
+    "cluster.cuh",
     "common.cuh",
     "e4m3.cuh",
     "gemm_ampere.cuh",
     "gemm_epilogue.cuh",
     "gemm_hopper.cuh",
     "gemm_skinny.cuh",
+    "ranks.cuh",
     "scalar.cuh",
     "wgmma.cuh",
 ];

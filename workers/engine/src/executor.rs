@@ -115,6 +115,17 @@ pub struct SampleState {
     pub counts: Vec<TokenCount>,
 }
 
+impl SampleState {
+    /// Whether what was chosen before changes what is likely now. Of a sequence that [`SequenceStep::follows`], `counts` lack
+    /// the token that it follows.
+    pub fn has_penalty(&self) -> bool {
+        let sampling = &self.sampling;
+        sampling.repetition_penalty != 1.0
+            || sampling.presence_penalty != 0.0
+            || sampling.frequency_penalty != 0.0
+    }
+}
+
 /// Occurrences of one token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenCount {

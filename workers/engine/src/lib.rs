@@ -55,7 +55,5 @@ pub use fake::{FakeConfig, FakeExecutor, FakeKv, FakeMemory};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use pool::{BlockPool, PoolStats};
 pub use rows::{Rows, SequenceRows, Want, What, answer, wants};
-pub use sampling::{
-    Distribution, LOGPROB_MIN, Simple, random_bits, sample, simple, token_logprobs, uniform,
-};
+pub use sampling::{Distribution, Draw, LOGPROB_MIN, random_bits, sample, token_logprobs, uniform};
 pub use table::BlockTable;

@@ -40,77 +40,59 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
         });
         return Sampled { token: 0, logprobs };
     }
-    // A temperature that is no number, or negative, is greedy too.
-    let greedy = sampling.temperature.is_nan() || sampling.temperature <= 0.0;
-    let Some(top) = sampling.logprobs else {
-        let token = if greedy {
-            peak_token
-        } else {
-            let bits = random_bits(sampling.seed, request.position);
-            truncate::draw(logits, peak, sampling, bits)
-        };
-        return Sampled {
-            token,
-            logprobs: None,
-        };
-    };
+    let draw = Draw::of(request, logits.len());
     // Log-probabilities first: top-p may overwrite logits that it drops.
-    let distribution = Distribution::of(logits, peak);
-    let top = distribution.top(logits, usize::from(top));
-    if greedy {
-        let logprob = distribution.logprob(peak);
-        return Sampled {
-            token: peak_token,
-            logprobs: Some(TokenLogprobs { logprob, top }),
-        };
-    }
-    let bits = random_bits(sampling.seed, request.position);
-    let token = truncate::draw(logits, peak, sampling, bits);
-    // A token that was drawn was not dropped.
-    let logprob = distribution.logprob(logits[token as usize]);
-    Sampled {
-        token,
-        logprobs: Some(TokenLogprobs { logprob, top }),
-    }
+    let report = sampling.logprobs.map(|top| {
+        let distribution = Distribution::of(logits, peak);
+        let top = distribution.top(logits, usize::from(top));
+        (distribution, top)
+    });
+    let token = draw.map_or(peak_token, |draw| truncate::draw(logits, peak, &draw));
+    // A token that was chosen was not dropped.
+    let logprobs = report.map(|(distribution, top)| TokenLogprobs {
+        logprob: distribution.logprob(logits[token as usize]),
+        top,
+    });
+    Sampled { token, logprobs }
 }
 
-/// How a token is chosen when nothing is asked that needs all logits in one place: an executor that can do this where
-/// the logits are chooses the same token as [`sample`].
+/// How a token is drawn, in numbers: what an executor needs that samples where the logits are. [`sample`] says what they mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Simple {
-    /// The largest logit, the lowest id among equals.
-    Largest,
-    /// By weight among all tokens: [`Sampling`](baton_protocol::Sampling) with a temperature and neither top-k nor top-p.
-    Draw {
-        /// What logits are multiplied by.
-        inverse_temperature: f32,
-        /// Weights below count as 0; the best token's is 1.
-        weight_min: f32,
-        /// Where in the sum of all weights the token lies, in 2^-53.
-        bits: u64,
-    },
+pub struct Draw {
+    /// What logits are multiplied by.
+    pub inverse_temperature: f32,
+    /// Of the order of all tokens, how many are kept; 0 keeps all.
+    pub top_k: u32,
+    /// Of these, the fewest are kept whose weights reach this share of the weight of all, in `[0, 1]`; 1 keeps all.
+    pub top_p: f32,
+    /// Of these, the ones that weigh less are dropped; the best token weighs 1.
+    pub weight_min: f32,
+    /// Where in the sum of the kept weights, in order of ids, the token lies, in 2^-53.
+    pub bits: u64,
 }
 
-/// Whether a request over `vocab` logits is a simple one.
-pub fn simple(request: &SampleRequest, vocab: usize) -> Option<Simple> {
-    let state = &*request.state;
-    let sampling = &state.sampling;
-    let plain = sampling.logprobs.is_none()
-        && sampling.logit_bias.is_empty()
-        && state.counts.is_empty()
-        && (!request.ban_stop_ids || state.stop_token_ids.is_empty());
-    if !plain {
-        return None;
+impl Draw {
+    /// How a request over `vocab` logits draws; `None` if it takes the most likely token.
+    pub fn of(request: &SampleRequest, vocab: usize) -> Option<Self> {
+        let sampling = &request.state.sampling;
+        // A temperature that is no number, or negative, is greedy too.
+        if sampling.temperature.is_nan() || sampling.temperature <= 0.0 {
+            return None;
+        }
+        let truncates = (1..vocab).contains(&(sampling.top_k as usize));
+        Some(Self {
+            // Beyond these bounds the draw is greedy, or all tokens are equal, anyway.
+            inverse_temperature: 1.0 / sampling.temperature.clamp(1e-30, 1e30),
+            top_k: if truncates { sampling.top_k } else { 0 },
+            top_p: match sampling.top_p < 1.0 {
+                true => sampling.top_p.max(0.0),
+                false => 1.0,
+            },
+            // The best token stays whatever min-p says.
+            weight_min: sampling.min_p.min(1.0),
+            bits: random_bits(sampling.seed, request.position),
+        })
     }
-    if sampling.temperature.is_nan() || sampling.temperature <= 0.0 {
-        return Some(Simple::Largest);
-    }
-    let truncated = (1..vocab).contains(&(sampling.top_k as usize)) || sampling.top_p < 1.0;
-    (!truncated).then(|| Simple::Draw {
-        inverse_temperature: truncate::inverse_temperature(sampling),
-        weight_min: sampling.min_p.min(1.0),
-        bits: random_bits(sampling.seed, request.position),
-    })
 }
 
 /// Log-probability of a given token under the plain logits, and the `top` most likely ones: what a

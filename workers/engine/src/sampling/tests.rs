@@ -319,17 +319,19 @@ proptest! {
 }
 
 #[test]
-fn only_what_needs_no_view_of_all_logits_is_simple() {
+fn a_draw_says_what_was_asked_in_numbers() {
     let warm = || Sampling {
         temperature: 0.5,
         min_p: 2.0,
         seed: 9,
         ..Sampling::default()
     };
-    let asked = |sampling| simple(&request(plain(sampling), 3), 100);
-    assert_eq!(asked(Sampling::default()), Some(Simple::Largest));
-    let draw = Simple::Draw {
+    let asked = |sampling| Draw::of(&request(plain(sampling), 3), 100);
+    assert_eq!(asked(Sampling::default()), None);
+    let draw = Draw {
         inverse_temperature: 2.0,
+        top_k: 0,
+        top_p: 1.0,
         weight_min: 1.0,
         bits: random_bits(9, 3),
     };
@@ -337,46 +339,22 @@ fn only_what_needs_no_view_of_all_logits_is_simple() {
     // Keeping the best hundred of a hundred keeps all.
     let all = Sampling {
         top_k: 100,
+        top_p: f32::NAN,
         ..warm()
     };
     assert_eq!(asked(all), Some(draw));
-    for sampling in [
-        Sampling {
-            top_k: 99,
-            ..warm()
-        },
-        Sampling {
-            top_p: 0.99,
-            ..warm()
-        },
-        Sampling {
-            logprobs: Some(0),
-            ..warm()
-        },
-        Sampling {
-            logit_bias: vec![(1, 1.0)],
-            ..Sampling::default()
-        },
-    ] {
-        assert_eq!(asked(sampling), None);
-    }
-    let counted = SampleState {
-        counts: vec![TokenCount {
-            token: 1,
-            prompt: 1,
-            output: 0,
-        }],
-        ..SampleState::default()
+    let few = Sampling {
+        top_k: 99,
+        top_p: -1.0,
+        ..warm()
     };
-    assert_eq!(simple(&request(counted, 3), 100), None);
-    let mut banned = request(
-        SampleState {
-            stop_token_ids: vec![2],
-            ..SampleState::default()
-        },
-        3,
+    let (top_k, top_p) = (99, 0.0);
+    assert_eq!(
+        asked(few),
+        Some(Draw {
+            top_k,
+            top_p,
+            ..draw
+        })
     );
-    assert_eq!(simple(&banned, 100), Some(Simple::Largest));
-    banned.ban_stop_ids = true;
-    assert_eq!(simple(&banned, 100), None);
 }

@@ -3,8 +3,7 @@
 //! All three keep the upper end of one order: larger logit first, lower id first among equals. So the
 //! kept set is always a prefix of that order, and finding it needs a partial selection, not a sort.
 
-use baton_protocol::Sampling;
-
+use super::Draw;
 use super::numeric::{self, Weights};
 
 /// Candidates that top-p looks at before it sorts all tokens into buckets. Models are rarely so unsure that
@@ -72,45 +71,37 @@ fn keep_largest(ranks: &mut Vec<Rank>, count: usize) {
     ranks.truncate(count);
 }
 
-/// It must be a number. Beyond these bounds the draw is greedy, or all tokens are equal, anyway.
-pub fn inverse_temperature(sampling: &Sampling) -> f32 {
-    1.0 / sampling.temperature.clamp(1e-30, 1e30)
-}
-
-/// Draw a token by 53 random bits. Logits are free of NaN, `peak` is their maximum and finite, the temperature is
-/// above 0. May overwrite logits that top-p drops.
+/// Draw a token. Logits are free of NaN, `peak` is their maximum and finite. May overwrite logits that top-p drops.
 ///
 /// Tokens are kept in the order of their ranks: the first `top_k`, of those the fewest whose weights reach `top_p` of the
-/// weight of all, of those the ones not lighter than `min_p`. Of the kept weights, laid out in order of ids, the one that
-/// holds the point `bits / 2^53` of their sum is drawn.
-pub fn draw(logits: &mut [f32], peak: f32, sampling: &Sampling, bits: u64) -> u32 {
+/// weight of all, of those the ones not lighter than `weight_min`. Of the kept weights, laid out in order of ids, the one
+/// that holds the point `bits / 2^53` of their sum is drawn.
+pub fn draw(logits: &mut [f32], peak: f32, draw: &Draw) -> u32 {
     let all = Weights {
         peak,
-        scale: inverse_temperature(sampling),
+        scale: draw.inverse_temperature,
         weight_min: 0.0,
     };
-    // The best token weighs 1; it stays whatever min-p says.
     let kept = Weights {
-        weight_min: sampling.min_p.min(1.0),
+        weight_min: draw.weight_min,
         ..all
     };
-    let top_k = sampling.top_k as usize;
     let mut logit_min = f32::NEG_INFINITY;
-    if (1..logits.len()).contains(&top_k) {
-        let mut ranks = largest(logits, top_k);
+    if draw.top_k > 0 {
+        let mut ranks = largest(logits, draw.top_k as usize);
         let total = ranks.iter().map(|rank| all.of(rank.logit(logits))).sum();
-        shorten(&mut ranks, logits, &all, mass(total, sampling.top_p));
-        return draw_ranked(ranks, logits, &kept, bits);
+        shorten(&mut ranks, logits, &all, mass(total, draw.top_p));
+        return draw_ranked(ranks, logits, &kept, draw.bits);
     }
-    if sampling.top_p < 1.0 {
-        let mass = mass(all.total(logits), sampling.top_p);
+    if draw.top_p < 1.0 {
+        let mass = mass(all.total(logits), draw.top_p);
         let mut ranks = largest(logits, NUCLEUS_FIRST);
         if shorten(&mut ranks, logits, &all, mass) {
-            return draw_ranked(ranks, logits, &kept, bits);
+            return draw_ranked(ranks, logits, &kept, draw.bits);
         }
         logit_min = cut_nucleus(logits, &all, mass);
     }
-    draw_weighted(logits, &kept, logit_min, bits)
+    draw_weighted(logits, &kept, logit_min, draw.bits)
 }
 
 /// The weight that top-p keeps at least.
