@@ -125,6 +125,19 @@ DEVICE void load(const Part& part, int group, float (&x)[8]) {
     }
 }
 
+// Calls `use` with each of a warp's groups; the next one's logits are on their way meanwhile.
+template <class Use> DEVICE void each_group(const Part& part, Use use) {
+    float x[8], next[8];
+    int group = part.first + threadIdx.x / 32;
+    if (group < part.end) load(part, group, next);
+    for (; group < part.end; group += WARPS) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[j] = next[j];
+        if (group + WARPS < part.end) load(part, group + WARPS, next);
+        use(group, x);
+    }
+}
+
 DEVICE u64 warp_sum_u64(u64 x) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
@@ -143,22 +156,26 @@ DEVICE u64 block_sum_u64(u64 x, Shared& shared) {
     return sum;
 }
 
-// Sorts 2^n numbers, descending. Barriers before and after are its own.
+// Sorts n numbers, a power of two, descending. Barriers before and after are its own. Pairs up to 32 apart are of one warp.
 DEVICE void sort(u64* a, int n) {
     __syncthreads();
+    int last_step = 0;
 #pragma unroll 1
     for (int span = 2; span <= n; span *= 2) {
 #pragma unroll 1
         for (int step = span / 2; step > 0; step /= 2) {
+            if (step > 32 || last_step > 32) __syncthreads();
+            else __syncwarp();
+            last_step = step;
 #pragma unroll 1
             for (int i = threadIdx.x; i < n / 2; i += THREADS) {
                 int low = 2 * i - (i & (step - 1)), high = low + step;
                 u64 x = a[low], y = a[high];
                 if ((x < y) == ((low & span) == 0)) a[low] = y, a[high] = x;
             }
-            __syncthreads();
         }
     }
+    __syncthreads();
 }
 
 // Inclusive sums of the first n numbers, at most 4 * THREADS, in place. Barriers before and after are its own.
@@ -254,26 +271,51 @@ DEVICE void edit(const Part& part, const Row& mine, const Edit* edits, const int
     __syncthreads();
 }
 
+// Adds a token to the block's list. Tokens beyond LIST_MAX are counted only.
+DEVICE void add_to_list(Shared& shared, u64 rank) {
+    u32 place = atomicAdd(&shared.places, 1);
+    if (place < LIST_MAX) shared.list[place] = rank;
+}
+
+// Puts the lists of the cluster's blocks together in its first block's and sorts it. All blocks have gathered since, and gather before
+// they touch their lists again.
+DEVICE void join_lists(Shared& shared, const Part& part, int listed) {
+    __syncthreads();
+    if (threadIdx.x < part.blocks) shared.scratch[threadIdx.x] = cluster_load(&shared.listed, threadIdx.x);
+    __syncthreads();
+    for (int i = (int)shared.scratch[0] + threadIdx.x; i < listed; i += THREADS) {
+        int from = i;
+        u32 block = 0;
+        while (from >= (int)shared.scratch[block]) from -= (int)shared.scratch[block++];
+        shared.list[i] = cluster_load(&shared.list[from], block);
+    }
+    const int padded = power_of_two(listed);
+    for (int i = listed + threadIdx.x; i < padded; i += THREADS) shared.list[i] = 0;
+    sort(shared.list, padded);
+}
+
 // The rank at which the shortest prefix ends that has `goal` tokens, or weight if `by_weight`; at least 1, and not more
-// than there is. `kept`: the prefix's weight.
+// than there is. `kept`: the prefix's weight. Uses the list and the sums.
+//
+// Ranks from `base` on are cut in 8, the range in which the prefix ends is cut again, until it has so few tokens that they can be sorted.
 __device__ __noinline__ u64
-search(Shared& shared, Part& part, float peak, float scale, bool by_weight, u64 goal, u64& kept) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u64 base = 0, above = 0, above_weight = 0;
-    int width = 8;
-    for (int shift = 61;;) {
+search(Shared& shared, Part& part, u64 peak_rank, float scale, bool by_weight, u64 goal, u64& kept) {
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+    const float peak = logit_of(peak_rank >> 32);
+    // Below this logit there is no weight.
+    u64 base = by_weight ? (u64)key_of(peak - 40.0f / scale) << 32 : 0, above = 0, above_weight = 0;
+    int shift = max(0, 61 - __clzll(peak_rank - base));
+    for (;;) {
         u64 sums[8];
         u32 counts[8];
 #pragma unroll
         for (int d = 0; d < 8; d++) sums[d] = counts[d] = 0;
-        for (int group = part.first + warp; group < part.end; group += WARPS) {
-            float x[8];
-            load(part, group, x);
+        each_group(part, [&](int group, const float (&x)[8]) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 int i = place_of(group, j);
                 u64 rank = rank_of(clean(x[j]), i), digit = (rank - base) >> shift;
-                if (i < part.vocab && rank >= base && digit < width) {
+                if (rank >= base && digit < 8 && i < part.vocab) {
                     u64 weight = weight_of(clean(x[j]), peak, scale, 0.0f);
 #pragma unroll
                     for (int d = 0; d < 8; d++) {
@@ -282,7 +324,7 @@ search(Shared& shared, Part& part, float peak, float scale, bool by_weight, u64 
                     }
                 }
             }
-        }
+        });
 #pragma unroll
         for (int d = 0; d < 8; d++) {
             sums[d] = warp_sum_u64(sums[d]);
@@ -290,32 +332,61 @@ search(Shared& shared, Part& part, float peak, float scale, bool by_weight, u64 
             if (lane == 0) shared.scratch[warp * 8 + d] = sums[d], shared.scratch_counts[warp * 8 + d] = counts[d];
         }
         __syncthreads();
-        if (threadIdx.x < 8) {
+        if (tid < 8) {
             u64 sum = 0, count = 0;
             for (int w = 0; w < WARPS; w++) {
-                sum += shared.scratch[w * 8 + threadIdx.x];
-                count += shared.scratch_counts[w * 8 + threadIdx.x];
+                sum += shared.scratch[w * 8 + tid];
+                count += shared.scratch_counts[w * 8 + tid];
             }
-            shared.box[part.turn][threadIdx.x] = sum;
-            shared.box[part.turn][8 + threadIdx.x] = count;
+            shared.box[part.turn][tid] = sum;
+            shared.box[part.turn][8 + tid] = count;
         }
         gather(shared, part, 0);
-        int digit = width - 1;
-        u64 weight = above_weight;
+        int digit = 7;
         for (; digit > 0; digit--) {
             u64 more = above + shared.all[by_weight ? digit : 8 + digit];
             if (more >= goal) break;
             above = more;
-            weight += shared.all[digit];
+            above_weight += shared.all[digit];
         }
         base += (u64)digit << shift;
-        above_weight = weight;
-        kept = weight + shared.all[digit];
+        kept = above_weight + shared.all[digit];
         const u64 count = shared.all[8 + digit];
-        if (shift == 0 || count == 1 || (!by_weight && above + count == goal)) return base;
-        width = shift >= 3 ? 8 : 1 << shift;
-        shift = shift >= 3 ? shift - 3 : 0;
+        if (!by_weight && above + count == goal) return base;
+        if (count <= LIST_MAX) break; // at 2^11 ranks at the latest
+        shift -= 3;
     }
+    if (tid == 0) shared.places = 0;
+    __syncthreads();
+    each_group(part, [&](int group, const float (&x)[8]) {
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int i = place_of(group, j);
+            u64 rank = rank_of(clean(x[j]), i);
+            if (rank >= base && (rank - base) >> shift == 0 && i < part.vocab) add_to_list(shared, rank);
+        }
+    });
+    __syncthreads();
+    if (tid == 0) shared.listed = shared.box[part.turn][0] = shared.places;
+    gather(shared, part, 0);
+    const int listed = (int)shared.all[0];
+    if (tid == 0) shared.box[part.turn][0] = shared.box[part.turn][1] = 0;
+    if (part.rank == 0) {
+        join_lists(shared, part, listed);
+        for (int i = tid; i < listed; i += THREADS)
+            shared.sums[i] = weight_of(logit_of(shared.list[i] >> 32), peak, scale, 0.0f);
+        scan(shared.sums, listed, shared);
+        auto reaches = [&](int i) { return above + (by_weight ? shared.sums[i] : i + 1) >= goal; };
+        for (int i = tid; i < listed; i += THREADS) {
+            if (reaches(i) && (i == 0 || !reaches(i - 1))) {
+                shared.box[part.turn][0] = shared.list[i];
+                shared.box[part.turn][1] = above_weight + shared.sums[i];
+            }
+        }
+    }
+    gather(shared, part, 0);
+    kept = shared.all[1];
+    return shared.all[0];
 }
 
 } // namespace
@@ -359,15 +430,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     if (edited || goal > 0) {
         float best = -INFINITY;
         int best_at = 0;
-        for (int group = part.first + warp; group < part.end; group += WARPS) {
-            float x[8];
-            load(part, group, x);
+        each_group(part, [&](int group, const float (&x)[8]) {
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 float y = x[j] > LOGIT_MAX ? LOGIT_MAX : x[j];
                 if (y > best) best = y, best_at = place_of(group, j); // ids ascend; false for NaN
             }
-        }
+        });
         u64 top = best > -INFINITY ? rank_of(best, best_at) : 0;
         shared.list[tid] = top;
         const int its = (goal + part.blocks - 1) / part.blocks;
@@ -416,9 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
         if (tid == 0) shared.places = 0;
         __syncthreads();
         u64 sum_part = 0, log_part = 0;
-        for (int group = part.first + warp; group < part.end; group += WARPS) {
-            float x[8];
-            load(part, group, x);
+        each_group(part, [&](int group, const float (&x)[8]) {
             u64 group_part = 0;
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -427,19 +494,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
                 if (sum) sum_part += weight_of(y, peak, scale, 0.0f);
                 if (log) log_part += weight_of(y, peak, 1.0f, 0.0f);
                 if (by_groups) {
-                    u64 weight = weight_of(y, peak, scale, mine.weight_min);
-                    group_part += rank_of(y, i) >= rank_min ? weight : 0;
+                    const u64 weight = weight_of(y, peak, scale, mine.weight_min);
+                    group_part += rank_min == 0 || rank_of(y, i) >= rank_min ? weight : 0;
                 }
-                if (list && rank_of(y, i) >= bound && i < vocab) {
-                    u32 place = atomicAdd(&shared.places, 1);
-                    if (place < LIST_MAX) shared.list[place] = rank_of(y, i);
-                }
+                if (list && rank_of(y, i) >= bound && i < vocab) add_to_list(shared, rank_of(y, i));
             }
             if (by_groups) {
                 group_part = warp_sum_u64(group_part);
                 if (lane == 0) shared.sums[group - part.first] = group_part, sum_part += group_part;
             }
-        }
+        });
         sum_part = block_sum_u64(sum_part, shared);
         log_part = block_sum_u64(log_part, shared);
         if (tid == 0) {
@@ -458,28 +522,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     bool by_groups = draws && !top_k_listed && !nucleus;
     if (draws && mine.top_k > LIST_GOAL) {
         u64 weight;
-        rank_min = search(shared, part, peak, scale, false, mine.top_k, weight);
+        rank_min = search(shared, part, peak_rank, scale, false, mine.top_k, weight);
         if (mine.top_p < 1.0f)
-            rank_min = search(shared, part, peak, scale, true, larger(mass_of(weight, mine.top_p), 1), weight);
+            rank_min = search(shared, part, peak_rank, scale, true, larger(mass_of(weight, mine.top_p), 1), weight);
     }
     if (goal > 0 || reports || by_groups) sweep(goal > 0, nucleus, reports, by_groups);
     if (listed > LIST_MAX) { // many equals: the best `goal` exactly
         u64 weight;
-        bound = search(shared, part, peak, scale, false, goal, weight);
+        bound = search(shared, part, peak_rank, scale, false, goal, weight);
         sweep(true, false, false, by_groups);
     }
 
     int token = mine.given >= 0 ? mine.given : draws ? -1 : (int)token_of(peak_rank);
     if (goal > 0 && part.rank == 0) {
-        int filled = (int)shared.listed;
-        for (u32 block = 1; block < part.blocks; block++) {
-            const int count = (int)cluster_load(&shared.listed, block);
-            for (int i = tid; i < count; i += THREADS) shared.list[filled + i] = cluster_load(&shared.list[i], block);
-            filled += count;
-        }
-        const int padded = power_of_two(listed);
-        for (int i = listed + tid; i < padded; i += THREADS) shared.list[i] = 0;
-        sort(shared.list, padded);
+        join_lists(shared, part, listed);
         if (reports) {
             for (int i = tid; i < min(mine.top, vocab); i += THREADS)
                 tops[(size_t)at * tops_stride + i] = Top{token_of(shared.list[i]), logit_of(shared.list[i] >> 32)};
@@ -524,11 +580,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
                 token = (int)shared.found;
             }
         }
+    }
+    if (nucleus) {
         if (tid == 0) shared.box[part.turn][0] = part.rank == 0 && token < 0;
         gather(shared, part, 0);
         if (shared.all[0]) { // the list does not reach
             u64 weight;
-            rank_min = search(shared, part, peak, scale, true, mass_of(total, mine.top_p), weight);
+            rank_min = search(shared, part, peak_rank, scale, true, mass_of(total, mine.top_p), weight);
             by_groups = true;
             sweep(false, false, false, true);
         }

@@ -80,9 +80,6 @@ const TOPS_MAX: usize = u8::MAX as usize;
 const GROUP: usize = 256;
 const WARPS: usize = 16;
 
-/// Blocks of a cluster at most.
-const CLUSTER_MAX: usize = 8;
-
 /// The kernel, and what it reads and writes on the GPU. One set: steps run one after the other.
 pub struct Sampler {
     device: Arc<Device>,
@@ -237,12 +234,7 @@ impl Sampler {
     /// As many blocks a row as fill the GPU: one pass of one block over a row takes longer than all else together.
     fn shape(&self, rows: usize) -> Shape {
         let blocks = match self.device.capability() >= (9, 0) {
-            true => {
-                let free = self.device.multiprocessors() as usize / rows.max(1);
-                let filled = self.vocab / GROUP / WARPS;
-                let most = free.min(filled).clamp(1, CLUSTER_MAX);
-                1 << most.ilog2()
-            }
+            true => blocks(rows, self.vocab, self.device.multiprocessors() as usize),
             false => 1,
         };
         Shape::plane(blocks, rows, self.threads).cluster(blocks)
@@ -325,6 +317,20 @@ impl Row {
         let edits = self.biases + self.bans + self.counts;
         self.inverse_temperature == 0.0 && self.top < 0 && edits == 0 && self.pending < 0
     }
+}
+
+/// Blocks of a row's cluster. A block wants a group for each of its warps. Clusters lie within parts of the GPU of 16 or 18
+/// multiprocessors, so of more than two blocks not all multiprocessors can be used.
+fn blocks(rows: usize, vocab: usize, multiprocessors: usize) -> usize {
+    let filled = vocab / GROUP / WARPS;
+    let fits = |blocks: &usize| {
+        let usable = match blocks {
+            0..=2 => multiprocessors,
+            _ => multiprocessors * 7 / 8,
+        };
+        *blocks <= filled && blocks * rows <= usable
+    };
+    [8, 4, 2].into_iter().find(fits).unwrap_or(1)
 }
 
 /// Edits that a want needs room for.
@@ -422,6 +428,19 @@ mod tests {
                 ban_stop_ids,
             }),
         }
+    }
+
+    #[test]
+    fn few_rows_get_clusters() {
+        let blocks = |rows| super::blocks(rows, 128_256, 132);
+        assert_eq!(
+            [1, 14, 15, 28, 29, 66, 67, 512].map(blocks),
+            [8, 8, 4, 4, 2, 2, 1, 1]
+        );
+        assert_eq!(
+            [40, 3001, 8192, 49_152].map(|vocab| super::blocks(1, vocab, 132)),
+            [1, 1, 2, 8]
+        );
     }
 
     fn edit(token: u32, value: u32) -> Edit {
