@@ -1,6 +1,7 @@
-// Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip.
+// Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip; and what lies
+// between the query-key-value product and it: bias, norm per head, rotary positions, the new key and value into the arena.
 //
-// kernel attention_decode spill_bytes_max=0
+// kernel attention_decode spill_bytes_max=96 (none but with head_dim 256 before sm_90)
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
@@ -17,9 +18,13 @@
 // and Oᵀ = Vᵀ·Pᵀ head_dim as rows: with a group of 4, half of the matrix unit's work is waste, where rows of
 // queries would waste three quarters and 4 times the registers. Pᵀ becomes an operand by movmatrix, in registers.
 //
+// Queries are turned where they are read, by every warp that has a share of their head: a thread's elements of B are both
+// halves of its pairs. The new key and value are made by the warp that has the sequence's last tile: it puts them into
+// its tile in shared memory and into the arena. So nothing in the arena is read that this step writes, and all tiles are
+// requested before griddepcontrol.wait.
+//
 // Each warp streams tiles of its own through its own ring of stages (sm_90: TMA with 128-byte swizzle, one
 // mbarrier a stage; before: cp.async into the same layout), and meets the others only at the end.
-// What a step does not write (all tiles but a sequence's last) is requested before griddepcontrol.wait.
 //
 // Floor: KV bytes / read bandwidth; a tile of 32 tokens of a head is 128·head_dim bytes. Arithmetic is some 15% of it.
 //
@@ -53,7 +58,9 @@ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 constexpr int kDim = HEAD_DIM;
 constexpr int kParts = (kDim + 63) / 64; // column parts of 64: a row of one is a swizzle span of 128 bytes
-constexpr int kSteps = (kDim + 15) / 16;
+constexpr int kSteps = kDim / 16;
+constexpr int kQuads = kDim / 4; // pairs of numbers in half a head
+constexpr int kPairs = (kQuads + 31) / 32;
 constexpr int kGroup = GROUP;
 constexpr int kColumns = (kGroup + 7) / 8; // MMA column tiles
 constexpr int kTile = kParts == 1 ? 64 : 32;
@@ -104,6 +111,34 @@ struct Cursor {
     }
 };
 
+// Two numbers of the lower half of a head and the two that they turn with.
+struct Quad {
+    float lx, ly, hx, hy;
+
+    // `pair`: which of the lower half; bias of the head, or null.
+    DEVICE Quad(u32 low, u32 high, const u32* bias, int pair)
+        : lx(bf16_low(low)), ly(bf16_high(low)), hx(bf16_low(high)), hy(bf16_high(high)) {
+        if (!bias) return;
+        low = bias[pair], high = bias[pair + kQuads];
+        lx += bf16_low(low), ly += bf16_high(low), hx += bf16_low(high), hy += bf16_high(high);
+    }
+    DEVICE float squares() const { return lx * lx + ly * ly + hx * hx + hy * hy; }
+    DEVICE void norm(float squares, float eps, const u32* weights, int pair) {
+        const float scale = 1.0f / sqrtf(squares / kDim + eps);
+        const u32 low = weights[pair], high = weights[pair + kQuads];
+        lx *= scale * bf16_low(low), ly *= scale * bf16_high(low), hx *= scale * bf16_low(high), hy *= scale * bf16_high(high);
+    }
+    // By (cosine, sine) of the pair's two positions.
+    DEVICE void turn(float4 by) {
+        *this = Quad{lx * by.x - hx * by.y, ly * by.z - hy * by.w, hx * by.x + lx * by.y, hy * by.z + ly * by.w};
+    }
+    DEVICE u32 low() const { return pack_bf16(lx, ly); }
+    DEVICE u32 high() const { return pack_bf16(hx, hy); }
+
+private:
+    DEVICE Quad(float lx, float ly, float hx, float hy) : lx(lx), ly(ly), hx(hx), hy(hy) {}
+};
+
 // A head that goes on in other CTAs.
 struct Cut {
     int parts, first, first_slot, counter;
@@ -125,13 +160,15 @@ DEVICE void store_scaled(bf16* to, float scale, float4 x) {
 
 extern "C" __constant__ const int attention_decode_launch[4] = {kThreads, kSharedBytes, kSequencesMax, kGridMax};
 
-// q, out: [sequence][query head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens
-// seen, 0 all.
+// qkv: [sequence][(GROUP + 2)·kv_heads heads][HEAD_DIM], queries, keys, values, as the product left them; bias of a row's length, or
+// null; q_norm, k_norm [HEAD_DIM], or null; turns [sequence][HEAD_DIM/2] of (cosine, sine). out: [sequence][query
+// head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens seen, 0 all.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__ q, bf16* __restrict__ out,
-                 const bf16* __restrict__ arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
+attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ qkv, const u32* __restrict__ bias,
+                 const u32* __restrict__ q_norm, const u32* __restrict__ k_norm, const float4* __restrict__ turns,
+                 bf16* __restrict__ out, bf16* arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
                  const int* __restrict__ seq_table, const int* __restrict__ tables, float* partial, int* counters,
-                 int sequences_at, int layer, int layers, int kv_heads, float scale, int window) {
+                 int sequences_at, int layer, int layers, int kv_heads, float scale, int window, float eps) {
     extern __shared__ u8 shared_raw[];
     __shared__ Cut cuts[2];
     __shared__ int turn[2], scans[2 * kWarps];
@@ -222,7 +259,6 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
     int load_at = begin, load_stage = 0;
 
     auto tile_of = [&](const Cursor& c) { return first_tile(lengths[c.sequence], window) + c.tile; };
-    auto last_of = [&](const Cursor& c) { return (lengths[c.sequence] - 1) / kTile; };
     auto block_of = [&](const Cursor& c, int token) {
         return tables[offsets[c.sequence] + min(token, lengths[c.sequence] - 1) / BLOCK_TOKENS];
     };
@@ -272,22 +308,15 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
         }
     };
 
-    // Earlier steps' tiles need not wait for this step's kernels.
-    int filled = 0;
 #pragma unroll 1
-    while (filled < kStages && load_at < end && tile_of(load) != last_of(load)) {
-        issue();
-        filled++;
-    }
-    dependency_wait();
-    dependency_trigger();
-#pragma unroll 1
-    for (; filled < kStages; filled++) {
+    for (int filled = 0; filled < kStages; filled++) {
         if (load_at < end) issue();
 #if !TMA_ROAD
         else cp_async_commit();
 #endif
     }
+    dependency_wait();
+    dependency_trigger();
 
     const float scale_log2 = scale * 1.4426950408889634f;
     int stage_at = 0;
@@ -306,16 +335,73 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
         const int tile_base = first_tile(length, window);
         const int head_index = here.sequence * kv_heads + here.head;
 
-        // qᵀ as the B operand: 16 rows of head_dim by 8 heads.
+        // qᵀ as the B operand: 16 rows of head_dim by 8 heads, read as pairs of numbers. And what becomes the new key and
+        // value, if the last tile is here: a lane has pairs of both halves.
+        const u32* const made = qkv + (long long)here.sequence * (kGroup + 2) * kv_heads * (kDim / 2);
+        const float4* const turn = turns + here.sequence * kQuads;
+        const int first_head = here.head * kGroup, key_head = kv_heads * kGroup + here.head, value_head = key_head + kv_heads;
+        const bool has_last = stop == segment + tiles;
+        auto at_head = [&](const u32* row, int head) { return row ? row + head * (kDim / 2) : nullptr; };
         u32 qb[kSteps][kColumns][2];
 #pragma unroll
         for (int n = 0; n < kColumns; n++) {
-            int head = n * 8 + g;
-            const u32* from = (const u32*)(q + ((long long)head_index * kGroup + head) * kDim);
+            const u32* from = at_head(made, first_head + min(n * 8 + g, kGroup - 1));
 #pragma unroll
-            for (int k = 0; k < kSteps; k++) {
-                qb[k][n][0] = head < kGroup ? from[k * 8 + t] : 0;
-                qb[k][n][1] = head < kGroup ? from[k * 8 + 4 + t] : 0;
+            for (int h = 0; h < 2 * kSteps; h++) qb[h / 2][n][h % 2] = from[h * 4 + t];
+        }
+        u32 key[kPairs][2], value[kPairs][2];
+        bf16* to_arena = nullptr;
+        if (has_last) {
+#pragma unroll
+            for (int c = 0; c < kPairs; c++) {
+                const int pair = min(lane + c * 32, kQuads - 1);
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    key[c][half] = at_head(made, key_head)[pair + half * kQuads];
+                    value[c][half] = at_head(made, value_head)[pair + half * kQuads];
+                }
+            }
+            to_arena = arena + arena_row(here, block_of(here, length - 1), length - 1) * kDim;
+        }
+#pragma unroll
+        for (int n = 0; n < kColumns; n++) {
+            const int head = n * 8 + g;
+            const u32* own_bias = at_head(bias, first_head + min(head, kGroup - 1));
+            float squares = 0;
+            if (q_norm) {
+#pragma unroll
+                for (int h = 0; h < kSteps; h++)
+                    squares += Quad(qb[h / 2][n][h % 2], qb[(h + kSteps) / 2][n][(h + kSteps) % 2], own_bias, h * 4 + t).squares();
+                squares = warp_sum<4>(squares);
+            }
+#pragma unroll
+            for (int h = 0; h < kSteps; h++) {
+                u32 &low = qb[h / 2][n][h % 2], &high = qb[(h + kSteps) / 2][n][(h + kSteps) % 2];
+                Quad quad(low, high, own_bias, h * 4 + t);
+                if (q_norm) quad.norm(squares, eps, q_norm, h * 4 + t);
+                quad.turn(turn[h * 4 + t]);
+                low = head < kGroup ? quad.low() : 0;
+                high = head < kGroup ? quad.high() : 0;
+            }
+        }
+        if (has_last) {
+            float squares = 0;
+#pragma unroll
+            for (int c = 0; c < kPairs; c++) {
+                const int pair = min(lane + c * 32, kQuads - 1);
+                Quad quad(key[c][0], key[c][1], at_head(bias, key_head), pair);
+                if (lane + c * 32 < kQuads) squares += quad.squares();
+            }
+            squares = warp_sum<32>(squares);
+#pragma unroll
+            for (int c = 0; c < kPairs; c++) {
+                const int pair = min(lane + c * 32, kQuads - 1);
+                Quad quad(key[c][0], key[c][1], at_head(bias, key_head), pair);
+                if (k_norm) quad.norm(squares, eps, k_norm, pair);
+                quad.turn(turn[pair]);
+                key[c][0] = quad.low(), key[c][1] = quad.high();
+                Quad plain(value[c][0], value[c][1], at_head(bias, value_head), pair);
+                value[c][0] = plain.low(), value[c][1] = plain.high();
             }
         }
 
@@ -343,9 +429,24 @@ attention_decode(const __grid_constant__ TensorMap map, const bf16* __restrict__
 #endif
             const int token_base = (tile_base + tile - segment) * kTile;
             const bool ragged = token_base + kTile > length;
-            if (ragged) {
-                // What lies behind a sequence's end is not its own, perhaps not even a number: 0·NaN is NaN.
-                u8* rows = ring_memory + stage_at * kStageBytes + kParts * kPartBytes;
+            if (token_base + kTile >= length) {
+                // The last row is this step's. What lies behind is not the sequence's own, perhaps not even a number: 0·NaN is NaN.
+                u8* const tile_memory = ring_memory + stage_at * kStageBytes;
+                const int own_row = length - 1 - token_base;
+#pragma unroll
+                for (int c = 0; c < kPairs; c++) {
+                    if (lane + c * 32 >= kQuads) break;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int d = (lane + c * 32 + half * kQuads) * 2;
+                        u8* to = tile_memory + d / 64 * kPartBytes + own_row * 128 + ((d % 64 / 8) ^ (own_row % 8)) * 16 + d % 8 * 2;
+                        *(u32*)to = key[c][half];
+                        *(u32*)(to + kParts * kPartBytes) = value[c][half];
+                        *(u32*)(to_arena + d) = key[c][half];
+                        *(u32*)(to_arena + BLOCK_TOKENS * kDim + d) = value[c][half];
+                    }
+                }
+                u8* rows = tile_memory + kParts * kPartBytes;
 #pragma unroll 1
                 for (int i = lane; i < (kTile - (length - token_base)) * kParts * 8; i += 32) {
                     int row = length - token_base + i / (kParts * 8), chunk = i % (kParts * 8);

@@ -1,5 +1,5 @@
 // What happens between the query-key-value product and attention: bias (Qwen2), norm per head (Qwen3), rotary positions in
-// the half-split form, rounding, and the new keys and values into the arena.
+// the half-split form, rounding, and the new keys and values into the arena. In decode steps attention_decode does the same itself.
 //
 // Floor: rows * (heads + 2 kv_heads) * head_dim * 4 bytes. One warp a head of a row; a block has four.
 // HEAD_DIM (even) is a define; the arena is [block][kv_head][layer][K,V][token][head_dim].

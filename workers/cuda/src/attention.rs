@@ -36,6 +36,25 @@ enum Road {
     Tiled(Box<Tiled>),
 }
 
+/// What attention is made of, each `[rows][…]`.
+pub struct Inputs {
+    /// Queries, keys and values as the product left them, for a step whose queries attention makes
+    /// ([`Attention::makes_queries`]).
+    pub qkv: CUdeviceptr,
+    /// What is added to them, or null.
+    pub bias: CUdeviceptr,
+    /// Norm of each query head, or null.
+    pub q_norm: CUdeviceptr,
+    /// Norm of each key head, or null.
+    pub k_norm: CUdeviceptr,
+    /// Of the norms.
+    pub eps: f32,
+    /// Cosines and sines of the rows' positions.
+    pub turns: CUdeviceptr,
+    /// Queries, for every other step; their keys and values are in the arena.
+    pub q: CUdeviceptr,
+}
+
 /// The kernels of the tensor cores.
 struct Tiled {
     arena: TensorMap,
@@ -127,18 +146,24 @@ impl Attention {
         }
     }
 
+    /// Whether attention itself makes queries, keys and values of what the product left, which is little beside its reading.
+    pub fn makes_queries(&self, shape: StepShape) -> bool {
+        matches!(self.road, Road::Tiled(_)) && shape.work == 0
+    }
+
     /// Attention of one layer over all rows of a step; without units of work, each sequence has one row.
     ///
     /// # Safety
-    /// `q` and `out` hold the step's rows; its tables lie in the arena.
+    /// `inputs` and `out` hold the step's rows; its tables lie in the arena.
     pub unsafe fn launch(
         &self,
         layer: usize,
         shape: StepShape,
         at: &StepAddresses,
-        q: CUdeviceptr,
+        inputs: &Inputs,
         out: CUdeviceptr,
     ) -> Result<(), CudaError> {
+        let q = inputs.q;
         let (kv_heads, layers) = (self.kv.kv_heads as i32, self.kv.layers as i32);
         let (layer, window, arena) = (layer as i32, self.window as i32, self.arena());
         // SAFETY: the kernels' arguments, by their files.
@@ -168,7 +193,11 @@ impl Attention {
                     tiled.decode,
                     tiled.decode_shape,
                     tiled.arena,
-                    q,
+                    inputs.qkv,
+                    inputs.bias,
+                    inputs.q_norm,
+                    inputs.k_norm,
+                    inputs.turns,
                     out,
                     arena,
                     at.header,
@@ -183,6 +212,7 @@ impl Attention {
                     kv_heads,
                     self.scale,
                     window,
+                    inputs.eps,
                 ),
                 Road::Tiled(tiled) => launch!(
                     tiled.prefill,

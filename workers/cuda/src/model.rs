@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_model::{ModelSpec, TensorSource};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::attention::Attention;
+use crate::attention::{Attention, Inputs};
 use crate::buffers::{ARGMAX_PARTS, Buffers, logits_rows, rows_max};
 use crate::compile::Compiler;
 use crate::device::{Buffer, Device};
@@ -369,29 +369,40 @@ unsafe fn attend(
 ) -> Result<(), CudaError> {
     let norms = layer.qk_norm.as_ref();
     let (q_norm, k_norm) = norms.map_or((0, 0), |(q, k)| (q.at(0), k.at(0)));
+    let inputs = Inputs {
+        qkv: b.qkv.at(0),
+        bias,
+        q_norm,
+        k_norm,
+        eps: spec.rms_eps,
+        turns: b.turns.at(0),
+        q: b.q.at(0),
+    };
     let heads = spec.heads + 2 * spec.kv_heads;
     let rope = Shape::plane(heads.div_ceil(4), shape.rows, 128).early();
     // SAFETY: the kernels' arguments, by their files.
     unsafe {
-        launch!(
-            kernels.rope,
-            rope,
-            b.qkv.at(0),
-            bias,
-            q_norm,
-            k_norm,
-            spec.rms_eps,
-            b.turns.at(0),
-            at.row_slot,
-            b.q.at(0),
-            attention.arena(),
-            spec.heads as i32,
-            spec.kv_heads as i32,
-            spec.layers as i32,
-            index as i32,
-            attention.block_tokens() as i32,
-        )?;
-        attention.launch(index, shape, at, b.q.at(0), b.attended.at(0))
+        if !attention.makes_queries(shape) {
+            launch!(
+                kernels.rope,
+                rope,
+                inputs.qkv,
+                bias,
+                q_norm,
+                k_norm,
+                inputs.eps,
+                inputs.turns,
+                at.row_slot,
+                inputs.q,
+                attention.arena(),
+                spec.heads as i32,
+                spec.kv_heads as i32,
+                spec.layers as i32,
+                index as i32,
+                attention.block_tokens() as i32,
+            )?;
+        }
+        attention.launch(index, shape, at, &inputs, b.attended.at(0))
     }
 }
 

@@ -101,6 +101,15 @@ class Case:
         self.seq_first_row, self.seq_rows = i32(firsts), i32(rows)
         self.header = i32([self.R, len(lengths), 0, 0, 0, 0, 0, 0])
         self.q = (torch.randn(self.R, kv_heads * self.G, self.D, device="cuda") * 2).bfloat16()
+        # What decode makes its queries and the new keys and values of; every other case has norms, every third a bias.
+        all_heads = kv_heads * (self.G + 2)
+        self.qkv = (torch.randn(self.R, all_heads, self.D, device="cuda") * 2).bfloat16()
+        small = lambda *dims: (torch.randn(*dims, device="cuda") * 0.3 + 1).bfloat16()
+        self.bias = small(all_heads, self.D) if seed % 3 == 1 else None
+        self.norms = (small(self.D), small(self.D)) if seed % 2 else (None, None)
+        self.eps = 1e-5
+        angle = torch.rand(self.R, self.D // 2, device="cuda") * 2 * math.pi
+        self.turns = torch.stack((angle.cos(), angle.sin()), -1).contiguous()
         self.map = driver.TensorMap(
             self.arena.data_ptr(),
             (self.D, self.blocks * kv_heads * layers * 2 * self.T),
@@ -113,13 +122,35 @@ class Case:
     def stream(self):
         return self.torch.cuda.current_stream().cuda_stream
 
-    def reference(self, layer, window):
+    def made(self):
+        """Queries, and keys and values of the new tokens, of decode."""
+        x = self.qkv.double() + (0 if self.bias is None else self.bias.double())
+        groups = x.split((self.H * self.G, self.H, self.H), 1)
+        cosine, sine = self.turns.double().unbind(-1)
+
+        def turned(x, norm):
+            if norm is not None:
+                x = x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * norm.double()
+            low, high = x.split(self.D // 2, -1)
+            c, s = cosine[:, None], sine[:, None]
+            return self.torch.cat((low * c - high * s, high * c + low * s), -1).bfloat16()
+
+        return turned(groups[0], self.norms[0]), turned(groups[1], self.norms[1]), groups[2].bfloat16()
+
+    def new_rows(self, arena, layer):
+        """Where the new tokens' keys and values lie, [sequence] of [head][K, V][head_dim]."""
+        for n, offset in zip(self.lengths, self.offset_list):
+            block = self.table_list[offset + (n - 1) // self.T]
+            yield arena[block, :, layer, :, (n - 1) % self.T]
+
+    def reference(self, layer, window, q=None):
         torch = self.torch
+        q_all = self.q if q is None else q
         out = torch.empty(self.R, self.H, self.G, self.D, dtype=torch.float64, device="cuda")
         for n, r, first, offset in zip(self.lengths, self.rows, self.firsts, self.offset_list):
             ids = torch.tensor(self.table_list[offset : offset + -(-n // self.T)], device="cuda")
             kv = self.arena[ids][:, :, layer].permute(2, 1, 0, 3, 4).reshape(2, self.H, -1, self.D)[:, :, :n].double()
-            q = self.q[first : first + r].view(r, self.H, self.G, self.D).double()
+            q = q_all[first : first + r].view(r, self.H, self.G, self.D).double()
             s = torch.einsum("rhgd,hkd->rhgk", q, kv[0]) * self.scale
             p = torch.arange(n - r, n, device="cuda")[:, None]
             k = torch.arange(n, device="cuda")[None]
@@ -133,8 +164,9 @@ class Case:
             size = 2 * self.sms * self.G * (self.D + 2)
             self.partial = self.torch.full((size,), float("nan"), device="cuda")
             self.counters = self.torch.zeros(1024 * self.H, dtype=self.torch.int32, device="cuda")
-        arguments = [self.map, self.q, self.out, self.arena, self.header, self.seq_kv_len, self.seq_table, self.tables]
-        arguments += [self.partial, self.counters, 1, layer, self.L, self.H, self.scale, window]
+        arguments = [self.map, self.qkv, self.bias, *self.norms, self.turns, self.out, self.arena, self.header]
+        arguments += [self.seq_kv_len, self.seq_table, self.tables]
+        arguments += [self.partial, self.counters, 1, layer, self.L, self.H, self.scale, window, self.eps]
         kernel.launch(self.stream(), self.sms, arguments, pdl)
 
     def prefill(self, kernel, layer, window=0, pdl=False):
@@ -169,15 +201,35 @@ class Case:
 
 def verify(name, kernel, case, layer, window):
     torch = case.torch
+    q = before = None
+    if name == "attention_decode":
+        q, key, value = case.made()
+        for row in case.new_rows(case.arena, layer):
+            row.fill_(float("nan"))
+        before = case.arena.clone()
     case.out.fill_(float("nan"))
     case.run(name, kernel, layer, window)
     torch.cuda.synchronize()
     first = case.out.clone()
-    reference = case.reference(layer, window)
+    if before is not None:
+        # New keys and values are right to a rounding; nothing else has changed.
+        worst = 0
+        for s, row in enumerate(case.new_rows(case.arena, layer)):
+            for c, new in enumerate((key, value)):
+                error = (row[:, c].double() - new[s].double()).abs() / new[s].double().abs().clamp(min=0.05)
+                worst = max(worst, torch.nan_to_num(error, nan=9.0).max().item())
+        for now, then in zip(case.new_rows(case.arena, layer), case.new_rows(before, layer)):
+            then.copy_(now)
+        if not worst < 1e-2 or not torch.equal(case.arena.view(torch.int16), before.view(torch.int16)):
+            return worst, worst, "WRONG arena"
+    reference = case.reference(layer, window, q)
     error = (first.double() - reference).norm(dim=-1) / reference.norm(dim=-1)
     worst, mean = error.max().item(), error.mean().item()
     for _ in range(3):
         case.out.fill_(float("nan"))
+        if before is not None:
+            for row in case.new_rows(case.arena, layer):
+                row.fill_(float("nan"))
         case.run(name, kernel, layer, window)
         torch.cuda.synchronize()
         if not torch.equal(case.out.view(torch.int16), first.view(torch.int16)):

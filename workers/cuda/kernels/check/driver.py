@@ -79,7 +79,7 @@ class Kernel:
         return list(values)
 
     def launch(self, stream, grid, arguments, pdl=False, threads=None, shared=None):
-        """Arguments: torch tensors (their address), int, float, TensorMap."""
+        """Arguments: torch tensors (their address), None (null), int, float, TensorMap."""
         threads = threads or self.launch_values[0]
         shared = self.launch_values[1] if shared is None else shared
         kept = []
@@ -88,7 +88,9 @@ class Kernel:
             if isinstance(a, TensorMap):
                 pointers[i] = a.address
                 continue
-            if isinstance(a, float):
+            if a is None:
+                value = ctypes.c_void_p(0)
+            elif isinstance(a, float):
                 value = ctypes.c_float(a)
             elif isinstance(a, int):
                 value = ctypes.c_int(a)
