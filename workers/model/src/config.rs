@@ -68,9 +68,11 @@ pub fn parse_config(text: &[u8]) -> Result<ModelSpec, ModelError> {
 /// How the checkpoint of a `config.json` that [`parse_config`] takes keeps its projections: in FP8 blocks, in
 /// FP8 with scales for channels or whole tensors (both are [`WeightFormat::Fp8Channel`]), or unquantized.
 pub fn checkpoint_format(config: &Value) -> Result<WeightFormat, ModelError> {
-    let fields = config.as_object().cloned().unwrap_or_default();
-    quantization::weight_format(&fields)
-        .map_err(|reason| ModelError::Config(format!("config.json: {reason}")))
+    match config.as_object() {
+        Some(fields) => quantization::weight_format(fields)
+            .map_err(|reason| ModelError::Config(format!("config.json: {reason}"))),
+        None => Ok(WeightFormat::Bf16),
+    }
 }
 
 /// The `eos_token_id` of a `config.json` or `generation_config.json`: one id, a list of them, or none.
