@@ -181,6 +181,7 @@ impl Desk {
                 runs: blocks.table().map(|table| table.runs()).unwrap_or_default(),
             }];
             let (now, nonce) = (Instant::now(), handle.nonce);
+            self.expect_release(now);
             handle.handle = self.leases.grant(
                 now,
                 self.lease,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_engine::{Engine, EngineConfig};
 use baton_model::ModelDir;
 use baton_protocol::{
-    Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, WorkerDescriptor,
+    Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, Role, WorkerDescriptor,
     WorkerState,
 };
 use tokio::sync::Semaphore;
@@ -28,7 +28,7 @@ use crate::peers::Peers;
 use crate::pulls::PULLS_MAX;
 use crate::random::random;
 use crate::service::MicroService;
-use crate::{WorkerConfig, WorkerError};
+use crate::{Device, WorkerConfig, WorkerError};
 
 /// What is left to publish at the end may take this long.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -182,6 +182,9 @@ pub async fn run(
         api_servers: HashMap::new(),
         shared_load,
         stray_beats: 0,
+        // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.
+        may_spin: matches!(config.device, Device::Cuda(_)) && config.role != Role::Both,
+        awake_until: tokio::time::Instant::now(),
     };
     tracing::info!("serving");
     let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
