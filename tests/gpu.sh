@@ -3,32 +3,33 @@
 # NVRTC and cuBLASLt of CUDA 13 (a toolkit, or the wheels in python3's environment), and without cargo or network.
 #
 #   tests/gpu.sh build DIR            builds the programs into DIR, here, where cargo is
-#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: kernels, tests, golden, cluster, bench [all]
+#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: kernels, tests, golden, pull, cluster, bench [all]
 #
 # `kernels` needs numpy and torch: it compares the kernels on random inputs with products in f64.
 # `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
-# `cluster` needs nats-server and curl too, and for more than one process per GPU UCX with CUDA (BATON_UCX_LIB_DIR).
+# `cluster` needs nats-server and curl too; it and `pull`, KV between two processes (on two GPUs, if there are), need UCX with CUDA
+# (BATON_UCX_LIB_DIR).
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 build() {
   mkdir -p "$1" || return
-  # The paths of what cargo builds are in its messages; `executor` and `cuda` are the test and the benchmark.
+  # The paths of what cargo builds are in its messages; `executor` is the test, the others are benchmarks.
   cargo build --locked --package baton-cuda --tests --benches --message-format=json |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"] in ("executor", "sampling", "sample", "cuda"):
+    if message.get("executable") and message["target"]["name"] in ("executor", "sampling", "sample", "cuda", "gpu_pull"):
         shutil.copy(message["executable"], sys.argv[1] + "/" + message["target"]["name"])
 ' "$1" || return
   cargo build --locked --release --package baton || return
   cp "${CARGO_TARGET_DIR:-$root/target}/release/baton" "$1" || return
-  strip "$1"/executor "$1"/cuda "$1"/baton
+  strip "$1"/executor "$1"/cuda "$1"/gpu_pull "$1"/baton
 }
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] || usage
 if [ "$1" = build ]; then
   [ $# -eq 2 ] || usage
@@ -98,13 +99,16 @@ cluster() {
   answer --kv-mib 1024
 }
 
+# What arrives is compared with what was sent: read in place where UCX can, and by way of host memory.
+pull() { "$programs/gpu_pull" && "$programs/gpu_pull" tcp,cuda_copy,self; }
+
 bench() { "$programs/cuda"; }
 
 passed=0 failed=()
-[ $# -gt 0 ] || set -- kernels tests golden cluster bench
+[ $# -gt 0 ] || set -- kernels tests golden pull cluster bench
 for step; do
   case "$step" in
-    kernels | tests | golden | cluster | bench) ;;
+    kernels | tests | golden | pull | cluster | bench) ;;
     *) usage ;;
   esac
   echo "=== $step"

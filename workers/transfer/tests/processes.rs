@@ -307,6 +307,34 @@ fn a_stopped_reader_does_not_hinder_others() {
     });
 }
 
+/// No UCX has CUDA on a machine without a GPU, so it must not be told of the memory, which it would take for its own.
+#[test]
+fn gpu_memory_that_ucx_does_not_know_is_staged() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    let registered = || {
+        let mut config = config(8 << 20, Some(STAGED));
+        config.gpu.as_mut().expect("it is staged").registered = true;
+        Agent::start(config).expect("it starts all the same")
+    };
+    let (target, arena) = registered();
+    if target.summary().contains("cuda") {
+        return println!("this machine has a GPU: {}", target.summary());
+    }
+    assert!(target.descriptor().ranks[0].rkey.0.is_empty());
+    fill(&arena, 3);
+    let (reader, own) = registered();
+    runtime.block_on(async {
+        let connected = reader.connect(PEER, target.descriptor(), LONG).await;
+        assert_eq!(connected.expect("connects").transport, "tcp staged");
+        pulls_rightly(&reader, &own, PEER, 3).await;
+    });
+    reader.shutdown();
+    target.shutdown();
+}
+
 #[test]
 fn a_peer_without_host_memory_says_so() {
     let runtime = tokio::runtime::Builder::new_current_thread()
