@@ -15,7 +15,7 @@ model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 build() {
   mkdir -p "$1" || return
-  # The paths of what cargo builds are in its messages; `executor` is the test, the others are benchmarks.
+  # The paths of what cargo builds are in its messages; `executor` and `sampling` are tests, the others benchmarks.
   cargo build --locked --package baton-cuda --tests --benches --message-format=json |
     python3 -c '
 import json, shutil, sys
