@@ -50,6 +50,8 @@ pub const HEADERS: &[(&str, &str)] = headers![
     "gemm_hopper.cuh",
     "gemm_skinny.cuh",
     "ranks.cuh",
+    "sample_block.cuh",
+    "sample_search.cuh",
     "scalar.cuh",
     "wgmma.cuh",
 ];
