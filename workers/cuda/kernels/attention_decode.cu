@@ -38,17 +38,7 @@
 //   BFLOAT16, rank 2, address = arena, dims {HEAD_DIM, blocks·kv_heads·layers·2·BLOCK_TOKENS},
 //   strides {HEAD_DIM·2}, box {64, min(BLOCK_TOKENS, 32)}, element strides {1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
 //   L2_PROMOTION_L2_256B, OOB_FILL_NONE).
-#include "common.cuh"
-
-#ifndef HEAD_DIM
-#define HEAD_DIM 128
-#endif
-#ifndef GROUP
-#define GROUP 4
-#endif
-#ifndef BLOCK_TOKENS
-#define BLOCK_TOKENS 32
-#endif
+#include "attention.cuh"
 
 #define TMA_ROAD (BATON_ARCH >= 900)
 
@@ -56,16 +46,11 @@ namespace {
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-constexpr int kDim = HEAD_DIM;
-constexpr int kParts = (kDim + 63) / 64; // column parts of 64: a row of one is a swizzle span of 128 bytes
-constexpr int kSteps = kDim / 16;
 constexpr int kQuads = kDim / 4; // pairs of numbers in half a head
 constexpr int kPairs = (kQuads + 31) / 32;
-constexpr int kGroup = GROUP;
 constexpr int kColumns = (kGroup + 7) / 8; // MMA column tiles
 constexpr int kTile = kParts == 1 ? 64 : 32;
 constexpr int kSlices = kTile / 16;
-constexpr int kBox = smaller(BLOCK_TOKENS, 32);
 [[maybe_unused]] constexpr int kBoxes = kTile / kBox;
 constexpr int kPartBytes = kTile * 128;
 constexpr int kStageBytes = 2 * kParts * kPartBytes; // K, then V
@@ -90,7 +75,6 @@ constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps
 constexpr int kStages = smaller(STAGES_MAX, (kSharedMax - kFixedBytes) / (kWarps * kStageBytes));
 constexpr int kSharedBytes = kFixedBytes + kWarps * kStages * kStageBytes;
 static_assert(kStages >= 1, "shared memory");
-static_assert(kDim % 16 == 0, "HEAD_DIM");
 static_assert(kGroup * kStride * 4 <= kStageBytes, "GROUP");
 
 // A place in the list of tiles.
@@ -262,10 +246,8 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     auto block_of = [&](const Cursor& c, int token) {
         return tables[offsets[c.sequence] + min(token, lengths[c.sequence] - 1) / BLOCK_TOKENS];
     };
-    // The row (of HEAD_DIM elements) of K of a token in a block; V is BLOCK_TOKENS rows on.
-    auto arena_row = [&](const Cursor& c, int block, int token) {
-        return (((long long)block * kv_heads + c.head) * layers + layer) * (2 * BLOCK_TOKENS) + token % BLOCK_TOKENS;
-    };
+    const Layer in_layer{kv_heads, layers, layer};
+    auto arena_row = [&](const Cursor& c, int block, int token) { return in_layer.key_row(block, c.head, token); };
 #if TMA_ROAD
     const int my_box = lane % kBoxes; // each lane looks up one block of a tile
     int next_block = begin < end ? block_of(load, tile_of(load) * kTile + my_box * kBox) : 0;
@@ -318,7 +300,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     dependency_wait();
     dependency_trigger();
 
-    const float scale_log2 = scale * 1.4426950408889634f;
+    const float scale_log2 = scale * kLog2E;
     int stage_at = 0;
     u32 parity = 0;
 
@@ -342,6 +324,12 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         const int first_head = here.head * kGroup, key_head = kv_heads * kGroup + here.head, value_head = key_head + kv_heads;
         const bool has_last = stop == segment + tiles;
         auto at_head = [&](const u32* row, int head) { return row ? row + head * (kDim / 2) : nullptr; };
+        // All that is waited for is on its way before anything is used, as far as there are registers.
+        constexpr bool kAhead = kDim <= 128;
+        float4 by[kSteps];
+#pragma unroll
+        for (int h = 0; h < kSteps; h++)
+            if (kAhead) by[h] = turn[h * 4 + t];
         u32 qb[kSteps][kColumns][2];
 #pragma unroll
         for (int n = 0; n < kColumns; n++) {
@@ -350,11 +338,13 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             for (int h = 0; h < 2 * kSteps; h++) qb[h / 2][n][h % 2] = from[h * 4 + t];
         }
         u32 key[kPairs][2], value[kPairs][2];
+        float4 key_by[kPairs];
         bf16* to_arena = nullptr;
         if (has_last) {
 #pragma unroll
             for (int c = 0; c < kPairs; c++) {
                 const int pair = min(lane + c * 32, kQuads - 1);
+                if (kAhead) key_by[c] = turn[pair];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     key[c][half] = at_head(made, key_head)[pair + half * kQuads];
@@ -379,7 +369,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 u32 &low = qb[h / 2][n][h % 2], &high = qb[(h + kSteps) / 2][n][(h + kSteps) % 2];
                 Quad quad(low, high, own_bias, h * 4 + t);
                 if (q_norm) quad.norm(squares, eps, q_norm, h * 4 + t);
-                quad.turn(turn[h * 4 + t]);
+                quad.turn(kAhead ? by[h] : turn[h * 4 + t]);
                 low = head < kGroup ? quad.low() : 0;
                 high = head < kGroup ? quad.high() : 0;
             }
@@ -398,7 +388,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 const int pair = min(lane + c * 32, kQuads - 1);
                 Quad quad(key[c][0], key[c][1], at_head(bias, key_head), pair);
                 if (k_norm) quad.norm(squares, eps, k_norm, pair);
-                quad.turn(turn[pair]);
+                quad.turn(kAhead ? key_by[c] : turn[pair]);
                 key[c][0] = quad.low(), key[c][1] = quad.high();
                 Quad plain(value[c][0], value[c][1], at_head(bias, value_head), pair);
                 value[c][0] = plain.low(), value[c][1] = plain.high();

@@ -20,23 +20,10 @@
 // Launch: `attention_prefill_launch` = {threads, dynamic shared bytes, rows of a sequence per work unit, 0}; grid =
 // work_count·kv_heads. `work`: {sequence, first row within it} for every unit of launch[2] rows of every sequence, longest
 // reach (position of the unit's last row) first. `map` and `query_map` are not used.
-#include "common.cuh"
-
-#ifndef HEAD_DIM
-#define HEAD_DIM 128
-#endif
-#ifndef GROUP
-#define GROUP 4
-#endif
-#ifndef BLOCK_TOKENS
-#define BLOCK_TOKENS 32
-#endif
+#include "attention.cuh"
 
 namespace {
 
-constexpr int kDim = HEAD_DIM;
-constexpr int kParts = (kDim + 63) / 64;
-constexpr int kSteps = (kDim + 15) / 16;
 constexpr int kRows = 64; // packed rows
 constexpr int kTokens = kRows / GROUP;
 constexpr int kTile = kParts <= 2 ? 64 : 32; // keys
@@ -44,7 +31,6 @@ constexpr int kPartBytes = kTile * 128;
 constexpr int kStageBytes = 2 * kParts * kPartBytes;
 constexpr int kThreads = 128;
 constexpr int kSharedBytes = 1024 + 2 * kStageBytes;
-static_assert(kDim % 16 == 0 && GROUP <= kRows, "HEAD_DIM, GROUP");
 
 } // namespace
 
@@ -60,7 +46,7 @@ attention_prefill(const __grid_constant__ TensorMap map, const __grid_constant__
     extern __shared__ u8 shared_raw[];
     const u32 ring = (shared_address(shared_raw) + 1023) & ~1023u;
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-    const float scale_log2 = scale * 1.4426950408889634f;
+    const float scale_log2 = scale * kLog2E;
 
     dependency_wait();
     dependency_trigger();
@@ -84,10 +70,9 @@ attention_prefill(const __grid_constant__ TensorMap map, const __grid_constant__
                 int token = tile * kTile + row;
                 bool valid = token < length && chunk * 8 < kDim;
                 int near = min(token, length - 1);
-                long long block = table[near / BLOCK_TOKENS];
-                const bf16* from = arena +
-                                   ((((block * kv_heads + head) * layers + layer) * 2 + kv) * BLOCK_TOKENS + near % BLOCK_TOKENS) * kDim +
-                                   (valid ? chunk * 8 : 0);
+                int block = table[near / BLOCK_TOKENS];
+                const long long from_row = Layer{kv_heads, layers, layer}.key_row(block, head, near) + kv * BLOCK_TOKENS;
+                const bf16* from = arena + from_row * kDim + (valid ? chunk * 8 : 0);
                 cp_async_16(ring + stage * kStageBytes + (kv * kParts + chunk / 8) * kPartBytes + row * 128 +
                                 ((chunk % 8 ^ row % 8) * 16),
                             from, valid);

@@ -21,28 +21,14 @@
 // min(multiprocessors, work_count·kv_heads). `work` as for attention_prefill, with this kernel's unit. `map`: the
 // arena's, see attention_decode.cu. `query_map`: of q, as that but rank 3, dims {HEAD_DIM, query heads, rows of the buffer},
 // strides {HEAD_DIM·2, query heads·HEAD_DIM·2}, box {64, GROUP, launch[2]}.
-#include "common.cuh"
+#include "attention.cuh"
 #include "attention_wgmma.cuh"
-
-#ifndef HEAD_DIM
-#define HEAD_DIM 128
-#endif
-#ifndef GROUP
-#define GROUP 4
-#endif
-#ifndef BLOCK_TOKENS
-#define BLOCK_TOKENS 32
-#endif
 
 namespace {
 
-constexpr int kDim = HEAD_DIM;
-constexpr int kParts = (kDim + 63) / 64;
-[[maybe_unused]] constexpr int kSteps = (kDim + 15) / 16;
 constexpr int kRows = 128;
 constexpr int kTokens = kRows / GROUP;
 constexpr int kTile = kParts <= 2 ? 128 : 64; // keys
-constexpr int kBox = BLOCK_TOKENS < 32 ? BLOCK_TOKENS : 32;
 [[maybe_unused]] constexpr int kBoxes = kTile / kBox;
 constexpr int kStages = 2;
 constexpr int kPartBytes = kTile * 128;
@@ -54,7 +40,6 @@ constexpr int kThreads = 384;
 constexpr int kSharedBytes = 1024 + kQueries * kQueryBytes + 2 * kStages * kTileBytes + 256;
 // P·V by column groups of 128 where they come out even.
 [[maybe_unused]] constexpr int kWide = kParts % 2 == 0 ? 2 : 1;
-static_assert(kDim % 16 == 0, "HEAD_DIM");
 static_assert(kSharedBytes <= 232448, "shared memory");
 
 struct Unit {
@@ -121,6 +106,7 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const __grid_const
     dependency_trigger();
 
     const int items = work_count * kv_heads, grid = gridDim.x;
+    const Layer in_layer{kv_heads, layers, layer};
     // The i-th unit of this CTA.
     auto item_at = [&](int i) { return i * grid + (i & 1 ? grid - 1 - (int)blockIdx.x : (int)blockIdx.x); };
 
@@ -158,9 +144,7 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const __grid_const
                     const int token = tile * kTile + lane % kBoxes * kBox;
                     int row = 0x7fffff00; // beyond the arena: zeros
                     if (token < u.length)
-                        row = (int)((((long long)tables[u.table + token / BLOCK_TOKENS] * kv_heads + u.head) * layers + layer) * 2 + kv) *
-                                  BLOCK_TOKENS +
-                              token % BLOCK_TOKENS;
+                        row = (int)in_layer.key_row(tables[u.table + token / BLOCK_TOKENS], u.head, token) + kv * BLOCK_TOKENS;
                     mbarrier_wait(empty + stage * 8, (at / kStages & 1) ^ 1);
                     if (lane == 0) mbarrier_arrive_expect(full + stage * 8, kTileBytes);
 #pragma unroll
@@ -204,7 +188,7 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const __grid_const
     const int group = warp / 4 - 1; // of the two warpgroups
     const int turn = 1 + group, other_turn = 2 - group;
     const int g = lane / 4, t = lane % 4;
-    const float scale_log2 = scale * 1.4426950408889634f;
+    const float scale_log2 = scale * kLog2E;
     if (group == 1) named_barrier_arrive(other_turn, 256);
 
     int key_at = 0, value_at = 0;
@@ -226,8 +210,8 @@ attention_prefill_sm90(const __grid_constant__ TensorMap map, const __grid_const
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kSteps; k++)
-                wgmma_shared(s, wgmma_rows(my_queries + k / 4 * kQueryPartBytes + k % 4 * 32),
-                             wgmma_rows(tile + k / 4 * kPartBytes + k % 4 * 32), k > 0);
+                wgmma(s, wgmma_descriptor(my_queries + k / 4 * kQueryPartBytes + k % 4 * 32),
+                      wgmma_descriptor(tile + k / 4 * kPartBytes + k % 4 * 32), k > 0);
             wgmma_commit();
         };
         auto add_values = [&](bool accumulate) {

@@ -41,6 +41,7 @@ macro_rules! headers {
 
 /// What kernel files include.
 pub const HEADERS: &[(&str, &str)] = headers![
+    "attention.cuh",
     "attention_wgmma.cuh",
     "cluster.cuh",
     "common.cuh",
