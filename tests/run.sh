@@ -78,7 +78,7 @@ if wants rust "$@" || wants python "$@" || wants container "$@"; then
   step "release build" cargo build --locked --release --package baton --quiet
 fi
 if wants rust "$@"; then
-  step "Rust tests" cargo test --locked --workspace --quiet
+  step "Rust tests" cargo test --locked --workspace --quiet --no-fail-fast
 fi
 if wants python "$@"; then
   step "Python client" python -m pytest --quiet tests/python
