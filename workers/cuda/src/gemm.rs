@@ -231,11 +231,17 @@ impl Plan {
                 (&raw const transposed).cast(),
                 size_of_val(&transposed),
             )?;
-            set_scaling(operation, product.numbers.kind())?;
+            set_short_sums(operation, product.numbers.kind())?;
             let w = result::create_matrix_layout(numbers, inputs, outputs, inputs as i64)?;
             let x = result::create_matrix_layout(numbers, inputs, rows, inputs as i64)?;
             let y = result::create_matrix_layout(y_type, outputs, rows, outputs as i64)?;
-            point_at_scales(operation, product.numbers)?;
+            let mut plan = Self {
+                operation,
+                w,
+                x,
+                y,
+                algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] }, // until it is known, just below
+            };
             let preference = result::create_matmul_pref()?;
             result::set_matmul_pref_attribute(
                 preference,
@@ -243,16 +249,76 @@ impl Plan {
                 (&raw const WORKSPACE_BYTES).cast(),
                 size_of::<usize>(),
             )?;
-            let best = result::get_matmul_algo_heuristic(handle, operation, w, x, y, y, preference);
+            let algorithm = plan.choose(handle, product, preference);
             let _ = result::destroy_matmul_pref(preference);
-            Ok(Self {
-                operation,
-                w,
-                x,
-                y,
-                algorithm: best?.algo,
-            })
+            plan.algorithm = algorithm?;
+            Ok(plan)
         }
+    }
+
+    /// What cuBLASLt's own estimate puts first. With vectors of scales it knows but one tile, large; for few rows what it would
+    /// take without scales is up to twice as fast (128 rows, 14,336 inputs: 21 instead of 41 µs), and runs with them all the same.
+    ///
+    /// # Safety
+    /// Live handles.
+    unsafe fn choose(
+        &self,
+        handle: sys::cublasLtHandle_t,
+        product: &Product,
+        preference: sys::cublasLtMatmulPreference_t,
+    ) -> Result<sys::cublasLtMatmulAlgo_t, cudarc::cublaslt::result::CublasError> {
+        const SMALL: usize = 512;
+        let &Self {
+            operation, w, x, y, ..
+        } = self;
+        // SAFETY: the caller's promise; one result is written.
+        unsafe {
+            let ask =
+                || result::get_matmul_algo_heuristic(handle, operation, w, x, y, y, preference);
+            let kind = product.numbers.kind();
+            let unscaled = match kind {
+                Kind::Vectors if product.rows <= SMALL => ask().ok(),
+                _ => None,
+            };
+            set_scaling(operation, kind)?;
+            point_at_scales(operation, product.numbers)?;
+            if let Some(unscaled) = unscaled {
+                let mut checked = unscaled;
+                let fits = sys::cublasLtMatmulAlgoCheck(
+                    handle,
+                    operation,
+                    w,
+                    x,
+                    y,
+                    y,
+                    &unscaled.algo,
+                    &mut checked,
+                );
+                if fits.result().is_ok() && checked.workspaceSize <= WORKSPACE_BYTES {
+                    return Ok(unscaled.algo);
+                }
+            }
+            Ok(ask()?.algo)
+        }
+    }
+}
+
+/// Sums of e4m3 products stay in the tensor core's own accumulators, where that may be chosen.
+///
+/// # Safety
+/// A live descriptor.
+unsafe fn set_short_sums(
+    operation: sys::cublasLtMatmulDesc_t,
+    kind: Kind,
+) -> Result<(), cudarc::cublaslt::result::CublasError> {
+    let short = 1i8;
+    let fast = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_FAST_ACCUM;
+    match kind {
+        Kind::Bf16 | Kind::Blocks => Ok(()),
+        // SAFETY: the attribute is one byte.
+        Kind::Vectors => unsafe {
+            result::set_matmul_desc_attribute(operation, fast, (&raw const short).cast(), 1)
+        },
     }
 }
 
@@ -264,31 +330,28 @@ unsafe fn set_scaling(
 ) -> Result<(), cudarc::cublaslt::result::CublasError> {
     use sys::cublasLtMatmulDescAttributes_t as A;
     use sys::cublasLtMatmulMatrixScale_t as Scale;
-    let (w, x, short_sums) = match kind {
+    let (w, x) = match kind {
         Kind::Bf16 => return Ok(()),
         Kind::Vectors => (
             Scale::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F,
             Scale::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F,
-            1i8,
         ),
         Kind::Blocks => (
             Scale::CUBLASLT_MATMUL_MATRIX_SCALE_BLK128x128_32F,
             Scale::CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F,
-            0,
         ),
     };
-    // SAFETY: attributes of the sizes that the interface states.
-    unsafe {
-        for (attribute, scale) in [
-            (A::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, w),
-            (A::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, x),
-        ] {
-            let value = (&raw const scale).cast();
+    for (attribute, scale) in [
+        (A::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, w),
+        (A::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, x),
+    ] {
+        let value = (&raw const scale).cast();
+        // SAFETY: the attribute is such a number.
+        unsafe {
             result::set_matmul_desc_attribute(operation, attribute, value, size_of_val(&scale))?;
         }
-        let fast = A::CUBLASLT_MATMUL_DESC_FAST_ACCUM;
-        result::set_matmul_desc_attribute(operation, fast, (&raw const short_sums).cast(), 1)
     }
+    Ok(())
 }
 
 /// # Safety
