@@ -1,8 +1,9 @@
 """A model directory of the Llama-3.1-8B shape with random weights, for measuring where no weights can be had.
 
-Usage: random_model.py DIR [--layers 32] [--hidden 4096] ...
+Usage: random_model.py DIR [--dtype fp8] [--layers 32] [--hidden 4096] ...
 
-Every matrix is a piece of the same noise: numbers of either sign between 2^-7 and 2^-3. The tokenizer knows bytes and
+Every matrix is a piece of the same noise: numbers of either sign between 2^-7 and 2^-3; with --dtype fp8 the projections
+are e4m3 with a scale a channel. The tokenizer knows bytes and
 nothing else by name, so answers are gibberish. Checksums in the manifest are left zero: nothing reads them but
 `baton model-prep --verify`. Takes some seconds and 16 GB.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 parser = argparse.ArgumentParser()
 parser.add_argument("directory", type=Path)
 parser.add_argument("--name", default="random-8b")
+parser.add_argument("--dtype", choices=["bf16", "fp8"], default="bf16")
 for option, default in {
     "hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128, "vocab": 128256,
     "tokens-max": 131072, "threads": 16,
@@ -37,32 +39,42 @@ for layer in range(a.layers):
     ]]
 tensors += [("model.norm.weight", [a.hidden]), ("lm_head.weight", [a.vocab, a.hidden])]
 
-entries, end = {"__metadata__": {"format": "pt"}}, 0
+stored = []
 for name, shape in tensors:
-    start, end = end, end + 2 * math.prod(shape)
-    entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    if a.dtype == "fp8" and "_proj." in name:
+        stored += [(name, "F8_E4M3", shape), (f"{name}_scale", "F32", shape[:1])]
+    else:
+        stored.append((name, "BF16", shape))
+BYTES = {"BF16": 2, "F8_E4M3": 1, "F32": 4}
+entries, end = {"__metadata__": {"format": "pt"}}, 0
+for name, dtype, shape in stored:
+    start, end = end, end + BYTES[dtype] * math.prod(shape)
+    entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 header = json.dumps(entries).encode()
 header += b" " * (-(8 + len(header)) % 64)
 header = len(header).to_bytes(8, "little") + header
 
-# Written in pieces of an odd length of numbers, so that no two rows are the same.
+# Pieces of an odd length of numbers, so that no two rows are the same.
 PIECE = 2 * ((32 << 20) - 4099)
 every = lambda number: int.from_bytes(number.to_bytes(2, "little") * (PIECE // 2), "little")  # noqa: E731
-noise = random.Random(1).getrandbits(8 * PIECE) & every(0x81FF) | every(0x3C00)
-noise = noise.to_bytes(PIECE, "little")
+bits = random.Random(1).getrandbits(8 * PIECE)
+noise = {
+    "BF16": (bits & every(0x81FF) | every(0x3C00)).to_bytes(PIECE, "little"),
+    "F8_E4M3": (bits & every(0x9F9F) | every(0x2020)).to_bytes(PIECE, "little"),
+    "F32": bytes.fromhex("0000803d") * (PIECE // 4),  # 1/16
+}
 weights = os.open(a.directory / "rank0.safetensors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 os.pwrite(weights, header, 0)
 
 
-def piece(at):
-    view = memoryview(noise)[: min(PIECE, end - at)]
-    while view:
-        written = os.pwrite(weights, view, len(header) + at)
-        view, at = view[written:], at + written
+def fill(entry):
+    at, end = (len(header) + offset for offset in entry["data_offsets"])
+    while at < end:
+        at += os.pwrite(weights, memoryview(noise[entry["dtype"]])[: end - at], at)
 
 
 with ThreadPoolExecutor(a.threads) as pool:
-    list(pool.map(piece, range(0, end, PIECE)))
+    list(pool.map(fill, (entry for name, entry in entries.items() if name != "__metadata__")))
 os.close(weights)
 
 # The characters that byte-level tokenizers write bytes as, and names for the rest.
@@ -97,7 +109,7 @@ files = {
 for name, content in files.items():
     (a.directory / name).write_text(json.dumps(content))
 manifest = {
-    "format": 1, "name": a.name, "fingerprint": "0" * 64, "dtype": "BF16", "tp_size": 1, "tokens_max": a.tokens_max,
+    "format": 1, "name": a.name, "fingerprint": "0" * 64, "dtype": {"bf16": "BF16", "fp8": "FP8_CHANNEL"}[a.dtype], "tp_size": 1, "tokens_max": a.tokens_max,
     "batch_max": None,
     "spec": {
         "family": "llama", "hidden": a.hidden, "intermediate": a.intermediate, "layers": a.layers, "heads": a.heads,
