@@ -307,6 +307,25 @@ fn a_stopped_reader_does_not_hinder_others() {
     });
 }
 
+/// A worker that computes on a CPU and one that computes on a GPU, either way round.
+#[test]
+fn host_and_gpu_memory_meet() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    for (theirs, ours) in [("tcp,self", STAGED), (STAGED, "tcp,self")] {
+        let server = Server::start(16 << 20, 4, Some(theirs));
+        let (agent, arena) = agent(16 * MIB, Some(ours));
+        runtime.block_on(async {
+            let connected = agent.connect(PEER, server.descriptor.clone(), LONG).await;
+            assert_eq!(connected.expect("connects").transport, "tcp staged");
+            pulls_rightly(&agent, &arena, PEER, 4).await;
+        });
+        agent.shutdown();
+    }
+}
+
 /// No UCX has CUDA on a machine without a GPU, so it must not be told of the memory, which it would take for its own.
 #[test]
 fn gpu_memory_that_ucx_does_not_know_is_staged() {
