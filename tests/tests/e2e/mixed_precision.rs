@@ -63,6 +63,37 @@ async fn workers_of_different_precision_serve_one_model() {
     }
 }
 
+/// The text may go on otherwise then, but it goes on: every token is there, once.
+#[tokio::test]
+async fn a_request_goes_on_at_a_worker_of_another_precision() {
+    const TOKENS: usize = 200;
+    let turn = Turn::take();
+    let setup = Setup {
+        decode_model: Some(fp8_model_dir()),
+        ..Setup::split(1, 1)
+    };
+    let mut cluster = Cluster::start(&turn, setup).await;
+    cluster.add_with(Role::Decode, &Setup::split(1, 1));
+    cluster.ready().await;
+
+    let from = cluster.tap.now();
+    let request = json!({"model": cluster.model().await, "prompt": "Once upon a time", "max_tokens": TOKENS,
+                         "temperature": 0, "ignore_eos": true});
+    let api = cluster.api.clone();
+    let answer = tokio::spawn(async move { api.complete(&request).await });
+    let job = cluster.tap.wait_kind("decode", from, PATIENCE).await;
+    let (_, victim) = job.kind().expect("a message of Baton");
+    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+    cluster.kill(victim);
+    let answer = answer.await.expect("answered");
+    assert_eq!(answer["usage"]["completion_tokens"], TOKENS, "{answer}");
+    let trace = Trace::only(&cluster.tap, from).await;
+    assert_eq!(trace.output().len(), TOKENS);
+    let (last, _) = trace.decodes.last().expect("decoded");
+    assert_ne!(last, victim, "it ended before its worker did");
+    cluster.drained(PATIENCE).await;
+}
+
 /// The model directory of the tests with another identity, for the fake device: the manifest is all it reads.
 fn namesake(dir: &Path) -> &'static Path {
     let out = dir.join("namesake");
