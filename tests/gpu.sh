@@ -26,7 +26,7 @@ for line in sys.stdin:
 ' "$1" || return
   cargo build --locked --release --package baton || return
   cp "${CARGO_TARGET_DIR:-$root/target}/release/baton" "$1" || return
-  strip "$1"/executor "$1"/products "$1"/cuda "$1"/gpu_pull "$1"/baton
+  strip "$1"/executor "$1"/products "$1"/sampling "$1"/sample "$1"/cuda "$1"/gpu_pull "$1"/baton
 }
 
 usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -62,7 +62,8 @@ kernels() {
 }
 
 tests() {
-  "$programs/products" --ignored --nocapture && "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced
+  "$programs/products" --ignored --nocapture && "$programs/sampling" --ignored --nocapture || return
+  "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced
 }
 
 golden() {
@@ -104,7 +105,7 @@ cluster() {
 # What arrives is compared with what was sent: read in place where UCX can, and by way of host memory.
 pull() { "$programs/gpu_pull" && "$programs/gpu_pull" tcp,cuda_copy,self; }
 
-bench() { "$programs/cuda"; }
+bench() { "$programs/cuda" && "$programs/sample"; }
 
 passed=0 failed=()
 [ $# -gt 0 ] || set -- kernels tests golden pull cluster bench
