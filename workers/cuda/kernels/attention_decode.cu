@@ -8,7 +8,8 @@
 //
 // Idea. The KV of a step is one list of tiles of 32 tokens (64 where head_dim is at most 64), ordered
 // [sequence][KV head][tile]. Warp i of a persistent grid takes the i-th equal piece of the list, whatever the lengths:
-// prefix sums of seq_kv_len, computed by every CTA for itself, say where the piece begins. So the grid does not depend
+// prefix sums of seq_kv_len, computed by every CTA for itself, say where the piece begins. (Where heads are about as many as
+// CTAs and about as long as each other, pieces are whole heads, divided among the CTA's warps.) So the grid does not depend
 // on lengths (a graph can be replayed with any), and nobody waits for the longest sequence. A (sequence, KV head) that
 // lies in one warp's piece is finished there. One that is cut is summed over the CTA's warps once all are done,
 // and if it goes on in other CTAs their partial sums meet in the workspace, where the CTA that comes last adds
@@ -61,6 +62,7 @@ constexpr int kGridMax = 160;
 constexpr int kSharedMax = BATON_ARCH >= 900 ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
 constexpr int kWarps = kParts <= 2 && kSharedMax > 150000 ? 4 : 2;
 constexpr int kThreads = 32 * kWarps;
+constexpr int kHeadExcess = 5 * kWarps; // tiles that a CTA may have above the mean, for having a head alone
 constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ free of bank conflicts
 
 // Each warp's sum of the head that its piece begins with, when another warp has a share in it. (The sum of the head that
@@ -155,7 +157,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                  int sequences_at, int layer, int layers, int kv_heads, float scale, int window, float eps) {
     extern __shared__ u8 shared_raw[];
     __shared__ Cut cuts[2];
-    __shared__ int turn[2], scans[2 * kWarps];
+    __shared__ int turn[2], scans[2 * kWarps], pieces[kWarps + 1];
     u32 raw = shared_address(shared_raw);
     u8* shared = shared_raw + (((raw + 1023) & ~1023u) - raw);
     float* sums = (float*)(shared + kWarps * kStages * kStageBytes);
@@ -207,25 +209,46 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     if (tid == 0) prefix[sequences] = list;
     __syncthreads();
 
-    // Pieces: the first `longer` warps have one tile more.
-    const int grid = gridDim.x, total = list * kv_heads, active = min(total, grid * kWarps);
+    const int grid = gridDim.x, total = list * kv_heads, heads = sequences * kv_heads;
+    // Heads enough for most CTAs, none much longer than a CTA's piece: a CTA takes a whole one. Its warps have some tiles
+    // more, but no sums to exchange over the chip.
+    bool by_head = heads <= grid && heads * 3 >= grid;
+    if (by_head) {
+        int longest = 0;
+        for (int s = lane; s < sequences; s += 32) longest = max(longest, prefix[s + 1] - prefix[s]);
+        by_head = (__reduce_max_sync(~0u, longest) - kHeadExcess) * grid <= total;
+    }
+    // Else equal pieces: the first `longer` warps have one tile more.
+    const int active = by_head ? heads * kWarps : min(total, grid * kWarps);
     if ((int)blockIdx.x * kWarps >= active) {
         dependency_wait();
         return;
     }
     const int share = total / active, longer = total - share * active;
-    auto piece = [&](int w) { return w >= active ? total : w * share + min(w, longer); };
     auto owner = [&](int x) {
         int edge = longer * (share + 1);
         bool early = x < edge;
         return (early ? 0 : longer) + (early ? x : x - edge) / (early ? share + 1 : share);
     };
     const int me = blockIdx.x * kWarps + warp;
-    const int begin = piece(me), end = piece(me + 1);
-    const int cta_begin = piece(me - warp), cta_end = piece(me - warp + kWarps);
-
     Cursor here{0, 0, 0};
-    if (begin < end) {
+    if (by_head) {
+        here.sequence = blockIdx.x / kv_heads, here.head = blockIdx.x - here.sequence * kv_heads;
+        const int tiles = prefix[here.sequence + 1] - prefix[here.sequence], each = (tiles + kWarps - 1) / kWarps;
+        here.tile = min(warp * each, tiles);
+        const int first = prefix[here.sequence] * kv_heads + here.head * tiles;
+        if (tid <= kWarps) pieces[tid] = first + min(tid * each, tiles);
+    } else if (tid <= kWarps) {
+        const int w = me - warp + tid;
+        pieces[tid] = w >= active ? total : w * share + min(w, longer);
+    }
+    __syncthreads();
+    // Where the pieces of this CTA's warps begin, and where its last one ends.
+    auto piece = [&](int w) { return pieces[w]; };
+    const int begin = piece(warp), end = piece(warp + 1);
+    const int cta_begin = piece(0), cta_end = piece(kWarps);
+
+    if (!by_head && begin < end) {
         int low = -1; // the last sequence that begins at or before `begin`
 #pragma unroll 2
         for (int base = 0; base < sequences; base += 32)
@@ -590,7 +613,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         int last = warp;
 #pragma unroll
         for (int w = 1; w < kWarps; w++)
-            if (w > warp && piece(me - warp + w) < min(segment + tiles, cta_end)) last = w;
+            if (w > warp && piece(w) < min(segment + tiles, cta_end)) last = w;
         const bool inside = segment >= cta_begin && segment + tiles <= cta_end;
         const int slot = 2 * blockIdx.x + (segment < cta_begin ? 0 : 1);
         if (!inside) {

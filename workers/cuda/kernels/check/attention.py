@@ -247,6 +247,8 @@ def check(folder):
             kernel = load(folder, name, shape)
             if name == "attention_decode":
                 lengths = [[1], [31, 32, 33], [700], [1, 2, 64, 1000, 5, 333], [random.Random(7).randrange(1, 300) for _ in range(150)], [5000, 3]]
+                # Heads for most CTAs, and not more.
+                lengths += [[random.Random(8).randrange(1, 400) for _ in range(40)], [random.Random(9).randrange(300, 600) for _ in range(43)]]
                 cases = [(n, [1] * len(n)) for n in lengths]
             else:
                 cases = [([1], [1]), ([32], [32]), ([200], [200]), ([700, 33, 128], [300, 1, 128]), ([129, 64, 1000, 77], [1, 64, 990, 13])]
