@@ -20,6 +20,13 @@ const ROW_TILES: [usize; 6] = [8, 16, 24, 32, 48, 64];
 /// Most rows of a step that goes this way: with more, cuBLASLt and kernels of their own for the norms are faster.
 pub const ROWS_MAX: usize = 64;
 
+/// From so many rows on, tiles of twice as many outputs are compiled too. Every tile reads all rows from L2, which then costs
+/// as much as the weights do from memory.
+const WIDE_ROWS_MIN: usize = 32;
+
+/// Their outputs: `M_TILE` of `kernels/gemm_hopper.cuh`.
+const WIDE_OUTPUTS: usize = 128;
+
 /// The variants, for one device.
 pub struct Skinny {
     multiprocessors: usize,
@@ -31,7 +38,13 @@ pub struct Skinny {
 
 struct Variant {
     rows: usize,
-    /// Outputs of a tile.
+    tile: Tile,
+    /// Of twice as many outputs.
+    wide: Option<Tile>,
+}
+
+/// The kernels of one size of tile.
+struct Tile {
     outputs: usize,
     threads: u32,
     shared_bytes: u32,
@@ -221,10 +234,18 @@ impl Skinny {
             x_ssq_tiles: w.inputs.div_ceil(64) as i32,
             eps: norm.map_or(0.0, |norm| norm.eps),
         };
+        // What was faster for the shapes of an 8B model (docs/cuda-gemm.md). The residual's products have too few outputs, and
+        // converting FP8 takes longer than reading rows again.
+        let wide = match end {
+            End::SwiGlu { .. } => true,
+            End::Store { .. } => w.format == Format::Bf16,
+            End::Residual { .. } | End::Logits { .. } => false,
+        };
+        let (tile, blocks, cluster) = self.tile(variant, w, wide);
         let kernel = match end {
             End::Store { y, bias } => {
                 (p.y, p.bias) = (y, bias);
-                &variant.store
+                &tile.store
             }
             End::Residual {
                 residual,
@@ -233,50 +254,60 @@ impl Skinny {
                 squares,
             } => {
                 (p.residual, p.gamma, p.y, p.y_ssq) = (residual, gamma, z, squares);
-                &variant.residual
+                &tile.residual
             }
             End::SwiGlu { y } => {
                 p.y = y;
-                &variant.swiglu
+                &tile.swiglu
             }
             End::Logits { y } => {
                 p.y = y;
-                &variant.logits
+                &tile.logits
             }
         };
-        let shape = self.shape(variant, w);
+        let shape = Shape::row(blocks, tile.threads)
+            .shared(tile.shared_bytes)
+            .early();
+        let shape = match self.clusters {
+            true => shape.cluster(cluster),
+            false => shape,
+        };
         // SAFETY: the caller's promise, and the parameter is the kernel's.
         unsafe { launch!(kernel, shape, p) }
     }
 
-    /// Tiles of few outputs leave multiprocessors idle, so several divide the inputs of one: a cluster.
-    fn shape(&self, variant: &Variant, w: &Matrix) -> Shape {
-        let tiles = w.outputs.div_ceil(variant.outputs);
+    /// The tiles to take, the blocks of the launch and of a cluster. Wide ones only where they leave few multiprocessors idle.
+    fn tile<'a>(&self, variant: &'a Variant, w: &Matrix, wide: bool) -> (&'a Tile, usize, usize) {
+        let grid = |tile: &'a Tile| {
+            let (clusters, split) = self.grid(tile.outputs, w);
+            (tile, clusters * split, split)
+        };
+        let wide = variant.wide.as_ref().filter(|_| wide).map(grid);
+        match wide {
+            Some(wide) if wide.1 * 3 >= self.multiprocessors * 2 => wide,
+            _ => grid(&variant.tile),
+        }
+    }
+
+    /// Clusters, and the blocks of each: where tiles are few, several blocks divide the inputs of one.
+    fn grid(&self, tile_outputs: usize, w: &Matrix) -> (usize, usize) {
+        let tiles = w.outputs.div_ceil(tile_outputs);
         let chunks = w.inputs.div_ceil(256);
         let processors = self.multiprocessors;
-        let mut split = 1;
-        let clusters = if !self.clusters {
-            tiles
-        } else if 2 * tiles > processors {
-            tiles.div_ceil(tiles.div_ceil(processors))
-        } else {
-            // Pairs fit everywhere; larger clusters do not fill every group of multiprocessors.
-            let room = [processors, processors / 2];
-            while split < 8
-                && tiles * split * 2 <= room[usize::from(split > 1)]
-                && chunks >= split * 4
-            {
-                split *= 2;
-            }
-            tiles
-        };
-        let shape = Shape::row(clusters * split, variant.threads)
-            .shared(variant.shared_bytes)
-            .early();
-        match self.clusters {
-            true => shape.cluster(split),
-            false => shape,
+        if !self.clusters {
+            return (tiles, 1);
         }
+        if 2 * tiles > processors {
+            return (tiles.div_ceil(tiles.div_ceil(processors)), 1);
+        }
+        // Pairs fit everywhere; larger clusters do not fill every group of multiprocessors.
+        let room = [processors, processors / 2];
+        let mut split = 1;
+        while split < 8 && tiles * split * 2 <= room[usize::from(split > 1)] && chunks >= split * 4
+        {
+            split *= 2;
+        }
+        (tiles, split)
     }
 }
 
@@ -284,18 +315,35 @@ impl Variant {
     fn load(
         device: &Arc<Device>,
         compiler: &Compiler,
-        tile: usize,
+        rows: usize,
         format: Format,
     ) -> Result<Self, CudaError> {
-        let defines = [
-            format!("N_TILE={tile}"),
-            format!("WEIGHT={}", format.number()),
-        ];
-        let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
-        let [outputs, rows, threads, shared] = module.constants("gemm_skinny_shape")?;
+        let load = |more: Option<String>| {
+            let mut defines = vec![
+                format!("N_TILE={rows}"),
+                format!("WEIGHT={}", format.number()),
+            ];
+            defines.extend(more);
+            let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
+            Tile::of(&module)
+        };
+        let wide = rows >= WIDE_ROWS_MIN && device.capability() == (9, 0);
+        Ok(Self {
+            rows,
+            tile: load(None)?,
+            wide: match wide {
+                true => Some(load(Some(format!("M_TILE={WIDE_OUTPUTS}")))?),
+                false => None,
+            },
+        })
+    }
+}
+
+impl Tile {
+    fn of(module: &Arc<Module>) -> Result<Self, CudaError> {
+        let [outputs, _, threads, shared] = module.constants("gemm_skinny_shape")?;
         let kernel = |name: &str| module.kernel(&format!("gemm_skinny_{name}"), shared as u32);
         Ok(Self {
-            rows: rows as usize,
             outputs: outputs as usize,
             threads: threads as u32,
             shared_bytes: shared as u32,
