@@ -34,7 +34,7 @@ pub enum Numbers {
     /// BF16 by BF16.
     Bf16,
     /// e4m3 by e4m3, times scales. On Hopper alone; inputs a multiple of 16, outputs of 8. Sums of up to some thousand numbers are
-    /// taken in the tensor core's own, shorter accumulators: an error of 1e-3 of the result at 14,336 inputs, where rounding
+    /// taken in the tensor core's own, shorter accumulators: an error of 3e-3 of the result at 14,336 inputs, where rounding
     /// activations to e4m3 costs 3e-2.
     E4m3 {
         /// f32 `[outputs]`, or with `blocks` `[outputs / 128][inputs / 128]`.

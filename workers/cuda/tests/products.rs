@@ -32,7 +32,7 @@ fn fp8_products_are_those_of_f64() {
                     }
                     let error = matrix.error(&device, &mut blas, &mut random, rows, output, blocks);
                     let label = format!("{rows} rows, {outputs} x {inputs}, {output:?}, {blocks}");
-                    // Rounding to BF16 costs 1.7e-3, the tensor core's short sums 2.1e-3 where inputs are most.
+                    // Rounding to BF16 costs 1.7e-3, the tensor core's short sums 2.9e-3 where inputs are most.
                     assert!(error < 4e-3, "{label}: {error:.2e}");
                     worst = worst.max(error);
                 }
