@@ -35,6 +35,8 @@ pub enum ErrorKind {
     Deadline,
     /// Workers failed, and so did the retries.
     Worker,
+    /// The model gave no finite logit, so there is no next token.
+    NoToken,
     /// A defect of this server.
     Internal,
     /// The client left; nobody reads the answer.
@@ -58,7 +60,7 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
@@ -74,6 +76,7 @@ impl ErrorKind {
         Self::Bus,
         Self::Deadline,
         Self::Worker,
+        Self::NoToken,
         Self::Internal,
         Self::ClientLeft,
     ];
@@ -111,6 +114,7 @@ impl ErrorKind {
             Self::Bus => (503, SERVER, Some("bus_unavailable"), true, "bus"),
             Self::Deadline => (504, SERVER, Some("deadline_exceeded"), true, "deadline"),
             Self::Worker => (502, SERVER, Some("worker_failed"), true, "worker"),
+            Self::NoToken => (500, SERVER, Some("no_token"), false, "no_token"),
             Self::Internal => (500, SERVER, Some("internal_error"), false, "internal"),
             Self::ClientLeft => (499, SERVER, Some("client_left"), false, "client_left"),
         };

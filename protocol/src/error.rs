@@ -80,6 +80,8 @@ pub enum FailureCode {
     Preempted,
     /// The executor failed.
     Executor,
+    /// No next token could be chosen: the model gave no finite logit.
+    NoToken,
     /// The request's budget ran out.
     Deadline,
     /// The worker left before the generation ended.
@@ -91,7 +93,7 @@ pub enum FailureCode {
 impl FailureCode {
     /// Whether prefilling prompt and output so far again, maybe elsewhere, is the right answer.
     pub fn retryable(self) -> bool {
-        !matches!(self, Self::Deadline)
+        !matches!(self, Self::Deadline | Self::NoToken)
     }
 
     /// The name used in metrics and logs.
@@ -101,6 +103,7 @@ impl FailureCode {
             Self::PullFailed => "pull_failed",
             Self::Preempted => "preempted",
             Self::Executor => "executor",
+            Self::NoToken => "no_token",
             Self::Deadline => "deadline",
             Self::Draining => "draining",
             Self::Internal => "internal",

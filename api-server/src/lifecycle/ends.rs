@@ -42,8 +42,12 @@ impl Lifecycle {
             }
             self.retry(failure.code.label(), Some(worker), out);
         } else {
-            let error = ApiError::new(ErrorKind::Deadline, failure.message);
-            self.end_early("deadline", Err(error), out);
+            let kind = match failure.code {
+                FailureCode::NoToken => ErrorKind::NoToken,
+                _ => ErrorKind::Deadline,
+            };
+            let error = ApiError::new(kind, failure.message);
+            self.end_early(failure.code.label(), Err(error), out);
         }
     }
 

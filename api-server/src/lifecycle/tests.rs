@@ -285,6 +285,19 @@ fn what_breaks_executors_does_not_meet_them_all() {
     assert_eq!(prefills_until_the_end(FailureCode::Executor), EXECUTORS_MAX);
 }
 
+#[test]
+fn a_text_without_a_next_token_is_not_tried_again() {
+    assert_eq!(prefills_until_the_end(FailureCode::NoToken), 1);
+    let mut run = Run::decoding();
+    let failure = Failure::new(FailureCode::NoToken, "no finite logit");
+    let actions = run.step(item(0, 1, &[], Some(End::Failed(failure))));
+    let Some(Action::Fail(error)) = actions.last() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(error.kind.row().status, 500);
+    assert!(error.message.contains("no finite logit"));
+}
+
 /// How often a prompt is sent that always fails so.
 fn prefills_until_the_end(code: FailureCode) -> u32 {
     let mut run = Run::new();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use baton_engine::{
     Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SequenceOutput, StepOutput, StepPlan,
-    Want, answer, arena_blocks, wants,
+    Want, What, answer, arena_blocks, count_followed, wants,
 };
 use baton_model::{ModelSpec, TensorSource, Weights};
 use baton_protocol::KvGeometry;
@@ -341,7 +341,8 @@ impl CpuExecutor {
 
     /// Logits of the rows that are asked for, and what is made of them.
     fn output(&mut self, plan: &StepPlan) -> StepOutput {
-        let wants = wants(plan, &self.rows);
+        let mut wants = wants(plan, &self.rows);
+        count_followed(&mut wants, &self.rows);
         let mut output = StepOutput {
             sequences: vec![SequenceOutput::default(); plan.sequences.len()],
         };
@@ -363,9 +364,10 @@ impl CpuExecutor {
             for (want, answer) in wants.iter().zip(answers.into_iter().flatten()) {
                 let sequence = &mut output.sequences[want.sequence];
                 sequence.target_logprobs.extend(answer.target_logprobs);
-                if answer.sampled.is_some() {
+                if let What::Sample(_) = want.what {
                     sequence.sampled = answer.sampled;
                     sequence.logits = answer.logits;
+                    sequence.failure = answer.failure;
                 }
             }
         }

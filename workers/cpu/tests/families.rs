@@ -46,6 +46,15 @@ fn a_step_submitted_ahead_changes_no_token() {
 }
 
 #[test]
+fn a_row_of_nan_fails_alone() {
+    for kernel in kernels() {
+        baton_executor_tests::broken::rows_without_numbers(&|build| {
+            Box::new(executor(kernel, 2, build))
+        });
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_refused_with_a_sentence() {
     let tiny = Tiny::new(tiny_families().remove(0), 1);
     let kv = kv_geometry(&tiny.spec, 16);

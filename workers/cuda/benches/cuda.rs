@@ -1,24 +1,29 @@
 //! Decode and prefill of the Llama-3.1-8B shape with random weights, against this GPU's ceilings, measured in the same run.
 //!
 //! `cargo bench -p baton-cuda` where a GPU and cargo are on one machine; elsewhere copy the binary that
-//! `cargo bench -p baton-cuda --no-run` names. Arguments choose parts (`ceilings`, `decode`, `prefill`) and weights (`bf16`, `fp8`,
-//! e4m3 with a scale a channel, and `fp8-block`, with one for each 128 × 128); none of a sort is all of it.
+//! `cargo bench -p baton-cuda --no-run` names. Arguments choose parts (`ceilings`, `decode`, `prefill`, `engine`) and weights
+//! (`bf16`, `fp8`, e4m3 with a scale a channel, and `fp8-block`, with one for each 128 × 128); none of a sort is all of it.
+//! `engine` is decode as a worker runs it, with the next step submitted before the last is collected, and without that.
 //!
 //! Floors: decode reads every matrix and the batch's KV once, at the read bandwidth of a sum over 4 GiB; prefill does
 //! 2 · rows · weights + attention operations, at the rate of an 8192³ product of the same numbers.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use baton_cuda::{
     Blas, Buffer, Compiler, CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device,
     Module, Numbers, Output, Product, Shape, launch, sources::Source,
 };
-use baton_engine::{Executor, SampleRequest, SequenceStep, StepPlan, kv_geometry};
+use baton_engine::{
+    Engine, EngineConfig, Executor, ExecutorError, ExecutorInfo, ResumedSequence, SampleRequest,
+    SequenceStep, StepOutput, StepPlan, kv_geometry,
+};
 use baton_model::{
     Fp8Matrix, Fp8Scales, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource,
     WeightFormat, expected_tensors,
 };
+use baton_protocol::{Generation, SequenceSpec};
 
 const FORMATS: [(&str, WeightFormat); 3] = [
     ("bf16", WeightFormat::Bf16),
@@ -76,7 +81,7 @@ fn run() -> Result<(), CudaError> {
         "{}",
         fp8.map_or(String::new(), |rate| format!(", FP8 {:.0}", rate / 1e12))
     );
-    if !wants("decode") && !wants("prefill") {
+    if !wants("decode") && !wants("prefill") && !wants("engine") {
         return Ok(());
     }
     let spec = llama_8b();
@@ -98,6 +103,9 @@ fn run() -> Result<(), CudaError> {
         }
         if wants("prefill") {
             prefill_table(&mut executor, &spec, rate);
+        }
+        if wants("engine") {
+            engine_table(executor);
         }
     }
     Ok(())
@@ -125,6 +133,78 @@ fn prefill_table(executor: &mut CudaExecutor, spec: &ModelSpec, rate: f64) {
             floor / time * 100.0
         );
     }
+}
+
+fn engine_table(executor: CudaExecutor) {
+    println!(
+        "\nengine, mean context {CONTEXT}: batch, ms per step one at a time, with the next submitted ahead"
+    );
+    let executor = Arc::new(Mutex::new(executor));
+    for batch in [1, 8, 32, 64, 128] {
+        let [alone, ahead] = [1, 2].map(|in_flight| engine(&executor, batch, in_flight) * 1e3);
+        println!("{batch:6} {alone:8.3} {ahead:8.3}");
+    }
+}
+
+/// An executor that engines use in turn, with so many steps in flight.
+struct Turn(Arc<Mutex<CudaExecutor>>, ExecutorInfo);
+
+impl Executor for Turn {
+    fn info(&self) -> &ExecutorInfo {
+        &self.1
+    }
+
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.0.lock().expect("one thread").submit(plan)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        self.0.lock().expect("one thread").collect()
+    }
+}
+
+/// Seconds of a step of an engine in which `batch` sequences generate, from one step's events to the next one's.
+fn engine(executor: &Arc<Mutex<CudaExecutor>>, batch: usize, steps_in_flight: usize) -> f64 {
+    const STEPS: usize = 60;
+    let info = ExecutorInfo {
+        steps_in_flight,
+        ..executor.lock().expect("one thread").info().clone()
+    };
+    let kv = info.kv.clone();
+    let config = EngineConfig {
+        step_tokens_max: STEP_TOKENS,
+        sequences_max: BATCH_MAX,
+        queue_max: BATCH_MAX,
+        prefix_cache: false,
+    };
+    let mut engine = Engine::new(Box::new(Turn(executor.clone(), info)), config);
+    for key in 0..batch as u64 {
+        let tokens = vec![1; CONTEXT - STEPS / 2];
+        let blocks = engine.pool().reserve(kv.blocks_for(tokens.len()));
+        let resumed = ResumedSequence {
+            key,
+            spec: SequenceSpec {
+                prompt_tokens: tokens.len() as u32,
+                tokens: tokens.into(),
+                generation: Generation {
+                    max_tokens: STEPS as u32,
+                    ..Generation::default()
+                },
+            },
+            next: 2,
+            blocks: blocks.expect("the arena holds them"),
+        };
+        engine.resume(resumed).unwrap_or_else(|r| panic!("{r}"));
+    }
+    let mut times = Vec::new();
+    let mut last = Instant::now();
+    while engine.has_work() {
+        let events = engine.step().unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(events.len(), batch);
+        times.push(last.elapsed());
+        last = Instant::now();
+    }
+    middle(times.split_off(5))
 }
 
 /// Bytes per second of a kernel that reads 4 GiB.

@@ -8,10 +8,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, LOGPROB_MIN, Rows, Sampled, SequenceOutput,
-    StepOutput, StepPlan, Want, What, answer, arena_blocks, wants,
+    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SequenceOutput, StepOutput, StepPlan,
+    Want, What, answer, arena_blocks, wants,
 };
-use baton_protocol::{KvGeometry, TokenLogprobs};
+use baton_protocol::KvGeometry;
 
 use crate::attention::Attention;
 use crate::buffers::{padded_rows, rows_max};
@@ -282,6 +282,7 @@ impl CudaExecutor {
                 output.target_logprobs.extend(answer.target_logprobs);
                 if let What::Sample(_) = want.what {
                     (output.sampled, output.logits) = (answer.sampled, answer.logits);
+                    output.failure = answer.failure;
                 }
             }
             return Ok(());
@@ -290,9 +291,8 @@ impl CudaExecutor {
             let output = &mut sequences[want.sequence];
             match answer {
                 Answer::Target(logprobs) => output.target_logprobs.push(logprobs),
-                Answer::Sampled(sampled) => {
-                    output.sampled = Some(sampled.unwrap_or_else(|| nothing_possible(want)));
-                }
+                Answer::Sampled(Some(sampled)) => output.sampled = Some(sampled),
+                Answer::Sampled(None) => *output = SequenceOutput::without_token(),
             }
         }
         Ok(())
@@ -322,21 +322,6 @@ impl Slot {
             batch: sampler.batch()?,
             done: Event::new(device)?,
         })
-    }
-}
-
-/// What the engine's rules say of logits that leave no token possible.
-fn nothing_possible(want: &Want) -> Sampled {
-    let logprobs = match &want.what {
-        What::Sample(request) => request.state.sampling.logprobs,
-        What::Target { .. } => None,
-    };
-    Sampled {
-        token: 0,
-        logprobs: logprobs.map(|_| TokenLogprobs {
-            logprob: LOGPROB_MIN,
-            top: Vec::new(),
-        }),
     }
 }
 

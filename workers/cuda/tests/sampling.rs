@@ -142,10 +142,7 @@ fn expected(logits: &[f32], want: &Want, follows: Option<u32>) -> Answer {
                     }
                 }
             }
-            let sampled = sample(&mut logits, &request);
-            // The engine leaves what a token is where none is possible to its caller.
-            let possible = logits.iter().any(|x| *x > f32::NEG_INFINITY);
-            Answer::Sampled(possible.then_some(sampled))
+            Answer::Sampled(sample(&mut logits, &request))
         }
     }
 }

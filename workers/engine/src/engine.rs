@@ -325,7 +325,7 @@ impl Engine {
                 Some(sampled) => row.samples && sampled.token < vocab,
                 None => !row.samples,
             };
-            token_fits && output.target_logprobs.len() == row.targets
+            output.failure.is_some() || token_fits && output.target_logprobs.len() == row.targets
         };
         if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
             return Ok(());
@@ -372,11 +372,17 @@ impl Engine {
                 .is_some()
             {}
             let row = rows.next_if(|(row, _)| row.arrival == sequence.arrival);
-            let Some(sampled) = row.and_then(|(_, output)| output.sampled) else {
+            let Some((_, output)) = row else {
                 return true;
             };
-            sequence.computed += 1;
             sequence.in_flight -= 1;
+            let Some(sampled) = output.sampled.filter(|_| output.failure.is_none()) else {
+                sequence.blocks.forget();
+                self.flights.give_back(sequence.blocks.take());
+                events.push(failed(sequence.key, output.failure));
+                return false;
+            };
+            sequence.computed += 1;
             // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.
             let full = sequence.computed / block_tokens;
             if *prefix_cache
@@ -412,7 +418,7 @@ impl Engine {
             prefix_cache,
             ..
         } = &mut self.scheduler;
-        let mut done: Vec<(usize, Sampled)> = Vec::new();
+        let mut done: Vec<(usize, Result<Sampled, String>)> = Vec::new();
         for (row, output) in rows {
             let Some(at) = prefilling.iter().position(|s| s.arrival == row.arrival) else {
                 continue;
@@ -420,19 +426,34 @@ impl Engine {
             let sequence = &mut prefilling[at];
             sequence.computed += row.tokens;
             sequence.in_flight -= row.tokens;
+            if let Some(detail) = output.failure {
+                done.push((at, Err(detail)));
+                continue;
+            }
             sequence.prompt.logprobs.extend(output.target_logprobs);
             if *prefix_cache {
                 // A step that may be in flight already has no row of this sequence.
                 drop(sequence.blocks.index(&sequence.tokens[..sequence.computed]));
             }
-            done.extend(output.sampled.map(|sampled| (at, sampled)));
+            done.extend(output.sampled.map(|sampled| (at, Ok(sampled))));
         }
         done.sort_unstable_by_key(|(at, _)| *at);
-        for (removed, (at, sampled)) in done.into_iter().enumerate() {
+        for (removed, (at, end)) in done.into_iter().enumerate() {
             let sequence = prefilling.remove(at - removed);
-            events.push(prefilled(sequence, sampled, self.tokens_max));
+            events.push(match end {
+                Ok(sampled) => prefilled(sequence, sampled, self.tokens_max),
+                Err(detail) => {
+                    sequence.blocks.forget();
+                    failed(sequence.key, Some(detail))
+                }
+            });
         }
     }
+}
+
+fn failed(key: u64, detail: Option<String>) -> Event {
+    let detail = detail.unwrap_or_else(|| "no token was chosen".to_owned());
+    Event::Failed { key, detail }
 }
 
 fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize) -> Event {

@@ -76,7 +76,7 @@ pub struct SequenceStep {
     pub tokens: Range<usize>,
     /// Its one token is what this sequence of the step submitted before chose, by its index there; what stands in
     /// [`StepPlan::tokens`] means nothing then. Where nothing could be chosen, so that what follows it is meaningless,
-    /// any token will do.
+    /// any token will do. Nor do the counts of [`SampleState`] have that token: an executor adds it where penalties are on.
     pub follows: Option<usize>,
     /// Position of the first of them; the KV of all positions before it is in place.
     pub start: u32,
@@ -124,6 +124,22 @@ impl SampleState {
             || sampling.presence_penalty != 0.0
             || sampling.frequency_penalty != 0.0
     }
+
+    /// Counts one more output token.
+    pub fn count(&mut self, token: u32) {
+        let counts = &mut self.counts;
+        match counts.binary_search_by_key(&token, |count| count.token) {
+            Ok(at) => counts[at].output += 1,
+            Err(at) => counts.insert(
+                at,
+                TokenCount {
+                    token,
+                    prompt: 0,
+                    output: 1,
+                },
+            ),
+        }
+    }
 }
 
 /// Occurrences of one token.
@@ -157,10 +173,25 @@ impl StepOutput {
 pub struct SequenceOutput {
     /// The chosen token, if one was asked for.
     pub sampled: Option<Sampled>,
+    /// Why nothing could be chosen or reported, as a sentence: no logit is a finite number. It ends this sequence and no
+    /// other. Nothing else of it is looked at.
+    pub failure: Option<String>,
     /// One for each target.
     pub target_logprobs: Vec<TokenLogprobs>,
     /// Logits of the sampled position before any sampling rule, if the plan wants them.
     pub logits: Vec<f32>,
+}
+
+impl SequenceOutput {
+    /// The output of a row without a finite logit.
+    pub fn without_token() -> Self {
+        let failure = "the model gave no finite logit for the next token: its weights, its KV or its arithmetic are broken \
+                       for this text";
+        Self {
+            failure: Some(failure.to_owned()),
+            ..Self::default()
+        }
+    }
 }
 
 /// A chosen token.

@@ -97,6 +97,17 @@ pub struct FakeConfig {
     pub steps_in_flight: usize,
     /// Ids that are never chosen: end-of-sequence ids, where outputs must have their full length.
     pub never_emit: Vec<u32>,
+    /// What goes wrong, for tests of what comes of it.
+    pub faults: FakeFaults,
+}
+
+/// Tokens that break something when a step runs them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FakeFaults {
+    /// After this one there is no finite logit.
+    pub no_logit: Option<u32>,
+    /// With this one the step fails, and the executor with it.
+    pub step: Option<u32>,
 }
 
 impl Default for FakeConfig {
@@ -119,6 +130,7 @@ impl Default for FakeConfig {
             step_micros: 0,
             steps_in_flight: 1,
             never_emit: Vec::new(),
+            faults: FakeFaults::default(),
         }
     }
 }
@@ -133,6 +145,7 @@ pub struct FakeExecutor {
     kv: Arc<dyn FakeKv>,
     step_time: Duration,
     never_emit: Vec<u32>,
+    faults: FakeFaults,
     /// Steps under way, and when each ends.
     submitted: VecDeque<(StepPlan, Instant)>,
     /// Tokens of the step collected last.
@@ -163,6 +176,7 @@ impl FakeExecutor {
             kv,
             step_time: Duration::from_micros(config.step_micros),
             never_emit: config.never_emit,
+            faults: config.faults,
             submitted: VecDeque::new(),
             chosen: Vec::new(),
         }
@@ -195,6 +209,9 @@ impl FakeExecutor {
             let (block, slot) = place(position);
             self.kv.write(block, slot, digest);
         }
+        if step.sample.is_some() && self.faults.no_logit.as_ref() == tokens.last() {
+            return SequenceOutput::without_token();
+        }
         let targets = &plan.targets[step.targets.clone()];
         SequenceOutput {
             sampled: step.sample.as_ref().map(|request| {
@@ -205,7 +222,7 @@ impl FakeExecutor {
                 .iter()
                 .map(|t| self.logprobs(*t, step.target_top))
                 .collect(),
-            logits: Vec::new(),
+            ..SequenceOutput::default()
         }
     }
 
@@ -278,6 +295,11 @@ impl Executor for FakeExecutor {
         };
         if !self.step_time.is_zero() {
             std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        }
+        if let Some(fault) = self.faults.step.filter(|fault| plan.tokens.contains(fault)) {
+            return Err(ExecutorError {
+                message: format!("the fake device breaks on token {fault}, as it was told"),
+            });
         }
         let steps = plan.sequences.iter();
         let output = StepOutput {

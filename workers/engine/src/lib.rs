@@ -51,9 +51,9 @@ pub use executor::{
     Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SampleState, Sampled,
     SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenCount,
 };
-pub use fake::{FakeConfig, FakeExecutor, FakeKv, FakeMemory};
+pub use fake::{FakeConfig, FakeExecutor, FakeFaults, FakeKv, FakeMemory};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use pool::{BlockPool, PoolStats};
-pub use rows::{Rows, SequenceRows, Want, What, answer, wants};
+pub use rows::{Rows, SequenceRows, Want, What, answer, count_followed, wants};
 pub use sampling::{Distribution, Draw, LOGPROB_MIN, random_bits, sample, token_logprobs, uniform};
 pub use table::BlockTable;

@@ -77,6 +77,13 @@ pub enum Event {
         /// Set when it ended the generation: the sequence has left and its blocks are given back.
         finish: Option<FinishReason>,
     },
+    /// No next token could be chosen for a sequence, and no retry here would help: it has left and its blocks are given back.
+    Failed {
+        /// Which.
+        key: u64,
+        /// Why, as a sentence.
+        detail: String,
+    },
     /// No block was left for the next token of a sequence, and this was the youngest one: it has left and its blocks
     /// are given back. Running prompt and output so far as a new prompt goes on with the same text.
     Preempted {

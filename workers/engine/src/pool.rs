@@ -195,6 +195,12 @@ impl BlockPool {
         self.state().quarantine(ids);
     }
 
+    /// The KV in these blocks of one table is not to be trusted: nobody finds it as a prefix any more, nor what goes on from it.
+    /// Blocks that other tables hold too stay: whoever fails over them last forgets them.
+    pub(crate) fn forget(&self, ids: &[u32]) {
+        self.state().forget(ids);
+    }
+
     /// Whether one table alone holds the block and no prefix can lead another to it: it may be written.
     pub(crate) fn is_private(&self, block: u32) -> bool {
         let state = self.state();
@@ -287,6 +293,31 @@ impl State {
             } else {
                 self.free.insert(*block);
             }
+        }
+    }
+
+    fn forget(&mut self, ids: &[u32]) {
+        let own = |block: &u32| self.holders[*block as usize] == 1 && self.index.contains(*block);
+        let mut doomed: Vec<u32> = ids.iter().copied().filter(own).collect();
+        if doomed.is_empty() {
+            return;
+        }
+        // Cached children stand before their parents.
+        let cached: Vec<u32> = self.cached.iter().collect();
+        let own = doomed.len();
+        for block in cached.into_iter().rev() {
+            let parent = self.index.parent(block);
+            if parent.is_some_and(|parent| doomed.contains(&parent)) {
+                doomed.push(block);
+            }
+        }
+        for block in doomed.drain(own..).rev() {
+            self.cached.remove(block);
+            self.index.remove(block);
+            self.free.insert(block);
+        }
+        for block in doomed.into_iter().rev() {
+            self.index.remove(block);
         }
     }
 

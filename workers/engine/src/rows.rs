@@ -1,6 +1,7 @@
 //! A step plan, checked and laid out by rows: what every executor does first.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use crate::executor::{ExecutorError, ExecutorInfo, SampleRequest, SequenceOutput, StepPlan};
 use crate::sampling::{sample, token_logprobs};
@@ -199,6 +200,21 @@ pub fn wants(plan: &StepPlan, rows: &Rows) -> Vec<Want> {
     wants
 }
 
+/// Counts the tokens that rows follow where penalties want it, once [`Rows::follow`] has filled them in: for an executor whose
+/// tokens are on the host when it samples.
+pub fn count_followed(wants: &mut [Want], rows: &Rows) {
+    for (row, _) in &rows.follows {
+        let Some(want) = wants.iter_mut().find(|want| want.row == *row) else {
+            continue;
+        };
+        if let What::Sample(request) = &mut want.what
+            && request.state.has_penalty()
+        {
+            Arc::make_mut(&mut request.state).count(rows.tokens[*row]);
+        }
+    }
+}
+
 /// What a row's logits, which are used up, say to what was asked.
 pub fn answer(want: &Want, logits: &mut [f32], want_logits: bool) -> SequenceOutput {
     let mut output = SequenceOutput::default();
@@ -212,7 +228,10 @@ pub fn answer(want: &Want, logits: &mut [f32], want_logits: bool) -> SequenceOut
             if want_logits {
                 output.logits = logits.to_vec();
             }
-            output.sampled = Some(sample(logits, request));
+            match sample(logits, request) {
+                Some(sampled) => output.sampled = Some(sampled),
+                None => output.failure = SequenceOutput::without_token().failure,
+            }
         }
     }
     output

@@ -14,8 +14,8 @@
 //!
 //! - it is a decode step, and no prompt could run. Beside a step of prompts what the host does is short, and those that come
 //!   until it ends can be in the next; a decode step is short itself.
-//! - every sequence in it goes on from a token that the device knows. One with penalties does not; then all wait, for a step
-//!   without it would cost it half its speed, and the wait costs the others a few percent of theirs.
+//! - every sequence in it goes on from a token that the device knows, and no penalty counts one that it does not. Else all
+//!   wait: a step without one of them would cost that one half its speed.
 //! - there is a block for everyone: nobody is thrown out for a guess.
 
 use std::collections::VecDeque;
@@ -128,9 +128,10 @@ impl Scheduler {
         }
         let goes_on = |s: &Sequence| !s.is_ending(self.tokens_max);
         for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
-            let is_known = sequence.in_flight == 0 || sequence.can_follow();
             let tokens = sequence.tokens.len() + sequence.in_flight;
-            if !is_known || sequence.blocks.capacity() < tokens && !sequence.blocks.grow() {
+            if !sequence.can_follow()
+                || sequence.blocks.capacity() < tokens && !sequence.blocks.grow()
+            {
                 return 0;
             }
         }

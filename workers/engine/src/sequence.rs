@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_protocol::{FinishReason, Sampling, SequenceSpec, TokenLogprobs};
+use baton_protocol::{FinishReason, SequenceSpec, TokenLogprobs};
 
 use crate::{BlockTable, SampleRequest, SampleState, TokenCount};
 
@@ -50,15 +50,14 @@ impl Sequence {
         let tokens = spec.tokens.0;
         let prompt_tokens = spec.prompt_tokens as usize;
         let generation = spec.generation;
-        let counts = match has_penalty(&generation.sampling) {
-            true => count_tokens(&tokens, prompt_tokens),
-            false => Vec::new(),
-        };
-        let state = SampleState {
+        let mut state = SampleState {
             sampling: generation.sampling,
             stop_token_ids: generation.stop_token_ids,
-            counts,
+            counts: Vec::new(),
         };
+        if state.has_penalty() {
+            state.counts = count_tokens(&tokens, prompt_tokens);
+        }
         Self {
             key,
             arrival,
@@ -93,9 +92,10 @@ impl Sequence {
                 || self.tokens.len() + self.in_flight >= tokens_max)
     }
 
-    /// Whether the token after next can be chosen before the next is known here: penalties count every token.
+    /// Whether its next row can be told before the tokens in flight are known here. Penalties count every token, and the
+    /// device adds only the one that the row follows.
     pub fn can_follow(&self) -> bool {
-        !has_penalty(&self.state.sampling)
+        self.in_flight <= 1 || !self.state.has_penalty()
     }
 
     /// Output tokens so far; also the output index of the next one.
@@ -126,29 +126,11 @@ impl Sequence {
     /// Append an output token.
     pub fn push(&mut self, token: u32) {
         self.tokens.push(token);
-        if !has_penalty(&self.state.sampling) {
-            return;
-        }
-        // Such a sequence is in one step at a time, and that is over: nobody else holds the state and nothing is copied.
-        let counts = &mut Arc::make_mut(&mut self.state).counts;
-        match counts.binary_search_by_key(&token, |count| count.token) {
-            Ok(at) => counts[at].output += 1,
-            Err(at) => counts.insert(
-                at,
-                TokenCount {
-                    token,
-                    prompt: 0,
-                    output: 1,
-                },
-            ),
+        if self.state.has_penalty() {
+            // Copied if a step in flight holds it.
+            Arc::make_mut(&mut self.state).count(token);
         }
     }
-}
-
-fn has_penalty(sampling: &Sampling) -> bool {
-    sampling.repetition_penalty != 1.0
-        || sampling.presence_penalty != 0.0
-        || sampling.frequency_penalty != 0.0
 }
 
 fn count_tokens(tokens: &[u32], prompt_tokens: usize) -> Vec<TokenCount> {
@@ -178,7 +160,7 @@ fn count_tokens(tokens: &[u32], prompt_tokens: usize) -> Vec<TokenCount> {
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::{Generation, PackedTokens};
+    use baton_protocol::{Generation, PackedTokens, Sampling};
 
     use super::*;
     use crate::BlockPool;

@@ -86,6 +86,11 @@ impl BlockTable {
         Self::new(self.pool.clone(), given_up, 0)
     }
 
+    /// What they hold is not to be trusted: it is no prefix for anybody. All that is left to do then is to give them back.
+    pub(crate) fn forget(&self) {
+        self.pool.forget(&self.ids);
+    }
+
     /// The blocks, of which this one holds none any more.
     pub(crate) fn take(&mut self) -> BlockTable {
         let rest = Self::new(self.pool.clone(), Vec::new(), 0);

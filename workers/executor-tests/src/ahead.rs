@@ -98,7 +98,7 @@ fn prompt_plan(batch: &[usize]) -> StepPlan {
     let mut plan = StepPlan::default();
     for sequence in batch {
         let tokens = (0..PROMPT).map(|i| ((i * 31 + sequence * 7) % 301) as u32);
-        push(&mut plan, *sequence, tokens.collect(), 0, None);
+        push(&mut plan, *sequence, tokens.collect(), 0, None, &[]);
     }
     plan
 }
@@ -115,7 +115,7 @@ fn decode_plan(batch: &[usize], told: &[Vec<Sampled>], last: Option<&Vec<usize>>
             Some(_) => u32::MAX,
             None => known.last().expect("told").token,
         };
-        push(&mut plan, *sequence, vec![token], start, follows);
+        push(&mut plan, *sequence, vec![token], start, follows, known);
     }
     plan
 }
@@ -126,7 +126,13 @@ fn push(
     tokens: Vec<u32>,
     start: usize,
     follows: Option<usize>,
+    known: &[Sampled],
 ) {
+    let mut state = SampleState {
+        sampling: sampling(sequence),
+        ..SampleState::default()
+    };
+    known.iter().for_each(|sampled| state.count(sampled.token));
     let (token, block) = (plan.tokens.len(), plan.blocks.len());
     let end = start + tokens.len();
     plan.tokens.extend(tokens);
@@ -140,10 +146,7 @@ fn push(
         blocks: block..plan.blocks.len(),
         sample: Some(SampleRequest {
             position: end as u32,
-            state: Arc::new(SampleState {
-                sampling: sampling(sequence),
-                ..SampleState::default()
-            }),
+            state: Arc::new(state),
             ban_stop_ids: false,
         }),
         targets: 0..0,
@@ -151,8 +154,7 @@ fn push(
     });
 }
 
-/// Each sequence has a rule of its own. With all of them about, an executor that lets the host choose some tokens has some
-/// rows to wait for in every step.
+/// Each sequence has a rule of its own.
 fn sampling(sequence: usize) -> Sampling {
     let base = Sampling {
         temperature: 1.5,
@@ -173,6 +175,11 @@ fn sampling(sequence: usize) -> Sampling {
         },
         5 => Sampling {
             logit_bias: vec![(17, 4.0)],
+            ..base
+        },
+        6 => Sampling {
+            repetition_penalty: 1.5,
+            frequency_penalty: 0.5,
             ..base
         },
         _ => base,

@@ -5,10 +5,12 @@
 //!   [`fp8_families`](families::fp8_families) the same with FP8 weights.
 //! - [`company`]: logits with and without neighbours, in any chunks.
 //! - [`ahead`]: steps submitted before the last was collected.
+//! - [`broken`]: a row of NaN among others.
 //! - [`golden`]: real weights against Transformers.
 #![forbid(unsafe_code)]
 
 pub mod ahead;
+pub mod broken;
 pub mod company;
 pub mod families;
 pub mod golden;

@@ -62,6 +62,16 @@ impl Random {
 }
 
 impl Tiny {
+    /// Makes the embedding of a token NaN.
+    pub fn break_embedding(&mut self, token: u32) {
+        let row = self.spec.hidden * 2;
+        let (_, bytes) = self
+            .tensors
+            .get_mut("model.embed_tokens.weight")
+            .expect("every model has it");
+        bytes[token as usize * row..][..row].fill(0xff);
+    }
+
     /// Weights of a spec: matrices keep the size of what they are applied to, norms stay near one.
     pub fn new(spec: ModelSpec, seed: u64) -> Self {
         let mut random = Random(seed);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use baton_bus::BusConfig;
+use baton_engine::FakeFaults;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, Role, WorkerId, limits};
 
@@ -48,6 +49,8 @@ pub struct WorkerConfig {
     pub drain_ms: u64,
     /// Overrides UCX's choice of transports (`UCX_TLS`): `tcp,self`.
     pub ucx_tls: Option<String>,
+    /// What goes wrong on the fake device; nothing, but in tests.
+    pub fake_faults: FakeFaults,
 }
 
 /// KV arena where nothing is said.
@@ -85,6 +88,7 @@ impl WorkerConfig {
             lease_ms: limits::LEASE_MS,
             drain_ms: DRAIN_MS_DEFAULT,
             ucx_tls: None,
+            fake_faults: FakeFaults::default(),
         }
     }
 
@@ -173,7 +177,7 @@ pub enum Device {
     Cpu,
     /// Nothing: tokens are a hash of those before. For tests and for measuring the orchestration alone.
     Fake {
-        /// How long each step sleeps, in microseconds; 0 is full speed.
+        /// How long each step takes, in microseconds; 0 is full speed.
         step_micros: u64,
     },
     /// An NVIDIA GPU.

@@ -274,6 +274,14 @@ impl Desk {
         }
     }
 
+    /// The engine gave a prompt up.
+    pub(crate) fn prefill_failed(&mut self, key: u64, failure: Failure) {
+        let entry = self.remove_prefill(key);
+        if let Some(reply) = entry.and_then(|entry| entry.reply) {
+            self.fail_prefill(reply, failure);
+        }
+    }
+
     fn remove_prefill(&mut self, key: u64) -> Option<Prefilling> {
         let entry = self.prefills.remove(&key)?;
         self.deadlines.remove(&(entry.deadline, key));

@@ -90,6 +90,8 @@ pub(crate) struct Desk {
     pub(crate) shared_load: SharedLoad,
     /// Beats in a row that found blocks in use by nobody.
     pub(crate) stray_beats: u32,
+    /// When a worker whose executor broke ends, to be started again by whoever watches over it.
+    pub(crate) end_after_failure: Option<Instant>,
 
     /// Whether this thread may spin while a hand-over is near.
     pub(crate) may_spin: bool,
@@ -99,6 +101,9 @@ pub(crate) struct Desk {
 
 /// A prompt's release comes within this time of its handle, or its decode worker is busy.
 const RELEASE_NEAR: Duration = Duration::from_millis(20);
+
+/// For how long a worker whose executor broke still says so, and refuses what comes, before it ends.
+const FAILURE_SHOWN: Duration = Duration::from_secs(3);
 
 impl Desk {
     /// Serves until `shutdown`, then drains. Returns when nothing is left to do.
@@ -117,7 +122,7 @@ impl Desk {
             from: self.me.worker.to_string(),
         };
         self.send(self.cluster.hello(), &hello);
-        while !self.is_drained() {
+        while !self.is_drained() && !self.has_shown_failure() {
             let next = self.next_deadline();
             // The clock and the rare things stand before the inbox, so that a flood of jobs starves none.
             tokio::select! {
@@ -209,6 +214,11 @@ impl Desk {
                 self.prefill_left(key, refusal);
                 self.decode_left(key);
             }
+            EngineEvent::Ended { key, failure } => {
+                tracing::error!(key, %failure, "a sequence ended without a next token");
+                self.prefill_failed(key, failure);
+                self.decode_left(key);
+            }
             EngineEvent::Failed { message } => self.on_executor_failed(&message),
         }
     }
@@ -271,6 +281,7 @@ impl Desk {
     fn next_deadline(&self) -> Option<Instant> {
         let budget = self.deadlines.first().map(|(deadline, _)| *deadline);
         [
+            self.end_after_failure,
             self.leases.next_deadline(),
             budget,
             self.peers.next_retry(),
@@ -366,9 +377,16 @@ impl Desk {
         }
     }
 
-    /// The executor is out of service. What it left in the arena is unknown, so no lease is good.
+    fn has_shown_failure(&self) -> bool {
+        self.end_after_failure
+            .is_some_and(|end| end <= Instant::now())
+    }
+
+    /// The executor is out of service. What it left in the arena is unknown, so no lease is good. Nothing in this process can
+    /// mend it: it ends soon, with an error, and a supervisor starts it anew.
     fn on_executor_failed(&mut self, message: &str) {
         self.executor_failure = Some(message.to_owned());
+        self.end_after_failure = Some(Instant::now() + FAILURE_SHOWN);
         self.state = WorkerState::Failed;
         let leases = self.leases.clear();
         let keys: Vec<_> = self

@@ -304,6 +304,11 @@ impl EngineThread {
                     self.say(EngineEvent::Left { key, refusal: None });
                 }
             }
+            Event::Failed { key, detail } => {
+                let failure = Failure::new(FailureCode::NoToken, detail);
+                self.end_decoding(key, End::Failed(failure.clone()));
+                self.say(EngineEvent::Ended { key, failure });
+            }
             Event::Preempted { key } => {
                 let message = "no KV block was left for its next token";
                 self.end_decoding(

@@ -52,6 +52,7 @@ pub(crate) fn executor(
         step_micros,
         steps_in_flight: 2,
         never_emit: model.manifest.eos_token_ids.clone(),
+        faults: config.fake_faults,
     };
     FakeExecutor::with_memory(fake, Arc::new(digests))
 }

@@ -185,6 +185,7 @@ pub async fn run(
         // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.
         may_spin: matches!(config.device, Device::Cuda(_)) && config.role != Role::Both,
         awake_until: tokio::time::Instant::now(),
+        end_after_failure: None,
     };
     tracing::info!("serving");
     let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;

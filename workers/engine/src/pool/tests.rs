@@ -147,6 +147,7 @@ enum Action {
     Write { table: usize },
     Grow { table: usize },
     Quarantine { table: usize },
+    Forget { table: usize },
     Drop { table: usize },
 }
 
@@ -157,6 +158,7 @@ fn action() -> impl Strategy<Value = Action> {
         4 => (0usize..16).prop_map(|table| Action::Write { table }),
         3 => (0usize..16).prop_map(|table| Action::Grow { table }),
         1 => (0usize..16).prop_map(|table| Action::Quarantine { table }),
+        1 => (0usize..16).prop_map(|table| Action::Forget { table }),
         4 => (0usize..16).prop_map(|table| Action::Drop { table }),
     ]
 }
@@ -215,6 +217,14 @@ proptest! {
                     if tables[at].1.is_empty() {
                         tables[at].0.quarantine();
                     }
+                }
+                Action::Forget { table } if !tables.is_empty() => {
+                    let at = table % tables.len();
+                    let (table, _) = tables.swap_remove(at);
+                    table.forget();
+                    let shared = |block: u32| pool.state().holders[block as usize] > 1;
+                    prop_assert!(table.ids().iter().all(|block| pool.is_private(*block) || shared(*block)));
+                    prop_assert!(pool.check().is_ok());
                 }
                 Action::Drop { table } if !tables.is_empty() => {
                     let at = table % tables.len();

@@ -22,23 +22,19 @@ pub const LOGPROB_MIN: f32 = -9999.0;
 ///
 /// `logits` has one number per vocabulary id and is used as scratch space: its contents afterwards
 /// are unspecified. NaN counts as minus infinity, and plus infinity as the largest finite number. Ties go to
-/// the lowest id. When no token is possible (all logits minus infinity) the answer is id 0, so that
-/// one broken row cannot take the worker down.
+/// the lowest id. `None` when no token is possible, because every logit is NaN or minus infinity: the row is broken, which
+/// ends its sequence and nothing else.
 ///
 /// Greedy costs two passes over the logits; anything else some two more and a partial selection,
 /// never a full sort.
-pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
+pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Option<Sampled> {
     let state = &*request.state;
     let sampling = &state.sampling;
     penalties::apply(logits, state, request.ban_stop_ids);
     let peak = numeric::clean_and_max(logits);
     let peak_token = numeric::position(logits, peak);
     if peak == f32::NEG_INFINITY {
-        let logprobs = sampling.logprobs.map(|_| TokenLogprobs {
-            logprob: LOGPROB_MIN,
-            top: Vec::new(),
-        });
-        return Sampled { token: 0, logprobs };
+        return None;
     }
     let draw = Draw::of(request, logits.len());
     // Log-probabilities first: top-p may overwrite logits that it drops.
@@ -53,7 +49,7 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Sampled {
         logprob: distribution.logprob(logits[token as usize]),
         top,
     });
-    Sampled { token, logprobs }
+    Some(Sampled { token, logprobs })
 }
 
 /// How a token is drawn, in numbers: what an executor needs that samples where the logits are. [`sample`] says what they mean.

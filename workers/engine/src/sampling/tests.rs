@@ -22,7 +22,8 @@ fn plain(sampling: Sampling) -> SampleState {
 }
 
 fn choose(logits: &[f32], sampling: Sampling, position: u32) -> u32 {
-    sample(&mut logits.to_vec(), &request(plain(sampling), position)).token
+    let sampled = sample(&mut logits.to_vec(), &request(plain(sampling), position));
+    sampled.expect("a token is possible").token
 }
 
 /// The rules written down as plainly as can be: full sort, f64, libm. Ids that may be drawn, with
@@ -78,8 +79,10 @@ fn broken_rows_do_not_panic() {
                 logprobs: Some(3),
                 ..Sampling::default()
             };
-            assert_eq!(choose(&[f32::NAN; 40], sampling.clone(), 0), 0);
-            assert_eq!(choose(&[f32::NEG_INFINITY; 40], sampling.clone(), 0), 0);
+            for nothing in [f32::NAN, f32::NEG_INFINITY] {
+                let asked = request(plain(sampling.clone()), 0);
+                assert_eq!(sample(&mut [nothing; 40], &asked), None);
+            }
             let mut one = [f32::NEG_INFINITY; 40];
             one[33] = f32::INFINITY;
             assert_eq!(choose(&one, sampling.clone(), 0), 33);
@@ -87,8 +90,7 @@ fn broken_rows_do_not_panic() {
             assert_eq!(choose(&one, sampling, 0), 33);
         }
     }
-    let nothing = sample(&mut [], &request(SampleState::default(), 0));
-    assert_eq!(nothing.token, 0);
+    assert_eq!(sample(&mut [], &request(SampleState::default(), 0)), None);
 }
 
 #[test]
@@ -129,7 +131,7 @@ fn bias_bans_and_penalties_in_order() {
     // (3 + 1) / 2; 4 / 2 - 2 * 0.5 - 0.25; -1 * 2 - 0.5 - 0.25; untouched; banned.
     assert_eq!(logits, [2.0, 0.75, -2.75, 1.0, f32::NEG_INFINITY]);
 
-    let sampled = sample(&mut [3.0, 4.0, -1.0, 1.0, 50.0], &request);
+    let sampled = sample(&mut [3.0, 4.0, -1.0, 1.0, 50.0], &request).expect("possible");
     assert_eq!(sampled.token, 0);
     let logprobs = sampled.logprobs.expect("asked for");
     let sum: f32 = [2.0f32, 0.75, -2.75, 1.0].iter().map(|x| x.exp()).sum();
@@ -150,7 +152,7 @@ fn logprobs_are_those_before_temperature_and_truncation() {
             ..Sampling::default()
         };
         sample(&mut logits.clone(), &request(plain(sampling), 3))
-            .logprobs
+            .and_then(|sampled| sampled.logprobs)
             .expect("asked for")
     };
     let greedy = ask(0.0, 0);
@@ -310,10 +312,11 @@ proptest! {
         });
         state.counts = vec![TokenCount { token: 5, prompt: 1, output: 3 }];
         let len = logits.len();
-        let sampled = sample(&mut logits.clone(), &request(state, 0));
-        prop_assert!((sampled.token as usize) < len.max(1));
-        for top in sampled.logprobs.iter().flat_map(|l| &l.top) {
-            prop_assert!(top.1.is_finite());
+        if let Some(sampled) = sample(&mut logits.clone(), &request(state, 0)) {
+            prop_assert!((sampled.token as usize) < len);
+            for top in sampled.logprobs.iter().flat_map(|l| &l.top) {
+                prop_assert!(top.1.is_finite());
+            }
         }
     }
 }

@@ -45,6 +45,8 @@ pub(crate) enum EngineEvent {
     Prefilled(Box<Prefilled>),
     /// A sequence left, or was not taken.
     Left { key: u64, refusal: Option<Refusal> },
+    /// A sequence ended without a next token. A decode's API server is told already.
+    Ended { key: u64, failure: Failure },
     /// The executor broke; every sequence is gone.
     Failed { message: String },
 }

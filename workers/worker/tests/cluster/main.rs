@@ -1,5 +1,6 @@
 //! Workers on a real nats-server with real UCX between them, and an API server played by hand.
 
+mod faults;
 mod leases;
 mod leaving;
 mod refusals;

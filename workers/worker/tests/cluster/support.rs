@@ -569,7 +569,7 @@ pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
                 Event::Token {
                     sampled, finish, ..
                 } => (sampled, finish),
-                Event::Preempted { .. } => panic!("there is room for one"),
+                other => panic!("{other:?}"),
             };
             tokens.push(sampled.token);
             if finish.is_some() {

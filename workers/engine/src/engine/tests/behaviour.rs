@@ -317,6 +317,43 @@ fn prompt_logprobs_cover_the_prompt_and_nothing_else() {
     }
 }
 
+#[test]
+fn a_sequence_without_a_next_token_ends_and_nobody_finds_its_prefix() {
+    for steps_in_flight in [1, 2] {
+        let setup = Setup {
+            steps_in_flight,
+            ..Setup::default()
+        };
+        let (good, bad) = (spec(&prompt(1, 20), 20), spec(&prompt(2, 20), 20));
+        let text = alone(&bad);
+        assert!(!alone(&good).contains(&text[9]));
+        let mut config = fake(setup);
+        config.faults.no_logit = Some(text[9]);
+        let mut engine = engine_on(setup, Box::new(FakeExecutor::new(config)));
+        let mut driver = Driver::default();
+        driver.submit(&mut engine, 1, good.clone());
+        driver.submit(&mut engine, 2, bad.clone());
+        driver.run(&mut engine, 100);
+        assert_eq!(driver.outputs[&1], alone(&good));
+        assert_eq!(driver.outputs[&2], text[..10]);
+        assert_eq!(driver.failed, [2]);
+        // What the good one has left is found, of the bad one nothing.
+        for (key, spec, cached) in [(3, good, 16), (4, bad.clone(), 0)] {
+            driver.cached_tokens = 0;
+            driver.submit(&mut engine, key, spec);
+            driver.run(&mut engine, 100);
+            assert_eq!(driver.cached_tokens, cached);
+        }
+        // A prompt that ends in that token.
+        let mut worse = bad.tokens.0;
+        worse[19] = text[9];
+        driver.submit(&mut engine, 5, spec(&worse, 20));
+        driver.run(&mut engine, 100);
+        assert_eq!(driver.failed, [2, 4, 5]);
+        assert_empty(&engine);
+    }
+}
+
 /// An executor that breaks at a given step, in a given way.
 struct Broken {
     inner: FakeExecutor,

@@ -66,15 +66,23 @@ fn a_prompt_that_can_run_is_not_kept_waiting_behind_a_step_planned_ahead() {
 }
 
 #[test]
-fn penalties_wait_for_the_token_before() {
-    let (mut engine, mut driver) = two();
+fn penalties_count_one_token_that_is_not_here() {
+    let setup = Setup {
+        steps_in_flight: 3,
+        ..TWO
+    };
+    let (mut engine, watch, _) = watched_sampler(setup);
+    let mut driver = Driver {
+        watch,
+        ..Driver::default()
+    };
     let mut penalised = spec(&prompt(1, 10), 8);
     penalised.generation.sampling = Sampling {
         repetition_penalty: 1.3,
         ..Sampling::default()
     };
     driver.submit(&mut engine, 1, penalised);
-    assert_eq!(run(&mut engine, &mut driver), [0; 8]);
+    assert_eq!(run(&mut engine, &mut driver), [0, 1, 1, 1, 1, 1, 1, 0]);
 }
 
 #[test]

@@ -98,6 +98,7 @@ struct Driver {
     finished: HashMap<u64, FinishReason>,
     cached_tokens: u32,
     preemptions: usize,
+    failed: Vec<u64>,
     steps: usize,
     watch: Watch,
 }
@@ -156,6 +157,10 @@ impl Driver {
                     assert_eq!(output.len(), index as usize, "sequence {key} has a gap");
                     output.push(sampled.token);
                     self.finished.extend(finish.map(|finish| (key, finish)));
+                }
+                Event::Failed { key, detail } => {
+                    assert!(detail.contains("no finite logit"), "{detail}");
+                    self.failed.push(key);
                 }
                 Event::Preempted { key } => {
                     self.preemptions += 1;

@@ -47,9 +47,14 @@ impl Executor for Sampler {
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         let mut plan = self.submitted.pop_front().expect("a step was submitted");
         for step in &mut plan.sequences {
-            if let Some(sequence) = step.follows.take() {
-                let chosen = self.chosen[sequence].expect("it was asked for");
-                plan.tokens[step.tokens.start] = chosen;
+            let Some(sequence) = step.follows.take() else {
+                continue;
+            };
+            let chosen = self.chosen[sequence].expect("it was asked for");
+            plan.tokens[step.tokens.start] = chosen;
+            let request = step.sample.as_mut().expect("only what generates follows");
+            if request.state.has_penalty() {
+                Arc::make_mut(&mut request.state).count(chosen);
             }
         }
         let mut output = self.inner.forward(&plan)?;
@@ -58,7 +63,7 @@ impl Executor for Sampler {
                 let hash = u64::from(sampled.token);
                 let logit = |i| uniform(hash, i) as f32 * 12.0 - 6.0;
                 let mut logits: Vec<f32> = (0..VOCAB).map(logit).collect();
-                *sampled = sample(&mut logits, request);
+                *sampled = sample(&mut logits, request).expect("they are finite");
             }
         }
         self.chosen = output.tokens();

@@ -1,0 +1,104 @@
+//! Executors that break, for one sequence or for good.
+
+use baton_engine::FakeFaults;
+use baton_protocol::{FailureCode, PrefillReply, Refusal, Role, WorkerState};
+use baton_worker::{Device, WorkerError};
+
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_text_without_a_next_token_ends_and_no_other() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let (good, bad) = (prompt(1, 30, 40), prompt(2, 30, 40));
+    let text = undisturbed(&bad);
+    let mut config = house.config("both", Role::Both);
+    config.prefix_cache = true;
+    config.device = Device::Fake { step_micros: 1_000 };
+    config.fake_faults = FakeFaults {
+        no_logit: Some(text[20]),
+        ..FakeFaults::default()
+    };
+    assert!(!undisturbed(&good).contains(&text[20]));
+    let both = Worker::start(config);
+    api.until(&both.id, "at all", |_| true).await;
+
+    let requests = [new_request(), new_request()];
+    let good_handle = api.staged(&both.id, requests[0], &good).await;
+    let bad_handle = api.staged(&both.id, requests[1], &bad).await;
+    api.admitted(&both.id, &api.decode_job(requests[0], &good, &good_handle))
+        .await;
+    api.admitted(&both.id, &api.decode_job(requests[1], &bad, &bad_handle))
+        .await;
+    let stream = api.stream(requests[1], 0).await;
+    assert_eq!(stream.failure(), FailureCode::NoToken);
+    assert_eq!(stream.tokens, text[1..=20], "what came before is right");
+    assert_whole(&api.stream(requests[0], 0).await, &good, &good_handle);
+
+    // A prompt that ends in it.
+    let mut bad = prompt(3, 30, 40);
+    bad.tokens.0[29] = text[20];
+    let job = api.prefill_job(new_request(), &bad);
+    let PrefillReply::Failed { failure, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it went well")
+    };
+    assert_eq!(failure.code, FailureCode::NoToken);
+    assert!(failure.message.contains("no finite logit"), "{failure}");
+    api.until(&both.id, "serving, and nothing used", |beat| {
+        beat.state == WorkerState::Serving && beat.load.blocks_used == 0
+    })
+    .await;
+    both.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broken_executor_ends_its_worker_after_saying_so() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let sequence = prompt(1, 30, 1_000);
+    let mut config = house.config("both", Role::Both);
+    config.device = Device::Fake { step_micros: 5_000 };
+    // The last token of another prompt, which the first text does not meet for a while.
+    let text = undisturbed(&sequence);
+    let bad = (10..).map(|seed| prompt(seed, 30, 40));
+    let is_bad = |bad: &baton_protocol::SequenceSpec| !text.contains(&bad.tokens.0[29]);
+    let bad = bad.into_iter().find(is_bad).expect("there is one");
+    assert!(!sequence.tokens.0.contains(&bad.tokens.0[29]));
+    config.fake_faults = FakeFaults {
+        step: Some(bad.tokens.0[29]),
+        ..FakeFaults::default()
+    };
+    let both = Worker::start(config);
+    api.until(&both.id, "at all", |_| true).await;
+    let staged = api.staged(&both.id, new_request(), &sequence).await;
+    let request = new_request();
+    let handle = api.staged(&both.id, request, &sequence).await;
+    api.admitted(&both.id, &api.decode_job(request, &sequence, &handle))
+        .await;
+    api.first_tokens(request).await;
+
+    let job = api.prefill_job(new_request(), &bad);
+    let PrefillReply::Failed { failure, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it went well")
+    };
+    assert_eq!(failure.code, FailureCode::Executor);
+    assert!(failure.code.retryable(), "elsewhere");
+    assert!(failure.message.contains("as it was told"), "{failure}");
+    let stream = api.stream(request, 0).await;
+    assert_eq!(stream.failure(), FailureCode::Executor);
+    assert_eq!(stream.tokens, text[1..1 + stream.tokens.len()]);
+    // It still answers, and everything it says is no.
+    let beat = api.until(&both.id, "that it failed", |beat| {
+        beat.state == WorkerState::Failed
+    });
+    assert_eq!(beat.await.load.leased, 0);
+    let job = api.prefill_job(new_request(), &sequence);
+    let PrefillReply::Refused { refusal, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it was taken")
+    };
+    assert_eq!(refusal, Refusal::Draining);
+    assert!(!api.release(&staged, |_| {}).await, "no lease is good");
+    // And then it ends by itself, with an error.
+    let error = both.left().await.expect_err("it failed");
+    assert!(matches!(error, WorkerError::Executor { .. }), "{error}");
+}
