@@ -39,7 +39,7 @@
 //   BFLOAT16, rank 2, address = arena, dims {HEAD_DIM, blocks·kv_heads·layers·2·BLOCK_TOKENS},
 //   strides {HEAD_DIM·2}, box {64, min(BLOCK_TOKENS, 32)}, element strides {1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
 //   L2_PROMOTION_L2_256B, OOB_FILL_NONE).
-#include "attention.cuh"
+#include "attention_turn.cuh"
 
 #define TMA_ROAD (BATON_ARCH >= 900)
 
@@ -47,7 +47,6 @@ namespace {
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-constexpr int kQuads = kDim / 4; // pairs of numbers in half a head
 constexpr int kPairs = (kQuads + 31) / 32;
 constexpr int kColumns = (kGroup + 7) / 8; // MMA column tiles
 constexpr int kTile = kParts == 1 ? 64 : 32;
@@ -95,34 +94,6 @@ struct Cursor {
             }
         }
     }
-};
-
-// Two numbers of the lower half of a head and the two that they turn with.
-struct Quad {
-    float lx, ly, hx, hy;
-
-    // `pair`: which of the lower half; bias of the head, or null.
-    DEVICE Quad(u32 low, u32 high, const u32* bias, int pair)
-        : lx(bf16_low(low)), ly(bf16_high(low)), hx(bf16_low(high)), hy(bf16_high(high)) {
-        if (!bias) return;
-        low = bias[pair], high = bias[pair + kQuads];
-        lx += bf16_low(low), ly += bf16_high(low), hx += bf16_low(high), hy += bf16_high(high);
-    }
-    DEVICE float squares() const { return lx * lx + ly * ly + hx * hx + hy * hy; }
-    DEVICE void norm(float squares, float eps, const u32* weights, int pair) {
-        const float scale = 1.0f / sqrtf(squares / kDim + eps);
-        const u32 low = weights[pair], high = weights[pair + kQuads];
-        lx *= scale * bf16_low(low), ly *= scale * bf16_high(low), hx *= scale * bf16_low(high), hy *= scale * bf16_high(high);
-    }
-    // By (cosine, sine) of the pair's two positions.
-    DEVICE void turn(float4 by) {
-        *this = Quad{lx * by.x - hx * by.y, ly * by.z - hy * by.w, hx * by.x + lx * by.y, hy * by.z + ly * by.w};
-    }
-    DEVICE u32 low() const { return pack_bf16(lx, ly); }
-    DEVICE u32 high() const { return pack_bf16(hx, hy); }
-
-private:
-    DEVICE Quad(float lx, float ly, float hx, float hy) : lx(lx), ly(ly), hx(hx), hy(hy) {}
 };
 
 // A head that goes on in other CTAs.
