@@ -327,7 +327,9 @@ impl Variant {
             let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
             Tile::of(&module)
         };
-        let wide = rows >= WIDE_ROWS_MIN && device.capability() == (9, 0);
+        // With scales of blocks they have not been run on a GPU yet.
+        let wide =
+            rows >= WIDE_ROWS_MIN && device.capability() == (9, 0) && format != Format::Fp8Block;
         Ok(Self {
             rows,
             tile: load(None)?,
