@@ -115,7 +115,8 @@ impl ModelSpec {
             ("heads", self.heads, 1 << 10),
             ("kv_heads", self.kv_heads, 1 << 10),
             ("head_dim", self.head_dim, 1 << 10),
-            ("vocab", self.vocab, 1 << 22),
+            // Sampling sums weights of 2^44 in 64 bits.
+            ("vocab", self.vocab, 1 << 19),
             ("tokens_max", self.tokens_max, 1 << 26),
         ];
         for (name, value, max) in bounded {
