@@ -63,6 +63,7 @@ impl Bus {
             let (flag, registry) = (Arc::clone(&connected), Arc::clone(&registry));
             ConnectOptions::new()
                 .name(format!("baton api-server {name}"))
+                .custom_inbox_prefix(Cluster::inbox_prefix(&name))
                 .subscription_capacity(SUBSCRIPTION_CAPACITY)
                 .client_capacity(8192)
                 .reconnect_delay_callback(|attempts| {
@@ -191,7 +192,7 @@ impl Bus {
                 .await
                 .map_err(|error| fault(&error))
         };
-        let mut tokens = subscribe(self.cluster.tokens(&self.name)).await?;
+        let mut tokens = subscribe(self.cluster.all_tokens(&self.name)).await?;
         let mut beats = subscribe(self.cluster.beats()).await?;
         let mut api_beats = subscribe(self.cluster.api_beats()).await?;
         let mut hellos = subscribe(self.cluster.hello()).await?;
@@ -200,7 +201,15 @@ impl Bus {
         let token_task = tokio::spawn(async move {
             while let Some(message) = tokens.next().await {
                 match decode::<TokenFrame>(&message.payload) {
-                    Ok(frame) => registry.dispatch(frame),
+                    // NATS may let a worker send on its own subjects alone.
+                    Ok(frame) if message.subject.ends_with(&format!(".{}", frame.worker)) => {
+                        registry.dispatch(frame);
+                    }
+                    Ok(frame) => {
+                        let (subject, worker) = (&message.subject, &frame.worker);
+                        tracing::warn!(%subject, %worker, "a token frame in another worker's name");
+                        on_tokens.bus_fault("frame_forged");
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "unreadable token frame");
                         on_tokens.bus_fault("frame_unreadable");

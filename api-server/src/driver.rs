@@ -182,7 +182,9 @@ impl<S: Sink> Driver<S> {
 
     fn event(&mut self, event: Event) {
         match event {
-            Event::Item(item) => {
+            // One that this generation was taken from has nothing to say any more, and others never had.
+            Event::Item { from, .. } if self.lifecycle.decode() != Some(&*from) => {}
+            Event::Item { item, .. } => {
                 if let Some(placed) = &mut self.placed {
                     placed.admitted = true;
                 }

@@ -13,7 +13,12 @@ use crate::lifecycle::Target;
 #[derive(Debug)]
 pub enum Event {
     /// Its share of a token frame.
-    Item(FrameItem),
+    Item {
+        /// Who says so.
+        from: Arc<Target>,
+        /// What.
+        item: FrameItem,
+    },
     /// A worker is gone.
     WorkerLost(Target),
     /// The bus lost messages: frames may be missing without a gap to show for it.
@@ -137,10 +142,15 @@ impl Registry {
     /// Hands every item of a frame to its generation.
     pub fn dispatch(&self, frame: TokenFrame) {
         let mut delivery = Delivery::default();
+        let from = Arc::new(Target {
+            worker: frame.worker,
+            incarnation: frame.incarnation,
+        });
         let places = lock(&self.places);
         for item in frame.items {
             if let Some(place) = places.get(&item.request) {
-                delivery.put(place, Event::Item(item));
+                let from = Arc::clone(&from);
+                delivery.put(place, Event::Item { from, item });
             }
         }
     }

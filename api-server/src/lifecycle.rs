@@ -313,6 +313,14 @@ impl Lifecycle {
         }
     }
 
+    /// The decode worker that has it, if one does.
+    pub fn decode(&self) -> Option<&Target> {
+        match &self.phase {
+            Phase::Pulling { decode, .. } | Phase::Decoding { decode } => Some(decode),
+            _ => None,
+        }
+    }
+
     fn item(&mut self, item: FrameItem, out: &mut Vec<Action>) {
         let decode = match &self.phase {
             Phase::Pulling { decode, .. } | Phase::Decoding { decode } => decode.clone(),

@@ -84,9 +84,20 @@ impl Cluster {
         self.of("release", worker)
     }
 
-    /// [`crate::TokenFrame`]s.
-    pub fn tokens(&self, api_server: &ApiServerId) -> String {
-        self.of("tokens", api_server)
+    /// A worker's [`crate::TokenFrame`]s for an API server. Each worker has a subject of its own, so that a NATS server can see
+    /// to it that none speaks for another.
+    pub fn tokens(&self, api_server: &ApiServerId, worker: &WorkerId) -> String {
+        self.of("tokens", &format_args!("{api_server}.{worker}"))
+    }
+
+    /// All workers' [`crate::TokenFrame`]s for an API server.
+    pub fn all_tokens(&self, api_server: &ApiServerId) -> String {
+        self.of("tokens", &format_args!("{api_server}.*"))
+    }
+
+    /// What the subjects of answers to `name`'s requests begin with: its own, so that nobody else need be let listen to them.
+    pub fn inbox_prefix(name: &dyn fmt::Display) -> String {
+        format!("_INBOX.{name}")
     }
 
     fn of(&self, kind: &str, whom: &dyn fmt::Display) -> String {

@@ -22,6 +22,9 @@ use crate::wait::{PATIENCE, eventually};
 /// Name of the cluster of every test: each has a nats-server of its own.
 const NAME: &str = "test";
 
+/// Name of the API server.
+const API_SERVER: &str = "api-0";
+
 /// What a cluster is made of. The defaults are the cheapest that serve: one thread, little KV.
 #[derive(Clone, Debug)]
 pub struct Setup {
@@ -47,6 +50,8 @@ pub struct Setup {
     pub kv_mib: usize,
     /// UCX transports; `None` leaves the choice to UCX.
     pub ucx_tls: Option<&'static str>,
+    /// Lines of nats-server's configuration that make users, named like the processes, with their names as passwords.
+    pub users: Option<String>,
     /// More flags of every worker.
     pub worker_args: Vec<String>,
     /// More flags of the API server.
@@ -67,6 +72,7 @@ impl Default for Setup {
             queue: 256,
             kv_mib: 192,
             ucx_tls: None,
+            users: None,
             worker_args: Vec::new(),
             api_args: Vec::new(),
         }
@@ -134,7 +140,7 @@ impl Cluster {
     /// `_turn` shows that no other test's cluster runs.
     pub async fn start(_turn: &Turn, setup: Setup) -> Self {
         let dir = TempDir::new().expect("a temporary directory");
-        let nats = Nats::start(dir.path()).await;
+        let nats = Nats::start(dir.path(), setup.users.as_deref().unwrap_or_default()).await;
         let tap = Tap::join(&nats.uri()).await;
         let port = free_port();
         let api_server = Process::start(
@@ -402,8 +408,8 @@ impl Cluster {
     }
 
     /// Arguments of `baton` that join this cluster.
-    pub fn join_args(&self) -> Vec<String> {
-        join_args(&self.nats)
+    pub fn join_args(&self) -> [String; 4] {
+        join_args(&self.setup, &self.nats, "another")
     }
 }
 
@@ -415,11 +421,16 @@ fn free_port() -> u16 {
         .port()
 }
 
-fn join_args(nats: &Nats) -> Vec<String> {
-    vec![
-        "--request-plane-uri".to_owned(),
-        nats.uri(),
-        "--cluster".to_owned(),
+fn join_args(setup: &Setup, nats: &Nats, name: &str) -> [String; 4] {
+    let uri = match setup.users {
+        Some(_) => nats.uri_of(name),
+        None => nats.uri(),
+    };
+    let flag = |name: &str| format!("--{name}");
+    [
+        flag("request-plane-uri"),
+        uri,
+        flag("cluster"),
         NAME.to_owned(),
     ]
 }
@@ -428,7 +439,8 @@ fn api_server_command(setup: &Setup, nats: &Nats, port: u16) -> Command {
     let mut command = Command::new(baton());
     command
         .arg("api-server")
-        .args(join_args(nats))
+        .args(join_args(setup, nats, API_SERVER))
+        .args(["--api-server-name", API_SERVER])
         .arg("--tokenizer")
         .arg(model_dir())
         .args(["--api-server-host", "127.0.0.1"])
@@ -441,7 +453,7 @@ fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role) -> Command
     let mut command = Command::new(baton());
     command
         .args(["worker", "--role", role.label(), "--worker-name", name])
-        .args(join_args(nats))
+        .args(join_args(setup, nats, name))
         .arg("--model")
         .arg(match role {
             Role::Decode => setup.decode_model.unwrap_or(setup.model),

@@ -16,14 +16,15 @@ pub struct Nats {
     process: Process,
     port: u16,
     dir: PathBuf,
+    more: String,
 }
 
 impl Nats {
-    /// Starts it and waits until it listens.
-    pub async fn start(dir: &Path) -> Self {
+    /// Starts it and waits until it listens. `more` are lines of its configuration.
+    pub async fn start(dir: &Path, more: &str) -> Self {
         let ports = dir.join("ports");
         fs::create_dir_all(&ports).expect("a directory below a temporary one");
-        let process = spawn(dir, -1);
+        let process = spawn(dir, -1, more);
         let file = ports.join(format!("nats-server_{}.ports", process.id()));
         let port = eventually("nats-server to write its port", PATIENCE, async || {
             let text = fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
@@ -37,12 +38,18 @@ impl Nats {
             process,
             port,
             dir: dir.to_owned(),
+            more: more.to_owned(),
         }
     }
 
     /// Where it is.
     pub fn uri(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// The same for a user, whose password is its name.
+    pub fn uri_of(&self, user: &str) -> String {
+        format!("nats://{user}:{user}@127.0.0.1:{}", self.port)
     }
 
     /// kill -9.
@@ -53,14 +60,14 @@ impl Nats {
     /// Starts it again on the same port.
     pub fn restart(&mut self) {
         self.process.kill();
-        self.process = spawn(&self.dir, i32::from(self.port));
+        self.process = spawn(&self.dir, i32::from(self.port), &self.more);
     }
 }
 
-fn spawn(dir: &Path, port: i32) -> Process {
+fn spawn(dir: &Path, port: i32, more: &str) -> Process {
     let config = dir.join("nats.conf");
     let text = format!(
-        "listen: \"127.0.0.1:{port}\"\nmax_payload: {MESSAGE_BYTES_MAX}\nports_file_dir: {:?}\n",
+        "listen: \"127.0.0.1:{port}\"\nmax_payload: {MESSAGE_BYTES_MAX}\nports_file_dir: {:?}\n{more}\n",
         dir.join("ports")
     );
     fs::write(&config, text).expect("a file below a temporary directory");

@@ -5,7 +5,11 @@ mod support;
 
 use std::time::Duration;
 
-use baton_protocol::Role;
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{
+    End, FinishReason, FrameItem, Incarnation, PROTOCOL_VERSION, PackedTokens, Role, TokenFrame,
+    WorkerId,
+};
 use serde_json::{Value, json};
 use support::{Api, EOS, Nats, Script, TEXT, Worker, chat, within};
 
@@ -305,6 +309,46 @@ async fn a_lost_frame_is_noticed_and_the_text_is_whole() {
     assert_eq!(tail, expected);
     let metrics = api.get("/metrics").await.1;
     assert!(metrics.contains("baton_retries_total{reason=\"tokens were lost on the bus\"} 1"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_but_its_decode_worker_is_heard() {
+    let (nats, _context, mut decode, api) = usual().await;
+    decode.script.lock().unwrap().waits_at = Some(10);
+    let body = chat(json!({"max_tokens": 20})).to_string();
+    let mut answer = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    let job = within("the decode job", decode.decodes.recv()).await;
+    let job = job.unwrap();
+    let cluster = Cluster::new("test").unwrap();
+    let bus = async_nats::connect(&nats.url).await.unwrap();
+    // A stranger, and the worker itself in an earlier life.
+    for (worker, incarnation) in [("d9", 7), ("d1", 6)] {
+        let worker = WorkerId::new(worker).unwrap();
+        let subject = cluster.tokens(&job.api_server, &worker);
+        let frame = TokenFrame {
+            v: PROTOCOL_VERSION,
+            worker,
+            incarnation: Incarnation(incarnation),
+            items: vec![FrameItem {
+                request: job.request,
+                attempt: job.attempt,
+                index: 1,
+                tokens: PackedTokens(vec![b'?'.into()]),
+                logprobs: Vec::new(),
+                pulled: None,
+                end: Some(End::Finished(FinishReason::Stop)),
+            }],
+        };
+        let frame = serde_json::to_vec(&frame).unwrap();
+        bus.publish(subject, frame.into()).await.unwrap();
+    }
+    bus.flush().await.unwrap();
+    decode.go_on.send_replace(true);
+    let answer = within("the answer", answer.finish()).await;
+    let text = &answer.json()["choices"][0]["message"]["content"];
+    assert_eq!(*text, TEXT[..TEXT.floor_char_boundary(20)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

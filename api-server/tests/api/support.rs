@@ -468,7 +468,7 @@ impl FakeWorker {
                     incarnation: Incarnation(7),
                     items: vec![item],
                 };
-                self.send(self.cluster.tokens(&job.api_server), &frame)
+                self.send(self.cluster.tokens(&job.api_server, &self.name), &frame)
                     .await;
             }
             if ended {

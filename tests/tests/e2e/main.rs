@@ -6,5 +6,6 @@ mod golden;
 mod leaving;
 mod load;
 mod mixed_precision;
+mod permissions;
 mod same_text;
 mod tools;

@@ -32,6 +32,7 @@ pub(crate) async fn connect(
         let up = up.clone();
         ConnectOptions::new()
             .name(format!("baton worker {worker}"))
+            .custom_inbox_prefix(Cluster::inbox_prefix(worker))
             .client_capacity(CLIENT_CAPACITY)
             .ping_interval(Duration::from_secs(5))
             .event_callback(move |event| {
@@ -206,7 +207,7 @@ impl Publisher {
         api_server: &baton_protocol::ApiServerId,
         items: Vec<baton_protocol::FrameItem>,
     ) {
-        let subject = Subject::from(self.cluster.tokens(api_server));
+        let subject = Subject::from(self.cluster.tokens(api_server, &self.worker));
         for bytes in messages(
             &self.worker,
             self.incarnation,

@@ -208,7 +208,7 @@ impl Api {
         let client = house.client().await;
         let cluster = house.cluster.clone();
         let id = ApiServerId::new(name).unwrap();
-        let tokens = client.subscribe(cluster.tokens(&id)).await.unwrap();
+        let tokens = client.subscribe(cluster.all_tokens(&id)).await.unwrap();
         let mut worker_beats = client.subscribe(cluster.beats()).await.unwrap();
         client.flush().await.unwrap();
         let (sender, beats) = watch::channel(HashMap::new());
