@@ -22,7 +22,7 @@ use crate::wait::{PATIENCE, eventually};
 /// Name of the cluster of every test: each has a nats-server of its own.
 const NAME: &str = "test";
 
-/// Name of the API server.
+/// Name of the API server where it has to be known beforehand; else it is a new one at each start.
 const API_SERVER: &str = "api-0";
 
 /// What a cluster is made of. The defaults are the cheapest that serve: one thread, little KV.
@@ -440,12 +440,14 @@ fn api_server_command(setup: &Setup, nats: &Nats, port: u16) -> Command {
     command
         .arg("api-server")
         .args(join_args(setup, nats, API_SERVER))
-        .args(["--api-server-name", API_SERVER])
         .arg("--tokenizer")
         .arg(model_dir())
         .args(["--api-server-host", "127.0.0.1"])
         .args(["--api-server-port", &port.to_string()])
         .args(&setup.api_args);
+    if setup.users.is_some() {
+        command.args(["--api-server-name", API_SERVER]);
+    }
     command
 }
 
