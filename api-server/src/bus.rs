@@ -202,7 +202,9 @@ impl Bus {
             while let Some(message) = tokens.next().await {
                 match decode::<TokenFrame>(&message.payload) {
                     // NATS may let a worker send on its own subjects alone.
-                    Ok(frame) if message.subject.ends_with(&format!(".{}", frame.worker)) => {
+                    Ok(frame)
+                        if message.subject.rsplit('.').next() == Some(frame.worker.as_str()) =>
+                    {
                         registry.dispatch(frame);
                     }
                     Ok(frame) => {

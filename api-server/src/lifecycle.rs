@@ -322,9 +322,8 @@ impl Lifecycle {
     }
 
     fn item(&mut self, item: FrameItem, out: &mut Vec<Action>) {
-        let decode = match &self.phase {
-            Phase::Pulling { decode, .. } | Phase::Decoding { decode } => decode.clone(),
-            _ => return,
+        let Some(decode) = self.decode().cloned() else {
+            return;
         };
         if item.attempt + 1 != self.next_attempt {
             return;

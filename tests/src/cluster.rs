@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use baton_protocol::subjects::Cluster as Subjects;
 use baton_protocol::{Beat, Hello, Load, PROTOCOL_VERSION, PeerState, Role, WorkerState};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::api::Api;
@@ -16,6 +16,7 @@ use crate::fixture::{baton, model_dir};
 use crate::nats::Nats;
 use crate::process::{Process, Signal};
 use crate::tap::Tap;
+use crate::trace::Trace;
 use crate::turn::Turn;
 use crate::wait::{PATIENCE, eventually};
 
@@ -400,6 +401,20 @@ impl Cluster {
             .as_str()
             .expect("a model's id")
             .to_owned()
+    }
+
+    /// Asks for the capital of France; the answer is right, and its KV came from another worker.
+    pub async fn tells_the_capital(&self) {
+        let from = self.tap.now();
+        let question = json!({"model": self.model().await, "max_tokens": 40, "temperature": 0, "messages":
+                              [{"role": "user", "content": "What is the capital of France?"}]});
+        let answer = self.api.chat(&question).await;
+        let text = answer["choices"][0]["message"]["content"]
+            .as_str()
+            .expect("text");
+        assert!(text.contains("Paris"), "{text}");
+        let trace = Trace::only(&self.tap, from).await;
+        assert!(trace.pulled[0] > 0, "nothing was pulled");
     }
 
     /// Where logs and other files of the cluster lie.

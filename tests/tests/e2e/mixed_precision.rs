@@ -46,16 +46,7 @@ async fn workers_of_different_precision_serve_one_model() {
             assert!(status.contains(weights), "{status}");
         }
 
-        let from = cluster.tap.now();
-        let question = json!({"model": cluster.model().await, "max_tokens": 40, "temperature": 0, "messages":
-                              [{"role": "user", "content": "What is the capital of France?"}]});
-        let answer = cluster.api.chat(&question).await;
-        let text = answer["choices"][0]["message"]["content"]
-            .as_str()
-            .expect("text");
-        assert!(text.contains("Paris"), "{text}");
-        let trace = Trace::only(&cluster.tap, from).await;
-        assert!(trace.pulled[0] > 0, "nothing was pulled");
+        cluster.tells_the_capital().await;
 
         let (differ, worst) = compare_with_the_reference(&cluster, CASES, &LIMITS).await;
         println!("{context_weights} to {decode_weights}: {differ} other tokens, error {worst:.3}");

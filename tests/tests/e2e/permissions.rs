@@ -4,8 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use async_nats::{Client, ConnectOptions, Event};
 use baton_protocol::{Incarnation, PROTOCOL_VERSION, TokenFrame, WorkerId};
-use baton_tests::{Cluster, Message, PATIENCE, Setup, Trace, Turn, eventually};
-use serde_json::json;
+use baton_tests::{Cluster, Message, PATIENCE, Setup, Turn, eventually};
 
 /// The example, for this cluster, with users' names for passwords; whoever gives no name may do all, as the tap does.
 fn users() -> String {
@@ -52,16 +51,7 @@ async fn a_cluster_serves_within_its_permissions_and_nobody_speaks_for_another()
         ..Setup::split(1, 1)
     };
     let cluster = Cluster::start(&turn, setup).await;
-    let from = cluster.tap.now();
-    let question = json!({"model": cluster.model().await, "max_tokens": 40, "temperature": 0, "messages":
-                          [{"role": "user", "content": "What is the capital of France?"}]});
-    let answer = cluster.api.chat(&question).await;
-    let text = answer["choices"][0]["message"]["content"]
-        .as_str()
-        .expect("text");
-    assert!(text.contains("Paris"), "{text}");
-    let trace = Trace::only(&cluster.tap, from).await;
-    assert!(trace.pulled[0] > 0, "nothing was pulled");
+    cluster.tells_the_capital().await;
 
     let (client, refused) = intruder(&cluster, "decode-0").await;
     let from = cluster.tap.now();
