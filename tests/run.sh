@@ -36,12 +36,17 @@ for asked in "$@"; do
   esac
 done
 
-# CI starts from a fresh clone; what dependencies compile to is kept for the next. It starts over when it has grown.
-if [ -n "${CI:-}" ] && [ -z "${CARGO_TARGET_DIR:-}" ]; then
-  export CARGO_TARGET_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/baton-ci/target
-  mkdir -p "$CARGO_TARGET_DIR"
-  gigabytes=$(du -s --block-size=1G "$CARGO_TARGET_DIR" | cut -f 1)
-  [ "$gigabytes" -lt 20 ] || rm -rf "$CARGO_TARGET_DIR"
+# CI starts from a fresh clone; what dependencies compile to is kept for the next. It starts over when it has grown, or
+# when the disk is short. Nothing is built twice there, so nothing is kept for building in parts.
+if [ -n "${CI:-}" ]; then
+  export CARGO_INCREMENTAL=0
+  if [ -z "${CARGO_TARGET_DIR:-}" ]; then
+    export CARGO_TARGET_DIR=${XDG_CACHE_HOME:-$HOME/.cache}/baton-ci/target
+    mkdir -p "$CARGO_TARGET_DIR"
+    gigabytes=$(du -s --block-size=1G "$CARGO_TARGET_DIR" | cut -f 1)
+    free=$(df --output=avail --block-size=1G "$CARGO_TARGET_DIR" | tail -n 1)
+    if [ "$gigabytes" -ge 12 ] || [ "$free" -lt 8 ]; then rm -rf "$CARGO_TARGET_DIR"; fi
+  fi
 fi
 target=${CARGO_TARGET_DIR:-$root/target}
 
