@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use baton_protocol::subjects::Cluster as Subjects;
@@ -12,102 +11,13 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::api::Api;
-use crate::fixture::{baton, model_dir};
 use crate::nats::Nats;
 use crate::process::{Process, Signal};
+use crate::setup::{NAME, Setup, api_server_command, join_args, worker_command};
 use crate::tap::Tap;
 use crate::trace::Trace;
 use crate::turn::Turn;
 use crate::wait::{PATIENCE, eventually};
-
-/// Name of the cluster of every test: each has a nats-server of its own.
-const NAME: &str = "test";
-
-/// Name of the API server where it has to be known beforehand; else it is a new one at each start.
-const API_SERVER: &str = "api-0";
-
-/// What a cluster is made of. The defaults are the cheapest that serve: one thread, little KV.
-#[derive(Clone, Debug)]
-pub struct Setup {
-    /// Context workers, `context-0`, `context-1`, …
-    pub context: usize,
-    /// Decode workers, `decode-0`, …
-    pub decode: usize,
-    /// Workers of role `both`, `both-0`, …
-    pub both: usize,
-    /// `cpu` or `fake`.
-    pub device: &'static str,
-    /// The model directory of the workers; the API server takes [`model_dir`] in any case.
-    pub model: &'static Path,
-    /// That of decode workers, if it is another.
-    pub decode_model: Option<&'static Path>,
-    /// Token budget of a step.
-    pub step_tokens: usize,
-    /// Sequences of a step.
-    pub batch: usize,
-    /// Jobs that may wait at a worker.
-    pub queue: usize,
-    /// Megabytes of a worker's KV arena. A block of SmolLM2 takes 0.7.
-    pub kv_mib: usize,
-    /// UCX transports; `None` leaves the choice to UCX.
-    pub ucx_tls: Option<&'static str>,
-    /// Lines of nats-server's configuration that make users, named like the processes, with their names as passwords.
-    pub users: Option<String>,
-    /// More flags of every worker.
-    pub worker_args: Vec<String>,
-    /// More flags of the API server.
-    pub api_args: Vec<String>,
-}
-
-impl Default for Setup {
-    fn default() -> Self {
-        Self {
-            context: 1,
-            decode: 1,
-            both: 0,
-            device: "cpu",
-            model: model_dir(),
-            decode_model: None,
-            step_tokens: 256,
-            batch: 32,
-            queue: 256,
-            kv_mib: 192,
-            ucx_tls: None,
-            users: None,
-            worker_args: Vec::new(),
-            api_args: Vec::new(),
-        }
-    }
-}
-
-impl Setup {
-    /// The default of `context` context workers and `decode` decode workers.
-    pub fn split(context: usize, decode: usize) -> Self {
-        Self {
-            context,
-            decode,
-            ..Self::default()
-        }
-    }
-
-    /// One worker that does both.
-    pub fn unsplit() -> Self {
-        Self {
-            context: 0,
-            decode: 0,
-            both: 1,
-            ..Self::default()
-        }
-    }
-
-    fn roles(&self) -> Vec<(Role, usize)> {
-        vec![
-            (Role::Context, self.context),
-            (Role::Decode, self.decode),
-            (Role::Both, self.both),
-        ]
-    }
-}
 
 /// One worker process.
 pub struct Worker {
@@ -119,14 +29,25 @@ pub struct Worker {
     pub process: Process,
 }
 
-/// A running cluster: nats-server, one API server, workers. Everything is killed when the value is dropped.
+/// One API server process.
+pub struct ApiServer {
+    /// Its client.
+    pub api: Api,
+    /// The process.
+    pub process: Process,
+    name: String,
+    port: u16,
+    args: Vec<String>,
+}
+
+/// A running cluster: nats-server, API servers, workers. Everything is killed when the value is dropped.
 pub struct Cluster {
     /// Listens to the bus.
     pub tap: Tap,
-    /// The API server's client.
+    /// The first API server's client.
     pub api: Api,
-    /// The API server.
-    pub api_server: Process,
+    /// The API servers: the first, and those that were added.
+    pub api_servers: Vec<ApiServer>,
     workers: Vec<Worker>,
     /// The bus.
     pub nats: Nats,
@@ -143,16 +64,11 @@ impl Cluster {
         let dir = TempDir::new().expect("a temporary directory");
         let nats = Nats::start(dir.path(), setup.users.as_deref().unwrap_or_default()).await;
         let tap = Tap::join(&nats.uri()).await;
-        let port = free_port();
-        let api_server = Process::start(
-            "api-server",
-            &api_server_command(&setup, &nats, port),
-            dir.path(),
-        );
+        let first = launch_api_server(&setup, &nats, dir.path(), 0, Vec::new());
         let mut cluster = Self {
             tap,
-            api: Api::new(port),
-            api_server,
+            api: first.api.clone(),
+            api_servers: vec![first],
             workers: Vec::new(),
             nats,
             subjects: Subjects::new(NAME).expect("a plain name"),
@@ -184,6 +100,12 @@ impl Cluster {
         name
     }
 
+    /// Starts a worker that was killed or taken out again under its name, as a new incarnation.
+    pub fn restart(&mut self, name: &str, role: Role) {
+        let setup = self.setup.clone();
+        self.launch(name, role, &setup);
+    }
+
     fn launch(&mut self, name: &str, role: Role, setup: &Setup) {
         let command = worker_command(setup, &self.nats, name, role);
         let process = Process::start(name, &command, self.dir.path());
@@ -194,17 +116,33 @@ impl Cluster {
         });
     }
 
-    /// Starts the API server again on its port.
-    pub fn restart_api_server(&mut self) {
-        self.api_server.kill();
-        let port = self.api.base().rsplit(':').next().expect("a port");
-        let port = port.parse().expect("a port");
-        let command = api_server_command(&self.setup, &self.nats, port);
-        self.api_server = Process::start("api-server", &command, self.dir.path());
+    /// Starts one more API server over the same workers, with more flags of its own, and gives its client. Nobody waits
+    /// for it: [`Self::ready`] does.
+    pub fn add_api_server(&mut self, args: &[&str]) -> Api {
+        let args = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let number = self.api_servers.len();
+        let added = launch_api_server(&self.setup, &self.nats, self.dir.path(), number, args);
+        let api = added.api.clone();
+        self.api_servers.push(added);
+        api
     }
 
-    /// Waits until every worker serves, every decode worker can pull from every context worker, and the API server
-    /// knows.
+    /// Starts the API server of this number again on its port.
+    pub fn restart_api_server(&mut self, number: usize) {
+        let server = &mut self.api_servers[number];
+        server.process.kill();
+        let command = api_server_command(
+            &self.setup,
+            &self.nats,
+            &server.name,
+            server.port,
+            &server.args,
+        );
+        server.process = Process::start(&server.name, &command, self.dir.path());
+    }
+
+    /// Waits until every worker serves, every decode worker can pull from every context worker, and every API
+    /// server knows.
     pub async fn ready(&mut self) {
         let deadline = 2 * PATIENCE;
         eventually("the cluster to be ready", deadline, async || {
@@ -217,21 +155,28 @@ impl Cluster {
                     .ok_or_else(|| format!("no beat of {}", worker.name))?;
                 self.serves(worker, beat)?;
             }
-            let health = self.api.look("/health").await?;
-            if health.status != 200 {
-                return Err(format!("/health: {} {}", health.status, health.body));
+            for server in &self.api_servers {
+                self.knows_all(&server.api).await?;
             }
-            let known = self.known_workers().await?;
-            match self
-                .workers
-                .iter()
-                .find(|worker| !known.contains_key(&worker.name))
-            {
-                Some(worker) => Err(format!("/cluster does not name {}", worker.name)),
-                None => Ok(()),
-            }
+            Ok(())
         })
         .await;
+    }
+
+    async fn knows_all(&self, api: &Api) -> Result<(), String> {
+        let health = api.look("/health").await?;
+        if health.status != 200 {
+            return Err(format!("/health: {} {}", health.status, health.body));
+        }
+        let known = known_workers(api).await?;
+        match self
+            .workers
+            .iter()
+            .find(|worker| !known.contains_key(&worker.name))
+        {
+            Some(worker) => Err(format!("/cluster does not name {}", worker.name)),
+            None => Ok(()),
+        }
     }
 
     fn serves(&self, worker: &Worker, beat: &Beat) -> Result<(), String> {
@@ -265,8 +210,10 @@ impl Cluster {
                 dead.push(format!("{}: {status}", worker.name));
             }
         }
-        if let Some(status) = self.api_server.ended() {
-            dead.push(format!("api-server: {status}"));
+        for server in &mut self.api_servers {
+            if let Some(status) = server.process.ended() {
+                dead.push(format!("{}: {status}", server.name));
+            }
         }
         dead
     }
@@ -376,22 +323,12 @@ impl Cluster {
         .await;
     }
 
-    /// The workers that `/cluster` shows, by name.
+    /// The workers that the first API server's `/cluster` shows, by name.
     ///
     /// # Errors
     /// If the API server gives no answer.
     pub async fn known_workers(&self) -> Result<BTreeMap<String, Value>, String> {
-        let answer = self.api.look("/cluster").await?;
-        if answer.status != 200 {
-            return Err(format!("/cluster: {} {}", answer.status, answer.body));
-        }
-        let workers = answer.body["workers"]
-            .as_array()
-            .ok_or_else(|| format!("/cluster has no workers: {}", answer.body))?;
-        Ok(workers
-            .iter()
-            .filter_map(|worker| Some((worker["worker"].as_str()?.to_owned(), worker.clone())))
-            .collect())
+        known_workers(&self.api).await
     }
 
     /// Name of the model that it serves.
@@ -428,6 +365,20 @@ impl Cluster {
     }
 }
 
+async fn known_workers(api: &Api) -> Result<BTreeMap<String, Value>, String> {
+    let answer = api.look("/cluster").await?;
+    if answer.status != 200 {
+        return Err(format!("/cluster: {} {}", answer.status, answer.body));
+    }
+    let workers = answer.body["workers"]
+        .as_array()
+        .ok_or_else(|| format!("/cluster has no workers: {}", answer.body))?;
+    Ok(workers
+        .iter()
+        .filter_map(|worker| Some((worker["worker"].as_str()?.to_owned(), worker.clone())))
+        .collect())
+}
+
 /// A port that nobody listened on a moment ago.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
@@ -436,55 +387,21 @@ fn free_port() -> u16 {
         .port()
 }
 
-fn join_args(setup: &Setup, nats: &Nats, name: &str) -> [String; 4] {
-    let uri = match setup.users {
-        Some(_) => nats.uri_of(name),
-        None => nats.uri(),
-    };
-    let flag = |name: &str| format!("--{name}");
-    [
-        flag("request-plane-uri"),
-        uri,
-        flag("cluster"),
-        NAME.to_owned(),
-    ]
-}
-
-fn api_server_command(setup: &Setup, nats: &Nats, port: u16) -> Command {
-    let mut command = Command::new(baton());
-    command
-        .arg("api-server")
-        .args(join_args(setup, nats, API_SERVER))
-        .arg("--tokenizer")
-        .arg(model_dir())
-        .args(["--api-server-host", "127.0.0.1"])
-        .args(["--api-server-port", &port.to_string()])
-        .args(&setup.api_args);
-    if setup.users.is_some() {
-        command.args(["--api-server-name", API_SERVER]);
+fn launch_api_server(
+    setup: &Setup,
+    nats: &Nats,
+    dir: &Path,
+    number: usize,
+    args: Vec<String>,
+) -> ApiServer {
+    let name = format!("api-{number}");
+    let port = free_port();
+    let command = api_server_command(setup, nats, &name, port, &args);
+    ApiServer {
+        api: Api::new(port),
+        process: Process::start(&name, &command, dir),
+        name,
+        port,
+        args,
     }
-    command
-}
-
-fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role) -> Command {
-    let mut command = Command::new(baton());
-    command
-        .args(["worker", "--role", role.label(), "--worker-name", name])
-        .args(join_args(setup, nats, name))
-        .arg("--model")
-        .arg(match role {
-            Role::Decode => setup.decode_model.unwrap_or(setup.model),
-            Role::Context | Role::Both => setup.model,
-        })
-        .args(["--device", setup.device])
-        .args(["--threads", "1"])
-        .args(["--kv-mib", &setup.kv_mib.to_string()])
-        .args(["--step-tokens", &setup.step_tokens.to_string()])
-        .args(["--batch", &setup.batch.to_string()])
-        .args(["--queue", &setup.queue.to_string()])
-        .args(&setup.worker_args);
-    if let Some(tls) = setup.ucx_tls {
-        command.args(["--ucx-tls", tls]);
-    }
-    command
 }

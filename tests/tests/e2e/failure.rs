@@ -306,7 +306,7 @@ async fn an_api_server_dies_and_workers_free_what_was_its() {
     let mut events = cluster.api.stream(PATH, request).await;
     events.next().await.expect("an event");
     cluster.tap.wait_kind("tokens", from, PATIENCE).await;
-    cluster.restart_api_server();
+    cluster.restart_api_server(0);
     cluster.ready().await;
     cluster.drained(PATIENCE).await;
     let trace = Trace::only(&cluster.tap, from).await;

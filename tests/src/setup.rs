@@ -1,0 +1,157 @@
+//! What a cluster is made of, and the commands that make it.
+
+use std::path::Path;
+use std::process::Command;
+
+use baton_protocol::Role;
+
+use crate::fixture::{baton, model_dir};
+use crate::nats::Nats;
+
+/// Name of the cluster of every test: each has a nats-server of its own.
+pub(crate) const NAME: &str = "test";
+
+/// What a cluster is made of. The defaults are the cheapest that serve: one thread, little KV.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Context workers, `context-0`, `context-1`, …
+    pub context: usize,
+    /// Decode workers, `decode-0`, …
+    pub decode: usize,
+    /// Workers of role `both`, `both-0`, …
+    pub both: usize,
+    /// `cpu` or `fake`.
+    pub device: &'static str,
+    /// The model directory of the workers; the API server takes [`model_dir`] in any case.
+    pub model: &'static Path,
+    /// That of decode workers, if it is another.
+    pub decode_model: Option<&'static Path>,
+    /// Token budget of a step.
+    pub step_tokens: usize,
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Jobs that may wait at a worker.
+    pub queue: usize,
+    /// Megabytes of a worker's KV arena. A block of SmolLM2 takes 0.7.
+    pub kv_mib: usize,
+    /// UCX transports; `None` leaves the choice to UCX.
+    pub ucx_tls: Option<&'static str>,
+    /// Lines of nats-server's configuration that make users, named like the processes, with their names as passwords.
+    pub users: Option<String>,
+    /// More flags of every worker.
+    pub worker_args: Vec<String>,
+    /// More flags of the API server.
+    pub api_args: Vec<String>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            context: 1,
+            decode: 1,
+            both: 0,
+            device: "cpu",
+            model: model_dir(),
+            decode_model: None,
+            step_tokens: 256,
+            batch: 32,
+            queue: 256,
+            kv_mib: 192,
+            ucx_tls: None,
+            users: None,
+            worker_args: Vec::new(),
+            api_args: Vec::new(),
+        }
+    }
+}
+
+impl Setup {
+    /// The default of `context` context workers and `decode` decode workers.
+    pub fn split(context: usize, decode: usize) -> Self {
+        Self {
+            context,
+            decode,
+            ..Self::default()
+        }
+    }
+
+    /// One worker that does both.
+    pub fn unsplit() -> Self {
+        Self {
+            context: 0,
+            decode: 0,
+            both: 1,
+            ..Self::default()
+        }
+    }
+
+    pub(crate) fn roles(&self) -> Vec<(Role, usize)> {
+        vec![
+            (Role::Context, self.context),
+            (Role::Decode, self.decode),
+            (Role::Both, self.both),
+        ]
+    }
+}
+
+/// Arguments of any process of Baton's that joins the cluster.
+pub(crate) fn join_args(setup: &Setup, nats: &Nats, name: &str) -> [String; 4] {
+    let uri = match setup.users {
+        Some(_) => nats.uri_of(name),
+        None => nats.uri(),
+    };
+    let flag = |name: &str| format!("--{name}");
+    [
+        flag("request-plane-uri"),
+        uri,
+        flag("cluster"),
+        NAME.to_owned(),
+    ]
+}
+
+/// `name` is said only where permissions want it: without, each start has one of its own.
+pub(crate) fn api_server_command(
+    setup: &Setup,
+    nats: &Nats,
+    name: &str,
+    port: u16,
+    args: &[String],
+) -> Command {
+    let mut command = Command::new(baton());
+    command
+        .arg("api-server")
+        .args(join_args(setup, nats, name))
+        .arg("--tokenizer")
+        .arg(model_dir())
+        .args(["--api-server-host", "127.0.0.1"])
+        .args(["--api-server-port", &port.to_string()])
+        .args(&setup.api_args)
+        .args(args);
+    if setup.users.is_some() {
+        command.args(["--api-server-name", name]);
+    }
+    command
+}
+
+pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role) -> Command {
+    let mut command = Command::new(baton());
+    command
+        .args(["worker", "--role", role.label(), "--worker-name", name])
+        .args(join_args(setup, nats, name))
+        .arg("--model")
+        .arg(match role {
+            Role::Decode => setup.decode_model.unwrap_or(setup.model),
+            Role::Context | Role::Both => setup.model,
+        })
+        .args(["--device", setup.device])
+        .args(["--threads", "1"])
+        .args(["--kv-mib", &setup.kv_mib.to_string()])
+        .args(["--step-tokens", &setup.step_tokens.to_string()])
+        .args(["--batch", &setup.batch.to_string()])
+        .args(["--queue", &setup.queue.to_string()])
+        .args(&setup.worker_args);
+    if let Some(tls) = setup.ucx_tls {
+        command.args(["--ucx-tls", tls]);
+    }
+    command
+}
