@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::Failure;
 use crate::bus_args::BusArgs;
+use crate::own_name::own_name;
 use crate::shutdown::Shutdown;
 
 #[derive(Args, Debug)]
@@ -17,7 +18,7 @@ pub struct ApiServerArgs {
     /// Name of the cluster to serve
     #[arg(long, default_value = "baton")]
     cluster: String,
-    /// Name of this API server, its own in the cluster [default: host and process id]
+    /// Name of this API server, its own in the cluster [default: host, process id and a random number]
     #[arg(long)]
     api_server_name: Option<String>,
     /// Address to listen on
@@ -102,7 +103,10 @@ pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
 }
 
 fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
-    let name = args.api_server_name.unwrap_or_else(default_name);
+    let name = match args.api_server_name {
+        Some(name) => name,
+        None => own_name("api")?,
+    };
     let mut config = ApiServerConfig::new(name, args.cluster, args.tokenizer)?;
     config.bus = args.bus.config();
     config.model_name = args.model_name;
@@ -119,12 +123,4 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
         limits.drain = Duration::from_secs(seconds);
     }
     Ok(config)
-}
-
-fn default_name() -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = host
-        .trim()
-        .replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "-");
-    format!("api-{host}-{}", std::process::id())
 }

@@ -12,6 +12,7 @@ mod chat;
 mod logging;
 mod model_prep;
 mod model_source;
+mod own_name;
 mod shutdown;
 mod sse;
 mod status;

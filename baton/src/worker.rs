@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 
 use crate::Failure;
 use crate::bus_args::BusArgs;
+use crate::own_name::own_name;
 use crate::shutdown::Shutdown;
 use crate::tuning::TuningArgs;
 
@@ -22,7 +23,7 @@ pub struct WorkerArgs {
     /// Name of the cluster to join
     #[arg(long, default_value = "baton")]
     cluster: String,
-    /// Name of this worker, its own in the cluster [default: role, host and process id]
+    /// Name of this worker, its own in the cluster [default: role, host, process id and a random number]
     #[arg(long)]
     worker_name: Option<String>,
     /// What to compute on: cpu, cuda:N or fake
@@ -90,7 +91,10 @@ pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
 }
 
 fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
-    let name = args.worker_name.unwrap_or_else(|| default_name(role));
+    let name = match args.worker_name {
+        Some(name) => name,
+        None => own_name(role.label())?,
+    };
     let worker = WorkerId::new(name).map_err(|error| format!("--worker-name: {error}"))?;
     let cluster = Cluster::new(args.cluster).map_err(|error| format!("--cluster: {error}"))?;
     let mut config = WorkerConfig::new(worker, role, args.model, cluster);
@@ -120,15 +124,6 @@ fn apply(tuning: TuningArgs, config: &mut WorkerConfig) {
     config.queue = tuning.queue.unwrap_or(config.queue);
     config.prefix_cache = !tuning.no_prefix_cache;
     config.ucx_tls = tuning.ucx_tls;
-}
-
-/// Tells workers of one cluster apart, and says where to look for this one.
-fn default_name(role: Role) -> String {
-    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    let host = host
-        .trim()
-        .replace(|c: char| !c.is_ascii_alphanumeric() && c != '-', "-");
-    format!("{}-{host}-{}", role.label(), std::process::id())
 }
 
 #[cfg(test)]

@@ -33,7 +33,10 @@ pub use handle::{
     BlockRun, KvDtype, KvGeometry, KvHandle, MemoryType, PrefillTimings, RankRegion, RankRuns,
     TransferDescriptor, UcxVersion,
 };
-pub use ids::{ApiServerId, HandleId, Incarnation, ModelFingerprint, Nonce, RequestId, WorkerId};
+pub use ids::{
+    ApiServerId, HandleId, Incarnation, ModelFingerprint, NAME_BYTES_MAX, Nonce, RequestId,
+    WorkerId,
+};
 pub use job::{
     Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, SequenceSpec,
 };
