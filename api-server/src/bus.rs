@@ -6,22 +6,21 @@ use std::time::{Duration, Instant};
 
 use async_nats::{Client, ConnectOptions, Event as NatsEvent, RequestErrorKind};
 use baton_bus::BusConfig;
-use baton_protocol::subjects::Cluster;
+use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PrefillJob,
-    PrefillReply, ProtocolError, RequestId, TokenFrame, Versioned, decode, encode, limits,
+    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, Hello, Incarnation,
+    PROTOCOL_VERSION, PrefillJob, PrefillReply, ProtocolError, RequestId, TokenFrame, Versioned,
+    decode, encode, limits,
 };
 use futures::{FutureExt, StreamExt};
 
 use crate::error::ApiServerError;
 use crate::inbox::{Event, Registry};
 use crate::lifecycle::{NoReply, Target};
+use crate::membership::GONE_AFTER;
 
 /// Messages a subscription may hold before NATS drops some. Drops are noticed by their numbers.
 const SUBSCRIPTION_CAPACITY: usize = 65_536;
-
-/// Silence of this length means that a worker is gone.
-const GONE_AFTER: Duration = Duration::from_millis(limits::GONE_AFTER_MS);
 
 /// What beats and connection events are reported to.
 pub trait Watcher: Send + Sync + 'static {
@@ -43,6 +42,7 @@ pub struct Bus {
     client: Client,
     cluster: Cluster,
     name: ApiServerId,
+    incarnation: Incarnation,
     runtime: tokio::runtime::Handle,
     connected: Arc<AtomicBool>,
 }
@@ -56,6 +56,7 @@ impl Bus {
         config: &BusConfig,
         cluster: Cluster,
         name: ApiServerId,
+        incarnation: Incarnation,
         registry: Arc<Registry>,
     ) -> Result<Self, ApiServerError> {
         let connected = Arc::new(AtomicBool::new(true));
@@ -80,6 +81,7 @@ impl Bus {
             client,
             cluster,
             name,
+            incarnation,
             runtime: tokio::runtime::Handle::current(),
             connected,
         })
@@ -202,9 +204,7 @@ impl Bus {
             while let Some(message) = tokens.next().await {
                 match decode::<TokenFrame>(&message.payload) {
                     // NATS may let a worker send on its own subjects alone.
-                    Ok(frame)
-                        if message.subject.rsplit('.').next() == Some(frame.worker.as_str()) =>
-                    {
+                    Ok(frame) if speaker(&message.subject) == frame.worker.as_str() => {
                         registry.dispatch(frame);
                     }
                     Ok(frame) => {
@@ -230,14 +230,23 @@ impl Bus {
             loop {
                 tokio::select! {
                     Some(message) = beats.next() => match decode::<Beat>(&message.payload) {
-                        Ok(beat) => watcher.beat(beat, Instant::now()),
+                        Ok(beat) if speaker(&message.subject) == beat.worker.as_str() => {
+                            watcher.beat(beat, Instant::now());
+                        }
+                        Ok(beat) => {
+                            let (subject, worker) = (&message.subject, &beat.worker);
+                            tracing::warn!(%subject, %worker, "a beat in another worker's name");
+                            watcher.bus_fault("beat_forged");
+                        }
                         Err(error) => {
                             tracing::warn!(subject = %message.subject, %error, "unreadable beat");
                             watcher.bus_fault("beat_unreadable");
                         }
                     },
                     Some(message) = api_beats.next() => {
-                        if let Ok(beat) = decode::<ApiBeat>(&message.payload) {
+                        if let Ok(beat) = decode::<ApiBeat>(&message.payload)
+                            && speaker(&message.subject) == beat.api_server.as_str()
+                        {
                             watcher.api_beat(beat, Instant::now());
                         }
                     }
@@ -272,6 +281,7 @@ impl Bus {
         let beat = ApiBeat {
             v: PROTOCOL_VERSION,
             api_server: self.name.clone(),
+            incarnation: Some(self.incarnation),
             in_flight,
         };
         self.publish(self.cluster.api_beat(&self.name), &beat).await;

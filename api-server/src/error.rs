@@ -199,6 +199,8 @@ pub enum ApiServerError {
     Bus(String),
     /// The address cannot be listened on.
     Listen(String),
+    /// The operating system gives no random numbers.
+    System(String),
     /// The HTTP server failed.
     Http(String),
 }
@@ -206,9 +208,11 @@ pub enum ApiServerError {
 impl fmt::Display for ApiServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Model(text) | Self::Bus(text) | Self::Listen(text) | Self::Http(text) => {
-                f.write_str(text)
-            }
+            Self::Model(text)
+            | Self::Bus(text)
+            | Self::Listen(text)
+            | Self::System(text)
+            | Self::Http(text) => f.write_str(text),
         }
     }
 }

@@ -11,7 +11,8 @@ use baton_protocol::{
 use crate::lifecycle::Target;
 
 const SUSPECT_AFTER: Duration = Duration::from_millis(SUSPECT_AFTER_MS);
-const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
+/// Who is silent for this long is gone.
+pub const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
 
 /// Most workers that are remembered; beats of others are ignored.
 const WORKERS_MAX: usize = 4096;

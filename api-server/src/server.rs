@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use baton_protocol::{ApiBeat, ApiServerId, Beat};
+use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
 use tokio::net::TcpSocket;
 use tokio::sync::Notify;
 
@@ -16,7 +16,7 @@ use crate::http;
 use crate::inbox::{Event, Registry, lock};
 use crate::keys::ApiKeys;
 use crate::lifecycle::Target;
-use crate::membership::Membership;
+use crate::membership::{GONE_AFTER, Membership};
 use crate::metrics::Metrics;
 use crate::router::Router;
 use crate::tokenizer::ModelText;
@@ -25,6 +25,8 @@ use crate::tokenizer::ModelText;
 pub struct Server {
     /// This server's name.
     pub name: ApiServerId,
+    /// Which life of it: workers end what a former one asked for.
+    pub incarnation: Incarnation,
     /// The cluster's name.
     pub cluster: String,
     /// Name clients ask for.
@@ -55,6 +57,8 @@ pub struct Server {
 pub struct Fleet {
     /// Who is there.
     pub members: Membership,
+    /// When another API server of our name was last heard.
+    rival: Option<Instant>,
     /// What we gave them.
     pub router: Router,
 }
@@ -70,9 +74,13 @@ impl Server {
         if !self.bus.connected() {
             return vec!["the bus is not connected"];
         }
-        self.fleet()
-            .members
-            .faults(&self.model.fingerprint, Instant::now())
+        let now = Instant::now();
+        let fleet = self.fleet();
+        let mut faults = fleet.members.faults(&self.model.fingerprint, now);
+        if fleet.rival.is_some_and(|heard| now - heard < GONE_AFTER) {
+            faults.push("another API server has the same name: workers end what one of them asks");
+        }
+        faults
     }
 
     fn lost(&self, targets: Vec<Target>) {
@@ -100,7 +108,12 @@ impl Watcher for Server {
     }
 
     fn api_beat(&self, beat: ApiBeat, now: Instant) {
-        self.fleet().members.api_beat(beat, now);
+        let is_rival = beat.api_server == self.name && beat.incarnation != Some(self.incarnation);
+        let mut fleet = self.fleet();
+        if is_rival && fleet.rival.replace(now).is_none() {
+            tracing::error!(name = %self.name, "another API server has the same name: workers end what one of them asks");
+        }
+        fleet.members.api_beat(beat, now);
     }
 
     fn sweep(&self, now: Instant) {
@@ -136,10 +149,12 @@ pub async fn run(
     let metrics =
         Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
     let registry = Arc::new(Registry::default());
+    let incarnation = draw_incarnation()?;
     let bus = Bus::connect(
         &config.bus,
         config.cluster.clone(),
         config.name.clone(),
+        incarnation,
         Arc::clone(&registry),
     )
     .await?;
@@ -154,6 +169,7 @@ pub async fn run(
     let server = Arc::new(Server {
         model_name: config.model_name.unwrap_or_else(|| model.name.clone()),
         name: config.name,
+        incarnation,
         cluster: config.cluster.name().to_owned(),
         model,
         bus,
@@ -200,6 +216,13 @@ pub async fn run(
         Ok(Err(error)) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
         Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
     }
+}
+
+fn draw_incarnation() -> Result<Incarnation, ApiServerError> {
+    let mut bytes = [0; 8];
+    getrandom::fill(&mut bytes)
+        .map_err(|error| ApiServerError::System(format!("no random numbers: {error}")))?;
+    Ok(Incarnation(u64::from_le_bytes(bytes)))
 }
 
 /// Connections that may wait to be accepted. The standard library's 128 are fewer than clients that begin

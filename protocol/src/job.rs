@@ -56,6 +56,9 @@ pub struct PrefillJob {
     pub request: RequestId,
     /// Who asks.
     pub api_server: ApiServerId,
+    /// Which life of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_incarnation: Option<Incarnation>,
     /// Time left for the whole request.
     pub budget_ms: u32,
     /// The model it is meant for.
@@ -107,6 +110,9 @@ pub struct DecodeJob {
     pub request: RequestId,
     /// Who asks, and where tokens go.
     pub api_server: ApiServerId,
+    /// Which life of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub api_incarnation: Option<Incarnation>,
     /// Which try of this request this is, from 0: token frames carry it back, so frames of a try that
     /// was given up are told from those of the one that replaced it.
     pub attempt: u32,

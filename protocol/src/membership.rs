@@ -189,6 +189,9 @@ pub struct ApiBeat {
     pub v: u16,
     /// Who.
     pub api_server: ApiServerId,
+    /// Which life, as in its jobs: workers end what a former one asked for. Senders of old say none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<Incarnation>,
     /// Requests in flight.
     pub in_flight: u32,
 }

@@ -8,6 +8,12 @@ use crate::{ApiServerId, ProtocolError, WorkerId};
 /// First token of every subject.
 pub const ROOT: &str = "baton";
 
+/// Who speaks on this subject of beats and token frames. A NATS server can see to it that each speaks on its own alone, so
+/// a message that names another is a forgery.
+pub fn speaker(subject: &str) -> &str {
+    subject.rsplit('.').next().unwrap_or_default()
+}
+
 /// The subjects of one cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cluster(String);

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use baton_protocol::*;
 use proptest::prelude::*;
 
+const API_LIFE: Incarnation = Incarnation(0x0f1e_2d3c_4b5a_6978);
+
 fn fingerprint() -> ModelFingerprint {
     ModelFingerprint::new("5f".repeat(32)).expect("64 digits")
 }
@@ -188,6 +190,7 @@ fn every_message_is_as_its_file_says() {
         &ApiBeat {
             v: V,
             api_server: api_server(),
+            incarnation: Some(API_LIFE),
             in_flight: 4,
         },
     );
@@ -218,6 +221,7 @@ fn every_message_is_as_its_file_says() {
             v: V,
             request: REQUEST,
             api_server: api_server(),
+            api_incarnation: Some(API_LIFE),
             budget_ms: 60_000,
             model: fingerprint(),
             sequence: sequence(),
@@ -257,6 +261,7 @@ fn every_message_is_as_its_file_says() {
             v: V,
             request: REQUEST,
             api_server: api_server(),
+            api_incarnation: Some(API_LIFE),
             attempt: 0,
             budget_ms: 59_000,
             sequence: sequence(),
@@ -371,6 +376,37 @@ fn a_missing_or_wrong_version_is_told_apart_from_bad_json() {
     }
 }
 
+/// Within version 1 the API server's incarnation was added: who does not say it is understood, and who does not know it
+/// reads the rest.
+#[test]
+fn an_api_server_of_old_says_no_incarnation() {
+    let old = br#"{"v":1,"api_server":"api-0","in_flight":4}"#;
+    let beat: ApiBeat = decode(old).expect("an old beat");
+    assert_eq!((beat.incarnation, beat.in_flight), (None, 4));
+    let again = encode(&beat).expect("encodes");
+    assert_eq!(again, old, "a receiver of old reads nothing new");
+
+    for file in ["prefill_job.json", "decode_job.json"] {
+        let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+            .join("messages/v1")
+            .join(file);
+        let text = std::fs::read_to_string(path).expect("a sample");
+        let mut job: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        job.as_object_mut()
+            .expect("an object")
+            .remove("api_incarnation")
+            .expect("was there");
+        let job = job.to_string();
+        let life = match file {
+            "prefill_job.json" => {
+                decode::<PrefillJob>(job.as_bytes()).map(|job| job.api_incarnation)
+            }
+            _ => decode::<DecodeJob>(job.as_bytes()).map(|job| job.api_incarnation),
+        };
+        assert_eq!(life, Ok(None), "{file}");
+    }
+}
+
 #[test]
 fn over_the_size_bound_nothing_is_parsed() {
     let bytes = vec![b' '; limits::MESSAGE_BYTES_MAX + 1];
@@ -455,7 +491,7 @@ proptest! {
     #[test]
     fn a_damaged_message_is_an_error_or_another_message(at in 0usize..2000, with: u8) {
         let job = PrefillJob {
-            v: V, request: REQUEST, api_server: api_server(), budget_ms: 1, model: fingerprint(),
+            v: V, request: REQUEST, api_server: api_server(), budget_ms: 1, api_incarnation: None, model: fingerprint(),
             sequence: sequence(), prompt_logprobs: Some(3),
         };
         let mut bytes = encode(&job).expect("encodes");

@@ -1,5 +1,6 @@
 //! The whole road, end to end. One binary, so that it is linked once.
 
+mod api_server;
 mod bad_input;
 mod failure;
 mod golden;

@@ -70,12 +70,14 @@ impl Desk {
         let PrefillJob {
             request,
             api_server,
+            api_incarnation,
             budget_ms,
             model,
             mut sequence,
             prompt_logprobs,
             ..
         } = job;
+        self.heard_api_server(now, &api_server, api_incarnation)?;
         if self.state != WorkerState::Serving {
             return Err(Refusal::Draining);
         }
@@ -98,7 +100,7 @@ impl Desk {
         }
         // A request has one live try: what an earlier one left here ends.
         self.end_request(request, None);
-        self.heard_api_server(now, &api_server);
+        self.api_servers.note(now, &api_server, api_incarnation);
         let tokens = sequence.tokens.0.len() as u32;
         let deadline = now + Duration::from_millis(budget_ms.into());
         let key = self.new_key(deadline);

@@ -60,6 +60,8 @@ impl Desk {
     }
 
     fn take_decode(&mut self, mut job: DecodeJob, reply: &Subject) -> Result<(), Refusal> {
+        let now = Instant::now();
+        self.heard_api_server(now, &job.api_server, job.api_incarnation)?;
         if self.state != WorkerState::Serving {
             return Err(Refusal::Draining);
         }
@@ -69,7 +71,6 @@ impl Desk {
             });
         }
         self.check_handle(&mut job)?;
-        let now = Instant::now();
         let local =
             job.handle.worker == self.me.worker && job.handle.incarnation == self.me.incarnation;
         if !local {
@@ -103,7 +104,8 @@ impl Desk {
         for (key, _) in earlier {
             self.end_decode(key, None);
         }
-        self.heard_api_server(now, &job.api_server);
+        self.api_servers
+            .note(now, &job.api_server, job.api_incarnation);
         let admitted = DecodeReply::Admitted {
             v: PROTOCOL_VERSION,
             incarnation: self.me.incarnation,

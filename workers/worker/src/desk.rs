@@ -13,9 +13,9 @@ use async_nats::{Client, Message};
 use baton_engine::BlockPool;
 use baton_model::WeightFormat;
 use baton_protocol::limits::{BEAT_INTERVAL_MS, GONE_AFTER_MS};
-use baton_protocol::subjects::Cluster;
+use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation,
+    Abort, ApiBeat, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, Refusal,
     RequestId, Role, WorkerId, WorkerState, decode,
 };
 use baton_transfer::Agent;
@@ -25,6 +25,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::WorkerError;
+use crate::api_servers::{ApiServers, Heard, Life};
 use crate::beat::SharedLoad;
 use crate::bus::{Outbox, Subscriptions};
 use crate::checks::Checks;
@@ -85,8 +86,7 @@ pub(crate) struct Desk {
     pub(crate) peers: Peers,
     pub(crate) links: JoinSet<LinkOutcome>,
 
-    /// When each API server with something here was last heard.
-    pub(crate) api_servers: HashMap<ApiServerId, Instant>,
+    pub(crate) api_servers: ApiServers,
     pub(crate) shared_load: SharedLoad,
     /// Beats in a row that found blocks in use by nobody.
     pub(crate) stray_beats: u32,
@@ -309,17 +309,21 @@ impl Desk {
         if is_up {
             let now = Instant::now();
             self.peers.excuse_silence(now);
-            self.api_servers.values_mut().for_each(|heard| *heard = now);
+            self.api_servers.excuse_silence(now);
             self.send_beat();
         }
     }
 
     fn on_api_beat(&mut self, message: &Message) {
-        // Only those with something here are kept: that bounds the map.
-        if let Ok(beat) = decode::<ApiBeat>(&message.payload)
-            && let Some(heard) = self.api_servers.get_mut(&beat.api_server)
-        {
-            *heard = Instant::now();
+        match decode::<ApiBeat>(&message.payload) {
+            Ok(beat) if speaker(&message.subject) != beat.api_server.as_str() => {
+                tracing::warn!(subject = %message.subject, api_server = %beat.api_server, "a beat in another API server's name");
+            }
+            Ok(beat) => {
+                // One whose life is over has nothing more to say.
+                let _ = self.heard_api_server(Instant::now(), &beat.api_server, beat.incarnation);
+            }
+            Err(error) => tracing::debug!(%error, "an API server's beat was not understood"),
         }
     }
 
@@ -328,6 +332,9 @@ impl Desk {
             return;
         }
         match decode::<Beat>(&message.payload) {
+            Ok(beat) if speaker(&message.subject) != beat.worker.as_str() => {
+                tracing::warn!(subject = %message.subject, worker = %beat.worker, "a beat in another worker's name");
+            }
             Ok(beat) => {
                 for action in self.peers.heard(Instant::now(), &beat) {
                     self.act(action);
@@ -337,43 +344,57 @@ impl Desk {
         }
     }
 
-    /// A job came from this API server.
-    pub(crate) fn heard_api_server(&mut self, now: Instant, api_server: &ApiServerId) {
-        match self.api_servers.get_mut(api_server) {
-            Some(heard) => *heard = now,
-            None => drop(self.api_servers.insert(api_server.clone(), now)),
+    /// A beat or a job came from this life of an API server. What a former one asked for ends at once.
+    pub(crate) fn heard_api_server(
+        &mut self,
+        now: Instant,
+        api_server: &ApiServerId,
+        life: Life,
+    ) -> Result<(), Refusal> {
+        match self.api_servers.heard(now, api_server, life) {
+            Heard::Alive => Ok(()),
+            Heard::Reborn => {
+                self.end_requests_of(
+                    api_server,
+                    "API server started anew: its former requests end",
+                );
+                Ok(())
+            }
+            Heard::Ended => Err(Refusal::Malformed {
+                detail: format!(
+                    "another API server has joined as {api_server} since: give each a name of its own"
+                ),
+            }),
         }
     }
 
     fn drop_gone_api_servers(&mut self, now: Instant) {
         let gone_after = Duration::from_millis(GONE_AFTER_MS);
-        let gone: Vec<_> = self
-            .api_servers
+        for api_server in self.api_servers.forget_silent(now, gone_after) {
+            self.end_requests_of(&api_server, "API server gone: its requests end");
+        }
+    }
+
+    /// Nobody waits for what this API server asked for until now.
+    fn end_requests_of(&mut self, api_server: &ApiServerId, why: &str) {
+        let leases = self.leases.abandon(api_server);
+        let prefills = self
+            .prefills
             .iter()
-            .filter(|(_, heard)| now.duration_since(**heard) >= gone_after)
-            .map(|(api_server, _)| api_server.clone())
+            .filter(|(_, entry)| entry.api_server == *api_server);
+        let decodes = self
+            .decodes
+            .iter()
+            .filter(|(_, entry)| entry.route.api_server == *api_server);
+        let keys: Vec<_> = prefills
+            .map(|(key, _)| *key)
+            .chain(decodes.map(|(key, _)| *key))
             .collect();
-        for api_server in gone {
-            self.api_servers.remove(&api_server);
-            let leases = self.leases.abandon(&api_server);
-            let prefills = self
-                .prefills
-                .iter()
-                .filter(|(_, entry)| entry.api_server == api_server);
-            let decodes = self
-                .decodes
-                .iter()
-                .filter(|(_, entry)| entry.route.api_server == api_server);
-            let keys: Vec<_> = prefills
-                .map(|(key, _)| *key)
-                .chain(decodes.map(|(key, _)| *key))
-                .collect();
-            if leases + keys.len() > 0 {
-                tracing::info!(%api_server, requests = keys.len(), leases, "API server gone: its requests end");
-            }
-            for key in keys {
-                self.end_key(key, None);
-            }
+        if leases + keys.len() > 0 {
+            tracing::info!(%api_server, requests = keys.len(), leases, "{why}");
+        }
+        for key in keys {
+            self.end_key(key, None);
         }
     }
 

@@ -13,12 +13,13 @@
 //! 7. An abort, a deadline, an API server that is gone, a drain or a broken executor end it in any phase:
 //!    all through `desk`'s `end_key`.
 //!
-//! Beside that road: `config`, `device` (with `cuda` and `fake_kv`), `run` (start and end), `beat`, `service`, `drain`.
+//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `run` (start and end), `beat`, `service`, `drain`.
 //!
 //! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
 //! engine thread; and the transfer agent's. No lock is held across an await.
 #![deny(unsafe_code)]
 
+mod api_servers;
 mod beat;
 mod bus;
 mod checks;

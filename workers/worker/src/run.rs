@@ -15,6 +15,7 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 
+use crate::api_servers::ApiServers;
 use crate::beat::SharedLoad;
 use crate::bus::{self, Outbox, Publisher, Subscriptions};
 use crate::checks::Checks;
@@ -179,7 +180,7 @@ pub async fn run(
         pull_places: Arc::new(Semaphore::new(PULLS_MAX)),
         agent: agent.clone(),
         links: JoinSet::new(),
-        api_servers: HashMap::new(),
+        api_servers: ApiServers::default(),
         shared_load,
         stray_beats: 0,
         // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.

@@ -1,9 +1,10 @@
 //! Ends that nobody asked for: budgets, silent API servers, draining workers.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use baton_protocol::limits::GONE_AFTER_MS;
 use baton_protocol::{
-    DecodeJob, FailureCode, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
+    DecodeJob, FailureCode, Incarnation, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
 };
 use baton_worker::{Device, WorkerError};
 
@@ -77,6 +78,81 @@ async fn a_silent_api_server_leaves_nothing_behind() {
         })
         .await;
     assert!(alive.release(&kept, |_| {}).await);
+    both.stop().await;
+}
+
+/// Killed and started again at once under its name: it never fell silent, yet nobody waits for what it asked before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_server_that_starts_anew_ends_what_its_former_life_asked_for() {
+    let house = House::new().await;
+    let mut former = Api::new(&house, "api").await;
+    let mut other = Api::new(&house, "other").await;
+    let mut config = slow(&house, "both", Role::Both);
+    config.step_tokens = 16;
+    let both = Worker::start(config);
+    former.until(&both.id, "at all", |_| true).await;
+    let sequence = prompt(1, 10, 2_000);
+
+    // By its beats, whatever phase a request is in.
+    former.staged(&both.id, new_request(), &sequence).await;
+    let decoding = new_request();
+    let handle = former.staged(&both.id, decoding, &sequence).await;
+    let job = former.decode_job(decoding, &sequence, &handle);
+    former.admitted(&both.id, &job).await;
+    let kept = other.staged(&both.id, new_request(), &sequence).await;
+    let prefilling = former.prefill_job(new_request(), &prompt(2, 2_000, 10));
+    former
+        .post(former.cluster.prefill(&both.id), &prefilling)
+        .await;
+    other
+        .until(&both.id, "all of it", |beat| {
+            (beat.load.leased, beat.load.running + beat.load.waiting) == (2, 2)
+        })
+        .await;
+    former.heart.abort();
+    let now = Api::in_life(&house, "api", Incarnation(2)).await;
+    let restarted = Instant::now();
+    other
+        .until(&both.id, "only the other's lease", |beat| {
+            let load = beat.load;
+            (load.leased, load.running + load.waiting) == (1, 0)
+        })
+        .await;
+    assert!(
+        restarted.elapsed().as_millis() < GONE_AFTER_MS.into(),
+        "it was waited for"
+    );
+    assert!(other.release(&kept, |_| {}).await);
+
+    // What the former life has still to say is too late; and it ends nothing of the new one.
+    let kept = now.staged(&both.id, new_request(), &sequence).await;
+    let job = former.prefill_job(new_request(), &sequence);
+    let PrefillReply::Refused {
+        refusal: Refusal::Malformed { detail },
+        ..
+    } = former.prefill(&both.id, &job).await
+    else {
+        panic!("it was taken")
+    };
+    assert!(
+        detail.contains("another API server has joined as api"),
+        "{detail}"
+    );
+    former.beat().await;
+    assert!(now.release(&kept, |_| {}).await);
+
+    // By its first job, should that come before a beat.
+    now.staged(&both.id, new_request(), &sequence).await;
+    now.heart.abort();
+    let third = now.reborn(Incarnation(3));
+    let kept = third.staged(&both.id, new_request(), &sequence).await;
+    other
+        .until(&both.id, "only the newest lease", |beat| {
+            beat.load.leased == 1
+        })
+        .await;
+    assert!(third.release(&kept, |_| {}).await);
+    other.until_empty(&both.id).await;
     both.stop().await;
 }
 

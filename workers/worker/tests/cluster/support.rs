@@ -14,9 +14,9 @@ use baton_protocol::limits::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, End, FinishReason, FrameItem,
-    Generation, Hello, KvHandle, PROTOCOL_VERSION, PackedTokens, PeerState, PrefillJob,
-    PrefillReply, PullReport, Refusal, Release, Released, RequestId, Role, Sampling, SequenceSpec,
-    TokenFrame, Versioned, WorkerId, decode, encode,
+    Generation, Hello, Incarnation, KvHandle, PROTOCOL_VERSION, PackedTokens, PeerState,
+    PrefillJob, PrefillReply, PullReport, Refusal, Release, Released, RequestId, Role, Sampling,
+    SequenceSpec, TokenFrame, Versioned, WorkerId, decode, encode,
 };
 use baton_worker::{Device, WorkerConfig, WorkerError};
 use futures::StreamExt;
@@ -173,6 +173,7 @@ type Beats = HashMap<WorkerId, (u64, Beat)>;
 /// An API server played by hand.
 pub struct Api {
     pub id: ApiServerId,
+    pub incarnation: Incarnation,
     pub client: Client,
     pub cluster: Cluster,
     tokens: Subscriber,
@@ -191,6 +192,11 @@ pub fn new_request() -> RequestId {
 
 impl Api {
     pub async fn new(house: &House, name: &str) -> Self {
+        Self::in_life(house, name, Incarnation(1)).await
+    }
+
+    /// As it is started again under the name that it had.
+    pub async fn in_life(house: &House, name: &str, incarnation: Incarnation) -> Self {
         let client = house.client().await;
         let cluster = house.cluster.clone();
         let id = ApiServerId::new(name).unwrap();
@@ -211,6 +217,7 @@ impl Api {
         let beat = ApiBeat {
             v: PROTOCOL_VERSION,
             api_server: id.clone(),
+            incarnation: Some(incarnation),
             in_flight: 0,
         };
         let (heart_client, subject) = (client.clone(), cluster.api_beat(&id));
@@ -224,12 +231,21 @@ impl Api {
         });
         Self {
             id,
+            incarnation,
             client,
             cluster,
             tokens,
             beats,
             heart,
             streams: HashMap::new(),
+        }
+    }
+
+    /// Started anew, so far without a word.
+    pub fn reborn(self, incarnation: Incarnation) -> Self {
+        Self {
+            incarnation,
+            ..self
         }
     }
 
@@ -306,6 +322,28 @@ impl Api {
         self.client.flush().await.unwrap();
     }
 
+    /// A job whose answer nobody waits for.
+    pub async fn post<M: Versioned>(&self, subject: String, message: &M) {
+        let payload = encode(message).unwrap().into();
+        let reply = self.client.new_inbox();
+        self.client
+            .publish_with_reply(subject, reply, payload)
+            .await
+            .unwrap();
+        self.client.flush().await.unwrap();
+    }
+
+    /// One beat of this API server, besides those of its heart.
+    pub async fn beat(&self) {
+        let beat = ApiBeat {
+            v: PROTOCOL_VERSION,
+            api_server: self.id.clone(),
+            incarnation: Some(self.incarnation),
+            in_flight: 0,
+        };
+        self.publish(self.cluster.api_beat(&self.id), &beat).await;
+    }
+
     pub async fn request<M: Versioned, R: Versioned>(&self, subject: String, message: &M) -> R {
         let answer = timeout(
             PATIENCE,
@@ -327,6 +365,7 @@ impl Api {
             v: PROTOCOL_VERSION,
             request,
             api_server: self.id.clone(),
+            api_incarnation: Some(self.incarnation),
             budget_ms: 60_000,
             model: baton_protocol::ModelFingerprint::new("a".repeat(64)).unwrap(),
             sequence: sequence.clone(),
@@ -344,6 +383,7 @@ impl Api {
             v: PROTOCOL_VERSION,
             request,
             api_server: self.id.clone(),
+            api_incarnation: Some(self.incarnation),
             attempt: 0,
             budget_ms: 60_000,
             sequence: sequence.clone(),
