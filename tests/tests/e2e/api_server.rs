@@ -25,7 +25,7 @@ async fn an_api_server_is_started_again_under_its_name() {
     events.next().await.expect("an event");
     cluster.tap.wait_kind("tokens", from, PATIENCE).await;
 
-    cluster.restart_api_server();
+    cluster.restart_api_server(0);
     cluster.ready().await;
     let ready = Instant::now();
     cluster.drained(PATIENCE).await;
