@@ -6,6 +6,7 @@ use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 
 use crate::metrics::Metrics;
 use crate::wait::within;
@@ -72,6 +73,12 @@ impl Api {
         )
         .await
         .unwrap_or_else(|e| panic!("POST {path}: {e}"))
+    }
+
+    /// The same in the background.
+    pub fn ask(&self, path: &str, body: &Value) -> JoinHandle<Answer> {
+        let (api, path, body) = (self.clone(), path.to_owned(), body.clone());
+        tokio::spawn(async move { api.post(&path, &body).await })
     }
 
     /// `/v1/completions`, whose answer is a success.

@@ -62,7 +62,8 @@ impl Cluster {
     /// `_turn` shows that no other test's cluster runs.
     pub async fn start(_turn: &Turn, setup: Setup) -> Self {
         let dir = TempDir::new().expect("a temporary directory");
-        let nats = Nats::start(dir.path(), setup.users.as_deref().unwrap_or_default()).await;
+        let users = setup.users.as_deref().unwrap_or_default();
+        let nats = Nats::start_at(setup.bus_address(), dir.path(), users).await;
         let tap = Tap::join(&nats.uri()).await;
         let first = launch_api_server(&setup, &nats, dir.path(), 0, Vec::new());
         let mut cluster = Self {

@@ -1,6 +1,7 @@
 //! A nats-server of the test's own.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -14,6 +15,7 @@ use crate::wait::{PATIENCE, eventually};
 /// A nats-server on a port that it chose itself.
 pub struct Nats {
     process: Process,
+    address: Ipv4Addr,
     port: u16,
     dir: PathBuf,
     more: String,
@@ -22,9 +24,14 @@ pub struct Nats {
 impl Nats {
     /// Starts it and waits until it listens. `more` are lines of its configuration.
     pub async fn start(dir: &Path, more: &str) -> Self {
+        Self::start_at(Ipv4Addr::LOCALHOST, dir, more).await
+    }
+
+    /// The same at another address of this machine.
+    pub async fn start_at(address: Ipv4Addr, dir: &Path, more: &str) -> Self {
         let ports = dir.join("ports");
         fs::create_dir_all(&ports).expect("a directory below a temporary one");
-        let process = spawn(dir, -1, more);
+        let process = spawn(dir, address, -1, more);
         let file = ports.join(format!("nats-server_{}.ports", process.id()));
         let port = eventually("nats-server to write its port", PATIENCE, async || {
             let text = fs::read_to_string(&file).map_err(|e| format!("{}: {e}", file.display()))?;
@@ -36,6 +43,7 @@ impl Nats {
         .await;
         Self {
             process,
+            address,
             port,
             dir: dir.to_owned(),
             more: more.to_owned(),
@@ -44,12 +52,12 @@ impl Nats {
 
     /// Where it is.
     pub fn uri(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        format!("nats://{}:{}", self.address, self.port)
     }
 
     /// The same for a user, whose password is its name.
     pub fn uri_of(&self, user: &str) -> String {
-        format!("nats://{user}:{user}@127.0.0.1:{}", self.port)
+        format!("nats://{user}:{user}@{}:{}", self.address, self.port)
     }
 
     /// kill -9.
@@ -60,14 +68,14 @@ impl Nats {
     /// Starts it again on the same port.
     pub fn restart(&mut self) {
         self.process.kill();
-        self.process = spawn(&self.dir, i32::from(self.port), &self.more);
+        self.process = spawn(&self.dir, self.address, i32::from(self.port), &self.more);
     }
 }
 
-fn spawn(dir: &Path, port: i32, more: &str) -> Process {
+fn spawn(dir: &Path, address: Ipv4Addr, port: i32, more: &str) -> Process {
     let config = dir.join("nats.conf");
     let text = format!(
-        "listen: \"127.0.0.1:{port}\"\nmax_payload: {MESSAGE_BYTES_MAX}\nports_file_dir: {:?}\n{more}\n",
+        "listen: \"{address}:{port}\"\nmax_payload: {MESSAGE_BYTES_MAX}\nports_file_dir: {:?}\n{more}\n",
         dir.join("ports")
     );
     fs::write(&config, text).expect("a file below a temporary directory");

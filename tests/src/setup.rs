@@ -1,12 +1,15 @@
 //! What a cluster is made of, and the commands that make it.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use baton_protocol::Role;
 
 use crate::fixture::{baton, model_dir};
 use crate::nats::Nats;
+use crate::netns::Network;
 
 /// Name of the cluster of every test: each has a nats-server of its own.
 pub(crate) const NAME: &str = "test";
@@ -36,6 +39,8 @@ pub struct Setup {
     pub kv_mib: usize,
     /// UCX transports; `None` leaves the choice to UCX.
     pub ucx_tls: Option<&'static str>,
+    /// Workers each on a host of its own in this network, and the bus where all reach it. KV moves over TCP then.
+    pub network: Option<Arc<Network>>,
     /// Lines of nats-server's configuration that make users, named like the processes, with their names as passwords.
     pub users: Option<String>,
     /// More flags of every worker.
@@ -58,6 +63,7 @@ impl Default for Setup {
             queue: 256,
             kv_mib: 192,
             ucx_tls: None,
+            network: None,
             users: None,
             worker_args: Vec::new(),
             api_args: Vec::new(),
@@ -83,6 +89,12 @@ impl Setup {
             both: 1,
             ..Self::default()
         }
+    }
+
+    pub(crate) fn bus_address(&self) -> Ipv4Addr {
+        self.network
+            .as_ref()
+            .map_or(Ipv4Addr::LOCALHOST, |network| network.hub())
     }
 
     pub(crate) fn roles(&self) -> Vec<(Role, usize)> {
@@ -150,8 +162,13 @@ pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role)
         .args(["--batch", &setup.batch.to_string()])
         .args(["--queue", &setup.queue.to_string()])
         .args(&setup.worker_args);
-    if let Some(tls) = setup.ucx_tls {
+    // Shared memory knows nothing of network namespaces: UCX would go round the network.
+    let tls = setup.ucx_tls.or(setup.network.as_ref().map(|_| "tcp,self"));
+    if let Some(tls) = tls {
         command.args(["--ucx-tls", tls]);
     }
-    command
+    match &setup.network {
+        Some(network) => network.on_host(name, &command),
+        None => command,
+    }
 }

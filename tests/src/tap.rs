@@ -44,6 +44,14 @@ impl Message {
         self.kind().is_some_and(|(its, _)| its == kind)
     }
 
+    /// Whom it concerns.
+    ///
+    /// # Panics
+    /// If it is none of Baton's.
+    pub fn whom(&self) -> String {
+        self.kind().expect("a message of Baton").1.to_owned()
+    }
+
     /// What it says.
     ///
     /// # Panics
