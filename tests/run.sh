@@ -2,7 +2,7 @@
 # Installs what is missing and runs every test; CI runs exactly this. All steps run even if one fails.
 #
 #   tests/run.sh                 everything
-#   tests/run.sh lint rust       only these steps: lint, rust, python, container, quickstart
+#   tests/run.sh lint rust       only these steps: lint, rust, chaos, python, container, quickstart
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 root=$PWD
@@ -31,7 +31,7 @@ wants() {
 }
 for asked in "$@"; do
   case "$asked" in
-    lint | rust | python | container | quickstart) ;;
+    lint | rust | chaos | python | container | quickstart) ;;
     *) echo "tests/run.sh: there is no step '$asked'" >&2; exit 2 ;;
   esac
 done
@@ -79,11 +79,14 @@ if wants lint "$@"; then
   step "clippy" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
   step "documentation" documentation
 fi
-if wants rust "$@" || wants python "$@" || wants container "$@"; then
+if wants rust "$@" || wants chaos "$@" || wants python "$@" || wants container "$@"; then
   step "release build" cargo build --locked --release --package baton --quiet
 fi
 if wants rust "$@"; then
   step "Rust tests" cargo test --locked --workspace --quiet --no-fail-fast
+fi
+if wants chaos "$@"; then
+  step "chaos" tests/chaos.sh --seeds 1,2,3
 fi
 if wants python "$@"; then
   step "Python client" python -m pytest --quiet tests/python

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_protocol::subjects::Cluster as Subjects;
@@ -65,7 +65,7 @@ impl Cluster {
         let users = setup.users.as_deref().unwrap_or_default();
         let nats = Nats::start_at(setup.bus_address(), dir.path(), users).await;
         let tap = Tap::join(&nats.uri()).await;
-        let first = launch_api_server(&setup, &nats, dir.path(), 0, Vec::new());
+        let first = launch_api_server(&setup, &nats, dir.path(), 0, setup.api_args.clone());
         let mut cluster = Self {
             tap,
             api: first.api.clone(),
@@ -117,7 +117,7 @@ impl Cluster {
         });
     }
 
-    /// Starts one more API server over the same workers, with more flags of its own, and gives its client. Nobody waits
+    /// Starts one more API server over the same workers, with flags of its own, and gives its client. Nobody waits
     /// for it: [`Self::ready`] does.
     pub fn add_api_server(&mut self, args: &[&str]) -> Api {
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
@@ -353,6 +353,12 @@ impl Cluster {
         assert!(text.contains("Paris"), "{text}");
         let trace = Trace::only(&self.tap, from).await;
         assert!(trace.pulled[0] > 0, "nothing was pulled");
+    }
+
+    /// Keeps the cluster's files when it is gone, and says where.
+    pub fn keep_files(&mut self) -> PathBuf {
+        self.dir.disable_cleanup(true);
+        self.dir.path().to_owned()
     }
 
     /// Where logs and other files of the cluster lie.

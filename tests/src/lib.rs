@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod api;
+pub mod chaos;
 mod cluster;
 mod fixture;
 mod metrics;

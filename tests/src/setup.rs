@@ -45,7 +45,7 @@ pub struct Setup {
     pub users: Option<String>,
     /// More flags of every worker.
     pub worker_args: Vec<String>,
-    /// More flags of the API server.
+    /// More flags of the first API server.
     pub api_args: Vec<String>,
 }
 
@@ -137,7 +137,6 @@ pub(crate) fn api_server_command(
         .arg(model_dir())
         .args(["--api-server-host", "127.0.0.1"])
         .args(["--api-server-port", &port.to_string()])
-        .args(&setup.api_args)
         .args(args);
     if setup.users.is_some() {
         command.args(["--api-server-name", name]);

@@ -1,0 +1,273 @@
+//! Hours without a fault: what a cluster holds must not grow.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use baton_protocol::Load;
+use tokio::task::JoinSet;
+
+use super::audit::{Findings, pulse};
+use super::client::{Clients, Story};
+use super::judgement::Judgement;
+use super::load::{self, Arrival};
+use super::reference::Reference;
+use super::tally::Tally;
+use super::vitals::Vitals;
+use crate::cluster::Cluster;
+use crate::setup::Setup;
+use crate::turn::Turn;
+
+/// How often everything is looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
+
+/// Before that, caches fill: the prefix index, the allocator's, connections.
+const WARM_UP: Duration = Duration::from_secs(300);
+
+/// What may be called flat, in KiB an hour: a thousandth of what a worker has. Less than that is lost in what one
+/// request more or less takes at the moment of a look.
+const RESIDENT_KIB_AN_HOUR: f64 = 1024.0;
+
+/// The same for files and threads: one in an hour.
+const COUNT_AN_HOUR: f64 = 1.0;
+
+/// Seconds that a request may take: far more than it needs.
+const BUDGET_S: u64 = 120;
+
+/// Runs a load of `rate` requests a second on two and two workers for `span`, prints what they held, and gives the
+/// numbers. Clients leave as they do in every load; nothing else is in the way.
+pub async fn soak(turn: &Turn, span: Duration, rate: f64, reference: &mut Reference) -> Tally {
+    let load = load::Load::of(0, span, rate, 1);
+    let expected = reference.answers(&load.asks).await;
+    let setup = Setup {
+        api_args: vec!["--request-budget-s".to_owned(), BUDGET_S.to_string()],
+        ..Setup::split(2, 2)
+    };
+    let mut cluster = Cluster::start(turn, setup).await;
+    println!("{} requests in {span:?}", load.arrivals.len());
+
+    let clients = Clients {
+        epoch: Instant::now(),
+        model: reference.model().to_owned(),
+        bases: vec![cluster.api.base().to_owned()],
+        budgets: vec![Duration::from_secs(BUDGET_S)],
+    };
+    let judgement = Judgement {
+        seed: 0,
+        asks: &load.asks,
+        expected: &expected,
+        windows: &[],
+        roles: &[],
+        budgets: &clients.budgets,
+    };
+    let mut tally = Tally::default();
+    let mut looks = Looks::default();
+    let mut under_way: JoinSet<(Arrival, Story)> = JoinSet::new();
+    let mut arrivals = load.arrivals.iter().peekable();
+    let mut look = tokio::time::interval(LOOK_EVERY);
+    while arrivals.peek().is_some() || !under_way.is_empty() {
+        let next = arrivals
+            .peek()
+            .map_or(Duration::MAX / 4, |arrival| arrival.at);
+        tokio::select! {
+            () = tokio::time::sleep_until((clients.epoch + next).into()), if arrivals.peek().is_some() => {
+                if let Some(arrival) = arrivals.next() {
+                    let client = clients.client(arrival, &load.asks[arrival.ask]);
+                    let arrival = arrival.clone();
+                    under_way.spawn(async move { (arrival, client.await) });
+                }
+            }
+            Some(over) = under_way.join_next() => {
+                let (arrival, story) = over.expect("a client does not panic");
+                judgement.count(&arrival, &story, &mut tally);
+            }
+            _ = look.tick() => looks.take(clients.epoch.elapsed(), &cluster).await,
+        }
+    }
+    println!("{looks}");
+
+    let mut findings = Findings::default();
+    findings
+        .settled(&mut cluster, Duration::from_secs(30))
+        .await;
+    findings.leaked.extend(looks.growing());
+    findings.ended(&mut cluster).await;
+    findings.logs(&cluster);
+    findings.report("soak", &mut tally);
+    tally
+}
+
+/// What each process held, look by look.
+#[derive(Default)]
+struct Looks(BTreeMap<String, Vec<(Duration, Look)>>);
+
+/// What one process held at one moment.
+#[derive(Clone, Copy, Default)]
+struct Look {
+    vitals: Vitals,
+    /// What it beat; nothing for an API server.
+    load: Load,
+}
+
+/// One column of the table.
+struct Column {
+    name: &'static str,
+    of: fn(&Look) -> u64,
+    an_hour: f64,
+}
+
+const COLUMNS: [Column; 5] = [
+    Column {
+        name: "resident KiB",
+        of: |look| look.vitals.resident_kib,
+        an_hour: RESIDENT_KIB_AN_HOUR,
+    },
+    Column {
+        name: "files",
+        of: |look| look.vitals.files,
+        an_hour: COUNT_AN_HOUR,
+    },
+    Column {
+        name: "threads",
+        of: |look| look.vitals.threads,
+        an_hour: COUNT_AN_HOUR,
+    },
+    Column {
+        name: "blocks used",
+        of: |look| look.load.blocks_used.into(),
+        an_hour: COUNT_AN_HOUR,
+    },
+    Column {
+        name: "blocks quarantined",
+        of: |look| look.load.blocks_quarantined.into(),
+        an_hour: COUNT_AN_HOUR,
+    },
+];
+
+impl Looks {
+    async fn take(&mut self, at: Duration, cluster: &Cluster) {
+        let beats = cluster.beats().await;
+        for ((_, name), vitals) in pulse(cluster) {
+            let load = beats.get(&name).map(|beat| beat.load).unwrap_or_default();
+            self.0
+                .entry(name)
+                .or_default()
+                .push((at, Look { vitals, load }));
+        }
+    }
+
+    /// Sentences about what is not flat.
+    fn growing(&self) -> Vec<String> {
+        let mut growing = Vec::new();
+        for (name, looks) in &self.0 {
+            for column in &COLUMNS {
+                let slope = slope_an_hour(&warm(looks, column.of));
+                if slope > column.an_hour {
+                    growing.push(format!(
+                        "{name} grows by {slope:.1} {} an hour",
+                        column.name
+                    ));
+                }
+            }
+        }
+        growing
+    }
+}
+
+impl fmt::Display for Looks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "| process | | first | max | last | slope an hour |\n|---|---|---|---|---|---|"
+        )?;
+        for (name, looks) in &self.0 {
+            for column in &COLUMNS {
+                let series = warm(looks, column.of);
+                let most = series.iter().map(|(_, value)| *value).fold(0.0, f64::max);
+                let first = series.first().map_or(0.0, |(_, value)| *value);
+                let last = series.last().map_or(0.0, |(_, value)| *value);
+                let slope = slope_an_hour(&series);
+                let word = if slope > column.an_hour {
+                    "grows"
+                } else {
+                    "flat"
+                };
+                let what = column.name;
+                writeln!(
+                    f,
+                    "| {name} | {what} | {first} | {most} | {last} | {slope:+.1}, {word} |"
+                )?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Hours and values after the warm-up.
+fn warm(looks: &[(Duration, Look)], of: fn(&Look) -> u64) -> Vec<(f64, f64)> {
+    let warm = looks.iter().filter(|(at, _)| *at >= WARM_UP);
+    warm.map(|(at, look)| (at.as_secs_f64() / 3600.0, of(look) as f64))
+        .collect()
+}
+
+/// The median of the slopes between all pairs of points (Theil 1950, Sen 1968): a moment's outlier does not move it.
+fn slope_an_hour(series: &[(f64, f64)]) -> f64 {
+    let mut slopes = Vec::new();
+    for (number, (at, value)) in series.iter().enumerate() {
+        let later = &series[number + 1..];
+        slopes.extend(later.iter().map(|(later, is)| (is - value) / (later - at)));
+    }
+    slopes.sort_by(f64::total_cmp);
+    slopes.get(slopes.len() / 2).copied().unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use super::{Look, Looks, Vitals, slope_an_hour};
+
+    #[test]
+    fn a_slope_is_told_from_noise() {
+        let noise = |number: usize| (number * 7919 % 13) as f64;
+        let hours = |number: usize| number as f64 / 360.0;
+        let flat: Vec<(f64, f64)> = (0..360).map(|n| (hours(n), 1000.0 + noise(n))).collect();
+        assert!(slope_an_hour(&flat).abs() < 1.0, "{}", slope_an_hour(&flat));
+        let grows: Vec<(f64, f64)> = flat
+            .iter()
+            .map(|(at, value)| (*at, value + 50.0 * at))
+            .collect();
+        assert!(
+            (slope_an_hour(&grows) - 50.0).abs() < 1.0,
+            "{}",
+            slope_an_hour(&grows)
+        );
+    }
+
+    #[test]
+    fn what_grows_is_named() {
+        let look = |number: u64, grows: u64| {
+            let vitals = Vitals {
+                resident_kib: 10_000 + number * grows,
+                files: 9,
+                threads: 4,
+            };
+            let look = Look {
+                vitals,
+                ..Look::default()
+            };
+            (Duration::from_secs(10 * number), look)
+        };
+        let series = |grows| (0..120).map(|number| look(number, grows)).collect();
+        let looks = Looks(BTreeMap::from([
+            ("a".to_owned(), series(0)),
+            ("b".to_owned(), series(8)),
+        ]));
+        let growing = looks.growing();
+        assert!(
+            growing.len() == 1 && growing[0].starts_with("b grows by 2880"),
+            "{growing:?}"
+        );
+    }
+}
