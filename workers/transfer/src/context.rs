@@ -21,20 +21,21 @@ struct Setting {
     transports: &'static [&'static str],
 }
 
-fn settings() -> [Setting; 5] {
+fn settings() -> [Setting; 6] {
     let always = |name, value: &str| Setting {
         name,
         short: None,
         value: value.into(),
         transports: &[],
     };
-    // An answer to a read travels in one piece, with room for its header: see `pull::EMULATED`.
-    let segment = |name, short| Setting {
+    let tcp = |name, short, value: &str| Setting {
         name,
         short: Some(short),
-        value: (EMULATED_READ_BYTES + (8 << 10)).to_string(),
+        value: value.into(),
         transports: &["tcp"],
     };
+    // An answer to a read travels in one piece, with room for its header: see `pull::EMULATED`.
+    let segment = (EMULATED_READ_BYTES + (8 << 10)).to_string();
     [
         // Death of a peer over shared memory is seen by this alone; the default is 20 s.
         always("KEEPALIVE_INTERVAL", "1s"),
@@ -47,8 +48,11 @@ fn settings() -> [Setting; 5] {
             value: "y".into(),
             transports: &["sm", "shm", "mm", "posix", "sysv", "xpmem"],
         },
-        segment("TCP_TX_SEG_SIZE", "TX_SEG_SIZE"),
-        segment("TCP_RX_SEG_SIZE", "RX_SEG_SIZE"),
+        tcp("TCP_TX_SEG_SIZE", "TX_SEG_SIZE", &segment),
+        tcp("TCP_RX_SEG_SIZE", "RX_SEG_SIZE", &segment),
+        // Otherwise a peer that cannot be reached holds the thread up for as long as the kernel tries, two minutes, and with
+        // it everybody else's transfers.
+        tcp("TCP_CONN_NB", "CONN_NB", "y"),
     ]
 }
 
