@@ -199,13 +199,16 @@ impl Bus {
         let mut api_beats = subscribe(self.cluster.api_beats()).await?;
         let mut hellos = subscribe(self.cluster.hello()).await?;
 
-        let on_tokens = Arc::clone(&watcher);
+        let (bus, on_tokens) = (self.clone(), Arc::clone(&watcher));
         let token_task = tokio::spawn(async move {
             while let Some(message) = tokens.next().await {
                 match decode::<TokenFrame>(&message.payload) {
                     // NATS may let a worker send on its own subjects alone.
                     Ok(frame) if speaker(&message.subject) == frame.worker.as_str() => {
-                        registry.dispatch(frame);
+                        let (from, strays) = registry.dispatch(frame);
+                        for request in strays {
+                            bus.abort(&from, request, "it is over");
+                        }
                     }
                     Ok(frame) => {
                         let (subject, worker) = (&message.subject, &frame.worker);

@@ -15,7 +15,7 @@ use baton_protocol::{
     SequenceSpec, TokenLogprobs,
 };
 
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorKind};
 use crate::inbox::{Event, Inbox, Registered};
 use crate::lifecycle::{Action, Input, Lifecycle, Phase, Rules, Target};
 use crate::router::{Constraints, Outstanding};
@@ -183,7 +183,9 @@ impl<S: Sink> Driver<S> {
     fn event(&mut self, event: Event) {
         match event {
             // One that this generation was taken from has nothing to say any more, and others never had.
-            Event::Item { from, .. } if self.lifecycle.decode() != Some(&*from) => {}
+            Event::Item { from, .. } if self.lifecycle.decode() != Some(&*from) => {
+                self.disown(&from);
+            }
             Event::Item { item, .. } => {
                 if let Some(placed) = &mut self.placed {
                     placed.admitted = true;
@@ -195,6 +197,20 @@ impl<S: Sink> Driver<S> {
             Event::WorkerLost(target) => self.input(Input::WorkerLost(target)),
             Event::FramesLost => self.stall_by = Some(Instant::now() + STALL_AFTER_LOSS),
             Event::ClientLeft => self.input(Input::ClientLeft),
+        }
+    }
+
+    /// A worker still generates what was taken from it: it was deaf when it was told, or the telling was lost.
+    fn disown(&self, worker: &Target) {
+        if self.lifecycle.ended() {
+            return;
+        }
+        let involved = self.lifecycle.involved();
+        // An abort ends whatever its receiver has of the request, a later try too.
+        if !involved.iter().any(|other| other.worker == worker.worker) {
+            self.server
+                .bus
+                .abort(worker, self.job.request, "another worker has it now");
         }
     }
 
@@ -298,8 +314,22 @@ impl<S: Sink> Driver<S> {
             // The token that completes a stop string may be the last of max_tokens too.
             Action::Finish(_) if self.stop_found => self.end(Ok(FinishReason::Stop)),
             Action::Finish(finish) => self.end(Ok(finish)),
-            Action::Fail(error) => self.end(Err(error)),
+            Action::Fail(error) => {
+                let error = self.explained(error);
+                self.end(Err(error));
+            }
         }
+    }
+
+    /// That nobody can serve is said with the reason.
+    fn explained(&self, mut error: ApiError) -> ApiError {
+        if error.kind == ErrorKind::NoWorker {
+            let faults = self.server.faults();
+            for fault in faults.iter().rev() {
+                error.message = format!("{fault}: {}", error.message);
+            }
+        }
+        error
     }
 
     fn choose_context(&self) -> Option<Target> {

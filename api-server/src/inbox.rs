@@ -139,20 +139,25 @@ impl Registry {
         lock(&self.places).len()
     }
 
-    /// Hands every item of a frame to its generation.
-    pub fn dispatch(&self, frame: TokenFrame) {
+    /// Hands every item of a frame to its generation. Gives back the sender and those requests that are not over there
+    /// and are known to nobody here any more: the sender was deaf when it was told, or the telling was lost.
+    pub fn dispatch(&self, frame: TokenFrame) -> (Arc<Target>, Vec<RequestId>) {
         let mut delivery = Delivery::default();
         let from = Arc::new(Target {
             worker: frame.worker,
             incarnation: frame.incarnation,
         });
+        let mut strays = Vec::new();
         let places = lock(&self.places);
         for item in frame.items {
             if let Some(place) = places.get(&item.request) {
                 let from = Arc::clone(&from);
                 delivery.put(place, Event::Item { from, item });
+            } else if item.end.is_none() {
+                strays.push(item.request);
             }
         }
+        (from, strays)
     }
 
     /// Tells every generation.

@@ -148,6 +148,25 @@ impl Membership {
         }
         faults
     }
+
+    /// Roads for KV of this model that are broken, each with its last error. Requests go round them.
+    pub fn broken_roads(&self, model: &ModelFingerprint, now: Instant) -> Vec<String> {
+        let mut broken: Vec<String> = self
+            .workers
+            .values()
+            .filter(|m| m.serves(model, now))
+            .flat_map(|m| m.beat.peers.iter().map(move |peer| (m, peer)))
+            .filter(|(_, peer)| peer.state != PeerState::Ready)
+            .filter_map(|(m, peer)| {
+                // one that is being connected for the first time has no error yet
+                let error = peer.error.as_deref()?;
+                let (reader, owner) = (&m.beat.worker, &peer.worker);
+                Some(format!("{reader} cannot read KV from {owner}: {error}"))
+            })
+            .collect();
+        broken.sort_unstable();
+        broken
+    }
 }
 
 #[cfg(test)]
@@ -241,5 +260,31 @@ pub(crate) mod tests {
         assert_eq!(members.faults(&fingerprint(), now).len(), 1);
         members.beat(beat("d", Role::Decode, &["c"]), now);
         assert!(members.faults(&fingerprint(), now).is_empty());
+        assert!(members.broken_roads(&fingerprint(), now).is_empty());
+    }
+
+    #[test]
+    fn a_broken_road_is_named_until_it_is_mended() {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        members.beat(beat("c", Role::Context, &[]), now);
+        members.beat(beat("d", Role::Decode, &["c"]), now);
+        for (state, error, shown) in [
+            (PeerState::Connecting, None, 0),
+            (PeerState::Broken, Some("cut"), 1),
+            (PeerState::Connecting, Some("cut"), 1),
+            (PeerState::Ready, None, 0),
+        ] {
+            let mut broken = beat("e", Role::Decode, &["c"]);
+            broken.peers[0].state = state;
+            broken.peers[0].error = error.map(str::to_owned);
+            members.beat(broken, now);
+            let roads = members.broken_roads(&fingerprint(), now);
+            assert_eq!(roads.len(), shown, "{state:?}: {roads:?}");
+            assert!(members.faults(&fingerprint(), now).is_empty());
+            for road in roads {
+                assert_eq!(road, "e cannot read KV from c: cut");
+            }
+        }
     }
 }

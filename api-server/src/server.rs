@@ -83,6 +83,13 @@ impl Server {
         faults
     }
 
+    /// Roads for KV that are broken; empty if all that there should be are there.
+    pub fn broken_roads(&self) -> Vec<String> {
+        self.fleet()
+            .members
+            .broken_roads(&self.model.fingerprint, Instant::now())
+    }
+
     fn lost(&self, targets: Vec<Target>) {
         for target in targets {
             tracing::warn!(worker = %target.worker, incarnation = %target.incarnation, "worker gone");

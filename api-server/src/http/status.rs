@@ -50,14 +50,17 @@ fn model_object(server: &Server) -> Value {
     })
 }
 
-/// `GET /health`: 200 if a request could be served now, else 503 with the reasons.
+/// `GET /health`: 200 if a request could be served now, else 503 with the reasons. What is broken and gone round does
+/// not turn it red: it is named under `degraded`.
 pub async fn health(server: web::Data<Server>) -> HttpResponse {
     let faults = server.faults();
-    let (status, word) = match faults.is_empty() {
-        true => (StatusCode::OK, "ok"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+    let degraded = server.broken_roads();
+    let (status, word) = match (faults.is_empty(), degraded.is_empty()) {
+        (true, true) => (StatusCode::OK, "ok"),
+        (true, false) => (StatusCode::OK, "degraded"),
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
     };
-    let body = json!({"status": word, "reasons": faults, "in_flight": server.registry.len()});
+    let body = json!({"status": word, "reasons": faults, "degraded": degraded, "in_flight": server.registry.len()});
     respond::json(status, body.to_string())
 }
 
@@ -86,6 +89,7 @@ pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
 pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
     let now = Instant::now();
     let faults = server.faults();
+    let degraded = server.broken_roads();
     let fleet = server.fleet();
     let mut workers: Vec<&Member> = fleet.members.workers().collect();
     workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
@@ -98,6 +102,7 @@ pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
                   "tokens_max": server.model.tokens_max},
         "healthy": faults.is_empty(),
         "reasons": faults,
+        "degraded": degraded,
         "workers": workers.iter().map(|member| worker_object(member, now)).collect::<Vec<_>>(),
         "api_servers": api_servers.iter()
             .map(|beat| json!({"api_server": beat.api_server, "in_flight": beat.in_flight}))

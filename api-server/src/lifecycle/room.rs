@@ -47,7 +47,7 @@ impl Lifecycle {
             .retry_after(ms),
             None => ApiError::new(
                 ErrorKind::NoWorker,
-                format!("no {role} worker is serving this model; see /health and /cluster"),
+                format!("no {role} worker can serve this request; see /health and /cluster"),
             ),
         }
     }
