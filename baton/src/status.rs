@@ -68,7 +68,7 @@ fn render(cluster: &Value) -> String {
             "NOT healthy"
         },
     );
-    for reason in list(&cluster["reasons"]) {
+    for reason in list(&cluster["reasons"]).chain(list(&cluster["degraded"])) {
         text += &format!("  {}\n", word(reason));
     }
 
@@ -191,6 +191,7 @@ mod tests {
     fn workers_and_their_connections_are_shown() {
         let text = render(&json!({
             "cluster": "baton", "api_server": "api-1", "healthy": false, "reasons": ["no decode worker"],
+            "degraded": ["decode-0 cannot read KV from context-0: cut"],
             "model": {"name": "smol"},
             "workers": [
                 {"worker": "context-0", "role": "context", "state": "serving", "device": "cpu", "weights": "fp8-channel",
@@ -208,6 +209,7 @@ mod tests {
             "cluster baton, model smol, API server api-1: NOT healthy"
         );
         assert_eq!(lines[1], "  no decode worker");
+        assert_eq!(lines[2], "  decode-0 cannot read KV from context-0: cut");
         let cells = |line: &str| {
             line.split("  ")
                 .map(str::trim)
@@ -216,10 +218,10 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(
-            cells(lines[4])[..5],
+            cells(lines[5])[..5],
             ["context-0", "context", "serving", "cpu", "fp8-channel"]
         );
-        assert!(lines[4].contains("4/100"), "{text}");
+        assert!(lines[5].contains("4/100"), "{text}");
         let peer = cells(text.lines().last().unwrap());
         assert_eq!(
             peer,
