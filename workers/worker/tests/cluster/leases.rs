@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_protocol::{FailureCode, Incarnation, Nonce, Role};
+use baton_protocol::{FailureCode, Incarnation, KvHandle, Nonce, Release, Role};
 use baton_worker::Device;
 
 use crate::support::*;
@@ -50,7 +50,37 @@ async fn a_release_is_valid_once_and_only_with_proof() {
     assert!(!api.release(&handle, |_| {}).await, "a second time");
     assert!(api.release(&other, |_| {}).await);
     api.until_empty(&context.id).await;
+
+    // What comes late: after an abort, and in the worker's next life.
+    let (aborted, kept) = (new_request(), new_request());
+    let handle = api.staged(&context.id, aborted, &prompt(1, 50, 10)).await;
+    api.abort(&context.id, aborted).await;
+    api.until_empty(&context.id).await;
+    assert!(!api.release(&handle, |_| {}).await, "after its abort");
+    let of_old = api.staged(&context.id, kept, &prompt(2, 50, 10)).await;
+    api.abort(&context.id, kept).await;
     context.stop().await;
+    let reborn = Worker::start(house.config("ctx", Role::Context));
+    api.until(&reborn.id, "in its next life", |beat| {
+        beat.incarnation != of_old.incarnation
+    })
+    .await;
+    // Handles are numbered anew in each life: one of the same number comes.
+    let mut of_new = Vec::new();
+    while of_new
+        .last()
+        .is_none_or(|handle: &KvHandle| handle.handle != of_old.handle)
+    {
+        let sequence = prompt(2, 50, 10);
+        of_new.push(api.staged(&reborn.id, new_request(), &sequence).await);
+    }
+    assert!(!api.release(&of_old, |_| {}).await, "of a former life");
+    for handle in &of_new {
+        let former = |r: &mut Release| r.incarnation = of_old.incarnation;
+        assert!(!api.release(handle, former).await, "said to be of one");
+        assert!(api.release(handle, |_| {}).await);
+    }
+    reborn.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

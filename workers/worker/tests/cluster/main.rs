@@ -1,6 +1,7 @@
 //! Workers on a real nats-server with real UCX between them, and an API server played by hand.
 
 mod faults;
+mod handover;
 mod leases;
 mod leaving;
 mod refusals;

@@ -42,14 +42,22 @@ pub struct House {
 
 impl House {
     pub async fn new() -> Self {
+        Self::with_bus("").await
+    }
+
+    /// With these lines in the configuration of nats-server.
+    pub async fn with_bus(lines: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
             .unwrap()
             .port();
+        let config = directory.path().join("nats.conf");
+        std::fs::write(&config, lines).unwrap();
         let nats = Command::new(baton_tests::command("nats-server"))
-            .args(["-a", "127.0.0.1", "-p", &port.to_string()])
+            .args(["-a", "127.0.0.1", "-p", &port.to_string(), "-c"])
+            .arg(&config)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
