@@ -4,12 +4,9 @@
 use std::time::Duration;
 
 use baton_protocol::Role;
-use baton_tests::{
-    Answer, Api, Cluster, Message, PATIENCE, Setup, Signal, Trace, Turn, eventually,
-};
+use baton_tests::{Answer, Cluster, PATIENCE, Setup, Signal, Trace, Turn, eventually};
 use futures::future::join_all;
 use serde_json::{Value, json};
-use tokio::task::JoinHandle;
 
 const PATH: &str = "/v1/completions";
 
@@ -23,21 +20,12 @@ fn requests(model: &str, max_tokens: usize) -> Vec<Value> {
     ]
 }
 
-fn ask(api: &Api, request: &Value) -> JoinHandle<Answer> {
-    let (api, request) = (api.clone(), request.clone());
-    tokio::spawn(async move { api.post(PATH, &request).await })
-}
-
 fn choices(answer: Answer) -> Value {
     answer.ok()["choices"].clone()
 }
 
 async fn undisturbed(cluster: &Cluster, request: &Value) -> Value {
     cluster.api.complete(request).await["choices"].clone()
-}
-
-fn whom(message: &Message) -> String {
-    message.kind().expect("a message of Baton").1.to_owned()
 }
 
 #[tokio::test]
@@ -53,9 +41,9 @@ async fn a_context_worker_dies_during_the_prompt() {
         cluster.signal(name, Signal::Stop);
     }
     let from = cluster.tap.now();
-    let answer = ask(&cluster.api, request);
+    let answer = cluster.api.ask(PATH, request);
     let job = cluster.tap.wait_kind("prefill", from, PATIENCE).await;
-    let victim = whom(&job);
+    let victim = job.whom();
     cluster.kill(&victim);
     for name in names.iter().filter(|name| **name != victim) {
         cluster.signal(name, Signal::Continue);
@@ -75,9 +63,13 @@ async fn a_context_worker_dies_before_the_pull() {
 
     let from = cluster.tap.now();
     cluster.signal("decode-0", Signal::Stop);
-    let answer = ask(&cluster.api, request);
+    let answer = cluster.api.ask(PATH, request);
     cluster.tap.wait_kind("decode", from, PATIENCE).await;
-    let victim = whom(&cluster.tap.wait_kind("prefill", from, PATIENCE).await);
+    let victim = cluster
+        .tap
+        .wait_kind("prefill", from, PATIENCE)
+        .await
+        .whom();
     cluster.kill(&victim);
     cluster.signal("decode-0", Signal::Continue);
     assert_eq!(choices(answer.await.expect("answered")), expected);
@@ -104,9 +96,13 @@ async fn a_context_worker_dies_during_the_pull() {
 
     let from = cluster.tap.now();
     cluster.signal("decode-0", Signal::Stop);
-    let answer = ask(&cluster.api, request);
+    let answer = cluster.api.ask(PATH, request);
     let job = cluster.tap.wait_kind("decode", from, PATIENCE).await;
-    let victim = whom(&cluster.tap.wait_kind("prefill", from, PATIENCE).await);
+    let victim = cluster
+        .tap
+        .wait_kind("prefill", from, PATIENCE)
+        .await
+        .whom();
     cluster.signal(&victim, Signal::Stop);
     cluster.signal("decode-0", Signal::Continue);
     cluster.tap.answer(&job, PATIENCE).await;
@@ -130,7 +126,7 @@ async fn a_handle_outlives_its_lease() {
 
     let from = cluster.tap.now();
     cluster.signal("decode-0", Signal::Stop);
-    let answer = ask(&cluster.api, request);
+    let answer = cluster.api.ask(PATH, request);
     cluster.tap.wait_kind("decode", from, PATIENCE).await;
     eventually("the lease to end", PATIENCE, async || {
         match cluster.beats().await.get("context-0").map(|beat| beat.load) {
@@ -162,7 +158,7 @@ async fn a_decode_worker_dies_in_mid_stream() {
         for _ in 0..5 {
             streamed.push(events.next().await.expect("an event"));
         }
-        let victim = whom(&cluster.tap.wait_kind("decode", from, PATIENCE).await);
+        let victim = cluster.tap.wait_kind("decode", from, PATIENCE).await.whom();
         cluster.kill(&victim);
         streamed.extend(events.rest().await);
 
@@ -218,7 +214,7 @@ async fn workers_drain_under_load_and_lose_nothing() {
     for role in [Role::Decode, Role::Context] {
         let from = cluster.tap.now();
         let answers: Vec<_> = (0..16)
-            .map(|number| ask(&cluster.api, &kinds[number % kinds.len()]))
+            .map(|number| cluster.api.ask(PATH, &kinds[number % kinds.len()]))
             .collect();
         cluster.tap.wait_kind("tokens", from, PATIENCE).await;
         let mut leaving = cluster.take(&names(&cluster, role)[0]);
@@ -272,7 +268,7 @@ async fn the_bus_goes_down_and_comes_back() {
 
     // one that is on its way when the bus breaks must end, well or with an error
     let from = cluster.tap.now();
-    let answer = ask(&cluster.api, &requests(&model, 400)[0]);
+    let answer = cluster.api.ask(PATH, &requests(&model, 400)[0]);
     cluster.tap.wait_kind("tokens", from, PATIENCE).await;
     cluster.nats.kill();
     eventually("/health to be red", PATIENCE, async || {
@@ -332,7 +328,7 @@ async fn workers_die_at_any_moment_of_a_load() {
     ] {
         let from = cluster.tap.now();
         let answers: Vec<_> = (0..10)
-            .map(|number| ask(&cluster.api, &kinds[number % kinds.len()]))
+            .map(|number| cluster.api.ask(PATH, &kinds[number % kinds.len()]))
             .collect();
         let mut heard = 0;
         let what = format!("{count} {kind} messages");

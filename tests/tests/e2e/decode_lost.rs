@@ -1,0 +1,311 @@
+//! Decode workers are lost in mid-stream: frozen, cut off from the network, killed, one after the other under the same
+//! requests. Every client gets what it would have got, to the last log-probability and the last counted token.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+
+use baton_protocol::{RequestId, TokenFrame};
+use baton_tests::{Api, Cluster, Network, PATIENCE, Setup, Signal, Trace, Turn, eventually};
+use futures::future::join_all;
+use serde_json::{Value, json};
+
+/// Output tokens of each choice that no stop string ends.
+const MAX_TOKENS: usize = 240;
+
+/// Tokens that every choice makes on a worker before that worker is lost.
+const TOKENS_EACH: usize = 5;
+
+/// Longest stop string that the API server takes.
+const STOP_BYTES_MAX: usize = 1024;
+
+/// One way to ask.
+#[derive(Clone)]
+struct Question {
+    path: &'static str,
+    body: Value,
+}
+
+/// An answer in one shape, streamed or not.
+#[derive(Debug, Default, PartialEq)]
+struct Told {
+    choices: BTreeMap<u64, Choice>,
+    /// Prompt and completion tokens.
+    usage: (u64, u64),
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct Choice {
+    text: String,
+    finish: Value,
+    /// Lists of log-probabilities, by name.
+    logprobs: BTreeMap<String, Vec<Value>>,
+}
+
+impl Told {
+    fn hear(&mut self, event: &Value) {
+        if let Some(tokens) = event["usage"]["prompt_tokens"].as_u64() {
+            let completion = &event["usage"]["completion_tokens"];
+            self.usage = (tokens, completion.as_u64().expect("a number"));
+        }
+        for choice in event["choices"].as_array().expect("choices") {
+            let index = choice["index"].as_u64().expect("an index");
+            let told = self.choices.entry(index).or_default();
+            let words = [
+                &choice["text"],
+                &choice["message"]["content"],
+                &choice["delta"]["content"],
+            ];
+            for text in words.into_iter().filter_map(Value::as_str) {
+                told.text += text;
+            }
+            if !choice["finish_reason"].is_null() {
+                assert!(told.finish.is_null(), "it ended twice");
+                told.finish = choice["finish_reason"].clone();
+            }
+            for (name, list) in choice["logprobs"].as_object().into_iter().flatten() {
+                let known = told.logprobs.entry(name.clone()).or_default();
+                known.extend(list.as_array().into_iter().flatten().cloned());
+            }
+        }
+    }
+}
+
+async fn ask(api: &Api, question: &Question, stream: bool) -> Told {
+    let mut told = Told::default();
+    let Question { path, body } = question;
+    if !stream {
+        told.hear(&api.post(path, body).await.ok());
+        return told;
+    }
+    let mut body = body.clone();
+    body["stream_options"] = json!({"include_usage": true});
+    for event in api.stream(path, &body).await.rest().await {
+        told.hear(&event);
+    }
+    told
+}
+
+/// Everything that a break could get wrong.
+fn questions(model: &str) -> Vec<Question> {
+    let prompt = "My grandmother told me about the winter in which the river froze, and";
+    let messages = json!([{"role": "user", "content": "Tell me a long story about a lighthouse and its keeper."}]);
+    let ways = [
+        json!({"prompt": prompt, "temperature": 0, "logprobs": 5}),
+        json!({"prompt": prompt, "temperature": 1, "seed": 42, "logprobs": 2, "frequency_penalty": 0.5,
+               "presence_penalty": 0.4, "repetition_penalty": 1.1}),
+        json!({"prompt": prompt, "temperature": 1.2, "seed": 7, "top_p": 0.9, "n": 2}),
+        json!({"messages": messages, "temperature": 0, "logprobs": true, "top_logprobs": 3}),
+        json!({"messages": messages, "temperature": 1, "seed": -3, "n": 2, "frequency_penalty": 0.8, "top_k": 50,
+               "logit_bias": {"198": -4}}),
+    ];
+    ways.into_iter()
+        .map(|mut body| {
+            body["model"] = json!(model);
+            body["max_tokens"] = json!(MAX_TOKENS);
+            body["ignore_eos"] = json!(true);
+            let path = match body["prompt"].is_null() {
+                true => "/v1/chat/completions",
+                false => "/v1/completions",
+            };
+            Question { path, body }
+        })
+        .collect()
+}
+
+/// The same question with a stop string that begins early in the answer and is as long as one may be: it is being matched
+/// whenever a worker is lost.
+fn stopped(question: &Question, told: &Told) -> Question {
+    let mut question = question.clone();
+    let text = &told.choices[&0].text;
+    let mut stop = String::new();
+    for letter in text.chars().skip(text.chars().count() / 30) {
+        if stop.len() + letter.len_utf8() > STOP_BYTES_MAX.min(text.len() * 9 / 10) {
+            break;
+        }
+        stop.push(letter);
+    }
+    question.body["stop"] = json!([stop]);
+    question
+}
+
+/// Which worker each generation under way is at, and how many tokens it made there.
+fn progress(cluster: &Cluster, from: usize) -> BTreeMap<RequestId, (String, usize)> {
+    let mut made: BTreeMap<RequestId, (String, usize)> = BTreeMap::new();
+    let frames = cluster.tap.heard(from, |message| {
+        message.is("tokens").then(|| message.read::<TokenFrame>())
+    });
+    for frame in frames {
+        let worker = frame.worker.to_string();
+        for item in frame.items {
+            let known = made.entry(item.request).or_default();
+            if known.0 != worker {
+                *known = (worker.clone(), 0);
+            }
+            known.1 += item.tokens.0.len();
+        }
+    }
+    made
+}
+
+/// Waits until all of these generations go on at this worker.
+async fn all_go_on_at(cluster: &Cluster, from: usize, worker: &str, count: usize) {
+    let what = format!("{count} generations at {worker}");
+    eventually(&what, 2 * PATIENCE, async || {
+        let progress = progress(cluster, from);
+        let there = progress
+            .values()
+            .filter(|(at, tokens)| at == worker && *tokens >= TOKENS_EACH)
+            .count();
+        match there == count {
+            true => Ok(()),
+            false => Err(format!("{there}: {progress:?}")),
+        }
+    })
+    .await;
+}
+
+async fn worker_is(cluster: &Cluster, worker: &str, state: &str) {
+    let what = format!("{worker} to be {state}");
+    eventually(&what, PATIENCE, async || {
+        let known = cluster.known_workers().await?;
+        let shown = known.get(worker).map(|worker| worker["state"].clone());
+        match shown.as_ref().and_then(Value::as_str).unwrap_or("gone") == state {
+            true => Ok(()),
+            false => Err(format!("{shown:?}")),
+        }
+    })
+    .await;
+}
+
+/// What a worker that was taken for lost still held is free again.
+async fn holds_nothing(cluster: &Cluster, worker: &str) {
+    let what = format!("{worker} to be empty");
+    eventually(&what, PATIENCE, async || {
+        let beats = cluster.beats().await;
+        let load = beats.get(worker).ok_or("no beat")?.load;
+        match load.running + load.waiting + load.pulling + load.blocks_used {
+            0 => Ok(()),
+            _ => Err(format!("{load:?}")),
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
+    let turn = Turn::take();
+    // without namespaces the second one is frozen like the first
+    let network = Network::new();
+    let setup = Setup {
+        network: network.clone(),
+        kv_mib: 256,
+        ..Setup::split(1, 3)
+    };
+    let mut cluster = Cluster::start(&turn, setup).await;
+    let model = cluster.model().await;
+
+    let mut asked = questions(&model);
+    let plain = join_all(
+        asked
+            .iter()
+            .map(|question| ask(&cluster.api, question, false)),
+    )
+    .await;
+    for number in [0, 1, 3] {
+        asked.push(stopped(&asked[number], &plain[number]));
+    }
+    let asked: Vec<(Question, bool)> = asked
+        .into_iter()
+        .flat_map(|question| [(question.clone(), true), (question, false)])
+        .collect();
+    let all = || {
+        join_all(
+            asked
+                .iter()
+                .map(|(question, stream)| ask(&cluster.api, question, *stream)),
+        )
+    };
+    let expected = all().await;
+    let choices: usize = expected.iter().map(|told| told.choices.len()).sum();
+    for (told, (question, _)) in expected.iter().zip(&asked) {
+        let is_stopped = !question.body["stop"].is_null();
+        for choice in told.choices.values() {
+            assert_eq!(choice.finish, if is_stopped { "stop" } else { "length" });
+        }
+    }
+    cluster.drained(PATIENCE).await;
+
+    // all begin at one worker; the others are there when they are wanted
+    for spare in ["decode-1", "decode-2"] {
+        cluster.signal(spare, Signal::Stop);
+    }
+    for spare in ["decode-1", "decode-2"] {
+        worker_is(&cluster, spare, "gone").await;
+    }
+    let from = cluster.tap.now();
+    let answers: Vec<_> = asked
+        .iter()
+        .cloned()
+        .map(|(question, stream)| {
+            let api = cluster.api.clone();
+            tokio::spawn(async move { ask(&api, &question, stream).await })
+        })
+        .collect();
+    all_go_on_at(&cluster, from, "decode-0", choices).await;
+
+    cluster.signal("decode-1", Signal::Continue);
+    worker_is(&cluster, "decode-1", "serving").await;
+    cluster.signal("decode-0", Signal::Stop);
+    all_go_on_at(&cluster, from, "decode-1", choices).await;
+
+    // the dead one comes back to life: what it says disturbs nobody, what it holds it lets go
+    cluster.signal("decode-0", Signal::Continue);
+    holds_nothing(&cluster, "decode-0").await;
+    worker_is(&cluster, "decode-0", "serving").await;
+    match &network {
+        Some(network) => network.unplug("decode-1"),
+        None => cluster.signal("decode-1", Signal::Stop),
+    }
+    all_go_on_at(&cluster, from, "decode-0", choices).await;
+
+    match &network {
+        Some(network) => network.plug("decode-1"),
+        None => cluster.signal("decode-1", Signal::Continue),
+    }
+    cluster.signal("decode-2", Signal::Continue);
+    worker_is(&cluster, "decode-2", "serving").await;
+    cluster.kill("decode-0");
+
+    let mut wrong = String::new();
+    for ((answer, expected), (question, stream)) in answers.into_iter().zip(&expected).zip(&asked) {
+        let told = answer.await.expect("answered");
+        if told != *expected {
+            let body = &question.body;
+            let _ = writeln!(
+                wrong,
+                "{body}, stream: {stream}:\n{told:?}\nis not\n{expected:?}"
+            );
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+    let traces = Trace::all(&cluster.tap, from).await;
+    assert_eq!(traces.len(), choices);
+    for trace in traces.values() {
+        let lost: BTreeSet<&str> = trace
+            .decodes
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert!(
+            lost.len() >= 2 && trace.decodes.len() >= 4,
+            "it was over before the third loss: {:?}",
+            trace.decodes
+        );
+        let job = &trace.decodes[trace.decodes.len() - 1].1;
+        assert_eq!(
+            job.sequence.generation, trace.decodes[0].1.sequence.generation,
+            "the rules changed on the way"
+        );
+    }
+    cluster.drained(PATIENCE).await;
+}
