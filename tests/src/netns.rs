@@ -103,6 +103,7 @@ impl Network {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", &trial.namespace, "true"]);
         run(&mut command)?;
+        Self::limit(&trial, Some(1))?;
         network.remove("trial");
         Ok(network)
     }
@@ -178,19 +179,8 @@ impl Network {
 
     /// Bounds what a host can receive, in megabits a second; `None` takes the bound away.
     pub fn throttle(&self, name: &str, megabits: Option<u32>) {
-        let port = self.host(name).port;
-        let mut command = Command::new("tc");
-        match megabits {
-            Some(megabits) => {
-                let rate = format!("{megabits}mbit");
-                command.args(["qdisc", "replace", "dev", &port, "root", "tbf"]);
-                command.args(["rate", &rate, "burst", "128k", "latency", "100ms"]);
-            }
-            None => {
-                command.args(["qdisc", "delete", "dev", &port, "root"]);
-            }
-        }
-        run(&mut command).unwrap_or_else(|e| panic!("{e}"));
+        let host = self.host(name);
+        Self::limit(&host, megabits).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// Bytes sent to a host since it was made.
@@ -234,6 +224,21 @@ impl Network {
         ])?;
         ip(&["-n", namespace, "link", "set", INTERFACE, "up"])?;
         Ok(host)
+    }
+
+    fn limit(host: &Host, megabits: Option<u32>) -> Result<(), String> {
+        let mut command = Command::new("tc");
+        match megabits {
+            Some(megabits) => {
+                let rate = format!("{megabits}mbit");
+                command.args(["qdisc", "replace", "dev", &host.port, "root", "tbf"]);
+                command.args(["rate", &rate, "burst", "128k", "latency", "100ms"]);
+            }
+            None => {
+                command.args(["qdisc", "delete", "dev", &host.port, "root"]);
+            }
+        }
+        run(&mut command).map(drop)
     }
 
     fn remove(&self, name: &str) {
