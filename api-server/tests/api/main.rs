@@ -406,11 +406,12 @@ async fn a_client_that_leaves_frees_the_workers() {
     let connection = api
         .open("POST", "/v1/chat/completions", body.as_bytes())
         .await;
-    within("the decode job", decode.decodes.recv())
+    let job = within("the decode job", decode.decodes.recv())
         .await
         .unwrap();
     drop(connection);
-    assert_eq!(decode.aborted().await.reason, "client left");
+    let abort = decode.aborted_of(job.request).await;
+    assert_eq!(abort.reason, "client left");
     // In the prompt.
     context.script.lock().unwrap().silent = true;
     while context.prefills.try_recv().is_ok() {}

@@ -196,6 +196,16 @@ impl Worker {
     pub async fn aborted(&mut self) -> Abort {
         within("an abort", self.aborts.recv()).await.unwrap()
     }
+
+    /// The first abort of this request. A worker that goes on is told again, so there may be more of those before.
+    pub async fn aborted_of(&mut self, request: RequestId) -> Abort {
+        loop {
+            let abort = self.aborted().await;
+            if abort.request == request {
+                return abort;
+            }
+        }
+    }
 }
 
 #[derive(Clone)]
