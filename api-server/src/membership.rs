@@ -95,6 +95,16 @@ impl Membership {
         }
     }
 
+    /// The bus was away: a worker gets no job before it is heard again. It may not be connected yet, and a job for it would
+    /// be lost.
+    pub fn suspect_all(&mut self, now: Instant) {
+        if let Some(then) = now.checked_sub(SUSPECT_AFTER) {
+            self.workers
+                .values_mut()
+                .for_each(|member| member.seen = member.seen.min(then));
+        }
+    }
+
     /// Forgets who was silent for too long, and returns the workers among them.
     pub fn sweep(&mut self, now: Instant) -> Vec<Target> {
         let gone = |seen: Instant| now.saturating_duration_since(seen) >= GONE_AFTER;
@@ -122,6 +132,11 @@ impl Membership {
     /// All API servers.
     pub fn api_servers(&self) -> impl Iterator<Item = &ApiBeat> {
         self.api_servers.values().map(|(beat, _)| beat)
+    }
+
+    /// How many API servers give jobs to the workers: this one, and others that were heard lately.
+    pub fn api_server_count(&self) -> usize {
+        self.api_servers.len().max(1)
     }
 
     /// Why requests for this model cannot be served now; empty if they can.
@@ -237,6 +252,19 @@ pub(crate) mod tests {
         assert!(members.sweep(suspect).is_empty());
         assert_eq!(members.sweep(start + GONE_AFTER).len(), 1);
         assert_eq!(members.workers().count(), 0);
+    }
+
+    #[test]
+    fn after_an_outage_workers_get_jobs_when_they_are_heard_again() {
+        let now = Instant::now() + GONE_AFTER;
+        let mut members = Membership::default();
+        members.beat(beat("b", Role::Both, &[]), now);
+        assert!(members.faults(&fingerprint(), now).is_empty());
+        members.suspect_all(now);
+        assert!(!members.faults(&fingerprint(), now).is_empty());
+        assert!(members.sweep(now).is_empty(), "it is not gone");
+        members.beat(beat("b", Role::Both, &[]), now);
+        assert!(members.faults(&fingerprint(), now).is_empty());
     }
 
     #[test]

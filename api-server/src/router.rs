@@ -1,6 +1,11 @@
 //! Which worker gets a job: the context worker that will have run the prompt soonest, counting what its
 //! prefix index probably holds, and the least-loaded decode worker that can reach the KV.
 //!
+//! Several API servers choose without knowing of each other's choices but by the workers' beats, up to a second old. What is
+//! its own a router counts exactly. Of what the others had at the last beat it makes good its own part only, one of as many as
+//! there are API servers: together they level the whole of it. Were each to level all of it, they would all run to where
+//! the load was least a second ago, and back at the next beat; with three of them the swing doubles each time.
+//!
 //! Pure: membership and time come in, a choice goes out.
 
 use std::collections::{HashMap, VecDeque};
@@ -102,6 +107,7 @@ impl Router {
         chain: &[u64],
     ) -> Option<Target> {
         self.context_turn = self.context_turn.wrapping_add(1);
+        let routers = members.api_server_count();
         let cached = self.prefixes.cached_blocks(chain);
         let reachable = |context: &Target| {
             members.workers().any(|m| {
@@ -119,13 +125,13 @@ impl Router {
             let then = self.own_at_beat(&member.beat.worker);
             let load = &member.beat.load;
             // Others' share is what the beat says beyond what was ours when it came.
-            let others = (load.waiting_tokens as usize).saturating_sub(then.prefill_tokens);
-            let jobs = own.prefills
-                + (load.waiting as usize + load.running as usize).saturating_sub(then.prefills);
+            let others_tokens = (load.waiting_tokens as usize).saturating_sub(then.prefill_tokens);
+            let others_jobs =
+                (load.waiting as usize + load.running as usize).saturating_sub(then.prefills);
             let tokens = prompt_tokens.saturating_sub(have)
                 + own.prefill_tokens
-                + others
-                + jobs * JOB_COST_TOKENS;
+                + own.prefills * JOB_COST_TOKENS
+                + (others_tokens + others_jobs * JOB_COST_TOKENS) / routers;
             (rules.blame(member), tokens)
         })
     }
@@ -139,6 +145,7 @@ impl Router {
         handle: &KvHandle,
     ) -> Option<Target> {
         self.decode_turn = self.decode_turn.wrapping_add(1);
+        let routers = members.api_server_count();
         let context = Target {
             worker: handle.worker.clone(),
             incarnation: handle.incarnation,
@@ -155,8 +162,9 @@ impl Router {
             let then = self.own_at_beat(&member.beat.worker);
             let load = &member.beat.load;
             let beaten = (load.waiting + load.running + load.pulling) as usize;
-            let jobs = own.decodes + beaten.saturating_sub(then.decodes);
-            let share = jobs * 1024 / (member.beat.capacity.batch.max(1) as usize);
+            let others = beaten.saturating_sub(then.decodes);
+            let jobs = own.decodes * 1024 + others * 1024 / routers;
+            let share = jobs / (member.beat.capacity.batch.max(1) as usize);
             (rules.blame(member), usize::from(foreign), share)
         })
     }

@@ -1,6 +1,8 @@
 use super::*;
 use crate::membership::tests::{beat, fingerprint};
-use baton_protocol::{HandleId, Incarnation, Nonce, PrefillTimings};
+use baton_protocol::{
+    ApiBeat, ApiServerId, HandleId, Incarnation, Nonce, PROTOCOL_VERSION, PrefillTimings,
+};
 
 fn worker(name: &str) -> WorkerId {
     WorkerId::new(name).unwrap()
@@ -195,6 +197,62 @@ fn a_worker_that_does_both_keeps_its_own() {
     );
     assert_eq!(s.decode(&[], "b").unwrap(), "b");
     assert_eq!(s.decode(&[worker("b")], "b").unwrap(), "d");
+}
+
+/// Three API servers that know of each other by old beats alone, each with nine jobs between two beats.
+#[test]
+fn several_api_servers_do_not_herd() {
+    const NAMES: [&str; 4] = ["d1", "d2", "d3", "d4"];
+    const SERVERS: usize = 3;
+    const JOBS: usize = 9;
+    let workers: Vec<(&str, Role, &[&str])> = std::iter::once(("c", Role::Context, &[][..]))
+        .chain(NAMES.map(|name| (name, Role::Decode, &["c"][..])))
+        .collect();
+    let mut servers: Vec<Setup> = (0..SERVERS).map(|_| Setup::new(&workers)).collect();
+    for server in &mut servers {
+        for name in ["a", "b", "c"] {
+            let beat = ApiBeat {
+                v: PROTOCOL_VERSION,
+                api_server: ApiServerId::new(name).unwrap(),
+                incarnation: None,
+                in_flight: 0,
+            };
+            server.members.api_beat(beat, server.now);
+        }
+    }
+    let job = Outstanding {
+        decodes: 1,
+        ..Outstanding::default()
+    };
+    for beat_number in 0..50 {
+        let mut placed = Vec::new();
+        for (number, server) in servers.iter_mut().enumerate() {
+            for _ in 0..JOBS {
+                let name = server.decode(&[], "c").unwrap();
+                server.router.begin(&worker(&name), job);
+                placed.push((number, name));
+            }
+        }
+        let jobs_on = |name: &str| placed.iter().filter(|(_, on)| on == name).count();
+        let most = NAMES.map(jobs_on).into_iter().max().unwrap();
+        let share = SERVERS * JOBS / NAMES.len();
+        // Each levels its jobs with a third of what it sees of the others': less than twice its own share.
+        assert!(
+            most <= 2 * share + SERVERS,
+            "{most} jobs on one worker at beat {beat_number}, {share} are its share"
+        );
+        for server in &mut servers {
+            for name in NAMES {
+                let mut told = beat(name, Role::Decode, &["c"]);
+                told.load.running = jobs_on(name) as u32;
+                server.router.beaten(&worker(name));
+                server.members.beat(told, server.now);
+            }
+        }
+        for (number, name) in placed {
+            servers[number].router.end(&worker(&name), job);
+        }
+    }
 }
 
 #[test]
