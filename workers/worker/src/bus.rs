@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, Subject, Subscriber};
-use baton_bus::BusConfig;
+use baton_bus::{BusConfig, ConnectionLog, mend_pause};
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{Incarnation, Versioned, WorkerId, encode};
@@ -28,26 +28,23 @@ pub(crate) async fn connect(
     worker: &WorkerId,
 ) -> Result<(Client, watch::Receiver<bool>), WorkerError> {
     let (up, is_up) = watch::channel(true);
+    let log = Arc::new(ConnectionLog::new(config));
     let options = || {
-        let up = up.clone();
+        let (up, log) = (up.clone(), log.clone());
         ConnectOptions::new()
             .name(format!("baton worker {worker}"))
             .custom_inbox_prefix(Cluster::inbox_prefix(worker))
             .client_capacity(CLIENT_CAPACITY)
             .ping_interval(Duration::from_secs(5))
+            .reconnect_delay_callback(mend_pause)
             .event_callback(move |event| {
-                match &event {
+                log.note(&event);
+                match event {
                     Event::Connected => up.send_replace(true),
                     Event::Disconnected | Event::Closed => up.send_replace(false),
                     _ => true,
                 };
-                async move {
-                    match event {
-                        Event::Connected => tracing::info!("bus connected"),
-                        Event::Disconnected => tracing::warn!("bus lost, reconnecting"),
-                        other => tracing::warn!(event = %other, "bus"),
-                    }
-                }
+                std::future::ready(())
             })
     };
     let client = config.connect(options).await.map_err(WorkerError::Bus)?;
@@ -93,7 +90,7 @@ impl Subscriptions {
         Ok(all)
     }
 
-    /// Takes no more messages.
+    /// Takes no more messages, of the inbox too: [`crate::desk::Desk::answer_latecomers`] has emptied it.
     pub(crate) async fn close(&mut self) {
         for subscriber in [
             &mut self.inbox,

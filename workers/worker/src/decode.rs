@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use async_nats::{Message, Subject};
+use baton_engine::BlockTable;
 use baton_protocol::{
     DecodeJob, DecodeReply, Failure, FailureCode, KvHandle, PROTOCOL_VERSION, PullReport, Refusal,
-    Release, SequenceSpec, WorkerState, decode,
+    Release, RequestId, SequenceSpec, WorkerState, decode,
 };
 use tokio::task::{AbortHandle, JoinError};
 use tokio::time::Instant;
@@ -98,7 +99,7 @@ impl Desk {
         let blocks = self.checks.kv.blocks_for(job.sequence.tokens.0.len() + 1);
         let blocks = match local {
             true => None,
-            false => Some(self.pool.reserve(blocks).ok_or_else(|| self.busy())?),
+            false => Some(self.reserve(now, job.request, blocks)?),
         };
         // A request has one live try.
         for (key, _) in earlier {
@@ -154,6 +155,27 @@ impl Desk {
         self.peers
             .ready(&handle.worker, handle.incarnation)
             .or_else(unreachable)
+    }
+
+    /// Blocks for a request's KV, unless those are meant for others that wait longer.
+    fn reserve(
+        &mut self,
+        now: Instant,
+        request: RequestId,
+        blocks: usize,
+    ) -> Result<BlockTable, Refusal> {
+        let before = self.line.before(request, now);
+        let fits = self.pool.stats().available() >= before + blocks;
+        match fits.then(|| self.pool.reserve(blocks)).flatten() {
+            Some(table) => {
+                self.line.leave(request);
+                Ok(table)
+            }
+            None => {
+                self.line.refused(request, blocks, now);
+                Err(self.busy())
+            }
+        }
     }
 
     fn busy(&self) -> Refusal {
@@ -314,7 +336,7 @@ impl Desk {
         key: u64,
         spec: SequenceSpec,
         next: u32,
-        blocks: baton_engine::BlockTable,
+        blocks: BlockTable,
         pulled: PullReport,
     ) {
         let Some(entry) = self.decodes.get(&key) else {
@@ -396,7 +418,7 @@ impl Desk {
         self.send(self.cluster.release(&handle.worker), &release);
     }
 
-    fn release_of(&self, request: baton_protocol::RequestId, handle: &KvHandle) -> Release {
+    fn release_of(&self, request: RequestId, handle: &KvHandle) -> Release {
         Release {
             v: PROTOCOL_VERSION,
             request,

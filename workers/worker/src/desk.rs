@@ -35,6 +35,7 @@ use crate::decode::Decoding;
 use crate::engine_thread::{EngineEvent, EngineHandle, HeldBlocks};
 use crate::frames::TokenOutbox;
 use crate::leases::LeaseTable;
+use crate::line::Line;
 use crate::peers::Peers;
 use crate::pulls::Pulled;
 
@@ -80,6 +81,8 @@ pub(crate) struct Desk {
 
     /// Pulls and generations, by key.
     pub(crate) decodes: HashMap<u64, Decoding>,
+    /// Decode jobs that wait for blocks.
+    pub(crate) line: Line,
     pub(crate) pulls: JoinSet<Pulled>,
     pub(crate) pull_places: Arc<Semaphore>,
     pub(crate) agent: Option<Agent>,
@@ -173,7 +176,7 @@ impl Desk {
         self.awake_until = now + RELEASE_NEAR;
     }
 
-    fn on_inbox(&mut self, message: Message) {
+    pub(crate) fn on_inbox(&mut self, message: Message) {
         let (cluster, me) = (&self.cluster, &self.me.worker);
         let subject = message.subject.as_str();
         if subject == cluster.prefill(me) {
@@ -226,6 +229,7 @@ impl Desk {
     /// Ends a request in every phase it may be in. Its decode try is told `failure`; its prefill's reply too.
     pub(crate) fn end_request(&mut self, request: RequestId, failure: Option<Failure>) -> bool {
         let leased = self.leases.abort(request);
+        self.line.leave(request);
         let keys: Vec<_> = self.keys_of(|of| *of == request);
         for key in &keys {
             self.end_key(*key, failure.clone());

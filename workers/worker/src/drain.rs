@@ -1,9 +1,16 @@
 //! Leaving: say so, take nothing new, finish what is there, and go.
 
+use std::time::Duration;
+
+use async_nats::Subscriber;
 use baton_protocol::{Failure, FailureCode, WorkerState};
-use tokio::time::Instant;
+use futures::StreamExt;
+use tokio::time::{Instant, timeout};
 
 use crate::desk::Desk;
+
+/// What was on its way when a worker left has come within this time.
+const LATECOMERS: Duration = Duration::from_secs(1);
 
 impl Desk {
     /// Begins to leave. From here on every job is refused, so the API servers go elsewhere.
@@ -43,6 +50,23 @@ impl Desk {
             self.end_key(key, Some(Failure::new(FailureCode::Draining, message)));
         }
         self.has_ended_drain = true;
+    }
+
+    /// Listens no more, and answers what was sent before the bus knew: an API server that chose this worker a moment ago goes
+    /// elsewhere at once, and need not find out by its silence.
+    pub(crate) async fn answer_latecomers(&mut self, inbox: &mut Subscriber) {
+        let rest = async {
+            inbox.drain().await?;
+            while let Some(message) = inbox.next().await {
+                self.on_inbox(message);
+            }
+            Ok::<_, async_nats::UnsubscribeError>(())
+        };
+        match timeout(LATECOMERS, rest).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "unsubscribing"),
+            Err(_) => tracing::debug!("the bus did not say who came late"),
+        }
     }
 
     /// When [`Desk::end_drain`] is due.

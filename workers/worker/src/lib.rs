@@ -36,6 +36,7 @@ mod error;
 mod fake_kv;
 mod frames;
 mod leases;
+mod line;
 mod peers;
 mod pulls;
 mod random;

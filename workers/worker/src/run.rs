@@ -25,6 +25,7 @@ use crate::device::Backend;
 use crate::engine_thread::EngineHandle;
 use crate::frames::TokenOutbox;
 use crate::leases::LeaseTable;
+use crate::line::Line;
 use crate::peers::Peers;
 use crate::pulls::PULLS_MAX;
 use crate::random::random;
@@ -176,6 +177,7 @@ pub async fn run(
         leases: LeaseTable::new(),
         pace: Pace::default(),
         decodes: HashMap::new(),
+        line: Line::default(),
         pulls: JoinSet::new(),
         pull_places: Arc::new(Semaphore::new(PULLS_MAX)),
         agent: agent.clone(),
@@ -193,6 +195,7 @@ pub async fn run(
 
     desk.send_beat();
     service.stop().await;
+    desk.answer_latecomers(&mut subscriptions.inbox).await;
     subscriptions.close().await;
     let Desk {
         mut engine,
