@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_nats::{Client, ConnectOptions, Event as NatsEvent, RequestErrorKind};
-use baton_bus::BusConfig;
+use baton_bus::{BusConfig, ConnectionLog, mend_pause};
 use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, Hello, Incarnation,
@@ -13,6 +13,7 @@ use baton_protocol::{
     decode, encode, limits,
 };
 use futures::{FutureExt, StreamExt};
+use tokio::sync::Notify;
 
 use crate::error::ApiServerError;
 use crate::inbox::{Event, Registry};
@@ -28,6 +29,8 @@ pub trait Watcher: Send + Sync + 'static {
     fn beat(&self, beat: Beat, now: Instant);
     /// An API server beat.
     fn api_beat(&self, beat: ApiBeat, now: Instant);
+    /// The bus is there, for the first time or again: what was said meanwhile is lost.
+    fn bus_back(&self, now: Instant);
     /// Time to look for who fell silent.
     fn sweep(&self, now: Instant);
     /// Generations in flight, for our own beat.
@@ -45,6 +48,8 @@ pub struct Bus {
     incarnation: Incarnation,
     runtime: tokio::runtime::Handle,
     connected: Arc<AtomicBool>,
+    /// Told at each connection.
+    back: Arc<Notify>,
 }
 
 impl Bus {
@@ -60,18 +65,21 @@ impl Bus {
         registry: Arc<Registry>,
     ) -> Result<Self, ApiServerError> {
         let connected = Arc::new(AtomicBool::new(true));
+        let back = Arc::new(Notify::new());
+        let log = Arc::new(ConnectionLog::new(config));
         let options = || {
             let (flag, registry) = (Arc::clone(&connected), Arc::clone(&registry));
+            let (log, back) = (Arc::clone(&log), Arc::clone(&back));
             ConnectOptions::new()
                 .name(format!("baton api-server {name}"))
                 .custom_inbox_prefix(Cluster::inbox_prefix(&name))
                 .subscription_capacity(SUBSCRIPTION_CAPACITY)
                 .client_capacity(8192)
-                .reconnect_delay_callback(|attempts| {
-                    Duration::from_millis((50 * attempts as u64).min(1_000))
-                })
+                .ping_interval(Duration::from_secs(5))
+                .reconnect_delay_callback(mend_pause)
                 .event_callback(move |event| {
-                    on_event(&event, &flag, &registry);
+                    log.note(&event);
+                    on_event(&event, &flag, &back, &registry);
                     std::future::ready(())
                 })
         };
@@ -84,6 +92,7 @@ impl Bus {
             incarnation,
             runtime: tokio::runtime::Handle::current(),
             connected,
+            back,
         })
     }
 
@@ -229,9 +238,12 @@ impl Bus {
             let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
             let mut sweep = tokio::time::interval(Duration::from_millis(250));
             let mut down: Option<Instant> = None;
-            bus.hello().await;
             loop {
                 tokio::select! {
+                    () = bus.back.notified() => {
+                        watcher.bus_back(Instant::now());
+                        bus.hello().await;
+                    }
                     Some(message) = beats.next() => match decode::<Beat>(&message.payload) {
                         Ok(beat) if speaker(&message.subject) == beat.worker.as_str() => {
                             watcher.beat(beat, Instant::now());
@@ -304,24 +316,14 @@ impl Bus {
     }
 }
 
-fn on_event(event: &NatsEvent, connected: &AtomicBool, registry: &Registry) {
+fn on_event(event: &NatsEvent, connected: &AtomicBool, back: &Notify, registry: &Registry) {
     match event {
         NatsEvent::Connected => {
             connected.store(true, Ordering::Relaxed);
-            tracing::info!("bus connected");
+            back.notify_one();
         }
-        NatsEvent::Disconnected | NatsEvent::Closed => {
-            connected.store(false, Ordering::Relaxed);
-            tracing::warn!("bus disconnected");
-            registry.broadcast(|| Event::FramesLost);
-        }
-        NatsEvent::SlowConsumer(id) => {
-            tracing::warn!(
-                subscription = id,
-                "bus dropped messages: this server is too slow"
-            );
-            registry.broadcast(|| Event::FramesLost);
-        }
-        other => tracing::warn!(event = %other, "bus event"),
+        NatsEvent::Disconnected | NatsEvent::Closed => connected.store(false, Ordering::Relaxed),
+        NatsEvent::SlowConsumer(_) => registry.broadcast(|| Event::FramesLost),
+        _ => {}
     }
 }

@@ -196,7 +196,12 @@ impl<S: Sink> Driver<S> {
             }
             Event::WorkerLost(target) => self.input(Input::WorkerLost(target)),
             Event::FramesLost => self.stall_by = Some(Instant::now() + STALL_AFTER_LOSS),
+            Event::BusBack => {
+                self.stall_by = Some(Instant::now() + STALL_AFTER_LOSS);
+                self.input(Input::BusBack);
+            }
             Event::ClientLeft => self.input(Input::ClientLeft),
+            Event::Leaving => self.input(Input::Leaving),
         }
     }
 

@@ -31,6 +31,8 @@ pub enum ErrorKind {
     NoWorker,
     /// The bus is not connected.
     Bus,
+    /// This API server is asked to end, and has no more time for the request.
+    Leaving,
     /// The request's time ran out.
     Deadline,
     /// Workers failed, and so did the retries.
@@ -60,7 +62,7 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
@@ -74,6 +76,7 @@ impl ErrorKind {
         Self::Busy,
         Self::NoWorker,
         Self::Bus,
+        Self::Leaving,
         Self::Deadline,
         Self::Worker,
         Self::NoToken,
@@ -112,6 +115,7 @@ impl ErrorKind {
             Self::Busy => (503, OVERLOAD, Some("busy"), true, "busy"),
             Self::NoWorker => (503, SERVER, Some("no_worker"), true, "no_worker"),
             Self::Bus => (503, SERVER, Some("bus_unavailable"), true, "bus"),
+            Self::Leaving => (503, SERVER, Some("leaving"), true, "leaving"),
             Self::Deadline => (504, SERVER, Some("deadline_exceeded"), true, "deadline"),
             Self::Worker => (502, SERVER, Some("worker_failed"), true, "worker"),
             Self::NoToken => (500, SERVER, Some("no_token"), false, "no_token"),

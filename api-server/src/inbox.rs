@@ -23,8 +23,12 @@ pub enum Event {
     WorkerLost(Target),
     /// The bus lost messages: frames may be missing without a gap to show for it.
     FramesLost,
+    /// The bus was away and is back: messages of either side may be lost.
+    BusBack,
     /// The client left.
     ClientLeft,
+    /// This server leaves now.
+    Leaving,
 }
 
 /// Events on their way to one generation's driver. Nothing is dropped; the number of tokens bounds it.

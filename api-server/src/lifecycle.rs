@@ -123,6 +123,7 @@ impl Lifecycle {
             Input::Item(item) => self.item(item, out),
             Input::WorkerLost(target) => self.worker_lost(&target, out),
             Input::Stalled => self.stalled(out),
+            Input::BusBack => self.bus_back(out),
             Input::WaitOver => self.wait_over(out),
             Input::RoomMade => self.room_made(out),
             Input::StopFound => self.end_early("stop string found", Ok(FinishReason::Stop), out),
@@ -137,6 +138,13 @@ impl Lifecycle {
             Input::ClientLeft => {
                 let error = ApiError::new(ErrorKind::ClientLeft, "the client left");
                 self.end_early("client left", Err(error), out);
+            }
+            Input::Leaving => {
+                let error = ApiError::new(
+                    ErrorKind::Leaving,
+                    "this API server is leaving and has no more time for the request; ask again",
+                );
+                self.end_early("the API server leaves", Err(error), out);
             }
             Input::ClientStalled => {
                 let error =

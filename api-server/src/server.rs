@@ -2,9 +2,11 @@
 
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use actix_web::dev::ServerHandle;
 use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
 use tokio::net::TcpSocket;
 use tokio::sync::Notify;
@@ -49,6 +51,8 @@ pub struct Server {
     pub started_unix: u64,
     /// Told when a generation leaves its decode worker, to wake one that waits for a place there.
     pub decode_room: Notify,
+    /// It is asked to end: what is under way goes on, and each connection is closed after its answer.
+    pub leaving: AtomicBool,
     fleet: Mutex<Fleet>,
 }
 
@@ -71,6 +75,9 @@ impl Server {
 
     /// Why requests cannot be served now; empty if they can.
     pub fn faults(&self) -> Vec<&'static str> {
+        if self.leaving.load(Ordering::Relaxed) {
+            return vec!["this API server is leaving"];
+        }
         if !self.bus.connected() {
             return vec!["the bus is not connected"];
         }
@@ -121,6 +128,11 @@ impl Watcher for Server {
             tracing::error!(name = %self.name, "another API server has the same name: workers end what one of them asks");
         }
         fleet.members.api_beat(beat, now);
+    }
+
+    fn bus_back(&self, now: Instant) {
+        self.fleet().members.suspect_all(now);
+        self.registry.broadcast(|| Event::BusBack);
     }
 
     fn sweep(&self, now: Instant) {
@@ -187,14 +199,17 @@ pub async fn run(
         request_budget: config.request_budget,
         started_unix: now.map_or(0, |since| since.as_secs()),
         decode_room: Notify::new(),
+        leaving: AtomicBool::new(false),
         fleet: Mutex::default(),
     });
     let tasks = server
         .bus
         .serve(Arc::clone(&server.registry), Arc::clone(&server))
         .await?;
-    let http = http::serve(Arc::clone(&server), listener)
-        .map_err(|error| ApiServerError::Http(format!("HTTP server: {error}")))?;
+    meet_workers(&server).await;
+    let fault = |error: std::io::Error| ApiServerError::Http(format!("HTTP server: {error}"));
+    let door = listener.try_clone().map_err(fault)?;
+    let http = http::serve(Arc::clone(&server), listener).map_err(fault)?;
     let handle = http.handle();
     tracing::info!(%address, model = server.model_name, cluster = server.cluster, "serving");
     if let Some(on_ready) = config.on_ready {
@@ -209,8 +224,7 @@ pub async fn run(
     let ended = match ended {
         Some(ended) => ended,
         None => {
-            tracing::info!(in_flight = server.registry.len(), "stopping");
-            handle.stop(true).await;
+            leave(&server, &handle, &door).await;
             http.await
         }
     };
@@ -220,7 +234,7 @@ pub async fn run(
     server.bus.close().await;
     match ended {
         Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
+        Ok(Err(error)) => Err(fault(error)),
         Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
     }
 }
@@ -230,6 +244,43 @@ fn draw_incarnation() -> Result<Incarnation, ApiServerError> {
     getrandom::fill(&mut bytes)
         .map_err(|error| ApiServerError::System(format!("no random numbers: {error}")))?;
     Ok(Incarnation(u64::from_le_bytes(bytes)))
+}
+
+/// Workers answer a newcomer's hello within this time, or there are none.
+const FIRST_BEATS: Duration = Duration::from_millis(500);
+
+/// Waits until the cluster can serve: the first request would be told that there is no worker.
+async fn meet_workers(server: &Server) {
+    let met = async {
+        while !server.faults().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let _ = tokio::time::timeout(FIRST_BEATS, met).await;
+}
+
+/// A request that was on its way when this server was asked to end has come within this time.
+const ON_ITS_WAY: Duration = Duration::from_millis(500);
+
+/// Takes no new connections, answers what comes on the old ones and closes each, gives what is under way its time, and
+/// then ends it with an error.
+async fn leave(server: &Server, http: &ServerHandle, door: &TcpListener) {
+    tracing::info!(in_flight = server.registry.len(), "stopping");
+    server.leaving.store(true, Ordering::Relaxed);
+    let over = tokio::time::Instant::now() + server.limits.drain;
+    // A listener that is shut down refuses at once; one that is only not listened to would keep clients waiting. The HTTP
+    // server looks away first, or it would complain.
+    http.pause().await;
+    if let Err(error) = rustix::net::shutdown(door, rustix::net::Shutdown::Read) {
+        tracing::debug!(%error, "the listener was not shut down");
+    }
+    // Stopped at once, it would drop connections whose request it has not read yet.
+    tokio::time::sleep(ON_ITS_WAY).await;
+    let mut stopped = std::pin::pin!(http.stop(true));
+    if tokio::time::timeout_at(over, &mut stopped).await.is_err() {
+        server.registry.broadcast(|| Event::Leaving);
+        stopped.await;
+    }
 }
 
 /// Connections that may wait to be accepted. The standard library's 128 are fewer than clients that begin

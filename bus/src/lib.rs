@@ -5,9 +5,10 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::{Client, ConnectErrorKind, ConnectOptions, ServerAddr};
+use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
 use percent_encoding::percent_decode_str;
 use tokio::time::{Instant, timeout};
 
@@ -19,6 +20,17 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 
 /// How long one try may take.
 const TRY_WAIT: Duration = Duration::from_secs(10);
+
+/// Longest pause between tries to mend a connection that was lost: requests under way wait for it.
+const MEND_MAX: Duration = Duration::from_secs(1);
+
+/// The pause before the try of this number to mend a lost connection.
+pub fn mend_pause(attempts: usize) -> Duration {
+    let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
+    Duration::from_millis(50)
+        .saturating_mul(attempts)
+        .min(MEND_MAX)
+}
 
 /// How to reach the NATS server.
 #[derive(Clone)]
@@ -37,6 +49,51 @@ pub struct BusConfig {
     /// Give up when the first connection has not come about after this; `None` tries for ever. Later
     /// losses are always repaired.
     pub connect_wait: Option<Duration>,
+}
+
+/// What is logged of a connection: that it was lost, why it does not come back, once and not at each try, and that it
+/// is back.
+#[derive(Debug)]
+pub struct ConnectionLog {
+    url: String,
+    told: Mutex<String>,
+}
+
+impl ConnectionLog {
+    /// For the connection that this configuration makes.
+    pub fn new(config: &BusConfig) -> Self {
+        Self {
+            url: config.url_without_secrets(),
+            told: Mutex::default(),
+        }
+    }
+
+    /// Logs what the client tells.
+    pub fn note(&self, event: &Event) {
+        let url = &self.url;
+        match event {
+            Event::Connected => {
+                self.is_new(String::new());
+                tracing::info!("bus connected");
+            }
+            Event::Disconnected | Event::Closed => tracing::warn!("bus lost, reconnecting"),
+            Event::ClientError(error) if self.is_new(error.to_string()) => {
+                tracing::warn!("the NATS server at {url} is not reached: {error}. Trying again");
+            }
+            Event::ServerError(error) if self.is_new(error.to_string()) => {
+                tracing::warn!("the NATS server at {url} says: {error}");
+            }
+            Event::ClientError(_) | Event::ServerError(_) => {}
+            other => tracing::warn!(event = %other, "bus"),
+        }
+    }
+
+    fn is_new(&self, sentence: String) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_new = *told != sentence;
+        *told = sentence;
+        is_new
+    }
 }
 
 /// Why there is no connection.

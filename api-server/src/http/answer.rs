@@ -47,6 +47,10 @@ pub async fn answer(
     arrived: Instant,
     caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
+    if !server.bus.connected() {
+        let message = "this API server has lost the bus and is reconnecting to it; try again";
+        return Err(ApiError::new(ErrorKind::Bus, message));
+    }
     let choices = prompts.len() * params.n as usize;
     let in_flight_max = server.limits.in_flight_max;
     if server.registry.len() + choices > in_flight_max {

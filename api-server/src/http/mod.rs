@@ -12,12 +12,15 @@ mod status;
 use std::any::Any;
 use std::net::TcpListener;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use actix_web::rt::net::TcpStream;
 
-use actix_web::dev::Server as HttpServerHandle;
-use actix_web::middleware::from_fn;
+use actix_web::body::BoxBody;
+use actix_web::dev::{Server as HttpServerHandle, ServiceRequest, ServiceResponse};
+use actix_web::http::ConnectionType;
+use actix_web::middleware::{Next, from_fn};
 use actix_web::{App, HttpServer, rt, web};
 
 use crate::error::{ApiError, ErrorKind};
@@ -25,13 +28,16 @@ use crate::inbox::Mailbox;
 use crate::server::Server;
 use respond::error_response;
 
+/// Time to tell whoever is still there when the time to leave is over.
+const FAREWELL: Duration = Duration::from_secs(2);
+
 /// Starts the HTTP threads on this listener.
 ///
 /// # Errors
 /// If the listener cannot be used.
 pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<HttpServerHandle> {
     let threads = server.limits.http_threads;
-    let drain = server.limits.drain.as_secs();
+    let drain = server.limits.drain + FAREWELL;
     let stall = server.limits.connection_stall;
     let app = move || {
         // Called once on each HTTP thread.
@@ -39,6 +45,7 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
         rt::spawn(Arc::clone(&mailbox).distribute());
         App::new()
             .wrap(from_fn(authorize::authorize))
+            .wrap(from_fn(close_when_leaving))
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
             .service(only(
@@ -75,10 +82,24 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
         .h1_allow_half_closed(false)
         .keep_alive(Duration::from_secs(75))
         .client_request_timeout(Duration::from_secs(15))
-        .shutdown_timeout(drain)
+        .shutdown_timeout(drain.as_secs())
         .disable_signals()
         .listen(listener)?
         .run())
+}
+
+/// A server that leaves closes each connection after its answer: a client's next request goes elsewhere, and is not cut off.
+async fn close_when_leaving(
+    server: web::Data<Server>,
+    request: ServiceRequest,
+    next: Next<BoxBody>,
+) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
+    let mut response = next.call(request).await?;
+    if server.leaving.load(Ordering::Relaxed) {
+        let head = response.response_mut().head_mut();
+        head.set_connection_type(ConnectionType::Close);
+    }
+    Ok(response)
 }
 
 /// Has the kernel close a connection whose other end acknowledges nothing, or takes nothing, for this long. Its request

@@ -64,6 +64,14 @@ impl Lifecycle {
         }
     }
 
+    /// A prompt's answer comes once and may take long: nothing tells one that was lost with the bus from one that is to
+    /// come. What the worker has computed is in its prefix index, so asking again costs little.
+    pub(super) fn bus_back(&mut self, out: &mut Vec<Action>) {
+        if let Phase::Prefilling { .. } = &self.phase {
+            self.retry("the bus was away", None, out);
+        }
+    }
+
     /// Begins anew with the output so far, elsewhere if possible.
     pub(super) fn retry(
         &mut self,

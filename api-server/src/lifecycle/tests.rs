@@ -347,6 +347,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         12 => item,
         1 => worker.prop_map(|name| Input::WorkerLost(target(name))),
         1 => Just(Input::Stalled),
+        1 => Just(Input::BusBack),
+        1 => Just(Input::Leaving),
         3 => Just(Input::WaitOver),
         1 => Just(Input::StopFound),
         1 => Just(Input::ClientLeft),
@@ -393,6 +395,34 @@ proptest! {
         }
         prop_assert!(prefills <= (RETRIES_MAX + 1) * 2 * WAITS_MAX);
     }
+}
+
+#[test]
+fn a_prompt_is_asked_for_again_when_the_bus_is_back() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    let actions = run.step(Input::BusBack);
+    assert_eq!(aborts(&actions), ["c"]);
+    assert!(actions.contains(&Action::ChooseContext), "{actions:?}");
+    assert!(
+        run.life.failed().is_empty(),
+        "it was not the worker's fault"
+    );
+    // Tokens are numbered: what is lost of them is noticed, and what is not need not be made again.
+    let mut run = Run::decoding();
+    assert_eq!(run.step(Input::BusBack), []);
+}
+
+#[test]
+fn a_server_that_leaves_ends_what_is_left_and_frees_it() {
+    let mut run = Run::decoding();
+    let actions = run.step(Input::Leaving);
+    assert_eq!(aborts(&actions), ["d"]);
+    assert!(
+        matches!(&actions[1], Action::Fail(error) if error.kind == ErrorKind::Leaving),
+        "{actions:?}"
+    );
+    assert!(run.life.ended());
 }
 
 #[test]

@@ -99,6 +99,8 @@ pub enum Input {
     WorkerLost(Target),
     /// Nothing was heard for too long.
     Stalled,
+    /// The bus was away and is back.
+    BusBack,
     /// The time of [`Action::Wait`] is over.
     WaitOver,
     /// A place became free on a decode worker, before that time was over.
@@ -109,6 +111,8 @@ pub enum Input {
     Deadline,
     /// The client left.
     ClientLeft,
+    /// This API server ends, and has waited for as long as it may.
+    Leaving,
     /// The client is there and reads nothing.
     ClientStalled,
 }
