@@ -140,6 +140,17 @@ impl Api {
     /// # Panics
     /// If no answer comes, or an error.
     pub async fn stream(&self, path: &str, body: &Value) -> Events {
+        match self.try_stream(path, body).await {
+            Ok(events) => events,
+            Err(error) => panic!("POST {path}: {error}"),
+        }
+    }
+
+    /// The same for a server that may not be there.
+    ///
+    /// # Errors
+    /// If no answer comes, or an error.
+    pub async fn try_stream(&self, path: &str, body: &Value) -> Result<Events, String> {
         let mut body = body.clone();
         body["stream"] = json!(true);
         let request = self
@@ -149,17 +160,17 @@ impl Api {
             .body(body.to_string());
         let response = within(path, ANSWER_DEADLINE, request.send())
             .await
-            .unwrap_or_else(|e| panic!("POST {path}: {e:?}"));
+            .map_err(|e| format!("{e:?}"))?;
         let status = response.status().as_u16();
         if status != 200 {
             let text = response.text().await.unwrap_or_default();
-            panic!("POST {path}: {status} {text}");
+            return Err(format!("{status} {text}"));
         }
-        Events {
+        Ok(Events {
             chunks: response.bytes_stream().boxed(),
             buffer: BytesMut::new(),
             done: false,
-        }
+        })
     }
 
     /// `/metrics`.
@@ -192,7 +203,7 @@ impl Events {
             let event = self.event().await.expect("the stream ended without [DONE]");
             let data: Vec<&str> = event
                 .lines()
-                .filter(|line| !line.starts_with(':'))
+                .filter(|line| !line.starts_with(':') && *line != "event: error")
                 .map(|line| {
                     line.strip_prefix("data:")
                         .unwrap_or_else(|| panic!("neither data nor a comment: {line}"))

@@ -9,7 +9,7 @@ use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use serde_json::Value;
 
 use crate::fixture::command;
-use crate::process::Process;
+use crate::process::{Process, Signal};
 use crate::wait::{PATIENCE, eventually};
 
 /// A nats-server on a port that it chose itself.
@@ -58,6 +58,16 @@ impl Nats {
     /// The same for a user, whose password is its name.
     pub fn uri_of(&self, user: &str) -> String {
         format!("nats://{user}:{user}@{}:{}", self.address, self.port)
+    }
+
+    /// What its configuration says from its next start on, beyond where it listens.
+    pub fn configure(&mut self, more: &str) {
+        more.clone_into(&mut self.more);
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
     }
 
     /// kill -9.

@@ -1,9 +1,13 @@
 //! Many requests at once: all answered, nothing lost, nothing kept.
 
+use baton_protocol::{DecodeJob, DecodeReply, End, FailureCode, RequestId, Role};
 use baton_tests::{Api, Cluster, PATIENCE, Setup, Trace, Turn};
 use futures::StreamExt;
+use futures::future::join_all;
 use futures::stream;
 use serde_json::{Value, json};
+
+use crate::steady::{Steady, questions};
 
 /// One request in a load, streamed or whole; gives the number of tokens it got.
 async fn one(api: &Api, model: &str, number: usize, max_tokens: usize) -> usize {
@@ -107,15 +111,14 @@ async fn a_full_cluster_says_so_and_recovers() {
         queue: 2,
         batch: 2,
         kv_mib: 32,
-        ..Setup::split(1, 1)
+        ..Setup::split(2, 1)
     };
     let cluster = Cluster::start(&turn, setup).await;
     let model = cluster.model().await;
     let request =
         json!({"model": model, "prompt": "The sea", "max_tokens": 200, "ignore_eos": true});
-    let burst =
-        futures::future::join_all((0..64).map(|_| cluster.api.post("/v1/completions", &request)))
-            .await;
+    let from = cluster.tap.now();
+    let burst = join_all((0..64).map(|_| cluster.api.post("/v1/completions", &request))).await;
     let mut answered = 0;
     for answer in burst {
         match answer.status {
@@ -136,7 +139,121 @@ async fn a_full_cluster_says_so_and_recovers() {
         }
     }
     assert!(answered > 0, "nobody was answered");
+    // whoever is told that all are full was refused by each, and nobody twice in a row by the same
+    let traces = Trace::all(&cluster.tap, from).await;
+    let refused = traces.values().filter(|trace| trace.handles.is_empty());
+    for trace in refused {
+        let mut asked: Vec<&String> = trace.prefills.iter().map(|(name, _)| name).collect();
+        asked.sort_unstable();
+        assert_eq!(asked, ["context-0", "context-1"]);
+    }
     cluster.drained(PATIENCE).await;
     cluster.api.complete(&request).await;
     cluster.drained(PATIENCE).await;
+}
+
+/// The decode worker's arena takes a third of what is generated at once: those that came last give way in the midst of their
+/// text, and are computed again.
+#[tokio::test]
+async fn no_block_is_left_in_mid_generation_and_the_text_is_right() {
+    let turn = Turn::take();
+    let mut cluster = Cluster::start(&turn, Setup::split(1, 1)).await;
+    let model = cluster.model().await;
+    let requests: Vec<Value> = (0..6)
+        .map(|number| {
+            json!({"model": model, "prompt": format!("Story {number} of the tide:"), "max_tokens": 120,
+                   "ignore_eos": true, "temperature": 1, "seed": number, "logprobs": 0, "frequency_penalty": 0.5})
+        })
+        .collect();
+    let mut expected = Vec::new();
+    for request in &requests {
+        expected.push(cluster.api.complete(request).await["choices"].clone());
+    }
+    cluster.kill("decode-0");
+    let tiny = Setup {
+        kv_mib: 8,
+        ..Setup::default()
+    };
+    cluster.add_with(Role::Decode, &tiny);
+    cluster.ready().await;
+
+    let from = cluster.tap.now();
+    let answers = join_all(requests.iter().map(|request| cluster.api.complete(request))).await;
+    for (answer, expected) in answers.iter().zip(&expected) {
+        assert_eq!(answer["choices"], *expected);
+    }
+    let traces = Trace::all(&cluster.tap, from).await;
+    let gave_way = |trace: &Trace| {
+        trace.ends.iter().any(
+            |end| matches!(end, End::Failed(failure) if failure.code == FailureCode::Preempted),
+        )
+    };
+    let preempted = traces.values().filter(|trace| gave_way(trace)).count();
+    assert!(preempted > 0, "there was room for all");
+    cluster.drained(PATIENCE).await;
+}
+
+/// Short sequences keep the decode worker full, and a long one wants most of its blocks at once. It gets them when those
+/// that run have ended; those that come later do not go before it.
+#[tokio::test]
+async fn a_long_sequence_is_not_starved_by_short_ones() {
+    const CLIENTS: usize = 12;
+    let turn = Turn::take();
+    let mut cluster = Cluster::start(&turn, Setup::split(1, 1)).await;
+    let model = cluster.model().await;
+    let long: Vec<usize> = (1000..1500).collect();
+    let long = json!({"model": model, "prompt": long, "max_tokens": 3, "ignore_eos": true, "temperature": 0});
+    let expected = cluster.api.complete(&long).await["choices"].clone();
+    let questions = questions(&cluster, 80).await;
+    let short = [questions[0].clone()];
+    cluster.kill("decode-0");
+    // 22 blocks: the long one wants 16, a short one comes to 3
+    let tiny = Setup {
+        kv_mib: 16,
+        ..Setup::default()
+    };
+    cluster.add_with(Role::Decode, &tiny);
+    cluster.ready().await;
+
+    let load = Steady::start(&[cluster.api.clone()], &short, CLIENTS);
+    load.goes_on().await;
+    let from = cluster.tap.now();
+    let answer = cluster.api.complete(&long).await;
+    assert_eq!(answer["choices"], expected);
+    load.goes_on().await;
+    load.stop().await;
+    cluster.tap.catch_up().await;
+    let overtook = admitted_before_the_long(&cluster, from);
+    println!("{overtook} short ones were admitted while the long one waited");
+    // those that stood before it in the line, and those for which there was room beside it
+    assert!(overtook <= 2 * CLIENTS, "{overtook} went before it");
+    cluster.drained(PATIENCE).await;
+}
+
+/// How many were admitted between the first time that the long one asked and its admission.
+fn admitted_before_the_long(cluster: &Cluster, from: usize) -> usize {
+    let tap = &cluster.tap;
+    let mut long: Option<RequestId> = None;
+    let mut overtook = 0;
+    for message in tap.heard(from, |message| {
+        message.is("decode").then(|| message.clone())
+    }) {
+        let job: DecodeJob = message.read();
+        let is_long = job.handle.valid_tokens >= 500;
+        if is_long {
+            long = Some(job.request);
+        }
+        let Some(long) = long else { continue };
+        let inbox = message.reply.clone().expect("a job wants an answer");
+        let answer = tap.heard(message.index, |answer| {
+            (answer.subject == inbox).then(|| answer.read::<DecodeReply>())
+        });
+        if let Some(DecodeReply::Admitted { .. }) = answer.first() {
+            if job.request == long {
+                return overtook;
+            }
+            overtook += 1;
+        }
+    }
+    panic!("the long one was not admitted");
 }

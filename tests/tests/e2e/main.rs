@@ -2,8 +2,10 @@
 
 mod api_server;
 mod bad_input;
+mod bus_outage;
 mod context_lost;
 mod decode_lost;
+mod deployments;
 mod failure;
 mod golden;
 mod leaving;
@@ -11,5 +13,8 @@ mod load;
 mod mixed_precision;
 mod partition;
 mod permissions;
+mod rolling;
 mod same_text;
+mod steady;
 mod tools;
+mod two_api_servers;
