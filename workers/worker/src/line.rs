@@ -38,10 +38,10 @@ impl Line {
     /// A request was refused for want of these blocks.
     pub(crate) fn refused(&mut self, request: RequestId, blocks: usize, now: Instant) {
         let until = now + KEPT;
-        let place = self.0.iter_mut().find(|place| place.request == request);
-        match place {
+        let has_room = self.0.len() < PLACES_MAX;
+        match self.0.iter_mut().find(|place| place.request == request) {
             Some(place) => (place.blocks, place.until) = (blocks, until),
-            None if self.0.len() < PLACES_MAX => self.0.push(Place {
+            None if has_room => self.0.push(Place {
                 request,
                 blocks,
                 until,
