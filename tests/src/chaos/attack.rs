@@ -101,6 +101,8 @@ impl<'a> Attack<'a> {
     }
 
     fn begin(&mut self, fault: Fault) {
+        // before it is done: what it breaks may break while it is being done
+        let from = self.epoch.elapsed();
         let over = match fault {
             Fault::Cut {
                 context, decode, ..
@@ -144,7 +146,6 @@ impl<'a> Attack<'a> {
                 Over::Undone
             }
         };
-        let from = self.epoch.elapsed();
         self.marks.push(Mark {
             target: fault.target(),
             from,

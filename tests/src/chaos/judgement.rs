@@ -37,7 +37,16 @@ impl Judgement<'_> {
         match self.verdict(arrival, story) {
             Verdict::Right => tally.answered += 1,
             Verdict::Left => tally.left += 1,
-            Verdict::Error(failure) => *tally.errors.entry(failure).or_default() += 1,
+            Verdict::Error(failure) => {
+                *tally.errors.entry(failure).or_default() += 1;
+                println!(
+                    "  {:>6.1} s  {} until {:.1} s: {}",
+                    story.from.as_secs_f64(),
+                    failure.label(),
+                    story.until.as_secs_f64(),
+                    sentence(story)
+                );
+            }
             Verdict::Wrong(reason) => {
                 tally.wrong += 1;
                 self.tell("wrong", &reason, arrival, story);
@@ -87,7 +96,12 @@ impl Judgement<'_> {
             "  from {:.3?} to {:.3?}, status {:?}, {:?}",
             story.from, story.until, story.status, story.end
         );
-        println!("  should be: {:?}", self.expected[arrival.ask]);
+        for (index, choice) in &self.expected[arrival.ask].choices {
+            println!(
+                "  choice {index} should be: {:?}, {:?}",
+                choice.text, choice.finish
+            );
+        }
         println!("  what came: {shown}");
         for window in self.windows {
             if window.from <= story.until && story.from <= window.until {
@@ -106,4 +120,14 @@ impl Judgement<'_> {
             }
         }
     }
+}
+
+/// What the client was told, in the end.
+fn sentence(story: &Story) -> String {
+    let body = String::from_utf8_lossy(&story.body);
+    let said = body
+        .rsplit_once("\"message\":\"")
+        .map(|(_, message)| message);
+    let said = said.and_then(|message| message.split('"').next());
+    said.map_or_else(|| format!("{:?}", story.end), str::to_owned)
 }

@@ -157,6 +157,25 @@ impl Said {
         Ok(())
     }
 
+    /// In what this differs from what it should be; `None` if in nothing.
+    pub fn difference(&self, should: &Self) -> Option<String> {
+        if self.usage != should.usage {
+            return Some(format!("usage {:?} for {:?}", self.usage, should.usage));
+        }
+        if self.choices.len() != should.choices.len() {
+            return Some(format!(
+                "{} choices for {}",
+                self.choices.len(),
+                should.choices.len()
+            ));
+        }
+        let mut pairs = self.choices.iter().zip(should.choices.values());
+        pairs.find_map(|((index, choice), should)| {
+            let difference = choice.difference(should)?;
+            Some(format!("choice {index}: {difference}"))
+        })
+    }
+
     /// Whether `self` may be how `whole` began.
     pub fn begins(&self, whole: &Self) -> bool {
         self.choices.iter().all(|(index, choice)| {
@@ -169,6 +188,26 @@ impl Said {
 }
 
 impl Choice {
+    fn difference(&self, should: &Self) -> Option<String> {
+        if self.text != should.text || self.finish != should.finish {
+            let (text, finish) = (&self.text, &self.finish);
+            return Some(format!(
+                "{text:?}, {finish:?} for {:?}, {:?}",
+                should.text, should.finish
+            ));
+        }
+        if self.logprobs.keys().ne(should.logprobs.keys()) {
+            return Some(format!("log-probabilities with {:?}", self.logprobs.keys()));
+        }
+        let mut lists = self.logprobs.iter().zip(should.logprobs.values());
+        lists.find_map(|((name, list), should)| {
+            let place =
+                (0..list.len().max(should.len())).find(|at| list.get(*at) != should.get(*at))?;
+            let (is, should) = (list.get(place), should.get(place));
+            Some(format!("{name}[{place}] is {is:?} for {should:?}"))
+        })
+    }
+
     fn begins(&self, whole: &Self) -> bool {
         let listed = |(name, list): (&String, &Vec<Value>)| {
             whole

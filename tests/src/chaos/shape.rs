@@ -21,6 +21,8 @@ pub struct Shape {
     pub both: usize,
     /// API servers.
     pub api_servers: usize,
+    /// Whether an API server that is started again has the name it had.
+    pub same_name: bool,
     /// Seconds that a request may take at each API server.
     pub budget_s: Vec<u64>,
     /// Megabytes of KV of each worker.
@@ -52,6 +54,7 @@ impl Shape {
             decode: 2,
             both: usize::from(draw.percent(30)),
             api_servers,
+            same_name: seed % 2 == 0,
             budget_s: (0..api_servers)
                 .map(|_| draw.weighed(&[(3, 60), (1, 12)]))
                 .collect(),
@@ -63,7 +66,8 @@ impl Shape {
             lease_ms: draw.pick(&[2_000, 8_000, 30_000]),
             prefix_cache: draw.percent(75),
             ucx_tls: draw.pick(&[None, Some("tcp,self")]),
-            network: draw.percent(40),
+            // so that three seeds in a row have one, and one that is not
+            network: seed % 3 != 1,
         }
     }
 
@@ -115,12 +119,13 @@ impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} context, {} decode, {} both on {}; API servers with budgets of {:?} s; {} MiB of KV, batch {}, queue {}, \
+            "{} context, {} decode, {} both on {}; API servers with {} names and budgets of {:?} s; {} MiB of KV, batch {}, queue {}, \
              steps of {} tokens, leases of {} ms, prefix cache {}, UCX over {}, {}",
             self.context,
             self.decode,
             self.both,
             self.device,
+            if self.same_name { "lasting" } else { "new" },
             self.budget_s,
             self.kv_mib,
             self.batch,

@@ -101,11 +101,22 @@ pub async fn run(turn: &Turn, plan: &Plan, reference: &mut Reference) -> Tally {
 async fn start(turn: &Turn, plan: &Plan, network: Option<Arc<Network>>) -> Cluster {
     let mut setup = plan.shape.setup();
     setup.network = network;
-    let budget = |server: usize| plan.shape.budget_s[server].to_string();
-    setup.api_args = vec!["--request-budget-s".to_owned(), budget(0)];
+    let args = |server: usize| {
+        let mut args = vec![
+            "--request-budget-s".to_owned(),
+            plan.shape.budget_s[server].to_string(),
+        ];
+        if plan.shape.same_name {
+            args.extend(["--api-server-name".to_owned(), format!("api-{server}")]);
+        }
+        args
+    };
+    setup.api_args = args(0);
     let mut cluster = Cluster::start(turn, setup).await;
     for server in 1..plan.shape.api_servers {
-        cluster.add_api_server(&["--request-budget-s", &budget(server)]);
+        let args = args(server);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        cluster.add_api_server(&args);
     }
     cluster.ready().await;
     cluster

@@ -84,7 +84,8 @@ fn streamed(story: &Story, reader: Reader, expected: &Said) -> Verdict {
         return compare(&said, &expected);
     }
     if !said.begins(expected) {
-        return Verdict::Wrong(format!("the stream began as {said:?}"));
+        let difference = said.difference(expected);
+        return Verdict::Wrong(format!("the stream began otherwise: {difference:?}"));
     }
     match (end, &story.end) {
         (StreamEnd::Error(body), _) => named(&body, None),
@@ -95,9 +96,9 @@ fn streamed(story: &Story, reader: Reader, expected: &Said) -> Verdict {
 }
 
 fn compare(said: &Said, expected: &Said) -> Verdict {
-    match said == expected {
-        true => Verdict::Right,
-        false => Verdict::Wrong(format!("it says {said:?}")),
+    match said.difference(expected) {
+        None => Verdict::Right,
+        Some(difference) => Verdict::Wrong(difference),
     }
 }
 
