@@ -1,10 +1,10 @@
 //! Chaos: real processes, a mixed load, and faults in the middle of it; afterwards an audit.
 //!
 //! A seed decides everything ([`plan`]): the cluster ([`shape`]), what is asked of it ([`load`]) and what is done to it
-//! ([`schedule`]). [`trial`] runs one seed: it learns the undisturbed answers ([`reference`]), lets clients ask
+//! ([`schedule`]). [`trial`] runs one seed: it learns the undisturbed answers ([`mod@reference`]), lets clients ask
 //! ([`client`]) while faults are carried out ([`attack`]), and then judges each request ([`verdict`], over what it
 //! [`said`]; [`judgement`] counts them) and the cluster ([`audit`]). Errors are allowed only where a fault accounts for them ([`excuse`]).
-//! [`soak`] is the opposite: hours without a fault, and what the processes hold meanwhile.
+//! [`mod@soak`] is the opposite: hours without a fault, and what the processes hold meanwhile.
 
 mod attack;
 mod audit;

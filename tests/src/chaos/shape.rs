@@ -54,7 +54,7 @@ impl Shape {
             decode: 2,
             both: usize::from(draw.percent(30)),
             api_servers,
-            same_name: seed % 2 == 0,
+            same_name: seed.is_multiple_of(2),
             budget_s: (0..api_servers)
                 .map(|_| draw.weighed(&[(3, 60), (1, 12)]))
                 .collect(),
