@@ -162,12 +162,9 @@ impl Said {
         if self.usage != should.usage {
             return Some(format!("usage {:?} for {:?}", self.usage, should.usage));
         }
-        if self.choices.len() != should.choices.len() {
-            return Some(format!(
-                "{} choices for {}",
-                self.choices.len(),
-                should.choices.len()
-            ));
+        if self.choices.keys().ne(should.choices.keys()) {
+            let (is, should) = (self.choices.keys(), should.choices.keys());
+            return Some(format!("choices {is:?} for {should:?}"));
         }
         let mut pairs = self.choices.iter().zip(should.choices.values());
         pairs.find_map(|((index, choice), should)| {
