@@ -1,42 +1,61 @@
-//! The NATS side: requests with deadlines, the one subscription for tokens, and membership beats.
+//! The NATS side: the connection, requests with deadlines, and what is said unasked. What is heard is in [`listening`].
 
-use std::sync::Arc;
+mod listening;
+
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_nats::{Client, ConnectOptions, Event as NatsEvent, RequestErrorKind};
-use baton_bus::{BusConfig, ConnectionLog, mend_pause};
-use baton_protocol::subjects::{Cluster, speaker};
+use baton_bus::{BusConfig, ConnectionLog, Seldom, mend_pause};
+use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, Hello, Incarnation,
-    PROTOCOL_VERSION, PrefillJob, PrefillReply, ProtocolError, RequestId, TokenFrame, Versioned,
-    decode, encode, limits,
+    Abort, ApiBeat, ApiServerId, DecodeJob, DecodeReply, Hello, Incarnation, PROTOCOL_VERSION,
+    PrefillJob, PrefillReply, ProtocolError, RequestId, Versioned, decode, encode, limits,
 };
-use futures::{FutureExt, StreamExt};
+use futures::FutureExt;
 use tokio::sync::Notify;
 
 use crate::error::ApiServerError;
-use crate::inbox::{Event, Registry};
+use crate::inbox::{Event, Registry, lock};
 use crate::lifecycle::{NoReply, Target};
-use crate::membership::GONE_AFTER;
+use crate::membership::{GONE_AFTER, SUSPECT_AFTER};
 
-/// Messages a subscription may hold before NATS drops some. Drops are noticed by their numbers.
-const SUBSCRIPTION_CAPACITY: usize = 65_536;
+/// How often it is said, to the log and to generations, that something cannot be read or was lost.
+const FAULT_INTERVAL: Duration = Duration::from_millis(500);
 
-/// What beats and connection events are reported to.
-pub trait Watcher: Send + Sync + 'static {
-    /// A worker beat.
-    fn beat(&self, beat: Beat, now: Instant);
-    /// An API server beat.
-    fn api_beat(&self, beat: ApiBeat, now: Instant);
-    /// The bus is there, for the first time or again: what was said meanwhile is lost.
-    fn bus_back(&self, now: Instant);
-    /// Time to look for who fell silent.
-    fn sweep(&self, now: Instant);
-    /// Generations in flight, for our own beat.
-    fn in_flight(&self) -> u32;
-    /// Messages that could not be read, or were dropped, by kind.
-    fn bus_fault(&self, kind: &'static str);
+/// A connection on which nothing comes for three of these is made anew.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// A job may be lost on the bus, and so may its answer: it is sent again after this time, twice this time, and so on.
+const PREFILL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What is said once a second may wait this long for the connection to take it.
+const PUBLISH_WAIT: Duration = Duration::from_millis(500);
+
+pub use listening::Watcher;
+
+/// Why nothing can be said or heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusFault {
+    /// There is no connection.
+    Disconnected,
+    /// There is one, and nothing comes over it, not even what we say ourselves.
+    Silent(Duration),
+}
+
+impl fmt::Display for BusFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disconnected => f.write_str("the bus is not connected"),
+            Self::Silent(time) => write!(
+                f,
+                "the bus is silent: our own beats have not come back for {:.1} s",
+                time.as_secs_f32()
+            ),
+        }
+    }
 }
 
 /// The connection.
@@ -50,6 +69,8 @@ pub struct Bus {
     connected: Arc<AtomicBool>,
     /// Told at each connection.
     back: Arc<Notify>,
+    /// When our own beat last came back: as long as it does, others are silent by themselves.
+    echo: Arc<Mutex<Instant>>,
 }
 
 impl Bus {
@@ -68,18 +89,21 @@ impl Bus {
         let back = Arc::new(Notify::new());
         let log = Arc::new(ConnectionLog::new(config));
         let options = || {
-            let (flag, registry) = (Arc::clone(&connected), Arc::clone(&registry));
-            let (log, back) = (Arc::clone(&log), Arc::clone(&back));
+            let connection = Connection {
+                is_up: Arc::clone(&connected),
+                back: Arc::clone(&back),
+                registry: Arc::clone(&registry),
+                log: Arc::clone(&log),
+                slow: Mutex::new(Seldom::new(FAULT_INTERVAL)),
+            };
             ConnectOptions::new()
                 .name(format!("baton api-server {name}"))
                 .custom_inbox_prefix(Cluster::inbox_prefix(&name))
-                .subscription_capacity(SUBSCRIPTION_CAPACITY)
                 .client_capacity(8192)
-                .ping_interval(Duration::from_secs(5))
+                .ping_interval(PING_INTERVAL)
                 .reconnect_delay_callback(mend_pause)
                 .event_callback(move |event| {
-                    log.note(&event);
-                    on_event(&event, &flag, &back, &registry);
+                    connection.on_event(&event);
                     std::future::ready(())
                 })
         };
@@ -93,16 +117,33 @@ impl Bus {
             runtime: tokio::runtime::Handle::current(),
             connected,
             back,
+            echo: Arc::new(Mutex::new(Instant::now())),
         })
     }
 
-    /// Whether the connection stands.
-    pub fn connected(&self) -> bool {
-        self.connected.load(Ordering::Relaxed)
-            && self.client.connection_state() == async_nats::connection::State::Connected
+    /// Why nothing can be said or heard now, if so.
+    pub fn fault(&self, now: Instant) -> Option<BusFault> {
+        let is_connected = self.connected.load(Ordering::Relaxed)
+            && self.client.connection_state() == async_nats::connection::State::Connected;
+        let silent = now.saturating_duration_since(*lock(&self.echo));
+        match silent {
+            _ if !is_connected => Some(BusFault::Disconnected),
+            _ if silent >= SUSPECT_AFTER => Some(BusFault::Silent(silent)),
+            _ => None,
+        }
     }
 
-    /// Asks a context worker. The answer comes when the prompt has been run.
+    /// Why nobody new can be served: there is no connection, or it has been silent for so long that nothing is known of the workers
+    /// any more.
+    pub fn gone(&self, now: Instant) -> Option<BusFault> {
+        self.fault(now).filter(|fault| match fault {
+            BusFault::Disconnected => true,
+            BusFault::Silent(time) => *time >= GONE_AFTER,
+        })
+    }
+
+    /// Asks a context worker. The answer comes when the prompt has been run, which may take any time; so the job is sent again now
+    /// and then, and a worker that has it goes on with it.
     ///
     /// # Errors
     /// [`NoReply`] if none comes.
@@ -112,8 +153,18 @@ impl Bus {
         job: &PrefillJob,
         timeout: Duration,
     ) -> Result<PrefillReply, NoReply> {
-        self.request(self.cluster.prefill(&to.worker), job, timeout)
-            .await
+        let subject = self.cluster.prefill(&to.worker);
+        let deadline = Instant::now() + timeout;
+        let mut patience = PREFILL_PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let reply = self.request(subject.clone(), job, left.min(patience)).await;
+            if left <= patience || reply != Err(NoReply::TimedOut) {
+                return reply;
+            }
+            tracing::warn!(subject, request = %job.request, "no answer yet: the job is sent again, should it be lost");
+            patience *= 2;
+        }
     }
 
     /// Asks a decode worker. The answer comes at once.
@@ -185,105 +236,6 @@ impl Bus {
         }
     }
 
-    /// Subscribes to tokens and beats, asks everybody to beat, and serves both until the task is dropped.
-    ///
-    /// # Errors
-    /// [`ApiServerError::Bus`] if a subscription fails.
-    pub async fn serve<W: Watcher>(
-        &self,
-        registry: Arc<Registry>,
-        watcher: Arc<W>,
-    ) -> Result<Vec<tokio::task::JoinHandle<()>>, ApiServerError> {
-        let fault = |error: &dyn std::fmt::Display| {
-            ApiServerError::Bus(format!("NATS subscription: {error}"))
-        };
-        let subscribe = |subject: String| async move {
-            self.client
-                .subscribe(subject)
-                .await
-                .map_err(|error| fault(&error))
-        };
-        let mut tokens = subscribe(self.cluster.all_tokens(&self.name)).await?;
-        let mut beats = subscribe(self.cluster.beats()).await?;
-        let mut api_beats = subscribe(self.cluster.api_beats()).await?;
-        let mut hellos = subscribe(self.cluster.hello()).await?;
-
-        let (bus, on_tokens) = (self.clone(), Arc::clone(&watcher));
-        let token_task = tokio::spawn(async move {
-            while let Some(message) = tokens.next().await {
-                match decode::<TokenFrame>(&message.payload) {
-                    // NATS may let a worker send on its own subjects alone.
-                    Ok(frame) if speaker(&message.subject) == frame.worker.as_str() => {
-                        let (from, strays) = registry.dispatch(frame);
-                        for request in strays {
-                            bus.abort(&from, request, "it is over");
-                        }
-                    }
-                    Ok(frame) => {
-                        let (subject, worker) = (&message.subject, &frame.worker);
-                        tracing::warn!(%subject, %worker, "a token frame in another worker's name");
-                        on_tokens.bus_fault("frame_forged");
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "unreadable token frame");
-                        on_tokens.bus_fault("frame_unreadable");
-                        registry.broadcast(|| Event::FramesLost);
-                    }
-                }
-            }
-        });
-
-        let bus = self.clone();
-        let beat_task = tokio::spawn(async move {
-            let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
-            let mut sweep = tokio::time::interval(Duration::from_millis(250));
-            let mut down: Option<Instant> = None;
-            loop {
-                tokio::select! {
-                    () = bus.back.notified() => {
-                        watcher.bus_back(Instant::now());
-                        bus.hello().await;
-                    }
-                    Some(message) = beats.next() => match decode::<Beat>(&message.payload) {
-                        Ok(beat) if speaker(&message.subject) == beat.worker.as_str() => {
-                            watcher.beat(beat, Instant::now());
-                        }
-                        Ok(beat) => {
-                            let (subject, worker) = (&message.subject, &beat.worker);
-                            tracing::warn!(%subject, %worker, "a beat in another worker's name");
-                            watcher.bus_fault("beat_forged");
-                        }
-                        Err(error) => {
-                            tracing::warn!(subject = %message.subject, %error, "unreadable beat");
-                            watcher.bus_fault("beat_unreadable");
-                        }
-                    },
-                    Some(message) = api_beats.next() => {
-                        if let Ok(beat) = decode::<ApiBeat>(&message.payload)
-                            && speaker(&message.subject) == beat.api_server.as_str()
-                        {
-                            watcher.api_beat(beat, Instant::now());
-                        }
-                    }
-                    Some(_) = hellos.next() => bus.beat(watcher.in_flight()).await,
-                    _ = tick.tick() => bus.beat(watcher.in_flight()).await,
-                    _ = sweep.tick() => {
-                        let now = Instant::now();
-                        let was_down = down.is_some_and(|at| now - at < GONE_AFTER);
-                        if !bus.connected() {
-                            down = Some(now);
-                        } else if !was_down {
-                            // While the bus is down, and until all had time to beat again, silence
-                            // says nothing about the workers.
-                            watcher.sweep(now);
-                        }
-                    }
-                }
-            }
-        });
-        Ok(vec![token_task, beat_task])
-    }
-
     async fn hello(&self) {
         let hello = Hello {
             v: PROTOCOL_VERSION,
@@ -304,8 +256,11 @@ impl Bus {
 
     async fn publish<M: Versioned>(&self, subject: String, message: &M) {
         let Ok(payload) = encode(message) else { return };
-        if let Err(error) = self.client.publish(subject.clone(), payload.into()).await {
-            tracing::warn!(subject, %error, "not published");
+        let published = self.client.publish(subject.clone(), payload.into());
+        match tokio::time::timeout(PUBLISH_WAIT, published).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(subject, %error, "not published"),
+            Err(_) => tracing::warn!(subject, "not published: the bus takes nothing"),
         }
     }
 
@@ -316,14 +271,33 @@ impl Bus {
     }
 }
 
-fn on_event(event: &NatsEvent, connected: &AtomicBool, back: &Notify, registry: &Registry) {
-    match event {
-        NatsEvent::Connected => {
-            connected.store(true, Ordering::Relaxed);
-            back.notify_one();
+/// Whether the connection stands, and what becomes of what was on its way when it did not.
+struct Connection {
+    is_up: Arc<AtomicBool>,
+    back: Arc<Notify>,
+    registry: Arc<Registry>,
+    log: Arc<ConnectionLog>,
+    slow: Mutex<Seldom>,
+}
+
+impl Connection {
+    fn on_event(&self, event: &NatsEvent) {
+        match event {
+            NatsEvent::Connected => {
+                self.is_up.store(true, Ordering::Relaxed);
+                self.back.notify_one();
+            }
+            NatsEvent::Disconnected | NatsEvent::Closed => {
+                self.is_up.store(false, Ordering::Relaxed);
+            }
+            NatsEvent::SlowConsumer(_) => {
+                if lock(&self.slow).pass(Instant::now()).is_none() {
+                    return;
+                }
+                self.registry.broadcast(|| Event::FramesLost);
+            }
+            _ => {}
         }
-        NatsEvent::Disconnected | NatsEvent::Closed => connected.store(false, Ordering::Relaxed),
-        NatsEvent::SlowConsumer(_) => registry.broadcast(|| Event::FramesLost),
-        _ => {}
+        self.log.note(event);
     }
 }

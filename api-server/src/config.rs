@@ -69,6 +69,8 @@ impl ApiServerConfig {
 pub struct Limits {
     /// Largest request body.
     pub body_bytes_max: usize,
+    /// All request bodies that are being read; more are answered 429.
+    pub bodies_bytes_max: usize,
     /// Generations (choices) in flight; more are answered 429.
     pub in_flight_max: usize,
     /// Most choices of one request: `n`, times the number of prompts.
@@ -92,6 +94,7 @@ impl Default for Limits {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             body_bytes_max: 16 << 20,
+            bodies_bytes_max: 512 << 20,
             in_flight_max: 4096,
             choices_max: 128,
             stops_max: 16,

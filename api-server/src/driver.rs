@@ -326,13 +326,17 @@ impl<S: Sink> Driver<S> {
         }
     }
 
-    /// That nobody can serve is said with the reason.
+    /// Where nobody can serve, or the bus cannot bring an answer, that is said too.
     fn explained(&self, mut error: ApiError) -> ApiError {
         if error.kind == ErrorKind::NoWorker {
             let faults = self.server.faults();
             for fault in faults.iter().rev() {
                 error.message = format!("{fault}: {}", error.message);
             }
+        } else if error.kind == ErrorKind::Deadline
+            && let Some(fault) = self.server.bus.fault(Instant::now())
+        {
+            error.message = format!("{}; {fault}", error.message);
         }
         error
     }

@@ -31,7 +31,11 @@ pub enum Event {
     Leaving,
 }
 
-/// Events on their way to one generation's driver. Nothing is dropped; the number of tokens bounds it.
+/// Events that may wait for one generation. Its worker makes some hundred a second, and its client may leave it unread for half a
+/// minute. What is beyond is dropped, which the next item's number tells.
+const ITEMS_MAX: usize = 1 << 14;
+
+/// Events on their way to one generation's driver.
 #[derive(Debug, Default)]
 pub struct Inbox {
     events: Mutex<VecDeque<Event>>,
@@ -43,6 +47,9 @@ impl Inbox {
     pub fn push(&self, event: Event) {
         let was_empty = {
             let mut events = lock(&self.events);
+            if events.len() >= ITEMS_MAX && matches!(event, Event::Item { .. }) {
+                return;
+            }
             events.push_back(event);
             events.len() == 1
         };

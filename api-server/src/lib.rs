@@ -23,6 +23,7 @@ mod server;
 mod stop;
 mod template;
 mod tokenizer;
+mod watch;
 
 pub use config::{ApiServerConfig, Limits};
 pub use error::{ApiServerError, ErrorKind, Row};

@@ -128,10 +128,10 @@ impl Lifecycle {
             Input::RoomMade => self.room_made(out),
             Input::StopFound => self.end_early("stop string found", Ok(FinishReason::Stop), out),
             Input::Deadline => {
-                let phase = self.phase.label();
+                let place = self.phase.place();
                 let error = ApiError::new(
                     ErrorKind::Deadline,
-                    format!("the request's time ran out while it was {phase}"),
+                    format!("the request's time ran out while {place}"),
                 );
                 self.end_early("deadline", Err(error), out);
             }

@@ -5,17 +5,22 @@ use std::time::{Duration, Instant};
 
 use baton_protocol::limits::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
 use baton_protocol::{
-    ApiBeat, ApiServerId, Beat, ModelFingerprint, PeerState, Role, WorkerId, WorkerState,
+    ApiBeat, ApiServerId, Beat, Incarnation, ModelFingerprint, PeerState, Role, WorkerId,
+    WorkerState,
 };
 
 use crate::lifecycle::Target;
 
-const SUSPECT_AFTER: Duration = Duration::from_millis(SUSPECT_AFTER_MS);
+/// Who is silent for this long gets nothing new.
+pub const SUSPECT_AFTER: Duration = Duration::from_millis(SUSPECT_AFTER_MS);
 /// Who is silent for this long is gone.
 pub const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
 
 /// Most workers that are remembered; beats of others are ignored.
 const WORKERS_MAX: usize = 4096;
+
+/// Most complaints that are made at once.
+const COMPLAINTS_MAX: usize = 16;
 
 /// A worker and when it was last heard.
 #[derive(Clone, Debug)]
@@ -24,6 +29,8 @@ pub struct Member {
     pub beat: Beat,
     /// When that came.
     pub seen: Instant,
+    /// The life before this one, whose last words may come late.
+    former: Option<Incarnation>,
 }
 
 impl Member {
@@ -57,6 +64,20 @@ impl Member {
         }
     }
 
+    /// Its state with what there is to say of it, if that is not that all is well: for people.
+    pub fn complaint(&self, now: Instant) -> Option<String> {
+        let (worker, state) = (&self.beat.worker, self.state(now));
+        match (state, &self.beat.reason) {
+            ("serving", _) => None,
+            ("suspect", _) => {
+                let silent = self.silent(now).as_secs_f32();
+                Some(format!("{worker} has been silent for {silent:.1} s"))
+            }
+            (_, Some(reason)) => Some(format!("{worker} is {state}: {reason}")),
+            (_, None) => Some(format!("{worker} is {state}")),
+        }
+    }
+
     /// Whether it can take over KV that `context` holds.
     pub fn reaches(&self, context: &Target) -> bool {
         let own = self.beat.role == Role::Both && self.target() == *context;
@@ -82,9 +103,25 @@ impl Membership {
             return None;
         }
         let name = beat.worker.clone();
-        let incarnation = beat.incarnation;
-        let old = self.workers.insert(name, Member { beat, seen: now })?;
-        (old.beat.incarnation != incarnation).then(|| old.target())
+        let Some(known) = self.workers.get_mut(&name) else {
+            let member = Member {
+                beat,
+                seen: now,
+                former: None,
+            };
+            self.workers.insert(name, member);
+            return None;
+        };
+        if known.former == Some(beat.incarnation) {
+            return None;
+        }
+        let old = known.target();
+        let is_reborn = old.incarnation != beat.incarnation;
+        if is_reborn {
+            known.former = Some(old.incarnation);
+        }
+        (known.beat, known.seen) = (beat, now);
+        is_reborn.then_some(old)
     }
 
     /// Takes an API server's beat in.
@@ -140,7 +177,7 @@ impl Membership {
     }
 
     /// Why requests for this model cannot be served now; empty if they can.
-    pub fn faults(&self, model: &ModelFingerprint, now: Instant) -> Vec<&'static str> {
+    pub fn faults(&self, model: &ModelFingerprint, now: Instant) -> Vec<String> {
         let serving: Vec<_> = self
             .workers
             .values()
@@ -150,16 +187,16 @@ impl Membership {
         let decoders: Vec<_> = serving.iter().filter(|m| m.beat.role.decodes()).collect();
         let mut faults = Vec::new();
         if contexts.is_empty() {
-            faults.push("no context worker serves the model");
+            faults.push(self.nobody("context", Role::prefills, now));
         }
         if decoders.is_empty() {
-            faults.push("no decode worker serves the model");
+            faults.push(self.nobody("decode", Role::decodes, now));
         }
         let road = contexts
             .iter()
             .any(|c| decoders.iter().any(|d| d.reaches(&c.target())));
         if faults.is_empty() && !road {
-            faults.push("no decode worker can read KV from a context worker");
+            faults.push("no decode worker can read KV from a context worker".to_owned());
         }
         faults
     }
@@ -182,13 +219,36 @@ impl Membership {
         broken.sort_unstable();
         broken
     }
+
+    /// What is the matter with workers, those with a deputy too.
+    pub fn complaints(&self, now: Instant) -> Vec<String> {
+        let mut all: Vec<_> = self.workers.values().collect();
+        all.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
+        let complaints = all
+            .into_iter()
+            .filter(|m| m.beat.state != WorkerState::Draining)
+            .filter_map(|member| member.complaint(now));
+        complaints.take(COMPLAINTS_MAX).collect()
+    }
+
+    /// That no worker of this role serves, and why not those that there are.
+    fn nobody(&self, role: &str, has: fn(Role) -> bool, now: Instant) -> String {
+        let members = self.workers.values().filter(|m| has(m.beat.role));
+        let mut why: Vec<_> = members.filter_map(|m| m.complaint(now)).collect();
+        why.sort_unstable();
+        why.truncate(COMPLAINTS_MAX);
+        match why.is_empty() {
+            true => format!("no {role} worker serves the model"),
+            false => format!("no {role} worker serves the model: {}", why.join("; ")),
+        }
+    }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use baton_protocol::{
-        Capacity, Incarnation, KvDtype, KvGeometry, Load, ModelInfo, PROTOCOL_VERSION, PeerHealth,
+        Capacity, KvDtype, KvGeometry, Load, ModelInfo, PROTOCOL_VERSION, PeerHealth,
     };
 
     pub(crate) fn fingerprint() -> ModelFingerprint {
@@ -202,6 +262,7 @@ pub(crate) mod tests {
             incarnation: Incarnation(1),
             role,
             state: WorkerState::Serving,
+            reason: None,
             model: ModelInfo {
                 name: "m".to_owned(),
                 fingerprint: fingerprint(),
@@ -274,8 +335,13 @@ pub(crate) mod tests {
         assert_eq!(members.beat(beat("c", Role::Context, &[]), now), None);
         let mut reborn = beat("c", Role::Context, &[]);
         reborn.incarnation = Incarnation(2);
-        let lost = members.beat(reborn, now).unwrap();
+        let lost = members.beat(reborn.clone(), now).unwrap();
         assert_eq!(lost.incarnation, Incarnation(1));
+        // Its last words overtake nobody.
+        assert_eq!(members.beat(beat("c", Role::Context, &[]), now), None);
+        assert_eq!(members.beat(reborn, now), None);
+        let member = members.workers().next().unwrap();
+        assert_eq!(member.beat.incarnation, Incarnation(2));
     }
 
     #[test]
@@ -314,5 +380,28 @@ pub(crate) mod tests {
                 assert_eq!(road, "e cannot read KV from c: cut");
             }
         }
+    }
+
+    #[test]
+    fn what_is_the_matter_is_said() {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        members.beat(beat("c", Role::Context, &[]), now);
+        members.beat(beat("d", Role::Decode, &["c"]), now);
+        assert!(members.complaints(now).is_empty());
+
+        let failed = Beat {
+            state: WorkerState::Failed,
+            reason: Some("the executor hangs".to_owned()),
+            ..beat("d", Role::Decode, &["c"])
+        };
+        members.beat(failed, now);
+        let faults = members.faults(&fingerprint(), now);
+        let why = "no decode worker serves the model: d is failed: the executor hangs";
+        assert_eq!(faults, [why]);
+        assert_eq!(members.complaints(now), ["d is failed: the executor hangs"]);
+        let later = now + SUSPECT_AFTER;
+        let why = "no context worker serves the model: c has been silent for 2.5 s";
+        assert_eq!(members.faults(&fingerprint(), later)[0], why);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use actix_web::dev::ServerHandle;
 use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
 use tokio::net::TcpSocket;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::bus::{Bus, Watcher};
 use crate::config::{ApiServerConfig, Limits};
@@ -22,6 +22,7 @@ use crate::membership::{GONE_AFTER, Membership};
 use crate::metrics::Metrics;
 use crate::router::Router;
 use crate::tokenizer::ModelText;
+use crate::watch::LoopWatch;
 
 /// What every request needs.
 pub struct Server {
@@ -43,6 +44,8 @@ pub struct Server {
     pub metrics: Metrics,
     /// Bounds.
     pub limits: Limits,
+    /// Kibibytes that request bodies may still take.
+    pub body_room: Arc<Semaphore>,
     /// Who may ask.
     pub keys: ApiKeys,
     /// Time a request may take.
@@ -74,27 +77,32 @@ impl Server {
     }
 
     /// Why requests cannot be served now; empty if they can.
-    pub fn faults(&self) -> Vec<&'static str> {
+    pub fn faults(&self) -> Vec<String> {
         if self.leaving.load(Ordering::Relaxed) {
-            return vec!["this API server is leaving"];
-        }
-        if !self.bus.connected() {
-            return vec!["the bus is not connected"];
+            return vec!["this API server is leaving".to_owned()];
         }
         let now = Instant::now();
+        if let Some(fault) = self.bus.fault(now) {
+            return vec![fault.to_string()];
+        }
         let fleet = self.fleet();
         let mut faults = fleet.members.faults(&self.model.fingerprint, now);
         if fleet.rival.is_some_and(|heard| now - heard < GONE_AFTER) {
-            faults.push("another API server has the same name: workers end what one of them asks");
+            faults.push(format!(
+                "another API server is called {} too: workers end what one of them asks for",
+                self.name
+            ));
         }
         faults
     }
 
-    /// Roads for KV that are broken; empty if all that there should be are there.
-    pub fn broken_roads(&self) -> Vec<String> {
-        self.fleet()
-            .members
-            .broken_roads(&self.model.fingerprint, Instant::now())
+    /// What is broken, also where requests go round it: workers that do not serve, and roads for KV. Empty if all is well.
+    pub fn degraded(&self) -> Vec<String> {
+        let now = Instant::now();
+        let members = &self.fleet().members;
+        let mut broken = members.complaints(now);
+        broken.extend(members.broken_roads(&self.model.fingerprint, now));
+        broken
     }
 
     fn lost(&self, targets: Vec<Target>) {
@@ -125,7 +133,7 @@ impl Watcher for Server {
         let is_rival = beat.api_server == self.name && beat.incarnation != Some(self.incarnation);
         let mut fleet = self.fleet();
         if is_rival && fleet.rival.replace(now).is_none() {
-            tracing::error!(name = %self.name, "another API server has the same name: workers end what one of them asks");
+            tracing::error!(name = %self.name, "another API server has this name too: workers end what one of them asks for");
         }
         fleet.members.api_beat(beat, now);
     }
@@ -194,6 +202,7 @@ pub async fn run(
         bus,
         registry,
         metrics,
+        body_room: Arc::new(Semaphore::new(config.limits.bodies_bytes_max >> 10)),
         limits: config.limits,
         keys: config.api_keys,
         request_budget: config.request_budget,
@@ -202,14 +211,16 @@ pub async fn run(
         leaving: AtomicBool::new(false),
         fleet: Mutex::default(),
     });
-    let tasks = server
+    let watch = LoopWatch::start()?;
+    let mut tasks = server
         .bus
         .serve(Arc::clone(&server.registry), Arc::clone(&server))
         .await?;
     meet_workers(&server).await;
     let fault = |error: std::io::Error| ApiServerError::Http(format!("HTTP server: {error}"));
     let door = listener.try_clone().map_err(fault)?;
-    let http = http::serve(Arc::clone(&server), listener).map_err(fault)?;
+    tasks.push(tokio::spawn(watch.show("bus loop")));
+    let http = http::serve(Arc::clone(&server), listener, watch).map_err(fault)?;
     let handle = http.handle();
     tracing::info!(%address, model = server.model_name, cluster = server.cluster, "serving");
     if let Some(on_ready) = config.on_ready {

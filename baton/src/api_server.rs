@@ -9,7 +9,7 @@ use clap::Args;
 use crate::Failure;
 use crate::bus_args::BusArgs;
 use crate::own_name::own_name;
-use crate::shutdown::Shutdown;
+use crate::shutdown::{END_WAIT, Shutdown};
 
 #[derive(Args, Debug)]
 pub struct ApiServerArgs {
@@ -98,7 +98,9 @@ pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
                 let signal = shutdown.requested().await;
                 tracing::info!("{signal}: finishing what is under way");
             };
-            Ok(baton_api_server::run(config, stop).await?)
+            let ended = baton_api_server::run(config, stop).await;
+            baton_watchdog::end_within(END_WAIT);
+            Ok(ended?)
         })
 }
 

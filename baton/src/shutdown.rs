@@ -1,8 +1,12 @@
 //! The signals that ask a process to end.
 
 use std::io;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// A process that has nothing left to do is gone within this time, or something keeps it.
+pub const END_WAIT: Duration = Duration::from_secs(10);
 
 /// SIGINT and SIGTERM, caught from the moment of creation.
 pub struct Shutdown {

@@ -197,7 +197,7 @@ mod tests {
                 {"worker": "context-0", "role": "context", "state": "serving", "device": "cpu", "weights": "fp8-channel",
                  "load": {"running": 1, "waiting": 2, "leased": 3, "pulling": 0, "blocks_used": 4},
                  "capacity": {"blocks": 100}, "transport": "ucx 1.13.1 tcp", "peers": []},
-                {"worker": "decode-0", "role": "decode", "state": "suspect", "device": "cpu",
+                {"worker": "decode-0", "role": "decode", "state": "failed", "device": "cpu", "reason": "the executor hangs",
                  "load": {}, "capacity": {}, "transport": "",
                  "peers": [{"worker": "context-0", "state": "ready", "transport": "posix,cma",
                             "gigabytes_per_second": 6.789}]},

@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use crate::Failure;
 use crate::bus_args::BusArgs;
 use crate::own_name::own_name;
-use crate::shutdown::Shutdown;
+use crate::shutdown::{END_WAIT, Shutdown};
 use crate::tuning::TuningArgs;
 
 #[derive(Args, Debug)]
@@ -86,7 +86,9 @@ pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
                 let signal = shutdown.requested().await;
                 tracing::info!("{signal}: draining");
             };
-            Ok(baton_worker::run(config, drain).await?)
+            let ended = baton_worker::run(config, drain).await;
+            baton_watchdog::end_within(END_WAIT);
+            Ok(ended?)
         })
 }
 

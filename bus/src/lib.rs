@@ -1,7 +1,11 @@
-//! How Baton reaches its NATS server: where it is, who we are there, over TLS or not, and the first connection.
+//! How Baton reaches its NATS server: where it is, who we are there, over TLS or not, the first connection, and
+//! how much of what comes may wait.
 //!
 //! What is said on the bus is in `baton-protocol`; who says it, in `baton-api-server` and `baton-worker`.
 #![forbid(unsafe_code)]
+
+mod intake;
+mod seldom;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -12,17 +16,20 @@ use async_nats::{Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
 use percent_encoding::percent_decode_str;
 use tokio::time::{Instant, timeout};
 
+pub use intake::Intake;
+pub use seldom::Seldom;
+
 /// First pause between tries to connect; doubled each time.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 
 /// Longest pause between tries to connect.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// How long one try may take.
-const TRY_WAIT: Duration = Duration::from_secs(10);
-
 /// Longest pause between tries to mend a connection that was lost: requests under way wait for it.
 const MEND_MAX: Duration = Duration::from_secs(1);
+
+/// How long one try may take.
+const TRY_WAIT: Duration = Duration::from_secs(10);
 
 /// The pause before the try of this number to mend a lost connection.
 pub fn mend_pause(attempts: usize) -> Duration {

@@ -140,6 +140,9 @@ pub struct Beat {
     pub role: Role,
     /// Whether it takes jobs.
     pub state: WorkerState,
+    /// Why it is `failed`, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// What it serves.
     pub model: ModelInfo,
     /// How its KV is laid out.

@@ -26,7 +26,8 @@ pub struct FrameItem {
     /// Which try of it.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub attempt: u32,
-    /// Output index of the first token here: the number of output tokens before it.
+    /// Output index of the first token here: the number of output tokens before it. An end without tokens may have a lower one:
+    /// whoever ends a try for an engine that hangs does not know how far it was.
     pub index: u32,
     /// The tokens; empty in an item that only reports an end or a pull.
     pub tokens: PackedTokens,

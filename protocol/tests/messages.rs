@@ -107,6 +107,7 @@ fn beat() -> Beat {
         incarnation: Incarnation(0x99aa_bbcc_ddee_ff00),
         role: Role::Decode,
         state: WorkerState::Serving,
+        reason: None,
         model: model(),
         kv: kv(),
         device: "cpu avx512-bf16, 1 thread".to_owned(),

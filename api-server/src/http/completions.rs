@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use actix_web::{HttpRequest, HttpResponse, web};
+use tokio::time::timeout_at;
 
 use super::answer::{Prepared, answer};
 use super::authorize::Caller;
@@ -59,12 +60,14 @@ async fn try_chat(
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
     let caller = Caller::of(&request);
-    let body = body::read(&request, payload, &server.limits).await?;
+    let deadline = arrived + server.request_budget;
+    let body = body::read(&request, payload, &server, deadline).await?;
     let ChatRequest { params, messages } =
-        ChatRequest::parse(&body, &server.model.defaults, &server.limits)?;
+        ChatRequest::parse(&body.bytes, &server.model.defaults, &server.limits)?;
     check_model(&server, &params)?;
-    let large = body.len() > INLINE_BYTES_MAX;
-    let tokens = on_thread(&server, large, move |server| {
+    let large = body.bytes.len() > INLINE_BYTES_MAX;
+    drop(body);
+    let tokens = on_thread(&server, large.then_some(deadline), move |server| {
         let refused = |message| ApiError::param("messages", message);
         let text = server.model.render_chat(&messages).map_err(refused)?;
         server.model.encode(&text, false).map_err(refused)
@@ -96,16 +99,18 @@ async fn try_text(
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
     let caller = Caller::of(&request);
-    let body = body::read(&request, payload, &server.limits).await?;
+    let deadline = arrived + server.request_budget;
+    let body = body::read(&request, payload, &server, deadline).await?;
     let CompletionRequest {
         params,
         prompts,
         echo,
-    } = CompletionRequest::parse(&body, &server.model.defaults, &server.limits)?;
+    } = CompletionRequest::parse(&body.bytes, &server.model.defaults, &server.limits)?;
     check_model(&server, &params)?;
-    let large = body.len() > INLINE_BYTES_MAX;
+    let large = body.bytes.len() > INLINE_BYTES_MAX;
+    drop(body);
     let wanted = params.clone();
-    let prepared = on_thread(&server, large, move |server| {
+    let prepared = on_thread(&server, large.then_some(deadline), move |server| {
         prompts
             .into_iter()
             .map(|prompt| prepare(server, &wanted, prompt, echo))
@@ -165,16 +170,22 @@ fn check_model(server: &Server, params: &Params) -> Result<(), ApiError> {
     }
 }
 
-/// Runs what takes long for a large body on a thread of its own, and the rest here.
+/// Runs what takes long for a large body on a thread of its own, waiting for it until the deadline, and the rest here.
 async fn on_thread<T: Send + 'static>(
     server: &Arc<Server>,
-    large: bool,
+    large: Option<Instant>,
     work: impl FnOnce(&Server) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    if !large {
+    let Some(deadline) = large else {
         return work(server);
-    }
+    };
     let server = Arc::clone(server);
-    let outcome = web::block(move || work(&server)).await;
-    outcome.unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "a thread was lost")))
+    let outcome = timeout_at(deadline.into(), web::block(move || work(&server))).await;
+    let late = |_| {
+        let message = "the request's time ran out while its prompt was made into tokens";
+        ApiError::new(ErrorKind::Deadline, message)
+    };
+    outcome
+        .map_err(late)?
+        .unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "a thread was lost")))
 }

@@ -26,6 +26,7 @@ use actix_web::{App, HttpServer, rt, web};
 use crate::error::{ApiError, ErrorKind};
 use crate::inbox::Mailbox;
 use crate::server::Server;
+use crate::watch::LoopWatch;
 use respond::error_response;
 
 /// Time to tell whoever is still there when the time to leave is over.
@@ -35,7 +36,11 @@ const FAREWELL: Duration = Duration::from_secs(2);
 ///
 /// # Errors
 /// If the listener cannot be used.
-pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<HttpServerHandle> {
+pub fn serve(
+    server: Arc<Server>,
+    listener: TcpListener,
+    watch: LoopWatch,
+) -> std::io::Result<HttpServerHandle> {
     let threads = server.limits.http_threads;
     let drain = server.limits.drain + FAREWELL;
     let stall = server.limits.connection_stall;
@@ -43,6 +48,7 @@ pub fn serve(server: Arc<Server>, listener: TcpListener) -> std::io::Result<Http
         // Called once on each HTTP thread.
         let mailbox = Arc::new(Mailbox::default());
         rt::spawn(Arc::clone(&mailbox).distribute());
+        rt::spawn(watch.show("HTTP thread"));
         App::new()
             .wrap(from_fn(authorize::authorize))
             .wrap(from_fn(close_when_leaving))

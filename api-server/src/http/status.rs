@@ -54,7 +54,7 @@ fn model_object(server: &Server) -> Value {
 /// not turn it red: it is named under `degraded`.
 pub async fn health(server: web::Data<Server>) -> HttpResponse {
     let faults = server.faults();
-    let degraded = server.broken_roads();
+    let degraded = server.degraded();
     let (status, word) = match (faults.is_empty(), degraded.is_empty()) {
         (true, true) => (StatusCode::OK, "ok"),
         (true, false) => (StatusCode::OK, "degraded"),
@@ -89,7 +89,7 @@ pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
 pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
     let now = Instant::now();
     let faults = server.faults();
-    let degraded = server.broken_roads();
+    let degraded = server.degraded();
     let fleet = server.fleet();
     let mut workers: Vec<&Member> = fleet.members.workers().collect();
     workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
@@ -118,6 +118,7 @@ fn worker_object(member: &Member, now: Instant) -> Value {
         "incarnation": beat.incarnation,
         "role": beat.role,
         "state": member.state(now),
+        "reason": beat.reason,
         "silent_ms": member.silent(now).as_millis() as u64,
         "device": beat.device,
         "weights": beat.weights,

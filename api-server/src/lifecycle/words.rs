@@ -52,16 +52,22 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// Name for logs and metrics.
-    pub fn label(&self) -> &'static str {
+    /// Where it is, for people: goes on after "while".
+    pub fn place(&self) -> String {
         match self {
-            Self::Queued => "queued",
-            Self::Prefilling { .. } => "prefilling",
-            Self::Staged { .. } => "staged",
-            Self::Pulling { .. } => "pulling",
-            Self::Decoding { .. } => "decoding",
-            Self::Done => "done",
-            Self::Failed => "failed",
+            Self::Queued => "it waited for a context worker with room".to_owned(),
+            Self::Prefilling { context } => format!("it was prefilling on {}", context.worker),
+            Self::Staged { handle } => {
+                format!(
+                    "its KV waited on {} for a decode worker with room",
+                    handle.worker
+                )
+            }
+            Self::Pulling { handle, decode } => {
+                format!("{} pulled its KV from {}", decode.worker, handle.worker)
+            }
+            Self::Decoding { decode } => format!("it was decoding on {}", decode.worker),
+            Self::Done | Self::Failed => "it ended".to_owned(),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The API server against a real nats-server and scripted workers.
 
+mod deadlines;
 mod keys;
 mod strays;
 mod support;
@@ -522,27 +523,6 @@ async fn a_connection_that_takes_nothing_is_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_body_that_stops_coming_is_given_up() {
-    let nats = Nats::start().await;
-    let api = Api::with(&nats, |config| {
-        config.limits.body_stall = Duration::from_millis(100);
-    })
-    .await;
-    let mut stream = tokio::net::TcpStream::connect(api.address).await.unwrap();
-    let head =
-        "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 1000\r\n\r\n{\"prompt\":";
-    tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes())
-        .await
-        .unwrap();
-    let mut bytes = vec![0; 4096];
-    let read = tokio::io::AsyncReadExt::read(&mut stream, &mut bytes);
-    let count = within("an answer without the rest", read).await.unwrap();
-    let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
-    assert!(text.starts_with("HTTP/1.1 408"), "{text}");
-    assert!(text.contains("body_stalled"), "{text}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn when_one_choice_fails_before_the_stream_began_the_others_end() {
     let (_nats, mut context, _decode, api) = usual().await;
     context.script.lock().unwrap().refuses_odd_seeds = true;
@@ -619,30 +599,6 @@ async fn a_client_that_reads_slowly_gets_everything() {
     for index in 0..16 {
         assert_eq!(text_of(&events, index), expected);
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn the_deadline_ends_a_request() {
-    let nats = Nats::start().await;
-    let mut context = Worker::start(
-        &nats,
-        "c1",
-        Role::Context,
-        Script {
-            silent: true,
-            ..Script::default()
-        },
-    )
-    .await;
-    let _decode = Worker::start(&nats, "d1", Role::Decode, Script::default()).await;
-    let api = Api::with(&nats, |config| {
-        config.request_budget = Duration::from_millis(300);
-    })
-    .await;
-    api.sees(2).await;
-    let response = api.post("/v1/chat/completions", chat(json!({}))).await;
-    assert_eq!(response.status, 504, "{}", response.body);
-    assert_eq!(context.aborted().await.reason, "deadline");
 }
 
 #[tokio::test(flavor = "multi_thread")]

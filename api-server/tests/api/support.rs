@@ -290,6 +290,7 @@ impl FakeWorker {
             incarnation: Incarnation(7),
             role: self.role,
             state: WorkerState::Serving,
+            reason: None,
             model: ModelInfo {
                 name: "tiny".to_owned(),
                 fingerprint: ModelFingerprint::new("ab".repeat(32)).unwrap(),

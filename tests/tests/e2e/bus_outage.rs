@@ -145,39 +145,6 @@ async fn a_prompt_whose_answer_is_lost_with_the_bus_is_asked_for_again() {
     cluster.drained(PATIENCE).await;
 }
 
-/// Connected, and yet nothing comes: workers and API servers lose each other, and find each other again.
-#[tokio::test]
-async fn a_frozen_bus_thaws() {
-    let turn = Turn::take();
-    let setup = Setup {
-        device: "fake:5000",
-        ..Setup::split(1, 1)
-    };
-    let mut cluster = Cluster::start(&turn, setup).await;
-    let model = cluster.model().await;
-    let expected = ask(&cluster.api, &story(&model, 0))
-        .await
-        .expect("answered");
-    let from = cluster.tap.now();
-    let answer = ask(&cluster.api, &story(&model, 0));
-    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
-    cluster.nats.signal(Signal::Stop);
-    let reasons = red(&cluster.api).await;
-    assert!(reasons.contains("no context worker"), "{reasons}");
-    // until the API server has given up its workers for gone
-    eventually("all workers to be gone", PATIENCE, async || {
-        match cluster.known_workers().await? {
-            known if known.is_empty() => Ok(()),
-            known => Err(format!("{:?}", known.keys())),
-        }
-    })
-    .await;
-    cluster.nats.signal(Signal::Continue);
-    assert_eq!(answer.await.expect("answered"), expected);
-    cluster.ready().await;
-    cluster.drained(PATIENCE).await;
-}
-
 #[tokio::test]
 async fn processes_that_find_no_bus_say_so_once_and_come_up_when_it_is_there() {
     let turn = Turn::take();

@@ -41,7 +41,8 @@ impl Event {
             .map_err(|e| driver("marking the end of a step", e))
     }
 
-    /// Waits until all that it was recorded behind is done.
+    /// Waits until all that it was recorded behind is done, however long a GPU that hangs may take: a thread that waits for the
+    /// driver cannot be freed. Whoever runs steps watches how long one takes, and ends the process (`workers/worker/src/watch.rs`).
     ///
     /// # Errors
     /// [`CudaError::Driver`]: of the launches before, too.

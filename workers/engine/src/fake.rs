@@ -108,6 +108,8 @@ pub struct FakeFaults {
     pub no_logit: Option<u32>,
     /// With this one the step fails, and the executor with it.
     pub step: Option<u32>,
+    /// With this one the step never ends.
+    pub hang: Option<u32>,
 }
 
 impl Default for FakeConfig {
@@ -300,6 +302,15 @@ impl Executor for FakeExecutor {
             return Err(ExecutorError {
                 message: format!("the fake device breaks on token {fault}, as it was told"),
             });
+        }
+        if self
+            .faults
+            .hang
+            .is_some_and(|fault| plan.tokens.contains(&fault))
+        {
+            loop {
+                std::thread::park();
+            }
         }
         let steps = plan.sequences.iter();
         let output = StepOutput {

@@ -43,6 +43,7 @@ impl Desk {
             incarnation: self.me.incarnation,
             role: self.me.role,
             state: self.state,
+            reason: self.failure.clone(),
             model: self.checks.model.clone(),
             kv: self.checks.kv.clone(),
             device: self.me.device.clone(),

@@ -1,13 +1,15 @@
 //! The NATS connection: subscriptions, and the one task that publishes.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use async_nats::{Client, ConnectOptions, Event, Subject, Subscriber};
-use baton_bus::{BusConfig, ConnectionLog, mend_pause};
+use async_nats::{Client, ConnectOptions, Event, Message, Subject};
+use baton_bus::{BusConfig, ConnectionLog, Intake, Seldom, mend_pause};
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{Incarnation, Versioned, WorkerId, encode};
+use baton_protocol::{
+    DecodeReply, Incarnation, PROTOCOL_VERSION, PrefillReply, Refusal, Versioned, WorkerId, encode,
+};
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
@@ -29,8 +31,9 @@ pub(crate) async fn connect(
 ) -> Result<(Client, watch::Receiver<bool>), WorkerError> {
     let (up, is_up) = watch::channel(true);
     let log = Arc::new(ConnectionLog::new(config));
+    let slow = Arc::new(Mutex::new(Seldom::new(Duration::from_secs(1))));
     let options = || {
-        let (up, log) = (up.clone(), log.clone());
+        let (up, log, slow) = (up.clone(), Arc::clone(&log), Arc::clone(&slow));
         ConnectOptions::new()
             .name(format!("baton worker {worker}"))
             .custom_inbox_prefix(Cluster::inbox_prefix(worker))
@@ -38,7 +41,11 @@ pub(crate) async fn connect(
             .ping_interval(Duration::from_secs(5))
             .reconnect_delay_callback(mend_pause)
             .event_callback(move |event| {
-                log.note(&event);
+                let mut slow = slow.lock().unwrap_or_else(PoisonError::into_inner);
+                let is_slow = matches!(event, Event::SlowConsumer(_));
+                if !is_slow || slow.pass(Instant::now()).is_some() {
+                    log.note(&event);
+                }
                 match event {
                     Event::Connected => up.send_replace(true),
                     Event::Disconnected | Event::Closed => up.send_replace(false),
@@ -51,13 +58,33 @@ pub(crate) async fn connect(
     Ok((client, is_up))
 }
 
+/// Bytes of jobs, aborts and releases that may wait for the desk, which takes one in microseconds. A prompt of a million tokens
+/// has 5 MB; what finds no room is refused.
+const INBOX_BYTES_MAX: usize = 64 << 20;
+
+/// When it may be worth asking a worker again that is flooded.
+const UNREAD_RETRY_MS: u32 = 1_000;
+
+/// Bytes of beats, and of hellos, that may wait. They are repeated.
+const BEATS_BYTES_MAX: usize = 4 << 20;
+
 /// What a worker listens to.
 pub(crate) struct Subscriptions {
     /// Jobs, aborts and releases for this worker, in the order they were sent.
-    pub(crate) inbox: Subscriber,
-    pub(crate) beats: Subscriber,
-    pub(crate) api_beats: Subscriber,
-    pub(crate) hello: Subscriber,
+    pub(crate) inbox: Intake,
+    beats: Intake,
+    api_beats: Intake,
+    hello: Intake,
+    /// Whose turn it was last.
+    turn: u8,
+}
+
+/// What was heard.
+pub(crate) enum Heard {
+    Inbox(Message),
+    Beat(Message),
+    ApiBeat(Message),
+    Hello,
 }
 
 impl Subscriptions {
@@ -66,6 +93,7 @@ impl Subscriptions {
         client: &Client,
         cluster: &Cluster,
         worker: &WorkerId,
+        outbox: &Outbox,
     ) -> Result<Self, WorkerError> {
         let refused = |detail: String| WorkerError::System {
             what: "subscribing on the bus",
@@ -77,11 +105,25 @@ impl Subscriptions {
                 .await
                 .map_err(|error| refused(error.to_string()))
         };
+        let (outbox, prefill, decode) = (
+            outbox.clone(),
+            cluster.prefill(worker),
+            cluster.decode(worker),
+        );
+        let refuse = move |message: &Message| {
+            refuse_unread(&outbox, message, &prefill, &decode);
+        };
+        let inbox = subscribe(cluster.inbox(worker)).await?;
+        let beats = async |subject: String| {
+            let subscriber = subscribe(subject).await?;
+            Ok(Intake::new(subscriber, BEATS_BYTES_MAX, |_| {}))
+        };
         let all = Self {
-            inbox: subscribe(cluster.inbox(worker)).await?,
-            beats: subscribe(cluster.beats()).await?,
-            api_beats: subscribe(cluster.api_beats()).await?,
-            hello: subscribe(cluster.hello()).await?,
+            inbox: Intake::new(inbox, INBOX_BYTES_MAX, refuse),
+            beats: beats(cluster.beats()).await?,
+            api_beats: beats(cluster.api_beats()).await?,
+            hello: beats(cluster.hello()).await?,
+            turn: 0,
         };
         client
             .flush()
@@ -90,19 +132,58 @@ impl Subscriptions {
         Ok(all)
     }
 
-    /// Takes no more messages, of the inbox too: [`crate::desk::Desk::answer_latecomers`] has emptied it.
-    pub(crate) async fn close(&mut self) {
-        for subscriber in [
-            &mut self.inbox,
-            &mut self.beats,
-            &mut self.api_beats,
-            &mut self.hello,
-        ] {
-            if let Err(error) = subscriber.unsubscribe().await {
-                tracing::debug!(%error, "unsubscribing");
+    /// A message that is there, of each subscription in turn.
+    pub(crate) fn try_next(&mut self) -> Option<Heard> {
+        for _ in 0..4 {
+            self.turn = (self.turn + 1) % 4;
+            let heard = match self.turn {
+                0 => self.inbox.try_next().map(Heard::Inbox),
+                1 => self.beats.try_next().map(Heard::Beat),
+                2 => self.api_beats.try_next().map(Heard::ApiBeat),
+                _ => self.hello.try_next().map(|_| Heard::Hello),
+            };
+            if heard.is_some() {
+                return heard;
             }
         }
+        None
     }
+
+    /// The next message, each subscription having its turn: a flood on one starves no other. Nothing is lost when this is dropped.
+    ///
+    /// # Errors
+    /// If the connection is closed for good.
+    pub(crate) async fn next(&mut self) -> Result<Heard, WorkerError> {
+        let heard = tokio::select! {
+            message = self.inbox.next() => message.map(Heard::Inbox),
+            message = self.beats.next() => message.map(Heard::Beat),
+            message = self.api_beats.next() => message.map(Heard::ApiBeat),
+            message = self.hello.next() => message.map(|_| Heard::Hello),
+        };
+        heard.ok_or_else(|| WorkerError::System {
+            what: "listening on the bus",
+            detail: "the connection was closed".to_owned(),
+        })
+    }
+}
+
+/// Says to whoever waits for an answer that there is no room, and no time to read what came.
+fn refuse_unread(outbox: &Outbox, message: &Message, prefill: &str, decode: &str) {
+    let Some(reply) = message.reply.clone() else {
+        return;
+    };
+    let (v, subject) = (PROTOCOL_VERSION, message.subject.as_str());
+    let refusal = Refusal::Busy {
+        retry_after_ms: UNREAD_RETRY_MS,
+    };
+    // If this finds no room either, the asker's deadline says it.
+    let _ = if subject == prefill {
+        outbox.send(reply, &PrefillReply::Refused { v, refusal })
+    } else if subject == decode {
+        outbox.send(reply, &DecodeReply::Refused { v, refusal })
+    } else {
+        Ok(())
+    };
 }
 
 /// Where control messages are put without waiting.

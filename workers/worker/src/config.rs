@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use baton_bus::BusConfig;
 use baton_engine::FakeFaults;
@@ -199,6 +200,20 @@ impl Device {
         match self {
             Self::Cuda(_) => 256,
             Self::Cpu | Self::Fake { .. } => 64,
+        }
+    }
+}
+
+impl Device {
+    /// A step that takes longer than this hangs, and so does the device. A GPU's longest takes seconds. A CPU may run minutes on
+    /// a large model's prompt, and has nothing in it that could hang.
+    pub(crate) fn step_time_max(self) -> Duration {
+        match self {
+            Self::Cuda(_) => Duration::from_secs(30),
+            Self::Cpu => Duration::from_secs(300),
+            Self::Fake { step_micros } => {
+                Duration::from_secs(5) + Duration::from_micros(step_micros)
+            }
         }
     }
 }

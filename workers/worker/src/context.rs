@@ -93,6 +93,9 @@ impl Desk {
                 detail: "too many prompt log-probabilities are asked for".to_owned(),
             });
         }
+        if self.answer_there_instead(request, &api_server, sequence.tokens.0.len(), reply) {
+            return Ok(());
+        }
         if self.prefills.len() >= self.me.capacity.queue as usize {
             return Err(Refusal::Busy {
                 retry_after_ms: self.pace.retry_after_ms(self.prefills.len()),
@@ -126,6 +129,29 @@ impl Desk {
             },
         );
         Ok(())
+    }
+
+    /// Whether this prompt waits or runs here already. Its sender has not heard of it for a while and asks again.
+    fn answer_there_instead(
+        &mut self,
+        request: RequestId,
+        api_server: &ApiServerId,
+        tokens: usize,
+        reply: &Subject,
+    ) -> bool {
+        let is_it = |entry: &&mut Prefilling| {
+            entry.request == request
+                && entry.api_server == *api_server
+                && entry.tokens as usize == tokens
+                && entry.reply.is_some()
+        };
+        match self.prefills.values_mut().find(is_it) {
+            Some(entry) => {
+                entry.reply = Some(reply.clone());
+                true
+            }
+            None => false,
+        }
     }
 
     /// 2. The engine ran it: the KV is staged under a lease and the handle goes out.

@@ -384,6 +384,30 @@ impl Desk {
         }
     }
 
+    /// Where a request is on this worker, for people: goes on after "while".
+    pub(crate) fn place_of(&self, key: u64) -> String {
+        let me = &self.me.worker;
+        match self.decodes.get(&key).map(|entry| &entry.phase) {
+            Some(Phase::Pulling(pulling)) => {
+                format!("{me} pulled its KV from {}", pulling.handle.worker)
+            }
+            Some(_) => format!("it was decoding on {me}"),
+            None => format!("it was prefilling on {me}"),
+        }
+    }
+
+    /// Ends a try whose engine says nothing any more.
+    pub(crate) fn give_decode_up(&mut self, key: u64, failure: Failure) {
+        match self.decodes.get(&key) {
+            Some(entry) if matches!(entry.phase, Phase::Running) => {
+                let (route, index) = (entry.route.clone(), entry.index);
+                self.decode_left(key);
+                self.tell_failure(&route, index, failure);
+            }
+            _ => self.end_decode(key, Some(failure)),
+        }
+    }
+
     /// The engine let go of a try, or it never got there.
     pub(crate) fn decode_left(&mut self, key: u64) {
         if let Some(entry) = self.decodes.remove(&key) {

@@ -12,22 +12,22 @@ use std::time::Duration;
 use async_nats::{Client, Message};
 use baton_engine::BlockPool;
 use baton_model::WeightFormat;
-use baton_protocol::limits::{BEAT_INTERVAL_MS, GONE_AFTER_MS};
+use baton_protocol::limits::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, Refusal,
-    RequestId, Role, WorkerId, WorkerState, decode,
+    Abort, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, RequestId, Role, WorkerId,
+    WorkerState, decode,
 };
 use baton_transfer::Agent;
-use futures::StreamExt;
+use baton_watchdog::Pulse;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::WorkerError;
-use crate::api_servers::{ApiServers, Heard, Life};
+use crate::api_servers::ApiServers;
 use crate::beat::SharedLoad;
-use crate::bus::{Outbox, Subscriptions};
+use crate::bus::{Heard, Outbox, Subscriptions};
 use crate::checks::Checks;
 use crate::connect::LinkOutcome;
 use crate::context::{Pace, Prefilling};
@@ -38,6 +38,7 @@ use crate::leases::LeaseTable;
 use crate::line::Line;
 use crate::peers::Peers;
 use crate::pulls::Pulled;
+use crate::watch::Stuck;
 
 /// Who this worker is: what stays the same for its life and goes into every beat.
 pub(crate) struct Identity {
@@ -64,7 +65,10 @@ pub(crate) struct Desk {
     pub(crate) drain: Duration,
 
     pub(crate) state: WorkerState,
-    pub(crate) executor_failure: Option<String>,
+    /// Why it is out of service.
+    pub(crate) failure: Option<String>,
+    /// Its engine thread hangs, and cannot be waited for.
+    pub(crate) hangs: bool,
     /// When a draining worker ends what still runs.
     pub(crate) drain_deadline: Option<Instant>,
     /// It has done so.
@@ -90,11 +94,21 @@ pub(crate) struct Desk {
     pub(crate) links: JoinSet<LinkOutcome>,
 
     pub(crate) api_servers: ApiServers,
+    pub(crate) bus_is_up: bool,
+    /// When whoever said hello is to hear a beat.
+    pub(crate) hello_answer: Option<Instant>,
+    /// When our own beat last came back.
+    pub(crate) echo: Instant,
     pub(crate) shared_load: SharedLoad,
     /// Beats in a row that found blocks in use by nobody.
     pub(crate) stray_beats: u32,
-    /// When a worker whose executor broke ends, to be started again by whoever watches over it.
+    /// When a worker that is out of service ends, to be started again by whoever watches over it.
     pub(crate) end_after_failure: Option<Instant>,
+
+    /// Shows the watchdog that the desk goes round.
+    pub(crate) pulse: Pulse,
+    /// What the watchdog found stuck.
+    pub(crate) stuck: mpsc::Receiver<Stuck>,
 
     /// Whether this thread may spin while a hand-over is near.
     pub(crate) may_spin: bool,
@@ -102,11 +116,11 @@ pub(crate) struct Desk {
     pub(crate) awake_until: Instant,
 }
 
+/// What waits on the bus is worked off for this long before the clock and the engine have their turn again.
+const AT_A_TIME: Duration = Duration::from_millis(2);
+
 /// A prompt's release comes within this time of its handle, or its decode worker is busy.
 const RELEASE_NEAR: Duration = Duration::from_millis(20);
-
-/// For how long a worker whose executor broke still says so, and refuses what comes, before it ends.
-const FAILURE_SHOWN: Duration = Duration::from_secs(3);
 
 impl Desk {
     /// Serves until `shutdown`, then drains. Returns when nothing is left to do.
@@ -126,37 +140,40 @@ impl Desk {
         };
         self.send(self.cluster.hello(), &hello);
         while !self.is_drained() && !self.has_shown_failure() {
+            self.pulse.beat();
             let next = self.next_deadline();
-            // The clock and the rare things stand before the inbox, so that a flood of jobs starves none.
+            // The clock and the rare things stand before the bus, so that a flood starves none.
             tokio::select! {
                 biased;
                 () = async { sleep_until(next.unwrap_or_else(Instant::now)).await }, if next.is_some() => self.on_time(),
-                _ = beat.tick() => self.on_beat_due(*is_up.borrow()),
+                _ = beat.tick() => self.on_beat_due(),
                 () = &mut shutdown, if self.drain_deadline.is_none() => self.begin_drain(),
+                Some(stuck) = self.stuck.recv() => self.on_stuck(&stuck),
                 Ok(()) = is_up.changed() => self.on_bus(*is_up.borrow_and_update()),
                 event = events.recv() => match event {
                     Some(event) => self.on_engine(event),
                     None => {
                         self.on_executor_failed("the engine thread ended");
-                        return Err(WorkerError::Executor { detail: "the engine thread ended".to_owned() });
+                        return Err(WorkerError::Failed { detail: "the engine thread ended".to_owned() });
                     }
                 },
                 Some(pulled) = self.pulls.join_next() => self.on_pulled(pulled),
                 Some(link) = self.links.join_next() => self.on_link(link),
-                message = bus.hello.next() => {
-                    open(message)?;
-                    self.send_beat();
+                heard = bus.next() => {
+                    self.on_heard(heard?);
+                    // A flood would fill up faster than it is looked at message by message.
+                    let until = Instant::now() + AT_A_TIME;
+                    while Instant::now() < until && let Some(heard) = bus.try_next() {
+                        self.on_heard(heard);
+                    }
                 }
-                message = bus.api_beats.next() => self.on_api_beat(&open(message)?),
-                message = bus.beats.next() => self.on_beat(&open(message)?),
-                message = bus.inbox.next() => self.on_inbox(open(message)?),
                 // Looks at the bus and comes back.
                 () = tokio::task::yield_now(), if self.is_awake() => {}
             }
         }
-        match self.executor_failure.take() {
+        match self.failure.take() {
             None => Ok(()),
-            Some(detail) => Err(WorkerError::Executor { detail }),
+            Some(detail) => Err(WorkerError::Failed { detail }),
         }
     }
 }
@@ -176,6 +193,15 @@ impl Desk {
         self.awake_until = now + RELEASE_NEAR;
     }
 
+    fn on_heard(&mut self, heard: Heard) {
+        match heard {
+            Heard::Inbox(message) => self.on_inbox(message),
+            Heard::Beat(message) => self.on_beat(&message),
+            Heard::ApiBeat(message) => self.on_api_beat(&message),
+            Heard::Hello => self.on_hello(),
+        }
+    }
+
     pub(crate) fn on_inbox(&mut self, message: Message) {
         let (cluster, me) = (&self.cluster, &self.me.worker);
         let subject = message.subject.as_str();
@@ -187,8 +213,10 @@ impl Desk {
             self.on_release(&message);
         } else if subject == cluster.abort(me) {
             self.on_abort(&message);
+        } else if subject == cluster.beat(me) {
+            self.on_echo();
         }
-        // The rest is our own beats, and `describe`, which the service answers.
+        // The rest is `describe`, which the service answers.
     }
 
     fn on_abort(&mut self, message: &Message) {
@@ -268,7 +296,8 @@ impl Desk {
                 break;
             }
             self.deadlines.remove(&(deadline, key));
-            let message = "the request's time budget ran out on the worker";
+            let place = self.place_of(key);
+            let message = format!("the request's time ran out while {place}");
             self.end_key(key, Some(Failure::new(FailureCode::Deadline, message)));
         }
         if self
@@ -277,18 +306,31 @@ impl Desk {
         {
             self.end_drain();
         }
+        if self.hello_answer.is_some_and(|due| due <= now) {
+            self.hello_answer = None;
+            self.send_beat();
+        }
+        if self.hears(now) {
+            self.tick_peers(now);
+        }
+    }
+
+    fn tick_peers(&mut self, now: Instant) {
         for action in self.peers.tick(now) {
             self.act(action);
         }
     }
 
     fn next_deadline(&self) -> Option<Instant> {
+        // What would not be done now must not be due.
+        let peers = self.peers.next_retry();
         let budget = self.deadlines.first().map(|(deadline, _)| *deadline);
         [
             self.end_after_failure,
+            self.hello_answer,
             self.leases.next_deadline(),
             budget,
-            self.peers.next_retry(),
+            peers.filter(|_| self.hears(Instant::now())),
             self.drain_deadline_ahead(),
         ]
         .into_iter()
@@ -296,39 +338,14 @@ impl Desk {
         .min()
     }
 
-    fn on_beat_due(&mut self, is_up: bool) {
+    fn on_beat_due(&mut self) {
         let now = Instant::now();
-        if is_up {
+        if self.hears(now) {
             self.drop_gone_api_servers(now);
-            for action in self.peers.tick(now) {
-                self.act(action);
-            }
+            self.tick_peers(now);
         }
         self.look_for_strays();
         self.send_beat();
-    }
-
-    /// While the bus was away, silence proved nothing about anybody.
-    fn on_bus(&mut self, is_up: bool) {
-        if is_up {
-            let now = Instant::now();
-            self.peers.excuse_silence(now);
-            self.api_servers.excuse_silence(now);
-            self.send_beat();
-        }
-    }
-
-    fn on_api_beat(&mut self, message: &Message) {
-        match decode::<ApiBeat>(&message.payload) {
-            Ok(beat) if speaker(&message.subject) != beat.api_server.as_str() => {
-                tracing::warn!(subject = %message.subject, api_server = %beat.api_server, "a beat in another API server's name");
-            }
-            Ok(beat) => {
-                // One whose life is over has nothing more to say.
-                let _ = self.heard_api_server(Instant::now(), &beat.api_server, beat.incarnation);
-            }
-            Err(error) => tracing::debug!(%error, "an API server's beat was not understood"),
-        }
     }
 
     fn on_beat(&mut self, message: &Message) {
@@ -345,107 +362,6 @@ impl Desk {
                 }
             }
             Err(error) => tracing::debug!(%error, "a beat was not understood"),
-        }
-    }
-
-    /// A beat or a job came from this life of an API server. What a former one asked for ends at once.
-    pub(crate) fn heard_api_server(
-        &mut self,
-        now: Instant,
-        api_server: &ApiServerId,
-        life: Life,
-    ) -> Result<(), Refusal> {
-        match self.api_servers.heard(now, api_server, life) {
-            Heard::Alive => Ok(()),
-            Heard::Reborn => {
-                self.end_requests_of(
-                    api_server,
-                    "API server started anew: its former requests end",
-                );
-                Ok(())
-            }
-            Heard::Ended => Err(Refusal::Malformed {
-                detail: format!(
-                    "another API server has joined as {api_server} since: give each a name of its own"
-                ),
-            }),
-        }
-    }
-
-    fn drop_gone_api_servers(&mut self, now: Instant) {
-        let gone_after = Duration::from_millis(GONE_AFTER_MS);
-        for api_server in self.api_servers.forget_silent(now, gone_after) {
-            self.end_requests_of(&api_server, "API server gone: its requests end");
-        }
-    }
-
-    /// Nobody waits for what this API server asked for until now.
-    fn end_requests_of(&mut self, api_server: &ApiServerId, why: &str) {
-        let leases = self.leases.abandon(api_server);
-        let prefills = self
-            .prefills
-            .iter()
-            .filter(|(_, entry)| entry.api_server == *api_server);
-        let decodes = self
-            .decodes
-            .iter()
-            .filter(|(_, entry)| entry.route.api_server == *api_server);
-        let keys: Vec<_> = prefills
-            .map(|(key, _)| *key)
-            .chain(decodes.map(|(key, _)| *key))
-            .collect();
-        if leases + keys.len() > 0 {
-            tracing::info!(%api_server, requests = keys.len(), leases, "{why}");
-        }
-        for key in keys {
-            self.end_key(key, None);
-        }
-    }
-
-    fn has_shown_failure(&self) -> bool {
-        self.end_after_failure
-            .is_some_and(|end| end <= Instant::now())
-    }
-
-    /// The executor is out of service. What it left in the arena is unknown, so no lease is good. Nothing in this process can
-    /// mend it: it ends soon, with an error, and a supervisor starts it anew.
-    fn on_executor_failed(&mut self, message: &str) {
-        self.executor_failure = Some(message.to_owned());
-        self.end_after_failure = Some(Instant::now() + FAILURE_SHOWN);
-        self.state = WorkerState::Failed;
-        let leases = self.leases.clear();
-        let keys: Vec<_> = self
-            .prefills
-            .keys()
-            .chain(self.decodes.keys())
-            .copied()
-            .collect();
-        tracing::error!(message, leases, requests = keys.len(), "out of service");
-        for key in keys {
-            self.end_key(key, Some(Failure::new(FailureCode::Executor, message)));
-        }
-        // Nothing will report these as left any more.
-        self.prefills.clear();
-        self.decodes.clear();
-        self.deadlines.clear();
-        self.send_beat();
-    }
-
-    /// Blocks in use while nobody holds any are lost blocks.
-    fn look_for_strays(&mut self) {
-        let busy = !self.prefills.is_empty()
-            || !self.decodes.is_empty()
-            || self.leases.len() > 0
-            || self.executor_failure.is_some();
-        let stats = self.pool.stats();
-        if busy || stats.used == 0 {
-            self.stray_beats = 0;
-            return;
-        }
-        self.stray_beats += 1;
-        // A pull that was cut short may hold its blocks for a while: those are quarantined.
-        if self.stray_beats == 3 && stats.quarantined == 0 {
-            tracing::error!(?stats, "blocks are in use and nobody uses them: a defect");
         }
     }
 
@@ -466,14 +382,6 @@ impl Desk {
             tracing::warn!(error, message = M::NAME, "not sent");
         }
     }
-}
-
-/// The subscription's next message; without subscription the connection is closed for good.
-fn open(message: Option<Message>) -> Result<Message, WorkerError> {
-    message.ok_or_else(|| WorkerError::System {
-        what: "listening on the bus",
-        detail: "the connection was closed".to_owned(),
-    })
 }
 
 /// What a task brought, or why it brought nothing. A cancelled task is no news.

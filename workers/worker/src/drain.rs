@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use async_nats::Subscriber;
+use baton_bus::Intake;
 use baton_protocol::{Failure, FailureCode, WorkerState};
-use futures::StreamExt;
 use tokio::time::{Instant, timeout};
 
 use crate::desk::Desk;
@@ -54,18 +53,15 @@ impl Desk {
 
     /// Listens no more, and answers what was sent before the bus knew: an API server that chose this worker a moment ago goes
     /// elsewhere at once, and need not find out by its silence.
-    pub(crate) async fn answer_latecomers(&mut self, inbox: &mut Subscriber) {
+    pub(crate) async fn answer_latecomers(&mut self, inbox: &mut Intake) {
         let rest = async {
-            inbox.drain().await?;
+            inbox.drain();
             while let Some(message) = inbox.next().await {
                 self.on_inbox(message);
             }
-            Ok::<_, async_nats::UnsubscribeError>(())
         };
-        match timeout(LATECOMERS, rest).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "unsubscribing"),
-            Err(_) => tracing::debug!("the bus did not say who came late"),
+        if timeout(LATECOMERS, rest).await.is_err() {
+            tracing::debug!("the bus did not say who came late");
         }
     }
 

@@ -18,6 +18,7 @@ use baton_engine::{Engine, Event, ExecutorError, NewSequence, ResumedSequence};
 use baton_protocol::{
     ApiServerId, End, Failure, FailureCode, FrameItem, PackedTokens, PullReport, Refusal,
 };
+use baton_watchdog::Pulse;
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
 use tokio::sync::mpsc;
 
@@ -37,6 +38,7 @@ struct EngineThread {
     tokens: Arc<TokenOutbox>,
     stalled: Arc<AtomicBool>,
     load: Arc<LoadGauge>,
+    pulse: Pulse,
     decoding: HashMap<u64, Decoding>,
     /// Items of the step or command under way.
     items: Vec<(ApiServerId, FrameItem)>,
@@ -69,6 +71,7 @@ impl EngineThread {
         tokens: Arc<TokenOutbox>,
         stalled: Arc<AtomicBool>,
         load: Arc<LoadGauge>,
+        pulse: Pulse,
     ) -> Self {
         Self {
             engine: Some(engine),
@@ -77,6 +80,7 @@ impl EngineThread {
             tokens,
             stalled,
             load,
+            pulse,
             decoding: HashMap::new(),
             items: Vec::new(),
             unsaid: Vec::new(),
@@ -86,6 +90,7 @@ impl EngineThread {
 
     fn run(mut self) {
         loop {
+            self.pulse.beat();
             if let Flow::End = self.take_commands() {
                 return;
             }
@@ -133,6 +138,7 @@ impl EngineThread {
 
     /// Sleeps until a command comes, or until the time is over.
     fn wait(&mut self, at_most: Option<Duration>) -> Flow {
+        self.pulse.rest();
         let command = match at_most {
             Some(at_most) => self.commands.recv_timeout(at_most),
             None => self
@@ -140,6 +146,7 @@ impl EngineThread {
                 .recv()
                 .map_err(|_| RecvTimeoutError::Disconnected),
         };
+        self.pulse.beat();
         match command {
             Ok(command) => self.carry_out(command),
             Err(RecvTimeoutError::Timeout) => Flow::On,
@@ -381,6 +388,13 @@ impl EngineThread {
 
     fn say(&mut self, event: EngineEvent) {
         self.unsaid.push(event);
+    }
+}
+
+impl Drop for EngineThread {
+    fn drop(&mut self) {
+        // What is over is not stuck.
+        self.pulse.rest();
     }
 }
 

@@ -34,8 +34,8 @@ pub enum WorkerError {
     },
     /// The bus was not reached.
     Bus(BusError),
-    /// The executor broke while serving. The worker stayed, said so in its beats, and left on shutdown.
-    Executor {
+    /// The executor broke or hangs, or KV transfer does. The worker said so in its beats for a while, and left.
+    Failed {
         /// What broke.
         detail: String,
     },
@@ -61,7 +61,7 @@ impl fmt::Display for WorkerError {
                 "KV transfer did not start: {detail}. Install UCX (libucx0 or a libucx wheel), or run role \"both\", which needs none"
             ),
             Self::Bus(error) => error.fmt(f),
-            Self::Executor { detail } => write!(f, "the executor failed: {detail}"),
+            Self::Failed { detail } => write!(f, "out of service: {detail}"),
             Self::System { what, detail } => write!(f, "{what}: {detail}"),
         }
     }

@@ -13,7 +13,7 @@
 //! 7. An abort, a deadline, an API server that is gone, a drain or a broken executor end it in any phase:
 //!    all through `desk`'s `end_key`.
 //!
-//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `run` (start and end), `beat`, `service`, `drain`.
+//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `run` (start and end), `beat`, `service`, `drain`, `failing`, `hearing`, `watch`.
 //!
 //! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
 //! engine thread; and the transfer agent's. No lock is held across an await.
@@ -33,8 +33,10 @@ mod device;
 mod drain;
 mod engine_thread;
 mod error;
+mod failing;
 mod fake_kv;
 mod frames;
+mod hearing;
 mod leases;
 mod line;
 mod peers;
@@ -42,6 +44,7 @@ mod pulls;
 mod random;
 mod run;
 mod service;
+mod watch;
 
 pub use config::{
     DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, WorkerConfig,

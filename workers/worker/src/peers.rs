@@ -362,6 +362,7 @@ mod tests {
             incarnation: Incarnation(incarnation),
             role: Role::Context,
             state: WorkerState::Serving,
+            reason: None,
             model: model("a"),
             kv: kv(),
             device: String::new(),

@@ -30,6 +30,7 @@ use crate::peers::Peers;
 use crate::pulls::PULLS_MAX;
 use crate::random::random;
 use crate::service::MicroService;
+use crate::watch::Watching;
 use crate::{Device, WorkerConfig, WorkerError};
 
 /// What is left to publish at the end may take this long.
@@ -123,6 +124,7 @@ pub async fn run(
         tokens.clone(),
         config.queue + info.step_sequences_max,
     )?;
+    let (watching, stuck) = Watching::start(&engine.pulse, config.device, agent.as_ref())?;
     let (outbox, control) = Outbox::new(client.clone());
     let publisher = Publisher {
         client: client.clone(),
@@ -136,7 +138,8 @@ pub async fn run(
     };
     let mut publisher = tokio::spawn(publisher.run());
     let shared_load = SharedLoad::default();
-    let mut subscriptions = Subscriptions::new(&client, &config.cluster, &config.worker).await?;
+    let mut subscriptions =
+        Subscriptions::new(&client, &config.cluster, &config.worker, &outbox).await?;
     let service =
         MicroService::start(&client, &config.cluster, &descriptor, shared_load.clone()).await?;
     let mut desk = Desk {
@@ -168,7 +171,8 @@ pub async fn run(
         lease: Duration::from_millis(config.lease_ms.into()),
         drain: Duration::from_millis(config.drain_ms),
         state: WorkerState::Serving,
-        executor_failure: None,
+        failure: None,
+        hangs: false,
         drain_deadline: None,
         has_ended_drain: false,
         deadlines: BTreeSet::new(),
@@ -183,34 +187,48 @@ pub async fn run(
         agent: agent.clone(),
         links: JoinSet::new(),
         api_servers: ApiServers::default(),
+        bus_is_up: true,
+        hello_answer: None,
+        echo: tokio::time::Instant::now(),
         shared_load,
         stray_beats: 0,
         // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.
         may_spin: matches!(config.device, Device::Cuda(_)) && config.role != Role::Both,
         awake_until: tokio::time::Instant::now(),
         end_after_failure: None,
+        pulse: watching.desk.clone(),
+        stuck,
     };
     tracing::info!("serving");
     let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
 
+    watching.desk.rest();
+    watching.leaving.beat();
     desk.send_beat();
-    service.stop().await;
+    if timeout(FAREWELL, service.stop()).await.is_err() {
+        tracing::warn!("the bus did not hear in time that nobody listens here any more");
+    }
     desk.answer_latecomers(&mut subscriptions.inbox).await;
-    subscriptions.close().await;
+    drop(subscriptions);
     let Desk {
         mut engine,
         outbox,
         pulls,
         links,
         leases,
+        hangs,
         ..
     } = desk;
     drop((pulls, links, leases));
-    blocking("ending the engine", move || {
-        engine.shutdown();
-        Ok(())
-    })
-    .await?;
+    if hangs {
+        engine.leave_behind();
+    } else {
+        blocking("ending the engine", move || {
+            engine.shutdown();
+            Ok(())
+        })
+        .await?;
+    }
     // The publisher ends with its last outbox, and not before the engine said its last.
     drop(outbox);
     if timeout(FAREWELL, &mut publisher).await.is_err() {

@@ -4,20 +4,24 @@
 use std::collections::HashMap;
 
 use async_nats::Client;
-use async_nats::service::{Service, ServiceExt};
+use async_nats::service::{Request, Service, ServiceExt};
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{WorkerDescriptor, encode};
 use bytes::Bytes;
 use futures::StreamExt;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::WorkerError;
 use crate::beat::SharedLoad;
 
+/// Peers that may wait for a description while the bus is slow.
+const QUESTIONS_MAX: usize = 1_024;
+
 /// The running service.
 pub(crate) struct MicroService {
     service: Service,
-    describe: JoinHandle<()>,
+    tasks: [JoinHandle<()>; 2],
 }
 
 impl MicroService {
@@ -58,20 +62,31 @@ impl MicroService {
             .add(cluster.describe(&descriptor.worker))
             .await
             .map_err(|error| failed(error.to_string()))?;
+        let (asked, mut questions) = mpsc::channel::<Request>(QUESTIONS_MAX);
+        let listen = tokio::spawn(async move {
+            while let Some(mut request) = endpoint.next().await {
+                // Whoever asks says nothing with it, and asks again if there is no room now.
+                request.message.payload = Bytes::new();
+                let _ = asked.try_send(request);
+            }
+        });
         let describe = tokio::spawn(async move {
-            while let Some(request) = endpoint.next().await {
+            while let Some(request) = questions.recv().await {
                 if let Err(error) = request.respond(Ok(answer.clone())).await {
                     tracing::debug!(%error, "a description was not sent");
                 }
             }
         });
-        Ok(Self { service, describe })
+        Ok(Self {
+            service,
+            tasks: [listen, describe],
+        })
     }
 
     pub(crate) async fn stop(self) {
         if let Err(error) = self.service.stop().await {
             tracing::debug!(%error, "stopping the NATS service");
         }
-        self.describe.abort();
+        self.tasks.iter().for_each(JoinHandle::abort);
     }
 }

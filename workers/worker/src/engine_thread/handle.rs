@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use baton_engine::{BlockTable, Engine, Sampled};
 use baton_protocol::{Failure, FinishReason, PullReport, Refusal, SequenceSpec, TokenLogprobs};
+use baton_watchdog::Pulse;
 use crossbeam_channel::{Sender, bounded};
 use tokio::sync::mpsc;
 
@@ -94,6 +95,8 @@ pub(crate) struct EngineHandle {
     commands: Sender<Command>,
     pub(crate) waker: EngineWaker,
     pub(crate) load: Arc<LoadGauge>,
+    /// Its turns. Waiting for a command is rest; a step that does not end is none.
+    pub(crate) pulse: Pulse,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -110,6 +113,7 @@ impl EngineHandle {
         let (events, event_receiver) = mpsc::channel(capacity);
         let stalled = Arc::new(AtomicBool::new(false));
         let load = Arc::new(LoadGauge::default());
+        let pulse = Pulse::default();
         let thread = EngineThread::new(
             engine,
             receiver,
@@ -117,6 +121,7 @@ impl EngineHandle {
             tokens,
             stalled.clone(),
             load.clone(),
+            pulse.clone(),
         );
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
@@ -134,6 +139,7 @@ impl EngineHandle {
                 commands,
                 waker,
                 load,
+                pulse,
                 thread: Some(thread),
             },
             event_receiver,
@@ -145,6 +151,11 @@ impl EngineHandle {
     #[must_use]
     pub(crate) fn send(&self, command: Command) -> bool {
         self.commands.try_send(command).is_ok()
+    }
+
+    /// Lets the thread be: it is stuck, and nothing can free it but the end of the process.
+    pub(crate) fn leave_behind(&mut self) {
+        drop(self.thread.take());
     }
 
     /// Ends the thread; waits for the step under way.

@@ -1,7 +1,7 @@
 //! Executors that break, for one sequence or for good.
 
 use baton_engine::FakeFaults;
-use baton_protocol::{FailureCode, PrefillReply, Refusal, Role, WorkerState};
+use baton_protocol::{FailureCode, PrefillReply, Refusal, Role, SequenceSpec, WorkerState};
 use baton_worker::{Device, WorkerError};
 
 use crate::support::*;
@@ -58,12 +58,8 @@ async fn a_broken_executor_ends_its_worker_after_saying_so() {
     let sequence = prompt(1, 30, 1_000);
     let mut config = house.config("both", Role::Both);
     config.device = Device::Fake { step_micros: 5_000 };
-    // The last token of another prompt, which the first text does not meet for a while.
     let text = undisturbed(&sequence);
-    let bad = (10..).map(|seed| prompt(seed, 30, 40));
-    let is_bad = |bad: &baton_protocol::SequenceSpec| !text.contains(&bad.tokens.0[29]);
-    let bad = bad.into_iter().find(is_bad).expect("there is one");
-    assert!(!sequence.tokens.0.contains(&bad.tokens.0[29]));
+    let bad = other_prompt(&sequence, &text);
     config.fake_faults = FakeFaults {
         step: Some(bad.tokens.0[29]),
         ..FakeFaults::default()
@@ -100,5 +96,62 @@ async fn a_broken_executor_ends_its_worker_after_saying_so() {
     assert!(!api.release(&staged, |_| {}).await, "no lease is good");
     // And then it ends by itself, with an error.
     let error = both.left().await.expect_err("it failed");
-    assert!(matches!(error, WorkerError::Executor { .. }), "{error}");
+    assert!(matches!(error, WorkerError::Failed { .. }), "{error}");
+}
+
+/// A GPU that hangs is waited for by a thread that nothing can free. The desk sees it, says so, and the worker ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_executor_ends_its_worker_after_saying_so() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let sequence = prompt(1, 30, 1_000);
+    let text = undisturbed(&sequence);
+    let mut config = house.config("both", Role::Both);
+    config.device = Device::Fake { step_micros: 5_000 };
+    let bad = other_prompt(&sequence, &text);
+    config.fake_faults = FakeFaults {
+        hang: Some(bad.tokens.0[29]),
+        ..FakeFaults::default()
+    };
+    let both = Worker::start(config);
+    api.until(&both.id, "at all", |_| true).await;
+    let staged = api.staged(&both.id, new_request(), &sequence).await;
+    let request = new_request();
+    let handle = api.staged(&both.id, request, &sequence).await;
+    api.admitted(&both.id, &api.decode_job(request, &sequence, &handle))
+        .await;
+    api.first_tokens(request).await;
+
+    let job = api.prefill_job(new_request(), &bad);
+    let PrefillReply::Failed { failure, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it went well")
+    };
+    assert_eq!(failure.code, FailureCode::Executor);
+    let sentence = "the executor hangs: fake:5000 has been at one step for 5 s";
+    assert!(failure.message.contains(sentence), "{failure}");
+    let stream = api.stream(request, 0).await;
+    assert_eq!(stream.failure(), FailureCode::Executor);
+    let beat = api
+        .until(&both.id, "that it failed", |beat| {
+            beat.state == WorkerState::Failed
+        })
+        .await;
+    assert_eq!(beat.reason, Some(failure.message));
+    assert_eq!(beat.load.leased, 0);
+    let PrefillReply::Refused { refusal, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it was taken")
+    };
+    assert_eq!(refusal, Refusal::Draining);
+    assert!(!api.release(&staged, |_| {}).await, "no lease is good");
+    let error = both.left().await.expect_err("it failed");
+    assert!(matches!(error, WorkerError::Failed { .. }), "{error}");
+}
+
+/// One whose last token is nowhere in this prompt and its text.
+fn other_prompt(sequence: &SequenceSpec, text: &[u32]) -> SequenceSpec {
+    let is_met = |token: u32| text.contains(&token) || sequence.tokens.0.contains(&token);
+    (10..)
+        .map(|seed| prompt(seed, 30, 40))
+        .find(|other| !is_met(other.tokens.0[29]))
+        .expect("there is one")
 }

@@ -353,3 +353,36 @@ async fn malformed_bytes_do_no_harm() {
     api.until_empty(&both.id).await;
     both.stop().await;
 }
+
+/// A job that is sent again because nothing was heard of it goes on where it is, and the latest sender is answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_that_is_sent_again_is_answered_once_and_run_once() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let mut config = house.config("ctx", Role::Context);
+    config.device = Device::Fake {
+        step_micros: 20_000,
+    };
+    // A queue of one: a second prompt would be refused.
+    config.queue = 1;
+    let context = Worker::start(config);
+    api.until(&context.id, "at all", |_| true).await;
+    let sequence = prompt(1, 2_000, 10);
+    let job = api.prefill_job(new_request(), &sequence);
+    let subject = house.cluster.prefill(&context.id);
+    let mut first = api.client.subscribe("first").await.unwrap();
+    let payload = baton_protocol::encode(&job).unwrap();
+    let sent = api
+        .client
+        .publish_with_reply(subject, "first", payload.into());
+    sent.await.unwrap();
+    let reply = api.prefill(&context.id, &job).await;
+    let PrefillReply::Ready { handle, .. } = reply else {
+        panic!("not staged: {reply:?}")
+    };
+    assert!(api.release(&handle, |_| {}).await);
+    api.until_empty(&context.id).await;
+    let nothing = futures::FutureExt::now_or_never(futures::StreamExt::next(&mut first));
+    assert!(nothing.is_none(), "answered twice: {nothing:?}");
+    context.stop().await;
+}

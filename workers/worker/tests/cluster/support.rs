@@ -483,11 +483,13 @@ impl Api {
             end: None,
         };
         for (i, item) in items.into_iter().enumerate() {
-            assert_eq!(
-                item.index as usize,
-                stream.first_index as usize + stream.tokens.len(),
-                "a gap: {item:?}"
-            );
+            let next = stream.first_index as usize + stream.tokens.len();
+            // A worker whose engine hangs ends a try without knowing how far it was.
+            let is_next = match item.tokens.0.is_empty() {
+                true => item.index as usize <= next,
+                false => item.index as usize == next,
+            };
+            assert!(is_next, "a gap: {item:?}");
             assert!(
                 item.pulled.is_none() || i == 0,
                 "the pull is reported first or never"

@@ -1,0 +1,267 @@
+//! What is heard on the bus: token frames, and the beats of workers and of API servers.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_nats::{Message, Subscriber};
+use baton_bus::{Intake, Seldom};
+use baton_protocol::subjects::speaker;
+use baton_protocol::{ApiBeat, Beat, TokenFrame, decode, limits};
+use tokio::task::JoinHandle;
+
+use super::{Bus, FAULT_INTERVAL};
+use crate::error::ApiServerError;
+use crate::inbox::{Event, Registry, lock};
+use crate::membership::{GONE_AFTER, SUSPECT_AFTER};
+
+/// Bytes of token frames that may wait. Some are dropped beyond it, which their numbers tell.
+const FRAMES_BYTES_MAX: usize = 64 << 20;
+
+/// Bytes of beats, and of hellos, that may wait. They are repeated.
+const BEATS_BYTES_MAX: usize = 4 << 20;
+
+/// How often it is looked who fell silent.
+const SWEEP_INTERVAL: Duration = Duration::from_millis(250);
+
+/// What waits on the bus is worked off for this long before others on the thread have their turn again.
+const AT_A_TIME: Duration = Duration::from_millis(2);
+
+/// Others who say hello within this time hear the same beat.
+const HELLO_WAIT: Duration = Duration::from_millis(10);
+
+/// What beats and connection events are reported to.
+pub trait Watcher: Send + Sync + 'static {
+    /// A worker beat.
+    fn beat(&self, beat: Beat, now: Instant);
+    /// An API server beat.
+    fn api_beat(&self, beat: ApiBeat, now: Instant);
+    /// The bus is there, for the first time or again: what was said meanwhile is lost.
+    fn bus_back(&self, now: Instant);
+    /// Time to look for who fell silent.
+    fn sweep(&self, now: Instant);
+    /// Generations in flight, for our own beat.
+    fn in_flight(&self) -> u32;
+    /// Messages that could not be read, or were dropped, by kind.
+    fn bus_fault(&self, kind: &'static str);
+}
+
+impl Bus {
+    /// Subscribes to tokens and beats, asks everybody to beat, and serves both until the tasks are aborted.
+    ///
+    /// # Errors
+    /// [`ApiServerError::Bus`] if a subscription fails.
+    pub async fn serve<W: Watcher>(
+        &self,
+        registry: Arc<Registry>,
+        watcher: Arc<W>,
+    ) -> Result<Vec<JoinHandle<()>>, ApiServerError> {
+        let faults = Arc::new(Faults::new(Arc::clone(&registry), Arc::clone(&watcher)));
+        let overflow = Arc::clone(&faults);
+        let tokens = self.subscribe(self.cluster.all_tokens(&self.name)).await?;
+        let tokens = Intake::new(tokens, FRAMES_BYTES_MAX, move |message| {
+            overflow.lost("frame_overflow", message);
+        });
+        let repeated = async |subject: String| {
+            let subscriber = self.subscribe(subject).await?;
+            Ok::<_, ApiServerError>(Intake::new(subscriber, BEATS_BYTES_MAX, |_| {}))
+        };
+        let membership = Membership {
+            beats: repeated(self.cluster.beats()).await?,
+            api_beats: repeated(self.cluster.api_beats()).await?,
+            hellos: repeated(self.cluster.hello()).await?,
+            bus: self.clone(),
+            watcher,
+            faults: Arc::clone(&faults),
+            down: None,
+        };
+        Ok(vec![
+            tokio::spawn(take_tokens(self.clone(), tokens, registry, faults)),
+            tokio::spawn(membership.run()),
+        ])
+    }
+
+    async fn subscribe(&self, subject: String) -> Result<Subscriber, ApiServerError> {
+        let subscriber = self.client.subscribe(subject).await;
+        subscriber.map_err(|error| ApiServerError::Bus(format!("NATS subscription: {error}")))
+    }
+}
+
+async fn take_tokens<W: Watcher>(
+    bus: Bus,
+    mut tokens: Intake,
+    registry: Arc<Registry>,
+    faults: Arc<Faults<W>>,
+) {
+    let take = |message: Message| match decode::<TokenFrame>(&message.payload) {
+        // NATS may let a worker send on its own subjects alone.
+        Ok(frame) if speaker(&message.subject) == frame.worker.as_str() => {
+            let (from, strays) = registry.dispatch(frame);
+            for request in strays {
+                bus.abort(&from, request, "it is over");
+            }
+        }
+        Ok(_) => faults.note("frame_forged", &message),
+        Err(_) => faults.lost("frame_unreadable", &message),
+    };
+    while let Some(message) = tokens.next().await {
+        take(message);
+        // A flood would fill up faster than it is looked at message by message.
+        let until = Instant::now() + AT_A_TIME;
+        while Instant::now() < until
+            && let Some(message) = tokens.try_next()
+        {
+            take(message);
+        }
+    }
+}
+
+/// Who is there, by what they say of themselves, and what we say of ourselves.
+struct Membership<W> {
+    beats: Intake,
+    api_beats: Intake,
+    hellos: Intake,
+    bus: Bus,
+    watcher: Arc<W>,
+    faults: Arc<Faults<W>>,
+    /// When the bus was last found down or silent.
+    down: Option<Instant>,
+}
+
+impl<W: Watcher> Membership<W> {
+    async fn run(mut self) {
+        let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
+        let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
+        let mut hello_answer: Option<tokio::time::Instant> = None;
+        let back = Arc::clone(&self.bus.back);
+        loop {
+            let answer_due = hello_answer.unwrap_or_else(tokio::time::Instant::now);
+            tokio::select! {
+                () = back.notified() => self.on_back().await,
+                Some(message) = self.beats.next() => {
+                    self.on_beat(&message);
+                    self.catch_up();
+                }
+                Some(message) = self.api_beats.next() => {
+                    self.on_api_beat(&message);
+                    self.catch_up();
+                }
+                Some(_) = self.hellos.next() => {
+                    hello_answer.get_or_insert_with(|| tokio::time::Instant::now() + HELLO_WAIT);
+                }
+                () = tokio::time::sleep_until(answer_due), if hello_answer.is_some() => {
+                    hello_answer = None;
+                    self.bus.beat(self.watcher.in_flight()).await;
+                }
+                _ = tick.tick() => self.bus.beat(self.watcher.in_flight()).await,
+                _ = sweep.tick() => self.sweep(Instant::now()),
+            }
+        }
+    }
+
+    /// Works off what is there of beats, as with token frames.
+    fn catch_up(&mut self) {
+        let until = Instant::now() + AT_A_TIME;
+        while Instant::now() < until {
+            let (beat, api_beat) = (self.beats.try_next(), self.api_beats.try_next());
+            if beat.is_none() && api_beat.is_none() {
+                return;
+            }
+            if let Some(message) = beat {
+                self.on_beat(&message);
+            }
+            if let Some(message) = api_beat {
+                self.on_api_beat(&message);
+            }
+        }
+    }
+
+    /// While the bus is down or silent, and until all had time to beat again, silence says nothing about the workers.
+    fn sweep(&mut self, now: Instant) {
+        let was_down = self.down.is_some_and(|at| now - at < GONE_AFTER);
+        if self.bus.fault(now).is_some() {
+            self.down = Some(now);
+        } else if !was_down {
+            self.watcher.sweep(now);
+        }
+    }
+
+    /// Our own beat came back. If it had not for long, the bus stood still, or this process did, and then workers may have taken
+    /// us for gone and ended what we asked for.
+    fn on_echo(&mut self, now: Instant) {
+        let before = std::mem::replace(&mut *lock(&self.bus.echo), now);
+        if now.saturating_duration_since(before) >= SUSPECT_AFTER {
+            self.down = Some(now);
+            self.bus.back.notify_one();
+        }
+    }
+
+    /// The bus is there, for the first time or again.
+    async fn on_back(&mut self) {
+        let now = Instant::now();
+        *lock(&self.bus.echo) = now;
+        self.down = Some(now);
+        self.watcher.bus_back(now);
+        self.bus.hello().await;
+    }
+
+    fn on_beat(&self, message: &Message) {
+        match decode::<Beat>(&message.payload) {
+            Ok(beat) if speaker(&message.subject) == beat.worker.as_str() => {
+                self.watcher.beat(beat, Instant::now());
+            }
+            Ok(_) => self.faults.note("beat_forged", message),
+            Err(_) => self.faults.note("beat_unreadable", message),
+        }
+    }
+
+    fn on_api_beat(&mut self, message: &Message) {
+        match decode::<ApiBeat>(&message.payload) {
+            Ok(beat) if speaker(&message.subject) == beat.api_server.as_str() => {
+                let now = Instant::now();
+                let bus = &self.bus;
+                if beat.api_server == bus.name && beat.incarnation == Some(bus.incarnation) {
+                    self.on_echo(now);
+                }
+                self.watcher.api_beat(beat, now);
+            }
+            Ok(_) => self.faults.note("beat_forged", message),
+            Err(_) => self.faults.note("beat_unreadable", message),
+        }
+    }
+}
+
+/// What should not be on the bus: all of it is counted, and told seldom. Whoever floods the bus floods no log.
+struct Faults<W> {
+    registry: Arc<Registry>,
+    watcher: Arc<W>,
+    log: Mutex<Seldom>,
+    loss: Mutex<Seldom>,
+}
+
+impl<W: Watcher> Faults<W> {
+    fn new(registry: Arc<Registry>, watcher: Arc<W>) -> Self {
+        Self {
+            registry,
+            watcher,
+            log: Mutex::new(Seldom::new(FAULT_INTERVAL)),
+            loss: Mutex::new(Seldom::new(FAULT_INTERVAL)),
+        }
+    }
+
+    /// A message that says nothing.
+    fn note(&self, kind: &'static str, message: &Message) {
+        self.watcher.bus_fault(kind);
+        if let Some(others) = lock(&self.log).pass(Instant::now()) {
+            let (subject, bytes) = (&message.subject, message.payload.len());
+            tracing::warn!(%subject, bytes, others, kind, "not a message to act on");
+        }
+    }
+
+    /// A message that may have been a generation's.
+    fn lost(&self, kind: &'static str, message: &Message) {
+        self.note(kind, message);
+        if lock(&self.loss).pass(Instant::now()).is_some() {
+            self.registry.broadcast(|| Event::FramesLost);
+        }
+    }
+}
