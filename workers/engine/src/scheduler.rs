@@ -7,6 +7,12 @@
 //! 2. at least half of the rest for the oldest unfinished prompt, so that the longest prompt ends;
 //! 3. what is left by shortest remaining prompt, so that a short one does not wait behind a long one.
 //!
+//! So a prompt of `L` tokens that has its blocks waits for no more than the prompts that came before it: all of theirs and
+//! its own run in `2 (older + L) / budget` steps, however many short ones come after it. And a short one waits for the
+//! short ones before it: whatever long ones are under way, those that fit into the other half of a step start at once and
+//! run in the next. Neither bound counts the time in which nobody can start, because blocks are missing: then the
+//! first in the queue is waited for, and nobody passes it.
+//!
 //! A prompt takes all its blocks on admission, so two half-done prompts never wait for each other's. Output
 //! takes blocks one at a time, and when none is left the youngest generating sequence gives up its own.
 //!
@@ -25,7 +31,7 @@ use crate::flight::{Flight, FlightRow};
 use crate::sequence::Sequence;
 use crate::{BlockPool, Event, SequenceStep, StepPlan};
 
-/// Prompts admitted at once though fewer would fill the step: more would only hold blocks, and miss
+/// Prompts admitted in order of arrival though fewer would fill the step: more would only hold blocks, and miss
 /// prefixes that those before them are about to share.
 const PROMPTS_IN_FLIGHT: usize = 4;
 
@@ -171,16 +177,13 @@ impl Scheduler {
         }
     }
 
-    /// Start the first waiting prompt if its blocks are there. Younger ones do not overtake it, or a long
-    /// one could wait for ever.
+    /// Start the next prompt if its blocks are there. Where blocks are missing nobody overtakes it, or a long one
+    /// could wait for ever.
     fn admit_prompt(&mut self) -> bool {
-        let in_flight: usize = self.prefilling.iter().map(Sequence::remaining).sum();
-        if self.prefilling.len() >= PROMPTS_IN_FLIGHT && in_flight >= self.step_tokens {
-            return false;
-        }
-        let Some(front) = self.waiting.front() else {
+        let Some(at) = self.next_prompt() else {
             return false;
         };
+        let front = &self.waiting[at];
         // Log-probabilities of the prompt need every position computed.
         let reuse = self.prefix_cache && front.prompt.logprobs_top.is_none();
         // A block for each generating sequence stays, or they would soon throw each other out.
@@ -188,12 +191,35 @@ impl Scheduler {
         let Some(blocks) = self.pool.admit(&front.tokens, reuse, keep_free) else {
             return false;
         };
-        let mut sequence = self.waiting.pop_front().expect("it is the front");
+        let mut sequence = self.waiting.remove(at).expect("it was found there");
         sequence.computed = blocks.indexed() * self.pool.block_tokens();
         sequence.prompt.cached_tokens = sequence.computed;
         sequence.blocks = blocks;
-        self.prefilling.push(sequence);
+        let place = self
+            .prefilling
+            .partition_point(|s| s.arrival < sequence.arrival);
+        self.prefilling.insert(place, sequence);
         true
+    }
+
+    /// Which waiting prompt starts next: the first, unless enough are under way; then the first of those that fit into
+    /// the half of a step that the oldest prompt does not have, beside the short ones that are under way.
+    fn next_prompt(&self) -> Option<usize> {
+        let first = self.waiting.front()?;
+        let before = self.prefilling.iter().filter(|s| s.arrival < first.arrival);
+        let (mut count, mut in_flight) = (0, 0);
+        for sequence in before {
+            count += 1;
+            in_flight += sequence.remaining();
+        }
+        if count < PROMPTS_IN_FLIGHT || in_flight < self.step_tokens {
+            return Some(0);
+        }
+        let half = self.step_tokens / 2;
+        let under_way = self.prefilling.iter().map(Sequence::remaining);
+        let short: usize = under_way.filter(|remaining| *remaining <= half).sum();
+        let fits = |s: &Sequence| short + s.remaining() <= half;
+        self.waiting.iter().position(fits)
     }
 
     fn plan_decodes(&mut self, events: &mut Vec<Event>) {

@@ -6,6 +6,7 @@ use super::*;
 use crate::{FakeConfig, FakeExecutor};
 
 mod behaviour;
+mod fairness;
 mod flights;
 mod properties;
 mod sampler;
