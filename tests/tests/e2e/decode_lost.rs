@@ -10,7 +10,7 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 
 /// Output tokens of each choice that no stop string ends.
-const MAX_TOKENS: usize = 240;
+const MAX_TOKENS: usize = 200;
 
 /// Tokens that every choice makes on a worker before that worker is lost.
 const TOKENS_EACH: usize = 5;
@@ -164,17 +164,26 @@ async fn all_go_on_at(cluster: &Cluster, from: usize, worker: &str, count: usize
     .await;
 }
 
-async fn worker_is(cluster: &Cluster, worker: &str, state: &str) {
-    let what = format!("{worker} to be {state}");
+/// Waits until the API server gives this worker jobs, or does not any more.
+async fn serves(cluster: &Cluster, worker: &str, expected: bool) {
+    let what = format!("{worker} serving: {expected}");
     eventually(&what, PATIENCE, async || {
         let known = cluster.known_workers().await?;
-        let shown = known.get(worker).map(|worker| worker["state"].clone());
-        match shown.as_ref().and_then(Value::as_str).unwrap_or("gone") == state {
+        let state = known.get(worker).map(|worker| &worker["state"]);
+        match state.is_some_and(|state| state == "serving") == expected {
             true => Ok(()),
-            false => Err(format!("{shown:?}")),
+            false => Err(format!("{state:?}")),
         }
     })
     .await;
+}
+
+/// Prompt tokens that `/metrics` has counted so far.
+async fn prompt_tokens(cluster: &Cluster) -> f64 {
+    let metrics = cluster.api.metrics().await;
+    metrics
+        .sum("baton_tokens_total", &["kind=\"prompt\""])
+        .expect("a counter")
 }
 
 /// What a worker that was taken for lost still held is free again.
@@ -225,7 +234,9 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
                 .map(|(question, stream)| ask(&cluster.api, question, *stream)),
         )
     };
+    let before = prompt_tokens(&cluster).await;
     let expected = all().await;
+    let undisturbed = prompt_tokens(&cluster).await;
     let choices: usize = expected.iter().map(|told| told.choices.len()).sum();
     for (told, (question, _)) in expected.iter().zip(&asked) {
         let is_stopped = !question.body["stop"].is_null();
@@ -240,7 +251,7 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
         cluster.signal(spare, Signal::Stop);
     }
     for spare in ["decode-1", "decode-2"] {
-        worker_is(&cluster, spare, "gone").await;
+        serves(&cluster, spare, false).await;
     }
     let from = cluster.tap.now();
     let answers: Vec<_> = asked
@@ -254,14 +265,14 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
     all_go_on_at(&cluster, from, "decode-0", choices).await;
 
     cluster.signal("decode-1", Signal::Continue);
-    worker_is(&cluster, "decode-1", "serving").await;
+    serves(&cluster, "decode-1", true).await;
     cluster.signal("decode-0", Signal::Stop);
     all_go_on_at(&cluster, from, "decode-1", choices).await;
 
     // the dead one comes back to life: what it says disturbs nobody, what it holds it lets go
     cluster.signal("decode-0", Signal::Continue);
     holds_nothing(&cluster, "decode-0").await;
-    worker_is(&cluster, "decode-0", "serving").await;
+    serves(&cluster, "decode-0", true).await;
     match &network {
         Some(network) => network.unplug("decode-1"),
         None => cluster.signal("decode-1", Signal::Stop),
@@ -273,7 +284,7 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
         None => cluster.signal("decode-1", Signal::Continue),
     }
     cluster.signal("decode-2", Signal::Continue);
-    worker_is(&cluster, "decode-2", "serving").await;
+    serves(&cluster, "decode-2", true).await;
     cluster.kill("decode-0");
 
     let mut wrong = String::new();
@@ -288,6 +299,11 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
         }
     }
     assert!(wrong.is_empty(), "{wrong}");
+    assert_eq!(
+        prompt_tokens(&cluster).await - undisturbed,
+        undisturbed - before,
+        "prompts were counted again"
+    );
     let traces = Trace::all(&cluster.tap, from).await;
     assert_eq!(traces.len(), choices);
     for trace in traces.values() {
