@@ -132,6 +132,9 @@ impl ErrorKind {
     }
 }
 
+/// Longest message that a client is told.
+const MESSAGE_CHARS_MAX: usize = 1_000;
+
 /// An error on its way to a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ApiError {
@@ -149,9 +152,15 @@ impl ApiError {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         let retry_after_ms = kind.row().retryable.then_some(1_000);
+        let mut message = message.into();
+        // It may quote the client, a template or a worker.
+        if let Some((end, _)) = message.char_indices().nth(MESSAGE_CHARS_MAX) {
+            message.truncate(end);
+            message.push('…');
+        }
         Self {
             kind,
-            message: message.into(),
+            message,
             param: None,
             retry_after_ms,
         }
@@ -241,6 +250,15 @@ mod tests {
                 "{kind:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_message_that_quotes_a_whole_body_is_cut() {
+        let error = ApiError::param("response_format", "é".repeat(1 << 20));
+        assert_eq!(error.message.chars().count(), MESSAGE_CHARS_MAX + 1);
+        assert!(error.message.ends_with("é…"));
+        let fits = "é".repeat(MESSAGE_CHARS_MAX);
+        assert_eq!(ApiError::param("n", fits.as_str()).message, fits);
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub fn decode<M: Versioned>(bytes: &[u8]) -> Result<M, ProtocolError> {
     check_size(M::NAME, bytes.len())?;
     let json = |error: serde_json::Error| ProtocolError::Json {
         what: M::NAME,
-        detail: error.to_string(),
+        detail: short(error.to_string()),
     };
     match serde_json::from_slice::<M>(bytes) {
         // Another version may parse by luck: its own number decides, not the shape. Where it does not
@@ -86,6 +86,19 @@ fn version_stands_first(bytes: &[u8]) -> bool {
     const PREFIX: &str = "{\"v\":1,";
     const { assert!(PROTOCOL_VERSION == 1) };
     bytes.starts_with(PREFIX.as_bytes())
+}
+
+/// What a parser quotes of a message may be as long as the message, and goes into logs and refusals: its beginning and its
+/// end, which says where, will do.
+fn short(detail: String) -> String {
+    const HALF_CHARS: usize = 100;
+    let count = detail.chars().count();
+    if count <= 2 * HALF_CHARS {
+        return detail;
+    }
+    let begin: String = detail.chars().take(HALF_CHARS).collect();
+    let end: String = detail.chars().skip(count - HALF_CHARS).collect();
+    format!("{begin} … {end}")
 }
 
 fn check_size(what: &'static str, bytes: usize) -> Result<(), ProtocolError> {

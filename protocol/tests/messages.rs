@@ -409,6 +409,25 @@ fn an_api_server_of_old_says_no_incarnation() {
 }
 
 #[test]
+fn what_is_wrong_with_a_long_message_is_a_short_sentence() {
+    let name = "x".repeat(1 << 20);
+    for message in [
+        format!(r#"{{"v":1,"api_server":"api","in_flight":"{name}"}}"#),
+        format!(r#"{{"v":1,"api_server":{name:?},"in_flight":0}}"#),
+        format!(
+            r#"{{"v":1,"api_server":"api","in_flight":0,"v":"{}"}}"#,
+            "漢".repeat(1 << 18)
+        ),
+    ] {
+        let error = decode::<ApiBeat>(message.as_bytes())
+            .unwrap_err()
+            .to_string();
+        assert!(error.len() < 1_000, "{} bytes", error.len());
+        assert!(error.contains("at line 1 column"), "{error}");
+    }
+}
+
+#[test]
 fn over_the_size_bound_nothing_is_parsed() {
     let bytes = vec![b' '; limits::MESSAGE_BYTES_MAX + 1];
     let error = decode::<Released>(&bytes).expect_err("is refused");
