@@ -333,7 +333,7 @@ impl Lifecycle {
         let Some(decode) = self.decode().cloned() else {
             return;
         };
-        if item.attempt + 1 != self.next_attempt {
+        if item.attempt.checked_add(1) != Some(self.next_attempt) {
             return;
         }
         if let Some(report) = item.pulled {
@@ -350,6 +350,10 @@ impl Lifecycle {
         if known > 0 {
             logprobs.drain(..known.min(logprobs.len()));
             tokens.drain(..known.min(tokens.len()));
+        }
+        if have + tokens.len() > self.rules.max_tokens as usize {
+            let worker = Some(decode.worker);
+            return self.retry("more tokens came than were asked for", worker, out);
         }
         if !tokens.is_empty() || item.pulled.is_some() {
             self.phase = Phase::Decoding {

@@ -161,7 +161,8 @@ impl Router {
             let own = self.own(&member.beat.worker);
             let then = self.own_at_beat(&member.beat.worker);
             let load = &member.beat.load;
-            let beaten = (load.waiting + load.running + load.pulling) as usize;
+            let beaten = [load.waiting, load.running, load.pulling].map(|n| n as usize);
+            let beaten: usize = beaten.iter().sum();
             let others = beaten.saturating_sub(then.decodes);
             let jobs = own.decodes * 1024 + others * 1024 / routers;
             let share = jobs / (member.beat.capacity.batch.max(1) as usize);

@@ -207,6 +207,23 @@ fn tokens_may_overtake_the_admission_and_duplicates_are_dropped() {
 }
 
 #[test]
+fn a_frame_of_the_last_try_that_numbers_can_name_is_nobodys() {
+    let mut run = Run::decoding();
+    assert_eq!(run.step(item(u32::MAX, 2, &[12], None)), []);
+    assert_eq!(run.life.output(), [10, 11]);
+}
+
+#[test]
+fn more_tokens_than_were_asked_for_are_not_believed() {
+    let mut run = Run::decoding();
+    let room = run.life.rules.max_tokens as usize - run.life.output().len();
+    let actions = run.step(item(0, 2, &vec![12; room + 1], None));
+    assert_eq!(aborts(&actions), ["d"]);
+    assert_eq!(actions.last(), Some(&Action::ChooseContext));
+    assert_eq!(run.life.output(), [10, 11]);
+}
+
+#[test]
 fn a_gap_begins_anew_with_the_output_so_far() {
     let mut run = Run::decoding();
     let actions = run.step(item(0, 3, &[13], None));

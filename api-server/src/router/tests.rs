@@ -265,3 +265,20 @@ fn the_prefix_map_is_bounded() {
     assert!(map.order.len() <= 2 * PREFIXES_MAX);
     assert!(map.cached_blocks(&[0]).is_empty());
 }
+
+#[test]
+fn a_load_beyond_all_numbers_is_only_a_large_one() {
+    let mut setup = Setup::new(&[
+        ("c", Role::Context, &[]),
+        ("d0", Role::Decode, &["c"]),
+        ("d1", Role::Decode, &["c"]),
+    ]);
+    let mut beat = beat("d0", Role::Decode, &["c"]);
+    beat.load.waiting = u32::MAX;
+    beat.load.running = u32::MAX;
+    beat.load.pulling = u32::MAX;
+    setup.members.beat(beat, setup.now);
+    for _ in 0..3 {
+        assert_eq!(setup.decode(&[], "c").as_deref(), Some("d1"));
+    }
+}
