@@ -4,6 +4,9 @@ use serde_json::{Map, Value};
 
 use crate::error::{ApiError, ErrorKind};
 
+/// Most values of a body, each item of a list counted: a parsed value takes up to 80 bytes, whatever few it had in the body.
+const VALUES_MAX: usize = 1 << 20;
+
 /// The fields of a request. Unknown ones are nobody's business; `null` is the same as absent.
 #[derive(Debug)]
 pub struct Fields(Map<String, Value>);
@@ -19,6 +22,11 @@ impl Fields {
             return Err(bad(format!(
                 "the body is not valid UTF-8 (byte {})",
                 error.valid_up_to()
+            )));
+        }
+        if values(body) > VALUES_MAX {
+            return Err(bad(format!(
+                "the body holds more than {VALUES_MAX} values: send long prompts as text"
             )));
         }
         match serde_json::from_slice(body) {
@@ -97,6 +105,21 @@ impl Fields {
     }
 }
 
+/// How many values a JSON text holds, or somewhat more.
+fn values(body: &[u8]) -> usize {
+    let (mut count, mut in_string, mut escaped) = (1, false, false);
+    for byte in body {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_string,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' | b':' if !in_string => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
 /// An integer, also when written `5.0`.
 pub fn whole(value: &Value) -> Option<i64> {
     let float = |f: f64| (f.fract() == 0.0 && f.abs() < 9e15).then_some(f as i64);
@@ -122,6 +145,19 @@ pub fn wrong_type(name: &str, expected: &str, value: &Value) -> ApiError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_body_of_a_million_little_values_is_refused_before_it_grows() {
+        let body = |items: usize| format!("{{\"a\":[{}0]}}", "[0],".repeat(items));
+        let error = Fields::parse(body(VALUES_MAX / 2).as_bytes()).unwrap_err();
+        assert!(
+            error.message.contains("more than 1048576 values"),
+            "{error}"
+        );
+        assert!(Fields::parse(body(VALUES_MAX / 4).as_bytes()).is_ok());
+        let text = format!("{{\"a\":\"\\\"{}\"}}", ",[{:".repeat(VALUES_MAX));
+        assert!(Fields::parse(text.as_bytes()).is_ok(), "text is one value");
+    }
 
     #[test]
     fn wrong_types_name_the_field() {
