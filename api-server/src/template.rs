@@ -73,13 +73,37 @@ impl ChatTemplate {
             bos_token => self.bos_token.as_str(),
             eos_token => self.eos_token.as_str(),
         };
-        template.render(context).map_err(|error| {
+        let mut prompt = Prompt(Vec::new());
+        let rendered = template.render_captured_to(context, &mut prompt);
+        rendered.map(drop).map_err(|error| {
             let text = error.detail().unwrap_or_default();
             match text.strip_prefix(RAISED) {
                 Some(raised) => raised.to_owned(),
                 None => format!("the chat template failed: {error}"),
             }
-        })
+        })?;
+        String::from_utf8(prompt.0).map_err(|error| error.to_string())
+    }
+}
+
+/// Longest prompt: more than the bus could carry of its tokens.
+const PROMPT_BYTES_MAX: usize = 64 << 20;
+
+/// A prompt in the making, up to its bound.
+struct Prompt(Vec<u8>);
+
+impl std::io::Write for Prompt {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > PROMPT_BYTES_MAX {
+            let message = format!("it makes a prompt of more than {PROMPT_BYTES_MAX} bytes");
+            return Err(std::io::Error::other(message));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
     }
 }
 
@@ -90,18 +114,18 @@ fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
-        let Some(length) = rest[open..].find("%}") else {
+        let (before, tag) = rest.split_at(open);
+        let Some((tag, after)) = tag[2..].split_once("%}") else {
             break;
         };
-        let tag = &rest[open + 2..open + length];
         let word = tag.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        out.push_str(&rest[..open]);
+        out.push_str(before);
         match word {
             "generation" => out.push_str(&format!("{{%{}%}}", tag.replace(word, "if true"))),
             "endgeneration" => out.push_str(&format!("{{%{}%}}", tag.replace(word, "endif"))),
-            _ => out.push_str(&rest[open..open + length + 2]),
+            _ => out.push_str(&format!("{{%{tag}%}}")),
         }
-        rest = &rest[open + length + 2..];
+        rest = after;
     }
     out.push_str(rest);
     out
@@ -270,6 +294,14 @@ mod tests {
         assert_eq!(render(source, json!([])).unwrap(), "abc");
     }
 
+    /// Found by fuzzing: the sign that opens a tag and the one that closes it may share one character.
+    #[test]
+    fn tags_that_close_before_they_open_are_an_error() {
+        for source in ["{%}", "{% generation {%}", "a{%}b%}", "{%"] {
+            assert!(ChatTemplate::new(source, "", "").is_err(), "{source}");
+        }
+    }
+
     #[test]
     fn raised_exceptions_reach_the_client() {
         let error = render("{{ raise_exception('roles must alternate') }}", json!([]));
@@ -290,6 +322,13 @@ mod tests {
             "29 Feb 2024 12:34"
         );
         assert_eq!(strftime("%A %B", 0), "Thursday January");
+    }
+
+    #[test]
+    fn a_prompt_has_a_bound() {
+        let source = "{% for a in range(100000) %}{{ messages[0] }}{% endfor %}";
+        let error = render(source, json!(["x".repeat(1 << 20)])).unwrap_err();
+        assert!(error.contains("write"), "{error}");
     }
 
     #[test]

@@ -15,6 +15,9 @@ use crate::template::ChatTemplate;
 /// Texts over this size are tokenised on a thread of their own, to keep the HTTP threads free.
 pub const INLINE_BYTES_MAX: usize = 8 << 10;
 
+/// Most ids of a vocabulary: some times that of the largest there are. Tables are as long as the largest id.
+const VOCABULARY_MAX: usize = 1 << 22;
+
 /// What `manifest.json` says, of which this crate needs a part.
 #[derive(Clone, Debug, Deserialize)]
 struct Manifest {
@@ -39,6 +42,37 @@ pub struct GenerationDefaults {
     pub min_p: Option<f32>,
     /// Of prompt and output.
     pub repetition_penalty: Option<f32>,
+}
+
+impl GenerationDefaults {
+    /// What is wrong with them, if anything: workers would refuse every request that does not say otherwise.
+    fn fault(&self) -> Option<String> {
+        let positive = |value: f32| value >= f32::MIN_POSITIVE && value.is_finite();
+        let share = |value: f32| (0.0..=1.0).contains(&value);
+        let top_k = self.top_k.filter(|k| *k > i64::from(u32::MAX));
+        [
+            (
+                "temperature",
+                self.temperature,
+                self.temperature.is_none_or(|t| t >= 0.0 && t.is_finite()),
+            ),
+            (
+                "top_p",
+                self.top_p,
+                self.top_p.is_none_or(|p| share(p) && p > 0.0),
+            ),
+            ("min_p", self.min_p, self.min_p.is_none_or(share)),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                self.repetition_penalty.is_none_or(positive),
+            ),
+            ("top_k", top_k.map(|k| k as f32), top_k.is_none()),
+        ]
+        .into_iter()
+        .find(|(.., fine)| !fine)
+        .map(|(name, value, _)| format!("{name} is {}", value.unwrap_or_default()))
+    }
 }
 
 /// A model's text side.
@@ -82,22 +116,26 @@ impl ModelText {
 
         let manifest: Manifest = serde_json::from_str(&read("manifest.json")?)
             .map_err(|error| fault("manifest.json", &error))?;
-        let json = read("tokenizer.json")?;
-        let tokenizer: Tokenizer = json
+        let text = read("tokenizer.json")?;
+        // First, because the tokenizers crate panics over some texts that are no JSON.
+        let json: Value =
+            serde_json::from_str(&text).map_err(|error| fault("tokenizer.json", &error))?;
+        let tokenizer: Tokenizer = text
             .parse()
             .map_err(|error| fault("tokenizer.json", &error))?;
-        let json: Value =
-            serde_json::from_str(&json).map_err(|error| fault("tokenizer.json", &error))?;
         let config: Value = match optional("tokenizer_config.json")? {
             Some(text) => serde_json::from_str(&text)
                 .map_err(|error| fault("tokenizer_config.json", &error))?,
             None => Value::Null,
         };
-        let defaults = match optional("generation_config.json")? {
+        let defaults: GenerationDefaults = match optional("generation_config.json")? {
             Some(text) => serde_json::from_str(&text)
                 .map_err(|error| fault("generation_config.json", &error))?,
             None => GenerationDefaults::default(),
         };
+        if let Some(error) = defaults.fault() {
+            return Err(fault("generation_config.json", &error));
+        }
         let source = match optional("chat_template.jinja")? {
             Some(text) => Some(text),
             None => config
@@ -115,6 +153,11 @@ impl ModelText {
             })
             .transpose()
             .map_err(|error| fault("chat_template.jinja", &error))?;
+        let last = tokenizer.get_vocab(true).into_values().max();
+        if last.is_some_and(|id| id as usize >= VOCABULARY_MAX) {
+            let error = format!("it has a token of id {}", last.unwrap_or_default());
+            return Err(fault("tokenizer.json", &error));
+        }
         let tokenizer = Arc::new(tokenizer);
         Ok(Self {
             name: manifest.name,

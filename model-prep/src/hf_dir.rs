@@ -124,8 +124,12 @@ fn read_text_files(
             format!("has no {TOKENIZER}; models with a slow tokenizer alone are not supported");
         PrepError::file(dir, reason)
     })?;
-    let tokenizer = Tokenizer::from_bytes(&tokenizer_json)
-        .map_err(|e| PrepError::file(&tokenizer_path, format!("is no usable tokenizer: {e}")))?;
+    let unusable = |error: &dyn std::fmt::Display| {
+        PrepError::file(&tokenizer_path, format!("is no usable tokenizer: {error}"))
+    };
+    // First, because the tokenizers crate panics over some texts that are no JSON.
+    serde_json::from_slice::<serde_json::Value>(&tokenizer_json).map_err(|e| unusable(&e))?;
+    let tokenizer = Tokenizer::from_bytes(&tokenizer_json).map_err(|e| unusable(&e))?;
 
     let tokenizer_config = read_json(&dir.join(TOKENIZER_CONFIG))?;
     let generation_config = read_json(&dir.join(GENERATION_CONFIG))?;

@@ -203,6 +203,23 @@ fn broken_sources_leave_nothing_behind() {
     );
 }
 
+/// Found by fuzzing: the tokenizers crate panics over a decoder that breaks off.
+#[test]
+fn a_tokenizer_that_breaks_off_is_named() {
+    let temporary = tempfile::tempdir().unwrap();
+    let source = temporary.path().join("source");
+    write_source(&source, &families().remove(0), Dtype::Bf16, 1);
+    let tokenizer = TOKENIZER.replace(r#""decoder":null"#, r#""decoder":{"type":"Fuse"}"#);
+    assert!(tokenizer.contains("Fuse"));
+    for end in 1..tokenizer.trim_end().len() {
+        fs::write(source.join("tokenizer.json"), &tokenizer[..end]).unwrap();
+        let mut options = PrepareOptions::new(source.to_str().unwrap(), temporary.path());
+        options.dry_run = true;
+        let error = prepare(options).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+}
+
 #[test]
 fn limits_are_kept_within_the_model_and_noted() {
     let temporary = tempfile::tempdir().unwrap();

@@ -53,3 +53,70 @@ fn smollm2_chats_and_texts_are_the_originals() {
         assert_eq!(model.text(ids), decoded, "of {ids:?}");
     }
 }
+
+/// A directory of a model with this tokenizer and these defaults.
+fn opened_with(tokenizer: &str, defaults: &str) -> Result<ModelText, ApiServerError> {
+    let directory = tempfile::tempdir().unwrap();
+    let write = |file: &str, text: &str| std::fs::write(directory.path().join(file), text).unwrap();
+    let manifest =
+        serde_json::json!({"name": "m", "fingerprint": "ab".repeat(32), "tokens_max": 8});
+    write("manifest.json", &manifest.to_string());
+    write("tokenizer.json", tokenizer);
+    write("generation_config.json", defaults);
+    ModelText::open(directory.path())
+}
+
+/// A tokenizer with one token of this id.
+fn opened(id: u32, defaults: &str) -> Result<ModelText, ApiServerError> {
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {"a": id}, "unk_token": "a"},
+    });
+    opened_with(&tokenizer.to_string(), defaults)
+}
+
+/// Found by fuzzing: the tokenizers crate panics over a decoder that breaks off.
+#[test]
+fn a_tokenizer_that_breaks_off_is_a_sentence() {
+    let whole = r#"{"decoder": {"type": "Fuse"}, "model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"}}"#;
+    assert!(opened_with(whole, "{}").is_ok());
+    for end in 0..whole.len() {
+        let error = opened_with(&whole[..end], "{}").err().unwrap().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+    }
+}
+
+#[test]
+fn a_token_of_an_impossible_id_takes_no_memory() {
+    assert_eq!(opened(7, "{}").unwrap().vocabulary.len(), 8);
+    for id in [VOCABULARY_MAX as u32, u32::MAX] {
+        let error = opened(id, "{}").err().unwrap().to_string();
+        assert!(error.contains(&format!("a token of id {id}")), "{error}");
+    }
+}
+
+#[test]
+fn defaults_that_workers_would_refuse_are_refused_at_the_start() {
+    let sound = r#"{"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1.05, "do_sample": true}"#;
+    assert_eq!(
+        opened(1, sound).unwrap().defaults.repetition_penalty,
+        Some(1.05)
+    );
+    for (defaults, name) in [
+        (r#"{"temperature": -1}"#, "temperature"),
+        (r#"{"temperature": 1e300}"#, "temperature"),
+        (r#"{"top_p": 0}"#, "top_p"),
+        (r#"{"top_p": 1.5}"#, "top_p"),
+        (r#"{"min_p": -0.1}"#, "min_p"),
+        (r#"{"repetition_penalty": 0}"#, "repetition_penalty"),
+        (r#"{"repetition_penalty": 1e-40}"#, "repetition_penalty"),
+        (r#"{"top_k": 4294967296}"#, "top_k"),
+    ] {
+        let error = opened(1, defaults).err().unwrap().to_string();
+        assert!(
+            error.contains("generation_config.json") && error.contains(name),
+            "{error}"
+        );
+    }
+}

@@ -44,6 +44,10 @@ pub(crate) enum TokenKind {
 /// where the metadata names another token as the end of a text.
 const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>"];
 
+/// Longest token. Real ones stay under 300 bytes; every way to cut a token into two is looked at, so time grows with the
+/// square of its length.
+const TOKEN_BYTES_MAX: usize = 1 << 10;
+
 pub(crate) fn rebuild(metadata: &Metadata, spec: &ModelSpec) -> Result<RebuiltTokenizer, String> {
     let vocabulary = vocabulary(metadata, spec)?;
     let token = |key: &str| token_id(metadata, key, &vocabulary);
@@ -150,6 +154,13 @@ fn vocabulary<'a>(metadata: &'a Metadata, spec: &ModelSpec) -> Result<Vocabulary
             "`{TOKENS}` has {} entries, the embedding {} rows",
             tokens.len(),
             spec.vocab
+        ));
+    }
+    let mut numbered = tokens.iter().enumerate();
+    if let Some((id, token)) = numbered.find(|(_, token)| token.len() > TOKEN_BYTES_MAX) {
+        return Err(format!(
+            "token {id} has {} bytes, at most {TOKEN_BYTES_MAX} are read",
+            token.len()
         ));
     }
     let kinds = match metadata.integers(TYPES)? {

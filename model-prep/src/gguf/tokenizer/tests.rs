@@ -190,6 +190,9 @@ fn what_is_wrong_with_the_metadata_is_said() {
     };
     let mut twice = pieces.tokens.clone();
     twice[300] = twice[301].clone();
+    // Cutting it everywhere would take hours.
+    let mut endless = pieces.tokens.clone();
+    endless[300] = "a".repeat(8 << 20);
     let cases = [
         (
             with("model", Value::Text("bert".to_owned())),
@@ -211,6 +214,10 @@ fn what_is_wrong_with_the_metadata_is_said() {
         (
             with("tokens", Value::Texts(twice)),
             "tokens 300 and 301 are both",
+        ),
+        (
+            with("tokens", Value::Texts(endless)),
+            "token 300 has 8388608 bytes",
         ),
         (
             with("eos_token_id", Value::Unsigned(1 << 20)),
