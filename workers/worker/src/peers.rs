@@ -93,7 +93,6 @@ impl Peers {
         if !usable {
             return self.forget(&beat.worker).into_iter().collect();
         }
-        let difference = self.difference(beat);
         let mut actions = Vec::new();
         let known = self.peers.len();
         match self.peers.get_mut(&beat.worker) {
@@ -108,6 +107,7 @@ impl Peers {
             }
             None => {}
         }
+        let difference = self.difference(beat).or_else(|| self.namesake(beat));
         if let Some(error) = &difference {
             tracing::warn!(worker = %beat.worker, error, "a context worker's KV cannot be used");
         } else {
@@ -129,6 +129,15 @@ impl Peers {
         };
         self.peers.insert(beat.worker.clone(), peer);
         actions
+    }
+
+    /// Connections go by incarnation, so one worker that says another's would be read in its stead: whoever came first has
+    /// it. Two that draw the same 64 bits by themselves are not to be expected.
+    fn namesake(&self, beat: &Beat) -> Option<String> {
+        let (other, _) = self.peers.iter().find(|(worker, peer)| {
+            peer.incarnation == beat.incarnation && **worker != beat.worker
+        })?;
+        Some(format!("it says the incarnation of {other} for its own"))
     }
 
     /// Why KV of a worker that serves a model of this name, or this very model, cannot be used here.
@@ -424,6 +433,24 @@ mod tests {
             Some(disconnect(1)),
             "too late"
         );
+    }
+
+    #[test]
+    fn nobody_is_read_in_anothers_stead() {
+        let (mut peers, now) = (peers(), Instant::now());
+        peers.heard(now, &beat("ctx", 7));
+        peers.connected(&name("ctx"), Incarnation(7), link());
+        assert_eq!(peers.heard(now, &beat("thief", 7)), []);
+        let error = peers.ready(&name("thief"), Incarnation(7)).unwrap_err();
+        assert!(error.contains("the incarnation of ctx"), "{error}");
+        assert_eq!(peers.heard(now, &beat("other", 8)), [connect("other", 8)]);
+        assert_eq!(peers.heard(now, &beat("other", 7)), [disconnect(8)]);
+        let failed = Beat {
+            state: WorkerState::Failed,
+            ..beat("thief", 7)
+        };
+        assert_eq!(peers.heard(now, &failed), [], "it closes nothing");
+        assert_eq!(peers.ready(&name("ctx"), Incarnation(7)), Ok(()));
     }
 
     #[test]
