@@ -1,6 +1,7 @@
 //! The API server against a real nats-server and scripted workers.
 
 mod deadlines;
+mod hostile;
 mod keys;
 mod strays;
 mod support;

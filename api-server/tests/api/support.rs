@@ -577,10 +577,6 @@ impl Api {
 
     /// Sends a request and leaves the answer to be read.
     pub async fn open(&self, method: &str, path: &str, body: &[u8]) -> Connection {
-        // A small buffer, so that what a test does not read soon stands still on the server.
-        let socket = TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(8 << 10).unwrap();
-        let mut stream = socket.connect(self.address).await.unwrap();
         // HTTP/1.0: a streamed body comes as it is and ends with the connection.
         let key = self
             .key
@@ -590,10 +586,19 @@ impl Api {
             "{method} {path} HTTP/1.0\r\nHost: test\r\n{key}Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
             body.len()
         );
-        stream.write_all(head.as_bytes()).await.unwrap();
-        stream.write_all(body).await.unwrap();
+        let mut connection = self.connect().await;
+        connection.write(head.as_bytes()).await.unwrap();
+        connection.write(body).await.unwrap();
+        connection
+    }
+
+    /// A connection on which nothing was said.
+    pub async fn connect(&self) -> Connection {
+        // A small buffer, so that what a test does not read soon stands still on the server.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(8 << 10).unwrap();
         Connection {
-            stream,
+            stream: socket.connect(self.address).await.unwrap(),
             bytes: Vec::new(),
         }
     }
@@ -612,6 +617,11 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// Sends bytes as they are.
+    pub async fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.stream.write_all(bytes).await
+    }
+
     /// Reads until the answer so far holds `text`.
     pub async fn read_until(&mut self, text: &str) -> String {
         within(&format!("{text:?} in the answer"), async {

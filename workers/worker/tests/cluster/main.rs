@@ -2,6 +2,7 @@
 
 mod faults;
 mod handover;
+mod hostile;
 mod leases;
 mod leaving;
 mod refusals;
