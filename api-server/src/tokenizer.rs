@@ -120,6 +120,10 @@ impl ModelText {
         // First, because the tokenizers crate panics over some texts that are no JSON.
         let json: Value =
             serde_json::from_str(&text).map_err(|error| fault("tokenizer.json", &error))?;
+        if let Some(token) = unknown_special(&json["post_processor"]) {
+            let error = format!("its post-processor adds {token:?} and does not say what that is");
+            return Err(fault("tokenizer.json", &error));
+        }
         let tokenizer: Tokenizer = text
             .parse()
             .map_err(|error| fault("tokenizer.json", &error))?;
@@ -209,6 +213,23 @@ impl ModelText {
     pub fn token_text(&self, token: u32) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(self.vocabulary.bytes(token))
     }
+}
+
+/// A special token that a post-processor puts around texts and does not define. The tokenizers crate finds out with the first
+/// text, and panics.
+fn unknown_special(processor: &Value) -> Option<&str> {
+    if let Some(parts) = processor["processors"].as_array() {
+        return parts.iter().find_map(unknown_special);
+    }
+    let pieces = |name: &str| processor[name].as_array().into_iter().flatten();
+    // Of a single text there is no second part.
+    let second = pieces("single").find(|piece| piece["Sequence"]["id"] == "B");
+    let special = pieces("single").chain(pieces("pair"));
+    second.map(|_| "B").or_else(|| {
+        special
+            .filter_map(|piece| piece["SpecialToken"]["id"].as_str())
+            .find(|token| processor["special_tokens"].get(token).is_none())
+    })
 }
 
 /// A special token of `tokenizer_config.json`: a string, or an object with `content`.

@@ -87,6 +87,27 @@ fn a_tokenizer_that_breaks_off_is_a_sentence() {
     }
 }
 
+/// Found by fuzzing: the tokenizers crate panics over the first text that such a template is put around.
+#[test]
+fn a_special_token_that_nobody_defines_is_named() {
+    let around = |defined: &str| {
+        let special = serde_json::json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+        let text = serde_json::json!({"Sequence": {"id": "A", "type_id": 0}});
+        let template = serde_json::json!({
+            "type": "TemplateProcessing", "single": [special, text], "pair": [],
+            "special_tokens": {defined: {"id": defined, "ids": [1], "tokens": [defined]}},
+        });
+        let tokenizer = serde_json::json!({
+            "post_processor": {"type": "Sequence", "processors": [template]},
+            "model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"},
+        });
+        opened_with(&tokenizer.to_string(), "{}")
+    };
+    assert_eq!(around("<s>").unwrap().encode("a", true), Ok(vec![1, 1]));
+    let error = around("</s>").err().unwrap().to_string();
+    assert!(error.contains("adds \"<s>\""), "{error}");
+}
+
 #[test]
 fn a_token_of_an_impossible_id_takes_no_memory() {
     assert_eq!(opened(7, "{}").unwrap().vocabulary.len(), 8);
