@@ -29,3 +29,17 @@ pub use config::{ApiServerConfig, Limits};
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;
 pub use server::run;
+
+/// What reads bytes from outside or acts upon them, for the fuzz targets and for nobody else.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::detokenize::{Detokenizer, Vocabulary};
+    pub use crate::error::ApiError;
+    pub use crate::lifecycle::{Action, Input, Lifecycle, NoReply, Rules, Target};
+    pub use crate::membership::Membership;
+    pub use crate::openai::{ChatRequest, CompletionRequest, Params, Prompt};
+    pub use crate::router::{Constraints, Outstanding, Router};
+    pub use crate::stop::StopMatcher;
+    pub use crate::template::ChatTemplate;
+    pub use crate::tokenizer::{GenerationDefaults, ModelText};
+}

@@ -42,3 +42,24 @@ pub use plan::plan_reads;
 pub use probe::PeerReport;
 pub use pull::{PullStats, Read};
 pub use stage::{MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};
+
+/// What reads bytes that peers send, for the fuzz targets and for nobody else.
+#[doc(hidden)]
+pub mod fuzzing {
+    use baton_protocol::{TransferDescriptor, UcxVersion};
+
+    use crate::TransferError;
+    use crate::peer::PeerPlan;
+    pub use crate::stage::ranges_asked;
+
+    /// Takes a descriptor apart as before a connection.
+    ///
+    /// # Errors
+    /// As [`crate::Agent::connect`].
+    pub fn descriptor(
+        descriptor: &TransferDescriptor,
+        ours: UcxVersion,
+    ) -> Result<(), TransferError> {
+        PeerPlan::parse(descriptor, ours).map(drop)
+    }
+}

@@ -30,6 +30,14 @@ pub(crate) use self::host::HostStaging;
 pub(crate) use self::inbox::Inbox;
 pub(crate) use self::serve::Serving;
 
+/// What a message asks of an arena of this length, if it asks soundly.
+pub fn ranges_asked(head: &[u8], body: &[u8], arena_bytes: u64) -> Option<Vec<Range<u64>>> {
+    match message::Message::parse(head)? {
+        message::Message::Ask { .. } => message::ranges(body, arena_bytes, RANGES_MAX),
+        _ => None,
+    }
+}
+
 /// Bytes of a slot, and of what is asked for at once. Some of them in flight fill a link of 100 Gbit/s over a millisecond.
 pub const STAGING_SLOT_BYTES: usize = 1 << 20;
 

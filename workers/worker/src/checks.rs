@@ -1,19 +1,23 @@
 //! Whether a job can be taken at all, before anything is begun for it.
 
 use baton_protocol::limits::TOP_LOGPROBS_MAX;
-use baton_protocol::{KvGeometry, ModelFingerprint, ModelInfo, Refusal, Sampling, SequenceSpec};
+use baton_protocol::{
+    DecodeJob, KvGeometry, ModelFingerprint, ModelInfo, Refusal, Sampling, SequenceSpec,
+};
 
 /// What a worker can take, constant for its life.
-pub(crate) struct Checks {
-    pub(crate) model: ModelInfo,
-    pub(crate) kv: KvGeometry,
+pub struct Checks {
+    /// What it serves.
+    pub model: ModelInfo,
+    /// How its KV is laid out.
+    pub kv: KvGeometry,
     /// Blocks of the arena.
-    pub(crate) blocks: u32,
+    pub blocks: u32,
 }
 
 impl Checks {
     /// Refuses a job that is meant for another model.
-    pub(crate) fn model(&self, fingerprint: &ModelFingerprint) -> Result<(), Refusal> {
+    pub fn model(&self, fingerprint: &ModelFingerprint) -> Result<(), Refusal> {
         if *fingerprint == self.model.fingerprint {
             return Ok(());
         }
@@ -29,7 +33,7 @@ impl Checks {
     }
 
     /// Refuses a handle whose KV is laid out otherwise.
-    pub(crate) fn geometry(&self, kv: &KvGeometry) -> Result<(), Refusal> {
+    pub fn geometry(&self, kv: &KvGeometry) -> Result<(), Refusal> {
         match self.kv.difference(kv) {
             None => Ok(()),
             Some(detail) => Err(Refusal::WrongModel {
@@ -39,7 +43,7 @@ impl Checks {
     }
 
     /// Refuses a sequence that no executor could run, and drops stop ids that cannot be chosen.
-    pub(crate) fn sequence(&self, sequence: &mut SequenceSpec) -> Result<(), Refusal> {
+    pub fn sequence(&self, sequence: &mut SequenceSpec) -> Result<(), Refusal> {
         sequence.check()?;
         let tokens_max = self.tokens_max();
         if sequence.tokens.0.len() >= tokens_max as usize {
@@ -55,7 +59,7 @@ impl Checks {
     }
 
     /// As [`Self::sequence`], for one whose next token is known already: there must be room for another.
-    pub(crate) fn resumed(&self, sequence: &mut SequenceSpec) -> Result<(), Refusal> {
+    pub fn resumed(&self, sequence: &mut SequenceSpec) -> Result<(), Refusal> {
         self.sequence(sequence)?;
         let tokens_max = self.tokens_max();
         if sequence.tokens.0.len() + 1 >= tokens_max as usize {
@@ -69,12 +73,31 @@ impl Checks {
         Ok(())
     }
 
+    /// Refuses a decode job that makes no sense whoever holds the KV of its handle.
+    pub fn handle(&self, job: &mut DecodeJob) -> Result<(), Refusal> {
+        let malformed = |detail: &str| {
+            Err(Refusal::Malformed {
+                detail: detail.to_owned(),
+            })
+        };
+        self.model(&job.handle.model)?;
+        self.geometry(&job.handle.kv)?;
+        self.resumed(&mut job.sequence)?;
+        self.token(
+            "the handle's first token",
+            std::iter::once(job.handle.first_token),
+        )?;
+        if job.handle.finish.is_some() {
+            return malformed("the handle's generation is over: there is nothing to decode");
+        }
+        if job.handle.valid_tokens as usize != job.sequence.tokens.0.len() {
+            return malformed("the handle covers another number of tokens than the sequence has");
+        }
+        Ok(())
+    }
+
     /// Refuses token ids outside the vocabulary.
-    pub(crate) fn token(
-        &self,
-        what: &str,
-        tokens: impl Iterator<Item = u32>,
-    ) -> Result<(), Refusal> {
+    pub fn token(&self, what: &str, tokens: impl Iterator<Item = u32>) -> Result<(), Refusal> {
         let vocab = self.model.vocab;
         match tokens.max() {
             Some(token) if token >= vocab => Err(Refusal::Malformed {

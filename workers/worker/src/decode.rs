@@ -71,7 +71,7 @@ impl Desk {
                 detail: "this worker generates nothing: its role is context".to_owned(),
             });
         }
-        self.check_handle(&mut job)?;
+        self.checks.handle(&mut job)?;
         let local =
             job.handle.worker == self.me.worker && job.handle.incarnation == self.me.incarnation;
         if !local {
@@ -119,29 +119,6 @@ impl Desk {
         match blocks {
             None => self.adopt(now, job),
             Some(blocks) => self.pull(now, job, HeldBlocks::new(blocks, self.engine.waker.clone())),
-        }
-        Ok(())
-    }
-
-    /// What must hold of a job and its handle whoever holds the KV.
-    fn check_handle(&self, job: &mut DecodeJob) -> Result<(), Refusal> {
-        let malformed = |detail: &str| {
-            Err(Refusal::Malformed {
-                detail: detail.to_owned(),
-            })
-        };
-        self.checks.model(&job.handle.model)?;
-        self.checks.geometry(&job.handle.kv)?;
-        self.checks.resumed(&mut job.sequence)?;
-        self.checks.token(
-            "the handle's first token",
-            std::iter::once(job.handle.first_token),
-        )?;
-        if job.handle.finish.is_some() {
-            return malformed("the handle's generation is over: there is nothing to decode");
-        }
-        if job.handle.valid_tokens as usize != job.sequence.tokens.0.len() {
-            return malformed("the handle covers another number of tokens than the sequence has");
         }
         Ok(())
     }

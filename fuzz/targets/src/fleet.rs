@@ -1,0 +1,226 @@
+//! Beats of workers and API servers that say anything, and whom the router picks by them.
+
+use std::time::{Duration, Instant};
+
+use arbitrary::{Arbitrary, Unstructured};
+use baton_api_server::fuzzing::{Constraints, Membership, Outstanding, Router, Target};
+use baton_protocol::{
+    ApiBeat, ApiServerId, Beat, Capacity, HandleId, Incarnation, KvHandle, Load, ModelInfo, Nonce,
+    PROTOCOL_VERSION, PeerHealth, PeerState, PrefillTimings, Role, WorkerId, WorkerState,
+};
+
+use crate::fixture;
+
+#[derive(Arbitrary, Debug)]
+enum Happens {
+    Beat(Beaten),
+    ApiBeat(u8, u32),
+    Later(u16),
+    Begin(u8, u32, u32),
+    End(u8, u32, u32),
+    Remember(u8, Vec<u64>),
+    Choose {
+        prompt_tokens: u32,
+        chain: Vec<u64>,
+        refused: Vec<u8>,
+        failed: Vec<u8>,
+    },
+}
+
+#[derive(Arbitrary, Debug)]
+struct Beaten {
+    worker: u8,
+    incarnation: u8,
+    role: u8,
+    state: u8,
+    other_model: bool,
+    other_kv: bool,
+    load: [u32; 8],
+    capacity: [u32; 3],
+    peers: Vec<(u8, u8, u8)>,
+}
+
+/// Whoever is picked is there, serves, and can do what it is picked for.
+pub fn fleet(data: &[u8]) {
+    let Ok(happens) = Vec::<Happens>::arbitrary(&mut Unstructured::new(data)) else {
+        return;
+    };
+    let begun = Instant::now();
+    let mut now = begun;
+    let (mut members, mut router) = (Membership::default(), Router::default());
+    for happens in happens {
+        match happens {
+            Happens::Beat(beaten) => {
+                let beat = beat(beaten);
+                router.beaten(&beat.worker);
+                if let Some(lost) = members.beat(beat, now) {
+                    router.forget(&lost.worker);
+                }
+            }
+            Happens::ApiBeat(name, in_flight) => {
+                let api_server = ApiServerId::new(format!("api{name}")).expect("a name");
+                members.api_beat(
+                    ApiBeat {
+                        v: PROTOCOL_VERSION,
+                        api_server,
+                        incarnation: None,
+                        in_flight,
+                    },
+                    now,
+                );
+            }
+            Happens::Later(ms) => {
+                now += Duration::from_millis(ms.into());
+                for lost in members.sweep(now) {
+                    router.forget(&lost.worker);
+                }
+            }
+            Happens::Begin(who, tokens, decodes) => router.begin(&name(who), job(tokens, decodes)),
+            Happens::End(who, tokens, decodes) => router.end(&name(who), job(tokens, decodes)),
+            Happens::Remember(who, chain) => router.remember(&name(who), &chain),
+            Happens::Choose {
+                prompt_tokens,
+                chain,
+                refused,
+                failed,
+            } => {
+                let [refused, failed] =
+                    [refused, failed].map(|list| list.into_iter().map(name).collect::<Vec<_>>());
+                let model = fixture::fingerprint();
+                let rules = Constraints {
+                    model: &model,
+                    refused: &refused,
+                    failed: &failed,
+                    now,
+                };
+                let context =
+                    router.choose_context(&members, rules, prompt_tokens as usize, &chain);
+                let Some(context) = context else { continue };
+                assert!(serves(&members, &context, now).prefills());
+                assert!(!refused.contains(&context.worker));
+                let handle = handle(&context);
+                if let Some(decode) = router.choose_decode(&members, rules, &handle) {
+                    assert!(serves(&members, &decode, now).decodes());
+                    assert!(
+                        members
+                            .worker(&decode.worker)
+                            .is_some_and(|member| member.reaches(&context))
+                    );
+                }
+                let _ = members.faults(&model, now);
+            }
+        }
+    }
+}
+
+fn serves(members: &Membership, target: &Target, now: Instant) -> Role {
+    let member = members.worker(&target.worker).expect("it is a member");
+    assert_eq!(member.target(), *target);
+    assert!(member.serves(&fixture::fingerprint(), now));
+    member.beat.role
+}
+
+fn name(who: u8) -> WorkerId {
+    WorkerId::new(format!("w{}", who % 8)).expect("a name")
+}
+
+fn job(tokens: u32, decodes: u32) -> Outstanding {
+    Outstanding {
+        prefills: 1,
+        prefill_tokens: tokens as usize,
+        decodes: decodes as usize,
+    }
+}
+
+fn beat(beaten: Beaten) -> Beat {
+    let [
+        waiting,
+        running,
+        waiting_tokens,
+        leased,
+        pulling,
+        blocks_used,
+        blocks_cached,
+        blocks_quarantined,
+    ] = beaten.load;
+    let [blocks, batch, queue] = beaten.capacity;
+    let mut kv = fixture::kv();
+    kv.head_dim += u32::from(beaten.other_kv);
+    let fingerprint = match beaten.other_model {
+        true => baton_protocol::ModelFingerprint::new("cd".repeat(32)).expect("64 digits"),
+        false => fixture::fingerprint(),
+    };
+    Beat {
+        v: PROTOCOL_VERSION,
+        worker: name(beaten.worker),
+        incarnation: Incarnation(u64::from(beaten.incarnation % 2)),
+        role: [Role::Context, Role::Decode, Role::Both][usize::from(beaten.role % 3)],
+        state: [
+            WorkerState::Serving,
+            WorkerState::Serving,
+            WorkerState::Draining,
+            WorkerState::Failed,
+        ][usize::from(beaten.state % 4)],
+        model: ModelInfo {
+            name: "m".to_owned(),
+            fingerprint,
+            tokens_max: u32::MAX,
+            vocab: u32::MAX,
+        },
+        kv,
+        device: String::new(),
+        weights: String::new(),
+        load: Load {
+            waiting,
+            running,
+            waiting_tokens,
+            leased,
+            pulling,
+            blocks_used,
+            blocks_cached,
+            blocks_quarantined,
+        },
+        capacity: Capacity {
+            blocks,
+            batch,
+            queue,
+        },
+        peers: beaten
+            .peers
+            .into_iter()
+            .map(|(worker, incarnation, state)| PeerHealth {
+                worker: name(worker),
+                incarnation: Incarnation(u64::from(incarnation % 2)),
+                state: [
+                    PeerState::Ready,
+                    PeerState::Ready,
+                    PeerState::Connecting,
+                    PeerState::Broken,
+                ][usize::from(state % 4)],
+                transport: String::new(),
+                gigabytes_per_second: f32::NAN,
+                error: None,
+            })
+            .collect(),
+        transport: String::new(),
+    }
+}
+
+fn handle(context: &Target) -> KvHandle {
+    KvHandle {
+        worker: context.worker.clone(),
+        incarnation: context.incarnation,
+        handle: HandleId(1),
+        nonce: Nonce(1),
+        model: fixture::fingerprint(),
+        kv: fixture::kv(),
+        ranks: Vec::new(),
+        valid_tokens: 1,
+        lease_ms: 1,
+        first_token: 1,
+        first_logprobs: None,
+        finish: None,
+        cached_tokens: 0,
+        timings: PrefillTimings::default(),
+    }
+}

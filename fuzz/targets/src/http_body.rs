@@ -1,0 +1,95 @@
+//! Bodies of `POST /v1/chat/completions` and `/v1/completions`.
+
+use baton_api_server::Limits;
+use baton_api_server::fuzzing::{ApiError, ChatRequest, CompletionRequest, Params, Prompt};
+use baton_protocol::{
+    ApiServerId, PROTOCOL_VERSION, PrefillJob, RequestId, SequenceSpec, decode, encode,
+};
+use serde_json::Value;
+
+use crate::fixture;
+
+/// Longest sentence that a client is told.
+const MESSAGE_BYTES_MAX: usize = 4 << 10;
+
+/// Reads a body as a chat and as a text completion. One that is taken must make a job that the bus carries and a worker
+/// takes; one that is not gets a short sentence.
+pub fn http_body(data: &[u8]) {
+    let (model, limits) = (fixture::model(), Limits::default());
+    match ChatRequest::parse(data, &model.defaults, &limits) {
+        Err(error) => told(&error),
+        Ok(ChatRequest { params, messages }) => {
+            let text = model
+                .render_chat(&messages)
+                .expect("this template takes every message that was checked");
+            let tokens = model.encode(&text, false).expect("bytes make every text");
+            runs(&params, tokens, None);
+        }
+    }
+    match CompletionRequest::parse(data, &model.defaults, &limits) {
+        Err(error) => told(&error),
+        Ok(CompletionRequest {
+            params, prompts, ..
+        }) => {
+            assert!(prompts.len() * params.n as usize <= limits.choices_max);
+            for prompt in prompts {
+                let tokens = match prompt {
+                    Prompt::Text(text) => model.encode(&text, true).expect("bytes make every text"),
+                    Prompt::Tokens(tokens) => tokens,
+                };
+                if tokens.iter().all(|token| *token < fixture::VOCAB) {
+                    runs(&params, tokens, Some(16));
+                }
+            }
+        }
+    }
+}
+
+fn runs(params: &Params, tokens: Vec<u32>, max_tokens: Option<u32>) {
+    let model = fixture::model();
+    if tokens.is_empty() {
+        return;
+    }
+    let generation = match params.generation(model, "prompt", tokens.len(), max_tokens) {
+        Ok(generation) => generation,
+        Err(error) => return told(&error),
+    };
+    let job = PrefillJob {
+        v: PROTOCOL_VERSION,
+        request: RequestId(1),
+        api_server: ApiServerId::new("api").expect("a name"),
+        api_incarnation: None,
+        budget_ms: 1,
+        model: fixture::fingerprint(),
+        sequence: SequenceSpec {
+            prompt_tokens: tokens.len() as u32,
+            tokens: tokens.into(),
+            generation,
+        },
+        prompt_logprobs: None,
+    };
+    let bytes = encode(&job).expect("a prompt within the model's bound fits a message");
+    let mut heard: PrefillJob = decode(&bytes).expect("it is read as it was written");
+    assert_eq!(heard, job);
+    let taken = fixture::checks().sequence(&mut heard.sequence);
+    assert_eq!(
+        taken,
+        Ok(()),
+        "taken over HTTP and refused by the worker: {job:?}"
+    );
+}
+
+fn told(error: &ApiError) {
+    assert!(
+        error.message.len() <= MESSAGE_BYTES_MAX,
+        "{} bytes",
+        error.message.len()
+    );
+    let status = error.kind.row().status;
+    assert!(
+        (400..500).contains(&status),
+        "{status} for what the client sent"
+    );
+    let body: Value = serde_json::from_str(&error.body()).expect("error bodies are JSON");
+    assert!(body["error"]["message"].is_string());
+}

@@ -1,0 +1,93 @@
+//! What decode workers read of others' KV: plans made of handles, and messages of the staged road.
+
+use arbitrary::{Arbitrary, Unstructured};
+use baton_protocol::{BlockRun, KvDtype, KvGeometry, RankRuns};
+use baton_transfer::plan_reads;
+
+#[derive(Arbitrary, Debug)]
+struct Case {
+    head: [u8; 24],
+    body: Vec<u8>,
+    arena_bytes: u64,
+    block_tokens: u8,
+    kv_heads: u8,
+    layers: u8,
+    head_dim: u8,
+    ranks: Vec<Rank>,
+    local: Vec<u16>,
+}
+
+#[derive(Arbitrary, Debug)]
+struct Rank {
+    heads: (u8, u8),
+    layers: (u8, u8),
+    /// Numbers are as small as those of a sound handle, or any.
+    runs: Vec<(u16, u8)>,
+    odd: Option<(u32, u32)>,
+    beyond: bool,
+}
+
+/// A handle against the layout of a worker: a plan that is made reads every byte of the wanted blocks once, into them and
+/// nowhere else. A message of the staged road asks for nothing outside of the arena.
+pub fn transfer(data: &[u8]) {
+    let Ok(case) = Case::arbitrary(&mut Unstructured::new(data)) else {
+        return;
+    };
+    let asked = baton_transfer::fuzzing::ranges_asked(&case.head, &case.body, case.arena_bytes);
+    for range in asked.into_iter().flatten() {
+        assert!(range.start < range.end && range.end <= case.arena_bytes);
+    }
+
+    let kv = KvGeometry {
+        layout: KvGeometry::LAYOUT,
+        dtype: KvDtype::Bf16,
+        block_tokens: u32::from(case.block_tokens % 4) + 1,
+        kv_heads: u32::from(case.kv_heads % 8) + 1,
+        layers: u32::from(case.layers % 8) + 1,
+        head_dim: u32::from(case.head_dim % 4) + 1,
+    };
+    let ranks: Vec<RankRuns> = case.ranks.iter().map(|rank| runs(rank, &kv)).collect();
+    let mut local: Vec<u32> = case.local.iter().map(|id| u32::from(*id)).collect();
+    local.sort_unstable();
+    local.dedup();
+    let Ok(reads) = plan_reads(&kv, &ranks, &local) else {
+        return;
+    };
+    let block = kv.block_bytes() as u64;
+    let mut written: Vec<(u64, u64)> = reads
+        .iter()
+        .map(|read| (read.local_offset, read.local_offset + read.bytes))
+        .collect();
+    written.sort_unstable();
+    assert!(
+        written.windows(2).all(|pair| pair[0].1 <= pair[1].0),
+        "twice"
+    );
+    let bytes: u64 = written.iter().map(|(from, to)| to - from).sum();
+    assert_eq!(bytes, local.len() as u64 * block);
+    for (from, to) in written {
+        let blocks = from / block..to.div_ceil(block);
+        assert!(blocks.into_iter().all(|id| local.contains(&(id as u32))));
+    }
+}
+
+fn runs(rank: &Rank, kv: &KvGeometry) -> RankRuns {
+    let wide = |(first, count): (u8, u8), limit: u32| match rank.beyond {
+        true => (u32::from(first) << 24, u32::from(count) << 24),
+        false => (u32::from(first) % limit, u32::from(count) % limit + 1),
+    };
+    let (head_first, head_count) = wide(rank.heads, kv.kv_heads);
+    let (layer_first, layer_count) = wide(rank.layers, kv.layers);
+    let small = rank.runs.iter().map(|(first, count)| BlockRun {
+        first: u32::from(*first),
+        count: u32::from(*count),
+    });
+    let odd = rank.odd.map(|(first, count)| BlockRun { first, count });
+    RankRuns {
+        head_first,
+        head_count,
+        layer_first,
+        layer_count,
+        runs: small.chain(odd).collect(),
+    }
+}
