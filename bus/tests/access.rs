@@ -120,6 +120,68 @@ async fn an_nkey_opens() {
     assert!(error.contains("holds no seed"), "{error}");
 }
 
+/// A claim about `subject`, signed as NATS wants it: https://docs.nats.io/running-a-nats-service/configuration/securing_nats/jwt
+fn jwt(issuer: &nkeys::KeyPair, subject: &nkeys::KeyPair, claim: serde_json::Value) -> String {
+    use base64::Engine as _;
+    let encode = |bytes: &[u8]| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes);
+    let header = serde_json::json!({"typ": "JWT", "alg": "ed25519-nkey"});
+    let claims = serde_json::json!({
+        "jti": "test", "iat": 1, "iss": issuer.public_key(), "sub": subject.public_key(), "name": "test", "nats": claim,
+    });
+    let signed = [header, claims]
+        .map(|part| encode(part.to_string().as_bytes()))
+        .join(".");
+    let signature = issuer.sign(signed.as_bytes()).unwrap();
+    format!("{signed}.{}", encode(&signature))
+}
+
+#[tokio::test]
+async fn credentials_of_an_account_open() {
+    use serde_json::json;
+    let operator = nkeys::KeyPair::new_operator();
+    let account = nkeys::KeyPair::new_account();
+    let limits = json!({
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true, "conn": -1, "leaf": -1,
+    });
+    let operator_jwt = jwt(
+        &operator,
+        &operator,
+        json!({"type": "operator", "version": 2}),
+    );
+    let account_claim = json!({"type": "account", "version": 2, "limits": limits});
+    let account_jwt = jwt(&operator, &account, account_claim);
+    let nats = Nats::start(|_| {
+        let name = account.public_key();
+        format!(
+            "operator: {operator_jwt}\nresolver: MEMORY\nresolver_preload: {{ {name}: {account_jwt} }}"
+        )
+    });
+    let user = nkeys::KeyPair::new_user();
+    let claim = json!({"type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1});
+    let credentials = |jwt: &str, key: &nkeys::KeyPair| {
+        let seed = key.seed().unwrap();
+        format!(
+            "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n\
+             -----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+        )
+    };
+    let mut config = nats.config("");
+    refused(&config).await;
+    let user_jwt = jwt(&account, &user, claim.clone());
+    config.credentials = nats.write("user.creds", &credentials(&user_jwt, &user));
+    reach(&config).await.unwrap();
+    // Another's key, and a user of an account that the operator does not know.
+    let other = nkeys::KeyPair::new_user();
+    config.credentials = nats.write("other.creds", &credentials(&user_jwt, &other));
+    refused(&config).await;
+    let foreign = jwt(&nkeys::KeyPair::new_account(), &user, claim);
+    config.credentials = nats.write("foreign.creds", &credentials(&foreign, &user));
+    refused(&config).await;
+    config.credentials = nats.write("empty.creds", "nothing of the kind");
+    let error = reach(&config).await.unwrap_err().to_string();
+    assert!(error.contains("empty.creds"), "{error}");
+}
+
 #[tokio::test]
 async fn tls_knows_both_sides() {
     let authority_key = rcgen::KeyPair::generate().unwrap();
