@@ -22,17 +22,17 @@ pub fn bus_message(data: &[u8]) {
         return;
     };
     match kind % 12 {
-        0 => drop(read::<Abort>(bytes)),
-        1 => drop(read::<ApiBeat>(bytes)),
+        0 => only::<Abort>(bytes),
+        1 => only::<ApiBeat>(bytes),
         2 => read::<Beat>(bytes).into_iter().for_each(beat),
         3 => read::<DecodeJob>(bytes).into_iter().for_each(decode_job),
-        4 => drop(read::<DecodeReply>(bytes)),
-        5 => drop(read::<Hello>(bytes)),
+        4 => only::<DecodeReply>(bytes),
+        5 => only::<Hello>(bytes),
         6 => read::<PrefillJob>(bytes).into_iter().for_each(prefill_job),
-        7 => drop(read::<PrefillReply>(bytes)),
-        8 => drop(read::<Release>(bytes)),
-        9 => drop(read::<Released>(bytes)),
-        10 => drop(read::<TokenFrame>(bytes)),
+        7 => only::<PrefillReply>(bytes),
+        8 => only::<Release>(bytes),
+        9 => only::<Released>(bytes),
+        10 => only::<TokenFrame>(bytes),
         _ => read::<WorkerDescriptor>(bytes)
             .into_iter()
             .for_each(descriptor),
@@ -54,6 +54,11 @@ fn read<M: Versioned + PartialEq + Debug>(bytes: &[u8]) -> Option<M> {
             None
         }
     }
+}
+
+/// Of whose content nothing more is asked.
+fn only<M: Versioned + PartialEq + Debug>(bytes: &[u8]) {
+    let _ = read::<M>(bytes);
 }
 
 fn prefill_job(mut job: PrefillJob) {
