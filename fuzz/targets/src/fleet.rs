@@ -203,6 +203,7 @@ fn beat(beaten: Beaten) -> Beat {
             })
             .collect(),
         transport: String::new(),
+        reason: None,
     }
 }
 
