@@ -55,7 +55,7 @@ impl Vocabulary {
     }
 
     /// Number of ids.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.special.len()
     }
 

@@ -145,7 +145,7 @@ fn prepare(
     if tokens.is_empty() {
         return Err(ApiError::param("prompt", "prompt has no tokens"));
     }
-    let vocabulary = model.vocabulary.len();
+    let vocabulary = model.vocabulary.count();
     if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
         let message = format!("prompt names token {token}; the vocabulary has {vocabulary}");
         return Err(ApiError::param("prompt", message));

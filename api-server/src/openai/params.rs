@@ -112,7 +112,7 @@ impl Params {
             );
             return Err(ApiError::param("min_tokens", message));
         }
-        let vocabulary = model.vocabulary.len() as u32;
+        let vocabulary = model.vocabulary.count() as u32;
         if let Some((id, _)) = self
             .sampling
             .logit_bias

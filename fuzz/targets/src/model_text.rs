@@ -44,7 +44,7 @@ pub fn model_text(data: &[u8]) {
         // Token ids that nobody promised to be in the vocabulary.
         let mut out = String::new();
         let mut detokenizer = Detokenizer::default();
-        let count = model.vocabulary.len() as u32;
+        let count = model.vocabulary.count() as u32;
         for byte in bytes {
             let token = match byte {
                 0xf0.. => u32::MAX - u32::from(*byte),

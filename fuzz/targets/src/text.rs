@@ -22,7 +22,7 @@ pub fn text(data: &[u8]) {
     assert!(
         tokens
             .iter()
-            .all(|token| (*token as usize) < model.vocabulary.len())
+            .all(|token| (*token as usize) < model.vocabulary.count())
     );
     let again = model.text(&tokens);
     if index == 0
