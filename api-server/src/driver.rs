@@ -137,6 +137,8 @@ impl<S: Sink> Driver<S> {
             }
             tokio::select! {
                 biased;
+                // Noted at the top: a client that has read is not one that does not read, however long the next token takes.
+                () = self.sink.room(), if self.full_since.is_some() => {}
                 () = next_events(&self.sink, inbox, &mut events) => {
                     // What there is no room for stays as it came: token ids, bounded by max_tokens.
                     while self.sink.has_room() && let Some(event) = events.pop_front() {

@@ -602,6 +602,38 @@ async fn a_client_that_reads_slowly_gets_everything() {
     }
 }
 
+/// That a client once had much to read says nothing once it has read it, however long the next token takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_has_read_is_not_given_up_while_nothing_comes() {
+    let nats = Nats::start().await;
+    let _context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;
+    // One frame is more than may wait for a client, so that the pause begins when there was no room.
+    let pausing = Script {
+        endless: true,
+        frame_tokens: 200,
+        waits_at: Some(401),
+        ..Script::default()
+    };
+    let decode = Worker::start(&nats, "d1", Role::Decode, pausing).await;
+    let stall = Duration::from_secs(2);
+    let api = Api::with(&nats, |config| config.limits.reader_stall = stall).await;
+    api.sees(2).await;
+    let mut body = flood();
+    body["n"] = 1.into();
+    let body = body.to_string();
+    let mut connection = api
+        .open("POST", "/v1/chat/completions", body.as_bytes())
+        .await;
+    let reading = tokio::spawn(async move { connection.finish().await });
+    // The pause itself is what is tested.
+    tokio::time::sleep(3 * stall).await;
+    decode.go_on.send_replace(true);
+    let response = within("the answer", reading).await.unwrap();
+    assert!(!response.body.contains("event: error"));
+    let long = TEXT.repeat(900 / TEXT.len() + 1);
+    assert_eq!(text_of(&response.events(), 0), long[..900]);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prompt_too_large_for_the_bus_is_refused_clearly() {
     let nats = Nats::with_max_payload(4096).await;
