@@ -206,9 +206,10 @@ mod tests {
             let made = settings.iter().filter(|setting| setting.applies(list));
             made.map(|setting| setting.name).collect::<Vec<_>>()
         };
-        assert_eq!(made(None).len(), 5);
-        assert_eq!(made(Some("^cma")).len(), 5);
+        assert_eq!(made(None).len(), settings().len());
+        assert_eq!(made(Some("^cma")).len(), settings().len());
         assert!(!made(Some("tcp,self")).contains(&"MM_ERROR_HANDLING"));
         assert!(!made(Some("shm,self")).contains(&"TCP_TX_SEG_SIZE"));
+        assert!(made(Some("tcp,self")).contains(&"TCP_CONN_NB"));
     }
 }
