@@ -639,11 +639,11 @@ impl Connection {
 
     /// Waits until the server has no such connection any more; nothing is read meanwhile.
     pub async fn closed_by_server(&self) {
-        let port = |address: std::io::Result<std::net::SocketAddr>| address.unwrap().port();
-        let ends = (
-            port(self.stream.peer_addr()),
-            port(self.stream.local_addr()),
-        );
+        // A socket that was reset has no peer any more.
+        let Ok(peer) = self.stream.peer_addr() else {
+            return;
+        };
+        let ends = (peer.port(), self.stream.local_addr().unwrap().port());
         within("the server closes the connection", async {
             while sockets().contains(&ends) {
                 tokio::time::sleep(Duration::from_millis(20)).await;
