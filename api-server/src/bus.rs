@@ -5,10 +5,10 @@ mod listening;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use async_nats::{Client, ConnectOptions, Event as NatsEvent, RequestErrorKind};
-use baton_bus::{BusConfig, ConnectionLog, Seldom, mend_pause};
+use async_nats::{ConnectOptions, Event as NatsEvent};
+use baton_bus::{BusConfig, ConnectionLog, RequestError, Seldom, Wire, mend_pause};
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, DecodeJob, DecodeReply, Hello, Incarnation, PROTOCOL_VERSION,
@@ -16,6 +16,7 @@ use baton_protocol::{
 };
 use futures::FutureExt;
 use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::error::ApiServerError;
 use crate::inbox::{Event, Registry, lock};
@@ -61,7 +62,7 @@ impl fmt::Display for BusFault {
 /// The connection.
 #[derive(Clone)]
 pub struct Bus {
-    client: Client,
+    wire: Wire,
     cluster: Cluster,
     name: ApiServerId,
     incarnation: Incarnation,
@@ -109,8 +110,27 @@ impl Bus {
         };
         let client = config.connect(options).await;
         let client = client.map_err(|error| ApiServerError::Bus(error.to_string()))?;
-        Ok(Self {
-            client,
+        Ok(Self::over(
+            client.into(),
+            cluster,
+            name,
+            incarnation,
+            connected,
+            back,
+        ))
+    }
+
+    /// What goes over this wire; `connected` and `back` tell how it fares. Runs inside a tokio runtime.
+    pub fn over(
+        wire: Wire,
+        cluster: Cluster,
+        name: ApiServerId,
+        incarnation: Incarnation,
+        connected: Arc<AtomicBool>,
+        back: Arc<Notify>,
+    ) -> Self {
+        Self {
+            wire,
             cluster,
             name,
             incarnation,
@@ -118,13 +138,12 @@ impl Bus {
             connected,
             back,
             echo: Arc::new(Mutex::new(Instant::now())),
-        })
+        }
     }
 
     /// Why nothing can be said or heard now, if so.
     pub fn fault(&self, now: Instant) -> Option<BusFault> {
-        let is_connected = self.connected.load(Ordering::Relaxed)
-            && self.client.connection_state() == async_nats::connection::State::Connected;
+        let is_connected = self.connected.load(Ordering::Relaxed) && self.wire.is_connected();
         let silent = now.saturating_duration_since(*lock(&self.echo));
         match silent {
             _ if !is_connected => Some(BusFault::Disconnected),
@@ -195,20 +214,16 @@ impl Bus {
             other => NoReply::Broken(other.to_string()),
         })?;
         let bytes = payload.len();
-        let request = async_nats::Request::new()
-            .payload(payload.into())
-            .timeout(Some(timeout));
-        match self.client.send_request(subject, request).await {
+        let answer = self.wire.request_within(subject, payload.into(), timeout);
+        match answer.await {
             Ok(reply) => decode(&reply.payload).map_err(|error| NoReply::Broken(error.to_string())),
-            Err(error) => Err(match error.kind() {
-                RequestErrorKind::NoResponders => NoReply::NoResponders,
-                RequestErrorKind::TimedOut => NoReply::TimedOut,
-                RequestErrorKind::MaxPayloadExceeded => NoReply::TooLarge {
-                    bytes,
-                    bytes_max: self.client.max_payload(),
-                },
-                _ => NoReply::Broken(error.to_string()),
+            Err(RequestError::NoResponders) => Err(NoReply::NoResponders),
+            Err(RequestError::TimedOut) => Err(NoReply::TimedOut),
+            Err(RequestError::TooLarge) => Err(NoReply::TooLarge {
+                bytes,
+                bytes_max: self.wire.max_payload(),
             }),
+            Err(RequestError::Broken(detail)) => Err(NoReply::Broken(detail)),
         }
     }
 
@@ -222,9 +237,9 @@ impl Bus {
             reason: reason.to_owned(),
         };
         let Ok(payload) = encode(&abort) else { return };
-        let client = self.client.clone();
+        let wire = self.wire.clone();
         let send = async move {
-            if let Err(error) = client.publish(subject.clone(), payload.into()).await {
+            if let Err(error) = wire.publish(subject.clone(), payload.into()).await {
                 tracing::warn!(subject, %error, "abort not sent");
             }
         };
@@ -256,7 +271,7 @@ impl Bus {
 
     async fn publish<M: Versioned>(&self, subject: String, message: &M) {
         let Ok(payload) = encode(message) else { return };
-        let published = self.client.publish(subject.clone(), payload.into());
+        let published = self.wire.publish(subject.clone(), payload.into());
         match tokio::time::timeout(PUBLISH_WAIT, published).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(subject, %error, "not published"),
@@ -266,8 +281,8 @@ impl Bus {
 
     /// Sends what is buffered and closes the connection.
     pub async fn close(&self) {
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.flush()).await;
-        let _ = tokio::time::timeout(Duration::from_secs(1), self.client.drain()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.wire.flush()).await;
+        let _ = tokio::time::timeout(Duration::from_secs(1), self.wire.drain()).await;
     }
 }
 

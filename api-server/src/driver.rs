@@ -7,13 +7,14 @@ use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use baton_protocol::limits::{CONTROL_TIMEOUT_MS, PULL_TIMEOUT_MS};
 use baton_protocol::{
     DecodeJob, FinishReason, Generation, PROTOCOL_VERSION, PackedTokens, PrefillJob, RequestId,
     SequenceSpec, TokenLogprobs,
 };
+use tokio::time::Instant;
 
 use crate::error::{ApiError, ErrorKind};
 use crate::inbox::{Event, Inbox, Registered};
@@ -127,13 +128,13 @@ impl<S: Sink> Driver<S> {
         let mut events = VecDeque::new();
         self.carry_out();
         self.sink.flush();
-        let timer = tokio::time::sleep_until(self.wake_at().into());
+        let timer = tokio::time::sleep_until(self.wake_at());
         tokio::pin!(timer);
         while !self.lifecycle.ended() {
             self.note_room();
             // Times only move away while tokens come, so a timer that fires early is set again then.
-            if self.wake_at() < timer.deadline().into_std() {
-                timer.as_mut().reset(self.wake_at().into());
+            if self.wake_at() < timer.deadline() {
+                timer.as_mut().reset(self.wake_at());
             }
             tokio::select! {
                 biased;
@@ -156,7 +157,7 @@ impl<S: Sink> Driver<S> {
                 }
                 () = timer.as_mut() => {
                     self.time(Instant::now());
-                    timer.as_mut().reset(self.wake_at().into());
+                    timer.as_mut().reset(self.wake_at());
                 }
             }
             self.sink.flush();

@@ -1,7 +1,7 @@
 //! The way of events to the generations they concern: from the bus to the HTTP thread's mailbox, and from there to
 //! the inbox of each.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_protocol::{FrameItem, RequestId, TokenFrame};
@@ -97,7 +97,7 @@ impl Mailbox {
 /// The inboxes of all generations in flight.
 #[derive(Debug, Default)]
 pub struct Registry {
-    places: Mutex<HashMap<RequestId, Place>>,
+    places: Mutex<BTreeMap<RequestId, Place>>,
 }
 
 /// Where a generation is driven.

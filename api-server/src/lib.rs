@@ -43,3 +43,9 @@ pub mod fuzzing {
     pub use crate::template::ChatTemplate;
     pub use crate::tokenizer::{GenerationDefaults, ModelText};
 }
+#[cfg(feature = "simulation")]
+pub use {
+    driver::Sink,
+    error::ApiError,
+    server::simulated::{SimulatedGeneration, SimulatedServer},
+};

@@ -1,13 +1,14 @@
 //! Who is in the cluster: soft state, made of the last beat of each worker.
 
-use std::collections::HashMap;
-use std::time::{Duration, Instant};
+use std::collections::BTreeMap;
+use std::time::Duration;
 
 use baton_protocol::limits::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
 use baton_protocol::{
     ApiBeat, ApiServerId, Beat, Incarnation, ModelFingerprint, PeerState, Role, WorkerId,
     WorkerState,
 };
+use tokio::time::Instant;
 
 use crate::lifecycle::Target;
 
@@ -92,8 +93,8 @@ impl Member {
 /// All workers and API servers heard of lately.
 #[derive(Debug, Default)]
 pub struct Membership {
-    workers: HashMap<WorkerId, Member>,
-    api_servers: HashMap<ApiServerId, (ApiBeat, Instant)>,
+    workers: BTreeMap<WorkerId, Member>,
+    api_servers: BTreeMap<ApiServerId, (ApiBeat, Instant)>,
 }
 
 impl Membership {

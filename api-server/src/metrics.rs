@@ -1,12 +1,12 @@
 //! Every metric of the API server, by name.
 
 use std::fmt::Write as _;
-use std::time::Instant;
 
 use prometheus::{
     Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
 };
+use tokio::time::Instant;
 
 use crate::membership::Membership;
 

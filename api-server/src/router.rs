@@ -10,9 +10,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
-use std::time::Instant;
 
 use baton_protocol::{KvHandle, ModelFingerprint, Role, WorkerId};
+use tokio::time::Instant;
 
 use crate::lifecycle::Target;
 use crate::membership::{Member, Membership};
@@ -223,6 +223,12 @@ impl Router {
         if *own == Outstanding::default() {
             self.own.remove(worker);
         }
+    }
+
+    /// Whether nothing of ours is under way anywhere.
+    #[cfg(any(test, feature = "simulation"))]
+    pub fn is_idle(&self) -> bool {
+        self.own.is_empty()
     }
 
     /// This worker has run this prompt.

@@ -1,15 +1,19 @@
 //! One API server: what its parts share, how it starts and how it stops.
 
+#[cfg(feature = "simulation")]
+pub mod simulated;
+
 use std::future::Future;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix_web::dev::ServerHandle;
 use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
 use tokio::net::TcpSocket;
 use tokio::sync::{Notify, Semaphore};
+use tokio::time::Instant;
 
 use crate::bus::{Bus, Watcher};
 use crate::config::{ApiServerConfig, Limits};

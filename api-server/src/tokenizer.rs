@@ -175,6 +175,36 @@ impl ModelText {
         })
     }
 
+    /// A model without text, for those who speak in tokens.
+    ///
+    /// # Errors
+    /// [`ApiServerError::Model`], if the tokenizer library takes no empty vocabulary.
+    #[cfg(feature = "simulation")]
+    pub fn wordless(
+        name: &str,
+        fingerprint: ModelFingerprint,
+        tokens_max: u32,
+    ) -> Result<Self, ApiServerError> {
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "model": { "type": "WordLevel", "vocab": {}, "unk_token": "" },
+        });
+        let tokenizer: Tokenizer = serde_json::from_value(json.clone())
+            .map_err(|error| ApiServerError::Model(format!("an empty tokenizer: {error}")))?;
+        let tokenizer = Arc::new(tokenizer);
+        Ok(Self {
+            name: name.to_owned(),
+            fingerprint,
+            tokens_max,
+            eos_token_ids: Vec::new(),
+            defaults: GenerationDefaults::default(),
+            vocabulary: Vocabulary::new(Arc::clone(&tokenizer), &json),
+            tokenizer,
+            template: None,
+        })
+    }
+
     /// The prompt text of a chat.
     ///
     /// # Errors

@@ -7,10 +7,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use async_nats::{Message, Subscriber};
+use async_nats::Message;
 use futures::StreamExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
+
+use crate::Subscription;
 
 /// What a message takes beside its payload, about.
 const MESSAGE_OVERHEAD: usize = 256;
@@ -26,10 +28,11 @@ pub struct Intake {
 impl Intake {
     /// Takes this subscription over. No more than `bytes_max` wait; `on_overflow` is told of each message that is dropped.
     pub fn new(
-        mut subscriber: Subscriber,
+        subscription: impl Into<Subscription>,
         bytes_max: usize,
         mut on_overflow: impl FnMut(&Message) + Send + 'static,
     ) -> Self {
+        let mut subscription = subscription.into();
         let (sender, messages) = mpsc::unbounded_channel();
         let held = Arc::new(AtomicUsize::new(0));
         let of_pump = Arc::clone(&held);
@@ -38,12 +41,13 @@ impl Intake {
         let pump = async move {
             loop {
                 let message = tokio::select! {
-                    message = subscriber.next() => message,
+                    biased;
                     () = left.notified() => {
                         // It ends after what has come; if the connection is closed, at once.
-                        let _ = subscriber.drain().await;
+                        let _ = subscription.drain().await;
                         continue;
                     }
+                    message = subscription.next() => message,
                 };
                 let Some(message) = message else { return };
                 let bytes = bytes_of(&message);

@@ -6,6 +6,7 @@
 
 mod intake;
 mod seldom;
+mod wire;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -18,6 +19,7 @@ use tokio::time::{Instant, timeout};
 
 pub use intake::Intake;
 pub use seldom::Seldom;
+pub use wire::{Carrier, RequestError, Subscription, Wire, WireError};
 
 /// First pause between tries to connect; doubled each time.
 const RETRY_MIN: Duration = Duration::from_millis(100);

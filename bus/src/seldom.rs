@@ -1,6 +1,8 @@
 //! Log lines about what others send: as often as somebody reads them, not as often as somebody sends.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// Lets one of many through in each interval, and counts the others.
 #[derive(Debug)]

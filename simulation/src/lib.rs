@@ -1,6 +1,25 @@
-//! Baton without processes: small models of its protocols, explored to their ends.
+//! A cluster in one thread and in virtual time, hurt in every way that a seed can say.
 //!
-//! `two_pools`: context pool, decode pool, leases and everything that can come between.
+//! What runs is the real thing: the API server's driver, lifecycle, router and membership, the workers' desk, leases,
+//! pulls, peers, publisher and engine. Simulated are the bus (`network`, `weather`), the memory and the moving of KV
+//! (`kv`), the device (the engine's fake executor), processes (`process`), clients (`client`) and time itself, which is
+//! tokio's paused clock. `plan` draws what a seed stands for, `world` runs it and looks whether anything is wrong,
+//! `trace` records it.
+//!
+//! Beside it stands `two_pools`, a small model of the protocol between the pools that is explored to its end.
+//!
+//! A run is a function of its seed: the same seed gives the same events at the same times.
 #![forbid(unsafe_code)]
 
+mod client;
+mod dice;
+mod kv;
+mod network;
+mod plan;
+mod process;
+mod trace;
 pub mod two_pools;
+mod weather;
+mod world;
+
+pub use world::{Report, run};

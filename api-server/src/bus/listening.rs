@@ -1,13 +1,14 @@
 //! What is heard on the bus: token frames, and the beats of workers and of API servers.
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use async_nats::{Message, Subscriber};
-use baton_bus::{Intake, Seldom};
+use async_nats::Message;
+use baton_bus::{Intake, Seldom, Subscription};
 use baton_protocol::subjects::speaker;
 use baton_protocol::{ApiBeat, Beat, TokenFrame, decode, limits};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use super::{Bus, FAULT_INTERVAL};
 use crate::error::ApiServerError;
@@ -80,9 +81,9 @@ impl Bus {
         ])
     }
 
-    async fn subscribe(&self, subject: String) -> Result<Subscriber, ApiServerError> {
-        let subscriber = self.client.subscribe(subject).await;
-        subscriber.map_err(|error| ApiServerError::Bus(format!("NATS subscription: {error}")))
+    async fn subscribe(&self, subject: String) -> Result<Subscription, ApiServerError> {
+        let subscription = self.wire.subscribe(subject).await;
+        subscription.map_err(|error| ApiServerError::Bus(format!("NATS subscription: {error}")))
     }
 }
 
@@ -131,29 +132,32 @@ impl<W: Watcher> Membership<W> {
     async fn run(mut self) {
         let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
-        let mut hello_answer: Option<tokio::time::Instant> = None;
+        let mut hello_answer: Option<Instant> = None;
         let back = Arc::clone(&self.bus.back);
         loop {
-            let answer_due = hello_answer.unwrap_or_else(tokio::time::Instant::now);
+            let answer_due = hello_answer.unwrap_or_else(Instant::now);
+            // In order, so that a run can be repeated: the clock first, and after each beat others of both kinds (`catch_up`).
             tokio::select! {
+                biased;
                 () = back.notified() => self.on_back().await,
-                Some(message) = self.beats.next() => {
-                    self.on_beat(&message);
+                _ = tick.tick() => self.bus.beat(self.watcher.in_flight()).await,
+                _ = sweep.tick() => self.sweep(Instant::now()),
+                () = tokio::time::sleep_until(answer_due), if hello_answer.is_some() => {
+                    hello_answer = None;
+                    self.bus.beat(self.watcher.in_flight()).await;
+                }
+                Some(_) = self.hellos.next() => {
+                    hello_answer.get_or_insert_with(|| Instant::now() + HELLO_WAIT);
                     self.catch_up();
                 }
                 Some(message) = self.api_beats.next() => {
                     self.on_api_beat(&message);
                     self.catch_up();
                 }
-                Some(_) = self.hellos.next() => {
-                    hello_answer.get_or_insert_with(|| tokio::time::Instant::now() + HELLO_WAIT);
+                Some(message) = self.beats.next() => {
+                    self.on_beat(&message);
+                    self.catch_up();
                 }
-                () = tokio::time::sleep_until(answer_due), if hello_answer.is_some() => {
-                    hello_answer = None;
-                    self.bus.beat(self.watcher.in_flight()).await;
-                }
-                _ = tick.tick() => self.bus.beat(self.watcher.in_flight()).await,
-                _ = sweep.tick() => self.sweep(Instant::now()),
             }
         }
     }

@@ -2,12 +2,13 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, rt};
 use baton_protocol::{Generation, RequestId};
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::authorize::Caller;
 use super::choice::{Choice, Destination, Echo, Whole};

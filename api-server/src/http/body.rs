@@ -1,13 +1,12 @@
 //! Request bodies, read up to a bound each, and up to one all together.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use actix_web::http::header;
 use actix_web::{HttpRequest, web};
 use futures::StreamExt;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::timeout_at;
+use tokio::time::{Instant, timeout_at};
 
 use crate::error::{ApiError, ErrorKind};
 use crate::server::Server;
@@ -53,7 +52,7 @@ pub async fn read(
         };
         ApiError::new(ErrorKind::BodyStalled, message)
     };
-    let until = || deadline.min(Instant::now() + stall).into();
+    let until = || deadline.min(Instant::now() + stall);
     // Memory is taken for what came, not for what was announced.
     let mut body = Vec::with_capacity(announced.unwrap_or(0).clamp(1 << 10, 64 << 10));
     let mut room: Option<OwnedSemaphorePermit> = None;

@@ -1,10 +1,9 @@
 //! The two endpoints that generate: from the body to prompts in tokens.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use tokio::time::timeout_at;
+use tokio::time::{Instant, timeout_at};
 
 use super::answer::{Prepared, answer};
 use super::authorize::Caller;

@@ -1,10 +1,9 @@
 //! What can be asked about the server and the cluster.
 
-use std::time::Instant;
-
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::respond::{self, error_response};
 use crate::error::{ApiError, ErrorKind};

@@ -26,6 +26,7 @@ pub struct Engine {
     tokens_max: usize,
     queue_max: usize,
     arrivals: u64,
+    clock: fn() -> Instant,
     stalled: bool,
     failed: Option<ExecutorError>,
 }
@@ -51,9 +52,17 @@ impl Engine {
             executor,
             queue_max: config.queue_max,
             arrivals: 0,
+            clock: Instant::now,
             stalled: false,
             failed: None,
         }
+    }
+
+    /// With another clock for the times that it reports. They decide nothing here.
+    #[must_use]
+    pub fn with_clock(mut self, clock: fn() -> Instant) -> Self {
+        self.clock = clock;
+        self
     }
 
     /// What the executor is and can bear.
@@ -87,7 +96,7 @@ impl Engine {
             });
         }
         let blocks = BlockTable::new(self.pool(), Vec::new(), 0);
-        let mut sequence = Sequence::new(new.key, self.arrivals, new.spec, blocks, Instant::now());
+        let mut sequence = Sequence::new(new.key, self.arrivals, new.spec, blocks, (self.clock)());
         sequence.prompt.logprobs_top = new.prompt_logprobs;
         self.arrivals += 1;
         self.scheduler.waiting.push_back(sequence);
@@ -135,7 +144,7 @@ impl Engine {
                 retry_after_ms: RETRY_AFTER_MS,
             });
         }
-        let mut sequence = Sequence::new(key, self.arrivals, spec, blocks, Instant::now());
+        let mut sequence = Sequence::new(key, self.arrivals, spec, blocks, (self.clock)());
         sequence.computed = tokens;
         sequence.push(next);
         self.arrivals += 1;
@@ -229,7 +238,7 @@ impl Engine {
     /// Plan the next step and submit it; `false` if there is none, or if it has to wait for those in flight.
     fn submit_step(&mut self, events: &mut Vec<Event>) -> Result<bool, ExecutorError> {
         let rows = match self.flights.is_empty() {
-            true => self.scheduler.plan(Instant::now(), events),
+            true => self.scheduler.plan((self.clock)(), events),
             false => self.scheduler.plan_ahead(),
         };
         if rows == 0 {
@@ -441,7 +450,7 @@ impl Engine {
         for (removed, (at, end)) in done.into_iter().enumerate() {
             let sequence = prefilling.remove(at - removed);
             events.push(match end {
-                Ok(sampled) => prefilled(sequence, sampled, self.tokens_max),
+                Ok(sampled) => prefilled(sequence, sampled, self.tokens_max, (self.clock)()),
                 Err(detail) => {
                     sequence.blocks.forget();
                     failed(sequence.key, Some(detail))
@@ -456,7 +465,7 @@ fn failed(key: u64, detail: Option<String>) -> Event {
     Event::Failed { key, detail }
 }
 
-fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize) -> Event {
+fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize, now: Instant) -> Event {
     let finish = sequence.finish_with(sampled.token, tokens_max);
     let Sequence {
         key,
@@ -473,7 +482,7 @@ fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize) -> Event {
         cached_tokens: prompt.cached_tokens as u32,
         prompt_logprobs: prompt.logprobs_top.map(|_| prompt.logprobs),
         queue: started.saturating_duration_since(prompt.submitted),
-        compute: started.elapsed(),
+        compute: now.saturating_duration_since(started),
     }
 }
 

@@ -4,7 +4,7 @@
 //! started again under its old name is never silent for long, so a new incarnation ends what the former one had. Messages of
 //! several connections may overtake each other: a life that has ended stays ended, however late its last words come.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use baton_protocol::{ApiServerId, Incarnation};
@@ -30,7 +30,7 @@ pub(crate) enum Heard {
 /// Only those with something here are kept: that bounds the map.
 #[derive(Default)]
 pub(crate) struct ApiServers {
-    known: HashMap<ApiServerId, Known>,
+    known: BTreeMap<ApiServerId, Known>,
 }
 
 struct Known {
@@ -71,7 +71,7 @@ impl ApiServers {
     pub(crate) fn forget_silent(&mut self, now: Instant, silence: Duration) -> Vec<ApiServerId> {
         let gone = |known: &mut Known| now.duration_since(known.heard) >= silence;
         self.known
-            .extract_if(|_, known| gone(known))
+            .extract_if(.., |_, known| gone(known))
             .map(|(id, _)| id)
             .collect()
     }

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use baton_protocol::{Beat, Load, PROTOCOL_VERSION};
-use baton_transfer::Agent;
 
 use crate::desk::Desk;
+use crate::mover::Mover;
 
 /// A transfer thread that is well goes round its loop many times in this time.
 const PROGRESS_MAX: Duration = Duration::from_secs(3);
@@ -58,7 +58,7 @@ impl Desk {
     /// How KV moves, or that it does not any more.
     fn transport(&self) -> String {
         let transport = self.me.transport.clone();
-        let Some(health) = self.agent.as_ref().map(Agent::health) else {
+        let Some(health) = self.agent.as_ref().and_then(Mover::health) else {
             return transport;
         };
         if !health.running {

@@ -1,10 +1,10 @@
 //! The NATS connection: subscriptions, and the one task that publishes.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_nats::{Client, ConnectOptions, Event, Message, Subject};
-use baton_bus::{BusConfig, ConnectionLog, Intake, Seldom, mend_pause};
+use baton_bus::{BusConfig, ConnectionLog, Intake, Seldom, Wire, mend_pause};
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
@@ -12,6 +12,7 @@ use baton_protocol::{
 };
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
 use crate::WorkerError;
 use crate::engine_thread::EngineWaker;
@@ -90,7 +91,7 @@ pub(crate) enum Heard {
 impl Subscriptions {
     /// Subscribes, and waits until the server knows.
     pub(crate) async fn new(
-        client: &Client,
+        wire: &Wire,
         cluster: &Cluster,
         worker: &WorkerId,
         outbox: &Outbox,
@@ -100,8 +101,7 @@ impl Subscriptions {
             detail,
         };
         let subscribe = async |subject: String| {
-            client
-                .subscribe(subject)
+            wire.subscribe(subject)
                 .await
                 .map_err(|error| refused(error.to_string()))
         };
@@ -125,8 +125,7 @@ impl Subscriptions {
             hello: beats(cluster.hello()).await?,
             turn: 0,
         };
-        client
-            .flush()
+        wire.flush()
             .await
             .map_err(|error| refused(error.to_string()))?;
         Ok(all)
@@ -154,7 +153,9 @@ impl Subscriptions {
     /// # Errors
     /// If the connection is closed for good.
     pub(crate) async fn next(&mut self) -> Result<Heard, WorkerError> {
+        // In order, so that a run can be repeated; `try_next`, which follows each message, takes turns.
         let heard = tokio::select! {
+            biased;
             message = self.inbox.next() => message.map(Heard::Inbox),
             message = self.beats.next() => message.map(Heard::Beat),
             message = self.api_beats.next() => message.map(Heard::ApiBeat),
@@ -190,13 +191,13 @@ fn refuse_unread(outbox: &Outbox, message: &Message, prefill: &str, decode: &str
 #[derive(Clone)]
 pub(crate) struct Outbox {
     sender: mpsc::Sender<(Subject, Bytes)>,
-    client: Client,
+    wire: Wire,
 }
 
 impl Outbox {
-    pub(crate) fn new(client: Client) -> (Self, mpsc::Receiver<(Subject, Bytes)>) {
+    pub(crate) fn new(wire: Wire) -> (Self, mpsc::Receiver<(Subject, Bytes)>) {
         let (sender, receiver) = mpsc::channel(OUTBOX_CAPACITY);
-        (Self { sender, client }, receiver)
+        (Self { sender, wire }, receiver)
     }
 
     /// Hands a message to the publisher.
@@ -209,7 +210,7 @@ impl Outbox {
         message: &M,
     ) -> Result<(), String> {
         let bytes = encode(message).map_err(|error| error.to_string())?;
-        let bytes_max = bytes_max(&self.client);
+        let bytes_max = bytes_max(&self.wire);
         if bytes.len() > bytes_max {
             let name = M::NAME;
             return Err(format!(
@@ -224,14 +225,14 @@ impl Outbox {
 }
 
 /// Largest message the server takes.
-pub(crate) fn bytes_max(client: &Client) -> usize {
-    client.max_payload().min(MESSAGE_BYTES_MAX)
+pub(crate) fn bytes_max(wire: &Wire) -> usize {
+    wire.max_payload().min(MESSAGE_BYTES_MAX)
 }
 
 /// The task that publishes. Control messages go first, so a job is admitted before its tokens come.
 /// Ends when every [`Outbox`] is gone, after sending what is left.
 pub(crate) struct Publisher {
-    pub(crate) client: Client,
+    pub(crate) wire: Wire,
     pub(crate) cluster: Cluster,
     pub(crate) worker: WorkerId,
     pub(crate) incarnation: Incarnation,
@@ -275,7 +276,7 @@ impl Publisher {
         {
             self.publish_items(&api_server, items).await;
         }
-        if let Err(error) = self.client.flush().await {
+        if let Err(error) = self.wire.flush().await {
             tracing::warn!(%error, "the last messages may not have reached the bus");
         }
     }
@@ -286,18 +287,13 @@ impl Publisher {
         items: Vec<baton_protocol::FrameItem>,
     ) {
         let subject = Subject::from(self.cluster.tokens(api_server, &self.worker));
-        for bytes in messages(
-            &self.worker,
-            self.incarnation,
-            items,
-            bytes_max(&self.client),
-        ) {
+        for bytes in messages(&self.worker, self.incarnation, items, bytes_max(&self.wire)) {
             self.publish(subject.clone(), bytes.into()).await;
         }
     }
 
     async fn publish(&self, subject: Subject, bytes: Bytes) {
-        if let Err(error) = self.client.publish(subject.clone(), bytes).await {
+        if let Err(error) = self.wire.publish(subject.clone(), bytes).await {
             tracing::warn!(%subject, %error, "a message was not published");
         }
     }

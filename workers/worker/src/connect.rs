@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
-use async_nats::Client;
+use baton_bus::Wire;
 use baton_protocol::limits::CONTROL_TIMEOUT_MS;
 use baton_protocol::{Incarnation, WorkerDescriptor, WorkerId, decode};
-use baton_transfer::{Agent, PeerKey};
+use baton_transfer::PeerKey;
 use bytes::Bytes;
 use tokio::task::JoinError;
 use tokio::time::{Instant, timeout};
 
 use crate::desk::{Desk, task_outcome};
+use crate::mover::Mover;
 use crate::peers::{Action, Link};
 
 /// A connection with its warm-up and measurement may take this long.
@@ -33,10 +34,10 @@ impl Desk {
                 worker,
                 incarnation,
             } => {
-                let client = self.client.clone();
+                let wire = self.wire.clone();
                 let describe = self.cluster.describe(&worker);
                 self.links.spawn(async move {
-                    let link = connect(&client, describe, &agent, incarnation).await;
+                    let link = connect(&wire, describe, &agent, incarnation).await;
                     LinkOutcome {
                         worker,
                         incarnation,
@@ -78,15 +79,15 @@ impl Desk {
 }
 
 async fn connect(
-    client: &Client,
+    wire: &Wire,
     describe: String,
-    agent: &Agent,
+    agent: &Mover,
     incarnation: Incarnation,
 ) -> Result<Link, String> {
     let key = PeerKey(incarnation.0);
     agent.disconnect(key).await;
     let control = Duration::from_millis(CONTROL_TIMEOUT_MS);
-    let answer = timeout(control, client.request(describe, Bytes::new()))
+    let answer = timeout(control, wire.request(describe, Bytes::new()))
         .await
         .map_err(|_| "it did not describe itself in time".to_owned())?
         .map_err(|error| format!("it did not describe itself: {error}"))?;

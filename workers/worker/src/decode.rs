@@ -85,7 +85,12 @@ impl Desk {
             })
             .map(|(key, entry)| (*key, entry.route.attempt))
             .collect();
-        if let Some((_, attempt)) = earlier.iter().find(|(_, attempt)| *attempt >= job.attempt) {
+        if earlier.iter().any(|(_, attempt)| *attempt == job.attempt) {
+            // The answer to the first stands. A second one could overtake it.
+            tracing::debug!(request = %job.request, attempt = job.attempt, "a decode job came twice");
+            return Ok(());
+        }
+        if let Some((_, attempt)) = earlier.iter().find(|(_, attempt)| *attempt > job.attempt) {
             let detail = format!(
                 "try {} of a request whose try {attempt} is here already",
                 job.attempt
@@ -226,7 +231,7 @@ impl Desk {
         let pull = Pull {
             key,
             agent,
-            client: self.client.clone(),
+            wire: self.wire.clone(),
             release_subject: self.cluster.release(&handle.worker),
             release: self.release_of(request, &handle),
             kv: self.checks.kv.clone(),

@@ -4,12 +4,13 @@
 //! takes time runs elsewhere and reports back: forward steps on the engine thread, pulls and connections
 //! in tasks of their own, publishing in the publisher task.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_nats::{Client, Message};
+use async_nats::Message;
+use baton_bus::Wire;
 use baton_engine::BlockPool;
 use baton_model::WeightFormat;
 use baton_protocol::limits::BEAT_INTERVAL_MS;
@@ -18,7 +19,6 @@ use baton_protocol::{
     Abort, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, RequestId, Role, WorkerId,
     WorkerState, decode,
 };
-use baton_transfer::Agent;
 use baton_watchdog::Pulse;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -36,6 +36,7 @@ use crate::engine_thread::{EngineEvent, EngineHandle, HeldBlocks};
 use crate::frames::TokenOutbox;
 use crate::leases::LeaseTable;
 use crate::line::Line;
+use crate::mover::Mover;
 use crate::peers::Peers;
 use crate::pulls::Pulled;
 use crate::watch::Stuck;
@@ -56,7 +57,7 @@ pub(crate) struct Desk {
     pub(crate) me: Identity,
     pub(crate) checks: Checks,
     pub(crate) cluster: Cluster,
-    pub(crate) client: Client,
+    pub(crate) wire: Wire,
     pub(crate) outbox: Outbox,
     pub(crate) tokens: Arc<TokenOutbox>,
     pub(crate) engine: EngineHandle,
@@ -78,18 +79,18 @@ pub(crate) struct Desk {
     pub(crate) next_key: u64,
 
     /// Prompts in the engine, by key.
-    pub(crate) prefills: HashMap<u64, Prefilling>,
+    pub(crate) prefills: BTreeMap<u64, Prefilling>,
     /// Staged KV.
     pub(crate) leases: LeaseTable<HeldBlocks>,
     pub(crate) pace: Pace,
 
     /// Pulls and generations, by key.
-    pub(crate) decodes: HashMap<u64, Decoding>,
+    pub(crate) decodes: BTreeMap<u64, Decoding>,
     /// Decode jobs that wait for blocks.
     pub(crate) line: Line,
     pub(crate) pulls: JoinSet<Pulled>,
     pub(crate) pull_places: Arc<Semaphore>,
-    pub(crate) agent: Option<Agent>,
+    pub(crate) agent: Option<Mover>,
     pub(crate) peers: Peers,
     pub(crate) links: JoinSet<LinkOutcome>,
 

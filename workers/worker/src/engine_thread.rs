@@ -7,8 +7,10 @@
 
 mod handle;
 mod held;
+#[cfg(feature = "simulation")]
+mod task;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,12 +22,14 @@ use baton_protocol::{
 };
 use baton_watchdog::Pulse;
 use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::frames::{Route, TokenOutbox};
 
 pub(crate) use handle::{Command, EngineEvent, EngineHandle, EngineWaker, LoadGauge, Prefilled};
 pub(crate) use held::HeldBlocks;
+#[cfg(feature = "simulation")]
+pub(crate) use task::EngineTask;
 
 /// How long a step that found no block, or an outbox without room, is waited out when no wake-up comes.
 const STALL_WAIT: Duration = Duration::from_millis(20);
@@ -39,7 +43,7 @@ struct EngineThread {
     stalled: Arc<AtomicBool>,
     load: Arc<LoadGauge>,
     pulse: Pulse,
-    decoding: HashMap<u64, Decoding>,
+    decoding: BTreeMap<u64, Decoding>,
     /// Items of the step or command under way.
     items: Vec<(ApiServerId, FrameItem)>,
     /// Events of the step or command under way.
@@ -54,6 +58,16 @@ struct Decoding {
     index: u32,
     /// Reported with the first item.
     pulled: Option<PullReport>,
+}
+
+/// What follows on what the thread did.
+enum Turn {
+    /// Go on: there may be more to do.
+    On,
+    /// Wait for a command, until then at most.
+    Wait(Option<Duration>),
+    /// It was told to end.
+    End,
 }
 
 /// Whether the thread goes on.
@@ -81,7 +95,7 @@ impl EngineThread {
             stalled,
             load,
             pulse,
-            decoding: HashMap::new(),
+            decoding: BTreeMap::new(),
             items: Vec::new(),
             unsaid: Vec::new(),
             checked: true,
@@ -91,26 +105,35 @@ impl EngineThread {
     fn run(mut self) {
         loop {
             self.pulse.beat();
-            if let Flow::End = self.take_commands() {
-                return;
-            }
-            let flow = if !self.has_work() {
-                self.check_pools();
-                self.wait(None)
-            } else if !self.tokens.has_room() {
-                // A step or two over the bound, once; or blocks of the aborted would be held as long as the bus is slow.
-                self.advance(Engine::settle);
-                self.stalled.store(true, Ordering::Release);
-                self.wait(Some(STALL_WAIT))
-            } else if self.advance(Engine::step) {
-                Flow::On
-            } else {
-                self.stalled.store(true, Ordering::Release);
-                self.wait(Some(STALL_WAIT))
+            let flow = match self.turn() {
+                Turn::On => Flow::On,
+                Turn::Wait(at_most) => self.wait(at_most),
+                Turn::End => Flow::End,
             };
             if let Flow::End = flow {
                 return;
             }
+        }
+    }
+
+    /// Carries out the commands that are there, and a step if there is one.
+    fn turn(&mut self) -> Turn {
+        if let Flow::End = self.take_commands() {
+            return Turn::End;
+        }
+        if !self.has_work() {
+            self.check_pools();
+            Turn::Wait(None)
+        } else if !self.tokens.has_room() {
+            // A step or two over the bound, once; or blocks of the aborted would be held as long as the bus is slow.
+            self.advance(Engine::settle);
+            self.stalled.store(true, Ordering::Release);
+            Turn::Wait(Some(STALL_WAIT))
+        } else if self.advance(Engine::step) {
+            Turn::On
+        } else {
+            self.stalled.store(true, Ordering::Release);
+            Turn::Wait(Some(STALL_WAIT))
         }
     }
 
@@ -381,8 +404,10 @@ impl EngineThread {
     fn flush(&mut self) {
         self.tokens.push(std::mem::take(&mut self.items));
         for event in self.unsaid.drain(..) {
-            // The desk never waits for this thread, so this cannot wait for ever; without a desk nobody listens.
-            let _ = self.events.blocking_send(event);
+            if let Err(TrySendError::Full(event)) = self.events.try_send(event) {
+                // The desk never waits for this thread, so this cannot wait for ever; without a desk nobody listens.
+                let _ = self.events.blocking_send(event);
+            }
         }
     }
 

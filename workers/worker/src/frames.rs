@@ -5,7 +5,7 @@
 //! it does not, the tokens of several steps merge into one message: the slower the bus, the fewer the
 //! messages. What may wait is bounded, and a full outbox stops the engine.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_protocol::{
@@ -49,7 +49,7 @@ pub(crate) struct TokenOutbox {
 
 #[derive(Default)]
 struct Waiting {
-    servers: HashMap<ApiServerId, ServerItems>,
+    servers: BTreeMap<ApiServerId, ServerItems>,
     weight: usize,
 }
 

@@ -4,7 +4,7 @@
 //! What makes a pull safe is that this table, and nothing else, says whether a lease was alive without a
 //! break: a handle id is never used twice, and a lease that ended never comes back.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use baton_protocol::{ApiServerId, HandleId, Nonce, RequestId};
@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 /// Leases and what they hold. Dropping a lease gives its blocks back.
 pub(crate) struct LeaseTable<B> {
-    leases: HashMap<HandleId, Lease<B>>,
+    leases: BTreeMap<HandleId, Lease<B>>,
     by_request: HashMap<RequestId, HandleId>,
     deadlines: BTreeSet<(Instant, HandleId)>,
     next_handle: u64,
@@ -29,7 +29,7 @@ struct Lease<B> {
 impl<B> LeaseTable<B> {
     pub(crate) fn new() -> Self {
         Self {
-            leases: HashMap::new(),
+            leases: BTreeMap::new(),
             by_request: HashMap::new(),
             deadlines: BTreeSet::new(),
             next_handle: 1,
@@ -114,7 +114,7 @@ impl<B> LeaseTable<B> {
     pub(crate) fn clear(&mut self) -> usize {
         self.by_request.clear();
         self.deadlines.clear();
-        self.leases.drain().count()
+        std::mem::take(&mut self.leases).len()
     }
 
     /// When the next lease ends if nothing else happens.

@@ -13,13 +13,14 @@
 //! 7. An abort, a deadline, an API server that is gone, a drain or a broken executor end it in any phase:
 //!    all through `desk`'s `end_key`.
 //!
-//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `run` (start and end), `beat`, `service`, `drain`, `failing`, `hearing`, `watch`.
+//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `run` and `assemble` (start and end), `beat`, `service`, `drain`, `failing`, `hearing`, `watch`.
 //!
 //! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
 //! engine thread; and the transfer agent's. No lock is held across an await.
 #![deny(unsafe_code)]
 
 mod api_servers;
+mod assemble;
 mod beat;
 mod bus;
 mod checks;
@@ -39,11 +40,14 @@ mod frames;
 mod hearing;
 mod leases;
 mod line;
+mod mover;
 mod peers;
 mod pulls;
 mod random;
 mod run;
 mod service;
+#[cfg(feature = "simulation")]
+mod simulated;
 mod watch;
 
 pub use config::{
@@ -57,3 +61,5 @@ pub use run::run;
 pub mod fuzzing {
     pub use crate::checks::Checks;
 }
+#[cfg(feature = "simulation")]
+pub use simulated::{KvFuture, KvNetwork, SimulatedConfig, SimulatedWorker};

@@ -5,7 +5,7 @@
 //! `connect.rs` carries them out. Each incarnation is connected once, before the first request needs it;
 //! a broken one is tried again with growing pauses; one that fell silent is let go.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use baton_protocol::limits::GONE_AFTER_MS;
@@ -47,7 +47,7 @@ pub(crate) struct Peers {
     me: WorkerId,
     model: ModelInfo,
     kv: KvGeometry,
-    peers: HashMap<WorkerId, Peer>,
+    peers: BTreeMap<WorkerId, Peer>,
 }
 
 struct Peer {
@@ -78,7 +78,7 @@ impl Peers {
             me,
             model,
             kv,
-            peers: HashMap::new(),
+            peers: BTreeMap::new(),
         }
     }
 

@@ -4,17 +4,18 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_nats::Client;
+use baton_bus::Wire;
 use baton_engine::BlockTable;
 use baton_protocol::limits::{CONTROL_TIMEOUT_MS, PULL_TIMEOUT_MS};
 use baton_protocol::{
     Failure, FailureCode, KvGeometry, KvHandle, PullReport, Release, Released, decode, encode,
 };
-use baton_transfer::{Agent, PeerKey, TransferError, plan_reads};
+use baton_transfer::{PeerKey, TransferError, plan_reads};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 
 use crate::engine_thread::HeldBlocks;
+use crate::mover::{Destination, Mover};
 
 /// Pulls that read at the same time; the rest wait their turn. A few fill any link, and with more each
 /// only takes longer.
@@ -31,8 +32,8 @@ const CONTROL_TIMEOUT: Duration = Duration::from_millis(CONTROL_TIMEOUT_MS);
 /// Everything one pull needs.
 pub(crate) struct Pull {
     pub(crate) key: u64,
-    pub(crate) agent: Agent,
-    pub(crate) client: Client,
+    pub(crate) agent: Mover,
+    pub(crate) wire: Wire,
     pub(crate) release_subject: String,
     pub(crate) release: Release,
     pub(crate) kv: KvGeometry,
@@ -75,7 +76,7 @@ impl Pull {
     async fn outcome(self) -> Result<(BlockTable, PullReport), PullFailure> {
         let Self {
             agent,
-            client,
+            wire,
             release_subject,
             release,
             kv,
@@ -123,7 +124,7 @@ impl Pull {
             )
             .await;
         let (bytes, read) = match stats {
-            Ok((_, stats)) => (stats.bytes, stats.seconds),
+            Ok(stats) => (stats.bytes, stats.seconds),
             Err(error) => {
                 let message = format!("pulling KV from {from}: {error}");
                 return Err(PullFailure {
@@ -143,7 +144,7 @@ impl Pull {
         let payload = encode(&release).map_err(|error| invalid(error.to_string()))?;
         let answer = timeout(
             CONTROL_TIMEOUT,
-            client.request(release_subject, payload.into()),
+            wire.request(release_subject, payload.into()),
         )
         .await
         .map_err(|_| invalid("its release was not answered in time".to_owned()))?
@@ -188,7 +189,7 @@ fn is_connection_lost(error: &TransferError) -> bool {
 /// The destination blocks, shared with the transfer agent while it may write to them. When a pull is given
 /// up, by failure or because its request ended, they count as quarantined until the agent lets go too.
 struct Guard {
-    blocks: Arc<Mutex<HeldBlocks>>,
+    blocks: Destination,
     is_done: bool,
 }
 

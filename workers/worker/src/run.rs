@@ -1,33 +1,26 @@
 //! A worker's life: device, engine thread, bus, desk, and all of it backwards.
 
-use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_bus::Wire;
 use baton_engine::{Engine, EngineConfig};
 use baton_model::ModelDir;
 use baton_protocol::{
     Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, Role, WorkerDescriptor,
-    WorkerState,
 };
-use tokio::sync::Semaphore;
-use tokio::task::{JoinSet, spawn_blocking};
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use crate::api_servers::ApiServers;
+use crate::assemble::Parts;
 use crate::beat::SharedLoad;
 use crate::bus::{self, Outbox, Publisher, Subscriptions};
-use crate::checks::Checks;
-use crate::context::Pace;
 use crate::desk::{Desk, Identity};
 use crate::device::Backend;
 use crate::engine_thread::EngineHandle;
 use crate::frames::TokenOutbox;
-use crate::leases::LeaseTable;
-use crate::line::Line;
-use crate::peers::Peers;
-use crate::pulls::PULLS_MAX;
+use crate::mover::Mover;
 use crate::random::random;
 use crate::service::MicroService;
 use crate::watch::Watching;
@@ -125,9 +118,10 @@ pub async fn run(
         config.queue + info.step_sequences_max,
     )?;
     let (watching, stuck) = Watching::start(&engine.pulse, config.device, agent.as_ref())?;
-    let (outbox, control) = Outbox::new(client.clone());
+    let wire = Wire::from(client.clone());
+    let (outbox, control) = Outbox::new(wire.clone());
     let publisher = Publisher {
-        client: client.clone(),
+        wire: wire.clone(),
         cluster: config.cluster.clone(),
         worker: config.worker.clone(),
         incarnation,
@@ -139,10 +133,10 @@ pub async fn run(
     let mut publisher = tokio::spawn(publisher.run());
     let shared_load = SharedLoad::default();
     let mut subscriptions =
-        Subscriptions::new(&client, &config.cluster, &config.worker, &outbox).await?;
+        Subscriptions::new(&wire, &config.cluster, &config.worker, &outbox).await?;
     let service =
         MicroService::start(&client, &config.cluster, &descriptor, shared_load.clone()).await?;
-    let mut desk = Desk {
+    let mut desk = Desk::new(Parts {
         me: Identity {
             worker: config.worker.clone(),
             incarnation,
@@ -156,49 +150,23 @@ pub async fn run(
                 queue: config.queue as u32,
             },
         },
-        peers: Peers::new(config.worker.clone(), model.clone(), info.kv.clone()),
-        checks: Checks {
-            model,
-            kv: info.kv.clone(),
-            blocks: info.blocks,
-        },
+        model,
+        kv: info.kv.clone(),
         cluster: config.cluster.clone(),
-        client,
+        wire,
         outbox,
         tokens,
         engine,
         pool,
         lease: Duration::from_millis(config.lease_ms.into()),
         drain: Duration::from_millis(config.drain_ms),
-        state: WorkerState::Serving,
-        failure: None,
-        hangs: false,
-        drain_deadline: None,
-        has_ended_drain: false,
-        deadlines: BTreeSet::new(),
-        next_key: 1,
-        prefills: HashMap::new(),
-        leases: LeaseTable::new(),
-        pace: Pace::default(),
-        decodes: HashMap::new(),
-        line: Line::default(),
-        pulls: JoinSet::new(),
-        pull_places: Arc::new(Semaphore::new(PULLS_MAX)),
-        agent: agent.clone(),
-        links: JoinSet::new(),
-        api_servers: ApiServers::default(),
-        bus_is_up: true,
-        hello_answer: None,
-        echo: tokio::time::Instant::now(),
+        agent: agent.clone().map(Mover::Ucx),
         shared_load,
-        stray_beats: 0,
         // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.
         may_spin: matches!(config.device, Device::Cuda(_)) && config.role != Role::Both,
-        awake_until: tokio::time::Instant::now(),
-        end_after_failure: None,
         pulse: watching.desk.clone(),
         stuck,
-    };
+    });
     tracing::info!("serving");
     let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
 

@@ -9,7 +9,7 @@ use baton_engine::{BlockTable, Engine, Sampled};
 use baton_protocol::{Failure, FinishReason, PullReport, Refusal, SequenceSpec, TokenLogprobs};
 use baton_watchdog::Pulse;
 use crossbeam_channel::{Sender, bounded};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 use super::EngineThread;
 use crate::WorkerError;
@@ -79,6 +79,8 @@ pub(crate) struct LoadGauge {
 pub(crate) struct EngineWaker {
     commands: Sender<Command>,
     stalled: Arc<AtomicBool>,
+    /// Rung with every command: what a task waits for that runs the engine without a thread.
+    pub(super) bell: Arc<Notify>,
 }
 
 impl EngineWaker {
@@ -86,6 +88,7 @@ impl EngineWaker {
         if self.stalled.swap(false, Ordering::AcqRel) {
             // A full channel keeps it awake as well.
             let _ = self.commands.try_send(Command::Wake);
+            self.bell.notify_one();
         }
     }
 }
@@ -108,6 +111,24 @@ impl EngineHandle {
         tokens: Arc<TokenOutbox>,
         sequences_max: usize,
     ) -> Result<(Self, mpsc::Receiver<EngineEvent>), WorkerError> {
+        let (mut handle, thread, events) = Self::new(engine, tokens, sequences_max);
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(|| thread.run())
+            .map_err(|error| WorkerError::System {
+                what: "starting the engine thread",
+                detail: error.to_string(),
+            })?;
+        handle.thread = Some(thread);
+        Ok((handle, events))
+    }
+
+    /// The two ends, with nobody to run the engine yet.
+    pub(super) fn new(
+        engine: Engine,
+        tokens: Arc<TokenOutbox>,
+        sequences_max: usize,
+    ) -> (Self, EngineThread, mpsc::Receiver<EngineEvent>) {
         let capacity = 2 * sequences_max + 64;
         let (commands, receiver) = bounded(capacity);
         let (events, event_receiver) = mpsc::channel(capacity);
@@ -123,34 +144,28 @@ impl EngineHandle {
             load.clone(),
             pulse.clone(),
         );
-        let thread = std::thread::Builder::new()
-            .name("engine".to_owned())
-            .spawn(|| thread.run())
-            .map_err(|error| WorkerError::System {
-                what: "starting the engine thread",
-                detail: error.to_string(),
-            })?;
         let waker = EngineWaker {
             commands: commands.clone(),
             stalled,
+            bell: Arc::default(),
         };
-        Ok((
-            Self {
-                commands,
-                waker,
-                load,
-                pulse,
-                thread: Some(thread),
-            },
-            event_receiver,
-        ))
+        let handle = Self {
+            commands,
+            waker,
+            load,
+            pulse,
+            thread: None,
+        };
+        (handle, thread, event_receiver)
     }
 
     /// Hands a command over without waiting. False, with the command dropped, when the thread is gone or,
     /// against the stated bound, its channel full.
     #[must_use]
     pub(crate) fn send(&self, command: Command) -> bool {
-        self.commands.try_send(command).is_ok()
+        let sent = self.commands.try_send(command).is_ok();
+        self.waker.bell.notify_one();
+        sent
     }
 
     /// Lets the thread be: it is stuck, and nothing can free it but the end of the process.
@@ -164,6 +179,7 @@ impl EngineHandle {
         let _ = self
             .commands
             .send_timeout(Command::Shutdown, Duration::from_secs(1));
+        self.waker.bell.notify_one();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {

@@ -1,0 +1,167 @@
+//! An API server without HTTP and without text, over any wire: what the simulation runs. Everything between a
+//! checked request and its tokens is the real thing.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use baton_bus::Wire;
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{ApiServerId, Generation, Incarnation, ModelFingerprint, RequestId};
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::{JoinHandle, spawn_local};
+use tokio::time::Instant;
+
+use super::Server;
+use crate::bus::Bus;
+use crate::config::Limits;
+use crate::driver::{Job, Sink, drive};
+use crate::error::ApiServerError;
+use crate::inbox::{Event, Inbox, Mailbox, Registry};
+use crate::keys::ApiKeys;
+use crate::metrics::Metrics;
+use crate::router::prefix_chain;
+use crate::tokenizer::ModelText;
+
+/// A running API server. Runs inside a `LocalSet` on one thread.
+pub struct SimulatedServer {
+    server: Arc<Server>,
+    mailbox: Arc<Mailbox>,
+    connected: Arc<AtomicBool>,
+    back: Arc<Notify>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+/// A generation that was begun.
+pub struct SimulatedGeneration {
+    inbox: Arc<Inbox>,
+    driver: JoinHandle<()>,
+}
+
+impl SimulatedServer {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// [`ApiServerError`] if the wire takes no subscriptions.
+    pub async fn start(
+        name: ApiServerId,
+        incarnation: Incarnation,
+        cluster: Cluster,
+        wire: Wire,
+        model: ModelFingerprint,
+        tokens_max: u32,
+    ) -> Result<Self, ApiServerError> {
+        let connected = Arc::new(AtomicBool::new(true));
+        let back = Arc::new(Notify::new());
+        back.notify_one();
+        let registry = Arc::new(Registry::default());
+        let metrics =
+            Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
+        let server = Arc::new(Server {
+            cluster: cluster.name().to_owned(),
+            bus: Bus::over(
+                wire,
+                cluster,
+                name.clone(),
+                incarnation,
+                Arc::clone(&connected),
+                Arc::clone(&back),
+            ),
+            name,
+            incarnation,
+            model_name: "simulated".to_owned(),
+            model: ModelText::wordless("simulated", model, tokens_max)?,
+            registry,
+            metrics,
+            body_room: Arc::new(Semaphore::new(0)),
+            limits: Limits::default(),
+            keys: ApiKeys::default(),
+            request_budget: Duration::ZERO,
+            started_unix: 0,
+            decode_room: Notify::new(),
+            leaving: AtomicBool::new(false),
+            fleet: super::Mutex::default(),
+        });
+        let mut tasks = server
+            .bus
+            .serve(Arc::clone(&server.registry), Arc::clone(&server))
+            .await?;
+        let mailbox = Arc::new(Mailbox::default());
+        tasks.push(tokio::spawn(Arc::clone(&mailbox).distribute()));
+        Ok(Self {
+            server,
+            mailbox,
+            connected,
+            back,
+            tasks,
+        })
+    }
+
+    /// Begins a generation as the HTTP side does.
+    pub fn generate(
+        &self,
+        request: RequestId,
+        prompt: &[u32],
+        generation: Generation,
+        budget: Duration,
+        sink: impl Sink + 'static,
+    ) -> SimulatedGeneration {
+        let arrived = Instant::now();
+        let job = Job {
+            request,
+            prompt: prompt.into(),
+            chain: prefix_chain(prompt).into(),
+            generation,
+            prompt_logprobs: None,
+            arrived,
+            deadline: arrived + budget,
+        };
+        let inbox = Arc::new(Inbox::default());
+        let registry = &self.server.registry;
+        let registered = registry.register(request, Arc::clone(&self.mailbox), Arc::clone(&inbox));
+        let server = Arc::clone(&self.server);
+        let driver = spawn_local(drive(server, job, Arc::clone(&inbox), registered, sink));
+        SimulatedGeneration { inbox, driver }
+    }
+
+    /// The connection to the bus was lost, or is there again.
+    pub fn set_connected(&self, connected: bool) {
+        let was = self.connected.swap(connected, Ordering::Relaxed);
+        if connected && !was {
+            self.back.notify_one();
+        }
+    }
+
+    /// Why requests cannot be served now; empty if they can.
+    pub fn faults(&self) -> Vec<String> {
+        self.server.faults()
+    }
+
+    /// What is left of requests; `None` if nothing is.
+    pub fn left_over(&self) -> Option<String> {
+        let in_flight = self.server.registry.len();
+        let gauge = self.server.metrics.requests_in_flight.get();
+        let idle = self.server.fleet().router.is_idle();
+        (in_flight > 0 || gauge != 0 || !idle).then(|| {
+            format!("{in_flight} registered, {gauge} counted in flight, router idle: {idle}")
+        })
+    }
+}
+
+impl Drop for SimulatedServer {
+    fn drop(&mut self) {
+        self.tasks.iter().for_each(JoinHandle::abort);
+    }
+}
+
+impl SimulatedGeneration {
+    /// The client left.
+    pub fn leave(&self) {
+        self.inbox.push(Event::ClientLeft);
+    }
+
+    /// Its driver is gone from one moment to the next, as when the process dies.
+    pub fn kill(&self) {
+        self.driver.abort();
+    }
+}

@@ -1,0 +1,175 @@
+//! What a seed stands for: a cluster, its weather, what is asked of it, and what goes wrong when.
+
+use std::time::Duration;
+
+use baton_protocol::Role;
+
+use crate::client::Ask;
+use crate::dice::Dice;
+use crate::kv::KvWeather;
+use crate::process::WorkerSetup;
+use crate::weather::Weather;
+
+/// Faults and requests begin within this time.
+const STORM: Duration = Duration::from_secs(12);
+
+/// One run, in full.
+#[derive(Debug)]
+pub struct Plan {
+    /// The workers.
+    pub workers: Vec<WorkerSetup>,
+    /// How many API servers.
+    pub api_servers: usize,
+    /// The bus.
+    pub weather: Weather,
+    /// Nothing is lost on it but what is sent to the dead.
+    pub keeps_messages: bool,
+    /// The KV's ways.
+    pub kv_weather: KvWeather,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Who asks what of which API server when.
+    pub asks: Vec<(Duration, usize, Ask)>,
+    /// What goes wrong, and when it is over, in order.
+    pub faults: Vec<(Duration, Fault)>,
+}
+
+/// What goes wrong, or right again. Numbers are places in [`Plan::workers`] and among API servers.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// A worker is killed.
+    Crash(usize),
+    /// It begins to drain.
+    Drain(usize),
+    /// A worker that is not there comes up.
+    Start(usize),
+    /// A worker stands still.
+    Freeze(usize),
+    /// It goes on.
+    Thaw(usize),
+    /// A worker's connection to the bus breaks.
+    Cut(usize),
+    /// It is there again.
+    Mend(usize),
+    /// An API server is killed.
+    ApiCrash(usize),
+    /// Another comes up in its place.
+    ApiStart(usize),
+    /// An API server's connection to the bus breaks.
+    ApiCut(usize),
+    /// It is there again.
+    ApiMend(usize),
+    /// KV does not move between two workers.
+    Wall(usize, usize),
+    /// It does again.
+    Gap(usize, usize),
+}
+
+impl Plan {
+    /// What this seed stands for.
+    pub fn draw(dice: &mut Dice) -> Self {
+        let block_tokens = dice.pick(&[2, 4, 8]);
+        let workers = draw_workers(dice, block_tokens);
+        let api_servers = dice.pick(&[1, 1, 2]);
+        let (weather, in_order) = match dice.range(0..10) {
+            0..4 => (Weather::fair(), true),
+            4..7 => (Weather::lossy(dice), false),
+            _ => (Weather::wild(dice), false),
+        };
+        let kv_weather = KvWeather {
+            fail_per_mille: dice.pick(&[0, 0, 30, 200]),
+            pause_max_ms: dice.pick(&[0, 1, 5, 40]),
+            stall_per_mille: dice.pick(&[0, 0, 5]),
+        };
+        let smallest = workers.iter().map(|w| w.blocks * w.block_tokens).min();
+        let room = u64::from(smallest.unwrap_or(0)).min(100);
+        let count = dice.range(3..25);
+        let prompt_max = dice.pick(&[4, room / 4, room / 2]).max(2);
+        let output_max = dice.pick(&[4, room / 4, room / 2]).max(2);
+        let rush = dice.pick(&[1, 4, 12]);
+        let asks = (0..count)
+            .map(|_| {
+                let at = dice.range(1_500..1_500 + STORM.as_millis() as u64 / rush);
+                let api_server = dice.range(0..api_servers as u64) as usize;
+                let ask = Ask::draw(dice, prompt_max, output_max);
+                (Duration::from_millis(at), api_server, ask)
+            })
+            .collect();
+        let faults = draw_faults(dice, &workers, api_servers);
+        let cuts =
+            |(_, fault): &(Duration, Fault)| matches!(fault, Fault::Cut(_) | Fault::ApiCut(_));
+        Self {
+            keeps_messages: in_order && !faults.iter().any(cuts),
+            workers,
+            api_servers,
+            weather,
+            kv_weather,
+            block_tokens,
+            asks,
+            faults,
+        }
+    }
+}
+
+fn draw_workers(dice: &mut Dice, block_tokens: u32) -> Vec<WorkerSetup> {
+    let mut roles = vec![Role::Context; dice.pick(&[1, 1, 2, 3])];
+    roles.extend(vec![Role::Decode; dice.pick(&[1, 2, 2, 3])]);
+    if dice.chance(250) {
+        // Some or all of them do both.
+        for role in &mut roles {
+            if dice.chance(600) {
+                *role = Role::Both;
+            }
+        }
+    }
+    let lease = Duration::from_millis(dice.pick(&[30, 300, 3_000, 30_000]));
+    let drain = Duration::from_millis(dice.pick(&[100, 2_000, 20_000]));
+    let breaks_per_mille = dice.pick(&[0, 0, 0, 150, 400]);
+    let prefix_cache = dice.chance(700);
+    let tokens = dice.pick(&[32, 60, 120, 400]);
+    let setup = |(i, role): (usize, Role)| WorkerSetup {
+        name: format!("{}{i}", &role.label()[..3]),
+        role,
+        blocks: tokens / block_tokens,
+        block_tokens,
+        batch: dice.pick(&[1, 2, 4, 8]),
+        step_tokens: dice.pick(&[8, 16, 64]),
+        steps_in_flight: dice.pick(&[1, 2, 2]),
+        queue: dice.pick(&[1, 4, 16]),
+        prefix_cache,
+        step_max_ms: dice.pick(&[1, 5, 30, 120]),
+        lease,
+        drain,
+        breaks_per_mille,
+    };
+    roles.into_iter().enumerate().map(setup).collect()
+}
+
+fn draw_faults(
+    dice: &mut Dice,
+    workers: &[WorkerSetup],
+    api_servers: usize,
+) -> Vec<(Duration, Fault)> {
+    let count = dice.pick(&[0, 1, 2, 4, 8]);
+    let mut faults = Vec::new();
+    for _ in 0..count {
+        let from = Duration::from_millis(dice.range(1_000..STORM.as_millis() as u64));
+        let lasts = Duration::from_millis(dice.pick(&[1, 200, 1_000, 3_000, 6_000, 9_000]));
+        let worker = dice.range(0..workers.len() as u64) as usize;
+        let other = dice.range(0..workers.len() as u64) as usize;
+        let api = dice.range(0..api_servers as u64) as usize;
+        let (begin, end) = match dice.range(0..13) {
+            0..3 => (Fault::Crash(worker), Fault::Start(worker)),
+            3..6 => (Fault::Freeze(worker), Fault::Thaw(worker)),
+            6 => (Fault::Cut(worker), Fault::Mend(worker)),
+            7..9 => (Fault::Drain(worker), Fault::Start(worker)),
+            9 => (Fault::ApiCrash(api), Fault::ApiStart(api)),
+            10 => (Fault::ApiCut(api), Fault::ApiMend(api)),
+            _ => (Fault::Wall(worker, other), Fault::Gap(worker, other)),
+        };
+        faults.push((from, begin));
+        faults.push((from + lasts, end));
+    }
+    faults.sort_by_key(|(at, _)| *at);
+    faults
+}

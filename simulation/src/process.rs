@@ -1,0 +1,315 @@
+//! Processes: workers that crash, freeze, drain and come back, and API servers that do so too.
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use baton_api_server::SimulatedServer;
+use baton_engine::{
+    BlockPool, Executor, ExecutorError, ExecutorInfo, FakeConfig, FakeExecutor, FakeMemory,
+    StepOutput, StepPlan,
+};
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{
+    ApiServerId, Incarnation, KvDtype, KvGeometry, ModelFingerprint, ModelInfo, Role, WorkerId,
+};
+use baton_worker::{SimulatedConfig, SimulatedWorker, WorkerError};
+use tokio::sync::{Notify, watch};
+use tokio::task::{JoinHandle, spawn_local};
+use tokio::time::Instant;
+
+use crate::client::VOCAB;
+use crate::dice::Dice;
+use crate::kv::KvFabric;
+use crate::network::{Link, Network, Port};
+
+/// Longest sequence of the simulated model.
+pub const TOKENS_MAX: u32 = 120;
+
+/// What stays of a worker through all its lives.
+#[derive(Clone, Debug)]
+pub struct WorkerSetup {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub role: Role,
+    /// Blocks of its arena.
+    pub blocks: u32,
+    /// Tokens of a block.
+    pub block_tokens: u32,
+    /// Sequences of a step.
+    pub batch: usize,
+    /// Tokens of a step.
+    pub step_tokens: usize,
+    /// Steps under way.
+    pub steps_in_flight: usize,
+    /// Prompts that may wait.
+    pub queue: usize,
+    /// Keeps prefixes.
+    pub prefix_cache: bool,
+    /// Longest step.
+    pub step_max_ms: u64,
+    /// Of staged KV.
+    pub lease: Duration,
+    /// Of a drain.
+    pub drain: Duration,
+    /// Of a thousand lives, so many end with a broken executor.
+    pub breaks_per_mille: u64,
+}
+
+/// One life of a worker.
+pub struct WorkerLife {
+    /// Its connection.
+    pub port: Arc<Port>,
+    /// Its blocks.
+    pub pool: BlockPool,
+    gate: Rc<Gate>,
+    is_up: watch::Sender<bool>,
+    shutdown: Rc<Notify>,
+    task: JoinHandle<Result<Option<String>, WorkerError>>,
+}
+
+/// The world that processes share.
+pub struct Ground {
+    /// The bus.
+    pub network: Arc<Network>,
+    /// Where KV moves.
+    pub fabric: Arc<KvFabric>,
+    /// The cluster.
+    pub cluster: Cluster,
+    /// Lives so far.
+    pub lives: Cell<u64>,
+}
+
+impl Ground {
+    /// The model that all serve.
+    pub fn model(&self) -> ModelFingerprint {
+        ModelFingerprint::new("5a".repeat(32)).expect("64 hexadecimal digits")
+    }
+
+    fn next_life(&self) -> u64 {
+        self.lives.set(self.lives.get() + 1);
+        self.lives.get()
+    }
+}
+
+impl WorkerLife {
+    /// A worker comes up.
+    pub async fn start(ground: &Ground, setup: &WorkerSetup, dice: &mut Dice) -> Self {
+        let incarnation = ground.next_life();
+        let port = ground.network.port(&setup.name);
+        let memory = Arc::new(FakeMemory::new(setup.blocks, setup.block_tokens));
+        let agent = ground.fabric.join(
+            &setup.name,
+            incarnation,
+            Arc::clone(&memory),
+            Arc::clone(&port),
+        );
+        let kv = KvGeometry {
+            layout: KvGeometry::LAYOUT,
+            dtype: KvDtype::Bf16,
+            block_tokens: setup.block_tokens,
+            kv_heads: 1,
+            layers: 1,
+            head_dim: 2,
+        };
+        let fake = FakeConfig {
+            kv,
+            blocks: setup.blocks,
+            vocab: VOCAB,
+            tokens_max: TOKENS_MAX,
+            step_sequences_max: setup.batch,
+            step_tokens_max: setup.step_tokens,
+            steps_in_flight: setup.steps_in_flight,
+            ..FakeConfig::default()
+        };
+        let breaks = dice.chance(setup.breaks_per_mille);
+        let executor = Mortal {
+            inner: FakeExecutor::with_memory(fake, memory),
+            steps_left: breaks.then(|| dice.range(1..120)),
+        };
+        let config = SimulatedConfig {
+            worker: WorkerId::new(setup.name.as_str()).expect("a plain name"),
+            incarnation: Incarnation(incarnation),
+            role: setup.role,
+            cluster: ground.cluster.clone(),
+            model: ModelInfo {
+                name: "simulated".to_owned(),
+                fingerprint: ground.model(),
+                tokens_max: TOKENS_MAX,
+                vocab: VOCAB,
+            },
+            lease: setup.lease,
+            drain: setup.drain,
+            queue: setup.queue,
+            prefix_cache: setup.prefix_cache,
+            clock: || Instant::now().into_std(),
+        };
+        let (is_up, up) = watch::channel(true);
+        let worker = SimulatedWorker::new(config, port.wire(), Box::new(executor), agent, up)
+            .await
+            .expect("a simulated bus takes subscriptions");
+        let pool = worker.pool();
+        let gate = Rc::<Gate>::default();
+        let shutdown = Rc::new(Notify::new());
+        let told = Rc::clone(&shutdown);
+        let mut pace = dice.fork();
+        let step_max_ms = setup.step_max_ms;
+        let life = worker.run(async move { told.notified().await }, move || {
+            Duration::from_millis(pace.range(1..step_max_ms + 1))
+        });
+        let task = spawn_local(Behind {
+            gate: Rc::clone(&gate),
+            inner: Box::pin(life),
+        });
+        Self {
+            port,
+            pool,
+            gate,
+            is_up,
+            shutdown,
+            task,
+        }
+    }
+
+    /// `kill -9`.
+    pub fn crash(&self) {
+        self.port.set(Link::Dead);
+        self.task.abort();
+    }
+
+    /// `kill -STOP` and `kill -CONT`.
+    pub fn freeze(&self, is_frozen: bool) {
+        self.port
+            .set(if is_frozen { Link::Frozen } else { Link::Up });
+        self.gate.set(is_frozen);
+    }
+
+    /// Its connection to the bus breaks, or is there again.
+    pub fn cut(&self, is_cut: bool) {
+        self.port.set(if is_cut { Link::Cut } else { Link::Up });
+        self.is_up.send_replace(!is_cut);
+    }
+
+    /// `kill -TERM`.
+    pub fn drain(&self) {
+        self.shutdown.notify_one();
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&self) -> bool {
+        self.task.is_finished()
+    }
+
+    /// Its end: what was left in its books if it left by itself.
+    pub async fn ended(self) -> Option<String> {
+        self.port.set(Link::Dead);
+        match self.task.await {
+            Ok(Ok(books)) => books,
+            // The executor broke, or it was killed.
+            Ok(Err(_)) => None,
+            Err(error) if error.is_cancelled() => None,
+            Err(error) => Some(format!("it panicked: {error}")),
+        }
+    }
+}
+
+/// One life of an API server.
+pub struct ApiLife {
+    /// Its connection.
+    pub port: Arc<Port>,
+    /// It.
+    pub server: SimulatedServer,
+}
+
+impl ApiLife {
+    /// An API server comes up; after a crash under the name that it had.
+    pub async fn start(ground: &Ground, name: &str) -> Self {
+        let incarnation = Incarnation(ground.next_life());
+        let port = ground.network.port(name);
+        let name = ApiServerId::new(name).expect("a plain name");
+        let cluster = ground.cluster.clone();
+        let server = SimulatedServer::start(
+            name,
+            incarnation,
+            cluster,
+            port.wire(),
+            ground.model(),
+            TOKENS_MAX,
+        )
+        .await;
+        let server = server.expect("a simulated bus takes subscriptions");
+        Self { port, server }
+    }
+
+    /// Its connection to the bus breaks, or is there again.
+    pub fn cut(&self, is_cut: bool) {
+        self.port.set(if is_cut { Link::Cut } else { Link::Up });
+        self.server.set_connected(!is_cut);
+    }
+}
+
+/// A future that stands still while its gate is shut.
+struct Behind<F> {
+    gate: Rc<Gate>,
+    inner: Pin<Box<F>>,
+}
+
+#[derive(Default)]
+struct Gate {
+    is_shut: Cell<bool>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Gate {
+    fn set(&self, is_shut: bool) {
+        self.is_shut.set(is_shut);
+        if !is_shut && let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
+impl<F: Future> Future for Behind<F> {
+    type Output = F::Output;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        if self.gate.is_shut.get() {
+            *self.gate.waker.borrow_mut() = Some(context.waker().clone());
+            return Poll::Pending;
+        }
+        self.inner.as_mut().poll(context)
+    }
+}
+
+/// An executor that may break.
+struct Mortal {
+    inner: FakeExecutor,
+    steps_left: Option<u64>,
+}
+
+impl Executor for Mortal {
+    fn info(&self) -> &ExecutorInfo {
+        self.inner.info()
+    }
+
+    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.inner.submit(plan)
+    }
+
+    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        if let Some(left) = &mut self.steps_left {
+            if *left == 0 {
+                return Err(ExecutorError {
+                    message: "the simulated device is gone".to_owned(),
+                });
+            }
+            *left -= 1;
+        }
+        self.inner.collect()
+    }
+}

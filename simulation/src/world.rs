@@ -1,0 +1,494 @@
+//! One run: the cluster comes up, is asked, is hurt, heals, and must then be as if nothing had been.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use baton_api_server::{ErrorKind, SimulatedGeneration};
+use baton_protocol::RequestId;
+use baton_protocol::subjects::Cluster;
+use tokio::task::LocalSet;
+use tokio::time::{Instant, sleep};
+
+use crate::client::{Ask, Ear, Heard};
+use crate::dice::Dice;
+use crate::kv::{KvFabric, KvWeather};
+use crate::network::{Link, Network};
+use crate::plan::{Fault, Plan};
+use crate::process::{ApiLife, Ground, TOKENS_MAX, WorkerLife};
+use crate::trace::Trace;
+use crate::weather::Weather;
+
+/// How often the world is looked at.
+const TICK: Duration = Duration::from_millis(50);
+
+/// A request that is over by its deadline is told so within this time: the driver's timer and a turn of the loop.
+const SLACK: Duration = Duration::from_millis(200);
+
+/// With no message lost, everything that a request held is free within this time of its end: an API server that died
+/// is noticed, a pull is given up, a peer answers or not.
+const SETTLES_WITHIN: Duration = Duration::from_secs(16);
+
+/// A cluster whose processes are all there serves again within this time: the longest pause between two tries to
+/// connect, the longest try, and beats.
+const HEALS_WITHIN: Duration = Duration::from_secs(25);
+
+/// An idle worker leaves within this time.
+const LEAVES_WITHIN: Duration = Duration::from_secs(2);
+
+/// What came of a run.
+#[derive(Debug)]
+pub struct Report {
+    /// Which.
+    pub seed: u64,
+    /// Of everything that happened and when.
+    pub hash: u64,
+    /// How much happened.
+    pub events: u64,
+    /// How long it took in the simulation.
+    pub lasted: Duration,
+    /// Requests answered to their end.
+    pub answered: u64,
+    /// Requests that ended with an error, by its label.
+    pub errors: BTreeMap<&'static str, u64>,
+    /// What must not be, in words.
+    pub wrong: Vec<String>,
+    /// What happened, if it was to be told.
+    pub lines: Vec<String>,
+}
+
+/// Runs a seed. With `told`, the report tells everything that happened.
+pub fn run(seed: u64, told: bool) -> Report {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime without I/O needs nothing of the system");
+    LocalSet::new().block_on(&runtime, async move {
+        let begun = Instant::now();
+        let mut world = World::new(seed, told).await;
+        world.live().await;
+        let (hash, events, lines) = world.ground.network.take_trace();
+        Report {
+            seed,
+            hash,
+            events,
+            lasted: begun.elapsed(),
+            answered: world.answered,
+            errors: world.errors,
+            wrong: world.wrong,
+            lines,
+        }
+    })
+}
+
+struct World {
+    plan: Plan,
+    ground: Ground,
+    dice: Dice,
+    begun: Instant,
+    workers: Vec<Option<WorkerLife>>,
+    api_servers: Vec<Option<ApiLife>>,
+    asked: Vec<Asked>,
+    requests: u64,
+    answered: u64,
+    errors: BTreeMap<&'static str, u64>,
+    wrong: Vec<String>,
+}
+
+struct Asked {
+    number: u64,
+    api_server: usize,
+    generation: SimulatedGeneration,
+    heard: Rc<RefCell<Heard>>,
+    begun: Instant,
+    ask: Ask,
+    left: bool,
+}
+
+impl World {
+    async fn new(seed: u64, told: bool) -> Self {
+        let mut dice = Dice::new(seed);
+        let plan = Plan::draw(&mut dice.fork());
+        let mut trace = Trace::new(told);
+        trace.note([0, seed, 0, 0], format_args!("{plan:#?}"));
+        let network = Network::new(plan.weather.clone(), dice.fork(), trace);
+        tokio::spawn(network.clone().carry());
+        let fabric = KvFabric::new(plan.kv_weather, dice.fork(), plan.block_tokens);
+        let ground = Ground {
+            network,
+            fabric,
+            cluster: Cluster::new("sim").expect("a plain name"),
+            lives: Cell::new(0),
+        };
+        let mut world = Self {
+            workers: plan.workers.iter().map(|_| None).collect(),
+            api_servers: (0..plan.api_servers).map(|_| None).collect(),
+            plan,
+            ground,
+            dice,
+            begun: Instant::now(),
+            asked: Vec::new(),
+            requests: 0,
+            answered: 0,
+            errors: BTreeMap::new(),
+            wrong: Vec::new(),
+        };
+        for at in 0..world.workers.len() {
+            world.start_worker(at).await;
+        }
+        for at in 0..world.api_servers.len() {
+            world.start_api_server(at).await;
+        }
+        world
+    }
+
+    async fn live(&mut self) {
+        self.storm().await;
+        self.heal().await;
+        self.settle().await;
+        self.serve_again().await;
+        self.leave().await;
+    }
+
+    /// Requests and faults, as planned.
+    async fn storm(&mut self) {
+        let mut faults = std::mem::take(&mut self.plan.faults);
+        let mut asks = std::mem::take(&mut self.plan.asks);
+        asks.sort_by_key(|(at, ..)| *at);
+        while !faults.is_empty() || !asks.is_empty() {
+            let now = self.begun.elapsed();
+            while faults.first().is_some_and(|(at, _)| *at <= now) {
+                let (_, fault) = faults.remove(0);
+                self.strike(fault).await;
+            }
+            while asks.first().is_some_and(|(at, ..)| *at <= now) {
+                let (_, api_server, ask) = asks.remove(0);
+                self.ask(api_server, ask);
+            }
+            self.tick().await;
+        }
+    }
+
+    /// Everybody comes back, and the weather is fair from now on.
+    async fn heal(&mut self) {
+        self.ground.network.set_weather(Weather::fair());
+        self.ground.fabric.set_weather(KvWeather::default());
+        for setup in &mut self.plan.workers {
+            setup.breaks_per_mille = 0;
+        }
+        for at in 0..self.workers.len() {
+            self.strike(Fault::Thaw(at)).await;
+            self.strike(Fault::Mend(at)).await;
+            self.strike(Fault::Start(at)).await;
+            for other in 0..self.workers.len() {
+                self.strike(Fault::Gap(at, other)).await;
+            }
+        }
+        for at in 0..self.api_servers.len() {
+            self.strike(Fault::ApiMend(at)).await;
+            self.strike(Fault::ApiStart(at)).await;
+        }
+    }
+
+    /// Every request ends by its deadline, and what it held becomes free.
+    async fn settle(&mut self) {
+        let last = self
+            .asked
+            .iter()
+            .map(|asked| asked.begun + asked.ask.budget);
+        let last = last.max().unwrap_or(self.begun);
+        while !self.asked.is_empty() {
+            self.tick().await;
+        }
+        let lease = self.plan.workers.iter().map(|w| w.lease).max();
+        let by = match self.plan.keeps_messages {
+            true => Instant::now() + SETTLES_WITHIN,
+            // A worker that was not told goes on until the request's time or the lease is over.
+            false => last.max(Instant::now()) + lease.unwrap_or_default() + SETTLES_WITHIN,
+        };
+        while let Some(held) = self.held() {
+            if Instant::now() > by {
+                self.wrong(format!("after all requests have ended: {held}"));
+                return;
+            }
+            self.tick().await;
+        }
+    }
+
+    /// What is still held anywhere.
+    fn held(&self) -> Option<String> {
+        let workers = self.plan.workers.iter().zip(&self.workers);
+        let mut all: Vec<String> = workers
+            .filter_map(|(setup, life)| {
+                let stats = life.as_ref()?.pool.stats();
+                (stats.used + stats.quarantined > 0).then(|| format!("{}: {stats:?}", setup.name))
+            })
+            .collect();
+        let servers = self.api_servers.iter().flatten();
+        all.extend(servers.filter_map(|life| life.server.left_over()));
+        (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// The cluster answers as on its first day.
+    async fn serve_again(&mut self) {
+        let by = Instant::now() + HEALS_WITHIN;
+        loop {
+            let servers = self.api_servers.iter().flatten();
+            let faults: Vec<_> = servers.flat_map(|life| life.server.faults()).collect();
+            if faults.is_empty() {
+                break;
+            }
+            if Instant::now() > by {
+                return self.wrong(format!("the cluster does not heal: {faults:?}"));
+            }
+            self.tick().await;
+        }
+        let answered = self.answered;
+        for at in 0..self.api_servers.len() {
+            let mut ask = Ask::draw(&mut self.dice, 8, 8);
+            ask.leaves_after = None;
+            ask.reads = None;
+            ask.budget = Duration::from_secs(20);
+            self.ask(at, ask);
+            // One after the other: a queue of one has no room for two.
+            while !self.asked.is_empty() || self.held().is_some() {
+                self.tick().await;
+            }
+        }
+        if self.answered - answered != self.api_servers.len() as u64 {
+            let errors = self.errors.clone();
+            self.wrong(format!("the healed cluster gave errors: {errors:?}"));
+        }
+        let by = Instant::now() + SETTLES_WITHIN;
+        while self.held().is_some() && Instant::now() < by {
+            self.tick().await;
+        }
+        if let Some(held) = self.held() {
+            self.wrong(format!("after the last request: {held}"));
+        }
+        let open = self.ground.network.open_requests();
+        // Workers may be describing themselves to each other; nothing else is asked any more.
+        if open > self.workers.len() * self.workers.len() {
+            self.wrong(format!("{open} answers are still waited for"));
+        }
+    }
+
+    /// Idle workers leave at once, and their books are empty.
+    async fn leave(&mut self) {
+        for life in self.workers.iter().flatten() {
+            life.drain();
+        }
+        sleep(LEAVES_WITHIN).await;
+        for at in 0..self.workers.len() {
+            let Some(life) = self.workers[at].take() else {
+                continue;
+            };
+            let name = self.plan.workers[at].name.clone();
+            if !life.has_ended() {
+                self.wrong(format!("{name} is idle and does not leave"));
+                life.crash();
+                continue;
+            }
+            if let Some(books) = life.ended().await {
+                self.wrong(format!("{name} left with {books}"));
+            }
+        }
+    }
+
+    /// A moment passes, and what can be seen is looked at.
+    async fn tick(&mut self) {
+        sleep(TICK).await;
+        let now = Instant::now();
+        for at in (0..self.asked.len()).rev() {
+            self.look_at(at, now);
+        }
+        for at in 0..self.workers.len() {
+            if let Some(life) = &self.workers[at] {
+                if let Err(error) = life.pool.check() {
+                    self.wrong(format!("{}: {error}", self.plan.workers[at].name));
+                }
+                // Whoever watches over it starts it anew.
+                if self.workers[at].as_ref().is_some_and(WorkerLife::has_ended) {
+                    self.bury(at).await;
+                    self.start_worker(at).await;
+                }
+            }
+        }
+    }
+
+    fn look_at(&mut self, at: usize, now: Instant) {
+        let asked = &mut self.asked[at];
+        let number = asked.number;
+        let heard = asked.heard.borrow();
+        if let Some(wrong) = &heard.wrong {
+            let wrong = format!("request {number}: {wrong}");
+            drop(heard);
+            self.asked.remove(at);
+            return self.wrong(wrong);
+        }
+        let Some((ended, outcome)) = heard.end else {
+            drop(heard);
+            let leaves = asked.ask.leaves_after.map(|after| asked.begun + after);
+            if leaves.is_some_and(|leaves| leaves <= now) && !asked.left {
+                asked.left = true;
+                asked.generation.leave();
+            }
+            // A client that reads nothing keeps its driver waiting, and knows why.
+            let deadline = asked.begun + asked.ask.budget + SLACK;
+            if now > deadline {
+                self.asked.remove(at);
+                self.wrong(format!("request {number} has no end at its deadline"));
+            }
+            return;
+        };
+        drop(heard);
+        let asked = self.asked.remove(at);
+        self.ground.network.note(
+            [5, number, (ended - asked.begun).as_millis() as u64, 0],
+            format_args!("request {number} ended: {outcome:?}"),
+        );
+        match outcome {
+            Ok(_) => self.answered += 1,
+            Err(kind) => {
+                *self.errors.entry(kind.row().label).or_default() += 1;
+                let allowed = match kind {
+                    ErrorKind::Busy
+                    | ErrorKind::NoWorker
+                    | ErrorKind::Bus
+                    | ErrorKind::Deadline
+                    | ErrorKind::Worker => true,
+                    ErrorKind::ClientLeft => asked.left,
+                    _ => false,
+                };
+                if !allowed {
+                    self.wrong(format!("request {number} ended with {kind:?}"));
+                }
+            }
+        }
+    }
+
+    fn ask(&mut self, api_server: usize, ask: Ask) {
+        let Some(life) = &self.api_servers[api_server] else {
+            *self.errors.entry("not reached").or_default() += 1;
+            return;
+        };
+        self.requests += 1;
+        let number = self.requests;
+        let request = RequestId(u128::from(number));
+        self.ground.network.note(
+            [6, number, ask.prompt.len() as u64, 0],
+            format_args!("request {number} = {request} of API server {api_server}: {ask:?}"),
+        );
+        let setup = &self.plan.workers[0];
+        let tokens_max = TOKENS_MAX.min(setup.blocks * setup.block_tokens);
+        let (ear, heard) = Ear::new(ask.clone(), setup.block_tokens, tokens_max);
+        let generation = ask.generation.clone();
+        let generation = life
+            .server
+            .generate(request, &ask.prompt, generation, ask.budget, ear);
+        self.asked.push(Asked {
+            number,
+            api_server,
+            generation,
+            heard,
+            begun: Instant::now(),
+            ask,
+            left: false,
+        });
+    }
+
+    async fn strike(&mut self, fault: Fault) {
+        self.ground
+            .network
+            .note([7, 0, 0, 0], format_args!("{fault:?}"));
+        match fault {
+            Fault::Crash(at) => {
+                if let Some(life) = self.workers[at].take() {
+                    life.crash();
+                    drop(life.ended().await);
+                }
+            }
+            Fault::Start(at) => self.start_worker(at).await,
+            Fault::Drain(at) => {
+                if let Some(life) = &self.workers[at] {
+                    life.drain();
+                }
+            }
+            Fault::Freeze(at) => self.when(at, Link::Up, |life| life.freeze(true)),
+            Fault::Thaw(at) => self.when(at, Link::Frozen, |life| life.freeze(false)),
+            Fault::Cut(at) => self.when(at, Link::Up, |life| life.cut(true)),
+            Fault::Mend(at) => self.when(at, Link::Cut, |life| life.cut(false)),
+            Fault::ApiCrash(at) => {
+                if let Some(life) = self.api_servers[at].take() {
+                    life.port.set(Link::Dead);
+                    // Its clients see the connection break.
+                    self.asked.retain(|asked| {
+                        let its = asked.api_server == at;
+                        if its {
+                            asked.generation.kill();
+                        }
+                        !its
+                    });
+                }
+            }
+            Fault::ApiStart(at) => {
+                if self.api_servers[at].is_none() {
+                    self.start_api_server(at).await;
+                }
+            }
+            Fault::ApiCut(at) => self.when_api(at, Link::Up, true),
+            Fault::ApiMend(at) => self.when_api(at, Link::Cut, false),
+            Fault::Wall(one, other) => self.wall(one, other, true),
+            Fault::Gap(one, other) => self.wall(one, other, false),
+        }
+    }
+
+    fn when(&self, at: usize, link: Link, then: impl FnOnce(&WorkerLife)) {
+        if let Some(life) = self.workers[at].as_ref().filter(|l| l.port.state() == link) {
+            then(life);
+        }
+    }
+
+    fn when_api(&self, at: usize, link: Link, is_cut: bool) {
+        let life = self.api_servers[at].as_ref();
+        if let Some(life) = life.filter(|life| life.port.state() == link) {
+            life.cut(is_cut);
+        }
+    }
+
+    fn wall(&self, one: usize, other: usize, stands: bool) {
+        let name = |at: usize| &self.plan.workers[at].name;
+        self.ground.fabric.wall(name(one), name(other), stands);
+    }
+
+    async fn start_worker(&mut self, at: usize) {
+        if self.workers[at].is_none() {
+            let setup = &self.plan.workers[at];
+            let life = WorkerLife::start(&self.ground, setup, &mut self.dice).await;
+            self.workers[at] = Some(life);
+        }
+    }
+
+    async fn bury(&mut self, at: usize) {
+        if let Some(life) = self.workers[at].take()
+            && let Some(books) = life.ended().await
+        {
+            let name = self.plan.workers[at].name.clone();
+            self.wrong(format!("{name} left with {books}"));
+        }
+    }
+
+    async fn start_api_server(&mut self, at: usize) {
+        let life = ApiLife::start(&self.ground, &format!("api{at}")).await;
+        self.api_servers[at] = Some(life);
+    }
+
+    fn wrong(&mut self, what: String) {
+        self.ground
+            .network
+            .note([8, 0, 0, 0], format_args!("WRONG: {what}"));
+        self.wrong.push(what);
+    }
+}

@@ -1,0 +1,73 @@
+//! Who moves KV: the transfer agent, or what a simulation puts in its place.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_protocol::TransferDescriptor;
+use baton_transfer::{Agent, AgentHealth, PeerKey, PeerReport, PullStats, Read, TransferError};
+
+use crate::engine_thread::HeldBlocks;
+#[cfg(feature = "simulation")]
+use crate::simulated::KvNetwork;
+
+/// Destination blocks of a pull, shared with whoever may write to them.
+pub(crate) type Destination = Arc<Mutex<HeldBlocks>>;
+
+/// Moves KV. Clones share one agent.
+#[derive(Clone)]
+pub(crate) enum Mover {
+    /// Over UCX.
+    Ucx(Agent),
+    /// Not at all, or as a simulation wants it.
+    #[cfg(feature = "simulation")]
+    Simulated(Arc<dyn KvNetwork>),
+}
+
+impl Mover {
+    /// As [`Agent::pull`].
+    pub(crate) async fn pull(
+        &self,
+        peer: PeerKey,
+        reads: Vec<Read>,
+        to: Destination,
+        deadline: Duration,
+    ) -> Result<PullStats, TransferError> {
+        match self {
+            Self::Ucx(agent) => Ok(agent.pull(peer, reads, to, deadline).await?.1),
+            #[cfg(feature = "simulation")]
+            Self::Simulated(network) => network.pull(peer, reads, Box::new(to), deadline).await,
+        }
+    }
+
+    /// As [`Agent::connect`].
+    pub(crate) async fn connect(
+        &self,
+        peer: PeerKey,
+        descriptor: TransferDescriptor,
+        deadline: Duration,
+    ) -> Result<PeerReport, TransferError> {
+        match self {
+            Self::Ucx(agent) => agent.connect(peer, descriptor, deadline).await,
+            #[cfg(feature = "simulation")]
+            Self::Simulated(network) => network.connect(peer, deadline).await,
+        }
+    }
+
+    /// As [`Agent::disconnect`].
+    pub(crate) async fn disconnect(&self, peer: PeerKey) {
+        match self {
+            Self::Ucx(agent) => agent.disconnect(peer).await,
+            #[cfg(feature = "simulation")]
+            Self::Simulated(network) => network.disconnect(peer),
+        }
+    }
+
+    /// As [`Agent::health`]; a simulation's is always well.
+    pub(crate) fn health(&self) -> Option<AgentHealth> {
+        match self {
+            Self::Ucx(agent) => Some(agent.health()),
+            #[cfg(feature = "simulation")]
+            Self::Simulated(_) => None,
+        }
+    }
+}

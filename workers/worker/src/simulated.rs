@@ -1,0 +1,275 @@
+//! A worker without NATS, UCX, threads and a device of its own: what the simulation runs. Desk, leases, pulls,
+//! peers, publisher and engine are the real thing.
+
+use std::any::Any;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_bus::{Subscription, Wire};
+use baton_engine::{BlockPool, Engine, EngineConfig, Executor};
+use baton_model::WeightFormat;
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{
+    Base64Bytes, Capacity, Incarnation, ModelInfo, PROTOCOL_VERSION, Role, TransferDescriptor,
+    UcxVersion, WorkerDescriptor, WorkerId, encode,
+};
+use baton_transfer::{PeerKey, PeerReport, PullStats, Read, TransferError};
+use baton_watchdog::Pulse;
+use bytes::Bytes;
+use futures::StreamExt;
+use tokio::sync::{mpsc, watch};
+
+use crate::WorkerError;
+use crate::assemble::Parts;
+use crate::beat::SharedLoad;
+use crate::bus::{Outbox, Publisher, Subscriptions};
+use crate::desk::{Desk, Identity};
+use crate::engine_thread::{EngineEvent, EngineTask};
+use crate::frames::TokenOutbox;
+use crate::mover::Mover;
+
+/// A future of whoever carries KV.
+pub type KvFuture<T> = Pin<Box<dyn Future<Output = Result<T, TransferError>> + Send>>;
+
+/// What carries KV between simulated workers.
+pub trait KvNetwork: Send + Sync {
+    /// Copies ranges of a peer's arena into this worker's. `destination` is let go when nothing writes there any
+    /// more, also when the future is dropped.
+    fn pull(
+        &self,
+        peer: PeerKey,
+        reads: Vec<Read>,
+        destination: Box<dyn Any + Send>,
+        deadline: Duration,
+    ) -> KvFuture<PullStats>;
+
+    /// Connects to a peer.
+    fn connect(&self, peer: PeerKey, deadline: Duration) -> KvFuture<PeerReport>;
+
+    /// Closes the connection.
+    fn disconnect(&self, peer: PeerKey);
+}
+
+/// What a simulated worker is told at start.
+pub struct SimulatedConfig {
+    /// Its name.
+    pub worker: WorkerId,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// What it does.
+    pub role: Role,
+    /// Its cluster.
+    pub cluster: Cluster,
+    /// What it serves.
+    pub model: ModelInfo,
+    /// How long staged KV is kept.
+    pub lease: Duration,
+    /// How long a drain may take.
+    pub drain: Duration,
+    /// Prompts that may wait.
+    pub queue: usize,
+    /// Keep finished prefixes.
+    pub prefix_cache: bool,
+    /// The engine's clock.
+    pub clock: fn() -> std::time::Instant,
+}
+
+/// A worker that was made and does not run yet.
+pub struct SimulatedWorker {
+    desk: Desk,
+    subscriptions: Subscriptions,
+    events: mpsc::Receiver<EngineEvent>,
+    is_up: watch::Receiver<bool>,
+    engine: EngineTask,
+    publisher: Publisher,
+    describe: Subscription,
+    description: Bytes,
+    wire: Wire,
+}
+
+impl SimulatedWorker {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// [`WorkerError`] if the wire takes no subscriptions.
+    pub async fn new(
+        config: SimulatedConfig,
+        wire: Wire,
+        executor: Box<dyn Executor>,
+        network: Arc<dyn KvNetwork>,
+        is_up: watch::Receiver<bool>,
+    ) -> Result<Self, WorkerError> {
+        let info = executor.info().clone();
+        let engine = EngineConfig {
+            step_tokens_max: info.step_tokens_max,
+            sequences_max: info.step_sequences_max,
+            queue_max: config.queue,
+            prefix_cache: config.prefix_cache,
+        };
+        let engine = Engine::new(executor, engine).with_clock(config.clock);
+        let pool = engine.pool();
+        let tokens = Arc::new(TokenOutbox::default());
+        let sequences_max = config.queue + info.step_sequences_max;
+        let (handle, engine, events) = EngineTask::new(engine, tokens.clone(), sequences_max);
+        let (outbox, control) = Outbox::new(wire.clone());
+        let SimulatedConfig {
+            worker,
+            incarnation,
+            role,
+            cluster,
+            model,
+            ..
+        } = config;
+        let publisher = Publisher {
+            wire: wire.clone(),
+            cluster: cluster.clone(),
+            worker: worker.clone(),
+            incarnation,
+            control,
+            tokens: tokens.clone(),
+            is_up: is_up.clone(),
+            engine: handle.waker.clone(),
+        };
+        let description = WorkerDescriptor {
+            v: PROTOCOL_VERSION,
+            worker: worker.clone(),
+            incarnation,
+            role,
+            model: model.clone(),
+            kv: info.kv.clone(),
+            transfer: Some(TransferDescriptor {
+                ucx: UcxVersion(0, 0, 0),
+                address: Base64Bytes(Vec::new()),
+                ranks: Vec::new(),
+            }),
+        };
+        let system = |what: &'static str, detail: String| WorkerError::System { what, detail };
+        let description = encode(&description)
+            .map_err(|error| system("describing itself", error.to_string()))?
+            .into();
+        let describe = wire
+            .subscribe(cluster.describe(&worker))
+            .await
+            .map_err(|error| system("subscribing on the bus", error.to_string()))?;
+        let subscriptions = Subscriptions::new(&wire, &cluster, &worker, &outbox).await?;
+        let desk = Desk::new(Parts {
+            me: Identity {
+                worker,
+                incarnation,
+                role,
+                device: info.device.clone(),
+                weights: WeightFormat::Bf16,
+                transport: "simulated".to_owned(),
+                capacity: Capacity {
+                    blocks: info.blocks,
+                    batch: info.step_sequences_max as u32,
+                    queue: config.queue as u32,
+                },
+            },
+            model,
+            kv: info.kv,
+            cluster,
+            wire: wire.clone(),
+            outbox,
+            tokens,
+            engine: handle,
+            pool,
+            agent: Some(Mover::Simulated(network)),
+            lease: config.lease,
+            drain: config.drain,
+            shared_load: SharedLoad::default(),
+            may_spin: false,
+            pulse: Pulse::default(),
+            stuck: mpsc::channel(1).1,
+        });
+        Ok(Self {
+            desk,
+            subscriptions,
+            events,
+            is_up,
+            engine,
+            publisher,
+            describe,
+            description,
+            wire,
+        })
+    }
+
+    /// The blocks of its arena.
+    pub fn pool(&self) -> BlockPool {
+        self.desk.pool.clone()
+    }
+
+    /// Runs until `shutdown` resolves and what it had is finished. What is left in its books then, or why it broke.
+    ///
+    /// # Errors
+    /// [`WorkerError`] if its executor broke.
+    pub async fn run(
+        self,
+        shutdown: impl Future<Output = ()>,
+        step_time: impl FnMut() -> Duration,
+    ) -> Result<Option<String>, WorkerError> {
+        let Self {
+            mut desk,
+            mut subscriptions,
+            events,
+            is_up,
+            engine,
+            publisher,
+            mut describe,
+            description,
+            wire,
+        } = self;
+        let desk = async move {
+            let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
+            desk.send_beat();
+            let books = desk.books();
+            let Desk {
+                mut engine, outbox, ..
+            } = desk;
+            engine.shutdown();
+            drop(outbox);
+            outcome.map(|()| books)
+        };
+        let described = async move {
+            while let Some(message) = describe.next().await {
+                if let Some(reply) = message.reply {
+                    // Who asked asks again.
+                    let _ = wire.publish(reply, description.clone()).await;
+                }
+            }
+        };
+        let all = async { tokio::join!(biased; desk, engine.run(step_time), publisher.run()) };
+        let (outcome, engine, ()) = tokio::select! {
+            biased;
+            all = all => all,
+            () = described => std::future::pending().await,
+        };
+        let mut books = outcome?;
+        if let Some(mut engine) = engine {
+            // A step may be under way whose sequences have all been ended: it holds their blocks.
+            let _ = engine.settle();
+            if engine.has_work() {
+                books = books.or_else(|| Some(format!("the engine still has work: {engine:?}")));
+            }
+            books = books.or_else(|| engine.check().err());
+        }
+        Ok(books)
+    }
+}
+
+impl Desk {
+    /// What is left in the books of a worker that has nothing to do.
+    fn books(&self) -> Option<String> {
+        let counts = [
+            ("prefills", self.prefills.len()),
+            ("decodes", self.decodes.len()),
+            ("leases", self.leases.len()),
+            ("deadlines", self.deadlines.len()),
+        ];
+        let left: Vec<_> = counts.iter().filter(|(_, count)| *count > 0).collect();
+        (!left.is_empty()).then(|| format!("left over: {left:?}"))
+    }
+}
