@@ -179,7 +179,7 @@ async fn on_thread<T: Send + 'static>(
         return work(server);
     };
     let server = Arc::clone(server);
-    let outcome = timeout_at(deadline.into(), web::block(move || work(&server))).await;
+    let outcome = timeout_at(deadline, web::block(move || work(&server))).await;
     let late = |_| {
         let message = "the request's time ran out while its prompt was made into tokens";
         ApiError::new(ErrorKind::Deadline, message)

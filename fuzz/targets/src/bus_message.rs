@@ -1,7 +1,7 @@
 //! One message from the bus, of any kind.
 
 use std::fmt::Debug;
-use std::time::Instant;
+use tokio::time::Instant;
 
 use baton_api_server::fuzzing::Membership;
 use baton_protocol::{

@@ -1,6 +1,8 @@
 //! Beats of workers and API servers that say anything, and whom the router picks by them.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use arbitrary::{Arbitrary, Unstructured};
 use baton_api_server::fuzzing::{Constraints, Membership, Outstanding, Router, Target};
