@@ -61,7 +61,7 @@ async fn main() -> ExitCode {
     let turn = Turn::take();
     let mut reference = Reference::start(&turn, device).await;
     if arguments.soak {
-        let tally = chaos::soak(&turn, time, options.rate, &mut reference).await;
+        let tally = chaos::soak(&turn, time, &options, &mut reference).await;
         return end(&tally);
     }
     let mut sum = Tally::default();

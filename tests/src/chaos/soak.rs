@@ -11,6 +11,7 @@ use super::audit::{Findings, pulse};
 use super::client::{Clients, Story};
 use super::judgement::Judgement;
 use super::load::{self, Arrival};
+use super::plan::Options;
 use super::reference::Reference;
 use super::tally::Tally;
 use super::vitals::Vitals;
@@ -34,12 +35,18 @@ const COUNT_AN_HOUR: f64 = 1.0;
 /// Seconds that a request may take: far more than it needs.
 const BUDGET_S: u64 = 120;
 
-/// Runs a load of `rate` requests a second on two and two workers for `span`, prints what they held, and gives the
+/// Runs a load of so many requests a second on two and two workers for `span`, prints what they held, and gives the
 /// numbers. Clients leave as they do in every load; nothing else is in the way.
-pub async fn soak(turn: &Turn, span: Duration, rate: f64, reference: &mut Reference) -> Tally {
-    let load = load::Load::of(0, span, rate, 1);
+pub async fn soak(
+    turn: &Turn,
+    span: Duration,
+    options: &Options,
+    reference: &mut Reference,
+) -> Tally {
+    let load = load::Load::of(0, span, options.rate, 1);
     let expected = reference.answers(&load.asks).await;
     let setup = Setup {
+        device: options.device,
         api_args: vec!["--request-budget-s".to_owned(), BUDGET_S.to_string()],
         ..Setup::split(2, 2)
     };

@@ -173,6 +173,7 @@ impl Region {
         if !region.base.addr().is_multiple_of(4096) || attributes.length < length {
             return Err(failed("UCX mapped it unaligned or short".into()));
         }
+        populate(region.base, length).map_err(failed)?;
         Ok(region)
     }
 
@@ -279,6 +280,24 @@ impl Region {
     }
 }
 
+/// Has the system give every page now. Where it cannot, the worker does not start; without this it would be killed by the
+/// first request that needs the page, and in shared memory that outgrew /dev/shm without a word.
+fn populate(base: *mut u8, bytes: usize) -> Result<(), String> {
+    // SAFETY: pages of a mapping of the caller's; they keep what they hold.
+    let outcome = unsafe { libc::madvise(base.cast(), bytes, libc::MADV_POPULATE_WRITE) };
+    if outcome == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    match error.raw_os_error() {
+        // Linux before 5.14 gives each page when it is first written.
+        Some(libc::EINVAL) => Ok(()),
+        _ => Err(format!(
+            "the system does not have it ({error}), or its container may not: see its memory limit and the size of /dev/shm"
+        )),
+    }
+}
+
 impl Drop for Region {
     fn drop(&mut self) {
         let Some(handle) = self.handle else { return };
@@ -290,5 +309,51 @@ impl Drop for Region {
                 status_text(self.context.ucp, status)
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ptr::null_mut;
+
+    use super::populate;
+    use crate::{Agent, AgentConfig};
+
+    #[test]
+    fn every_page_of_an_arena_is_there_from_the_start() {
+        let bytes = 8 << 20;
+        let config = AgentConfig {
+            arena_bytes: bytes,
+            gpu: None,
+            tls: None,
+        };
+        let (_agent, arena) = Agent::start(config).expect("an agent");
+        let mut pages = vec![0_u8; bytes / 4096];
+        // SAFETY: the arena's own pages, and a byte of room for each.
+        let status = unsafe { libc::mincore(arena.base().cast(), bytes, pages.as_mut_ptr()) };
+        assert_eq!(status, 0);
+        let missing = pages.iter().filter(|page| **page & 1 == 0).count();
+        assert_eq!(missing, 0, "of {} pages", pages.len());
+    }
+
+    #[test]
+    fn pages_that_the_system_does_not_have_are_an_error_and_no_signal() {
+        // SAFETY: a mapping of two pages of a file without any, which nobody touches.
+        let base = unsafe {
+            let file = libc::memfd_create(c"empty".as_ptr(), 0);
+            assert!(file >= 0);
+            let (rights, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+            let base = libc::mmap(null_mut(), 8192, rights, flags, file, 0);
+            libc::close(file);
+            base
+        };
+        assert_ne!(base, libc::MAP_FAILED);
+        let told = populate(base.cast(), 8192);
+        // SAFETY: mapped above.
+        unsafe { libc::munmap(base, 8192) };
+        assert!(
+            told.is_err_and(|told| told.contains("/dev/shm")),
+            "it has them"
+        );
     }
 }
