@@ -133,37 +133,22 @@ impl Network {
 
     /// From now on nothing passes between these two hosts. Both still reach everybody else.
     pub fn cut(&self, one: &str, other: &str) {
-        let (one, other) = (self.host(one), self.host(other));
-        for (from, to) in [(&one, &other), (&other, &one)] {
-            must(&[
-                "-n",
-                &from.namespace,
-                "neighbour",
-                "replace",
-                &to.address.to_string(),
-                "lladdr",
-                NOBODY,
-                "dev",
-                INTERFACE,
-                "nud",
-                "permanent",
-            ]);
-        }
+        let nobody = ["lladdr", NOBODY, "nud", "permanent"];
+        self.neighbours(one, other, "replace", &nobody);
     }
 
     /// Ends a [`Self::cut`].
     pub fn heal(&self, one: &str, other: &str) {
+        self.neighbours(one, other, "delete", &[]);
+    }
+
+    /// What each of the two takes the other's hardware address for.
+    fn neighbours(&self, one: &str, other: &str, verb: &str, is: &[&str]) {
         let (one, other) = (self.host(one), self.host(other));
         for (from, to) in [(&one, &other), (&other, &one)] {
-            must(&[
-                "-n",
-                &from.namespace,
-                "neighbour",
-                "delete",
-                &to.address.to_string(),
-                "dev",
-                INTERFACE,
-            ]);
+            let address = to.address.to_string();
+            let of = ["-n", &from.namespace, "neighbour", verb, &address];
+            must(&[&of, is, &["dev", INTERFACE]].concat());
         }
     }
 

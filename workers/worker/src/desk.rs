@@ -16,8 +16,8 @@ use baton_model::WeightFormat;
 use baton_protocol::limits::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
-    Abort, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, RequestId, Role, WorkerId,
-    WorkerState, decode,
+    Abort, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, RequestId, Role,
+    WorkerId, WorkerState, decode,
 };
 use baton_watchdog::Pulse;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -229,7 +229,7 @@ impl Desk {
                     FailureCode::Internal,
                     format!("aborted by the API server: {}", abort.reason),
                 );
-                for key in self.keys_of(|of| *of == abort.request) {
+                for key in self.keys_of(|_, of| *of == abort.request) {
                     self.end_prefill(key, Some(failure.clone()));
                 }
                 let held = self.end_request(abort.request, None);
@@ -259,7 +259,7 @@ impl Desk {
     pub(crate) fn end_request(&mut self, request: RequestId, failure: Option<Failure>) -> bool {
         let leased = self.leases.abort(request);
         self.line.leave(request);
-        let keys: Vec<_> = self.keys_of(|of| *of == request);
+        let keys: Vec<_> = self.keys_of(|_, of| *of == request);
         for key in &keys {
             self.end_key(*key, failure.clone());
         }
@@ -272,16 +272,17 @@ impl Desk {
         self.end_decode(key, failure);
     }
 
-    fn keys_of(&self, of: impl Fn(&RequestId) -> bool) -> Vec<u64> {
+    /// Keys of the prefills and decodes here whose API server and request are these.
+    pub(crate) fn keys_of(&self, are: impl Fn(&ApiServerId, &RequestId) -> bool) -> Vec<u64> {
         let prefills = self
             .prefills
             .iter()
-            .filter(|(_, entry)| of(&entry.request))
+            .filter(|(_, entry)| are(&entry.api_server, &entry.request))
             .map(|(key, _)| *key);
         let decodes = self
             .decodes
             .iter()
-            .filter(|(_, entry)| of(&entry.route.request))
+            .filter(|(_, entry)| are(&entry.route.api_server, &entry.route.request))
             .map(|(key, _)| *key);
         prefills.chain(decodes).collect()
     }

@@ -31,12 +31,7 @@ impl Desk {
     /// is given up, so that whoever still comes for it is told at once and not by a connection that breaks.
     pub(crate) fn end_drain(&mut self) {
         let leases = self.leases.clear();
-        let keys: Vec<_> = self
-            .prefills
-            .keys()
-            .chain(self.decodes.keys())
-            .copied()
-            .collect();
+        let keys = self.keys_of(|_, _| true);
         if keys.len() + leases > 0 {
             tracing::info!(
                 requests = keys.len(),

@@ -63,12 +63,7 @@ impl Desk {
         self.end_after_failure = Some(Instant::now() + FAILURE_SHOWN);
         self.state = WorkerState::Failed;
         let leases = self.leases.clear();
-        let keys: Vec<_> = self
-            .prefills
-            .keys()
-            .chain(self.decodes.keys())
-            .copied()
-            .collect();
+        let keys = self.keys_of(|_, _| true);
         tracing::error!(message, leases, requests = keys.len(), "out of service");
         keys
     }

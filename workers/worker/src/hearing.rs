@@ -98,18 +98,7 @@ impl Desk {
     /// Nobody waits for what this API server asked for until now.
     fn end_requests_of(&mut self, api_server: &ApiServerId, why: &str) {
         let leases = self.leases.abandon(api_server);
-        let prefills = self
-            .prefills
-            .iter()
-            .filter(|(_, entry)| entry.api_server == *api_server);
-        let decodes = self
-            .decodes
-            .iter()
-            .filter(|(_, entry)| entry.route.api_server == *api_server);
-        let keys: Vec<_> = prefills
-            .map(|(key, _)| *key)
-            .chain(decodes.map(|(key, _)| *key))
-            .collect();
+        let keys = self.keys_of(|of, _| of == api_server);
         if leases + keys.len() > 0 {
             tracing::info!(%api_server, requests = keys.len(), leases, "{why}");
         }

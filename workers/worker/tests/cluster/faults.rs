@@ -1,7 +1,7 @@
 //! Executors that break, for one sequence or for good.
 
 use baton_engine::FakeFaults;
-use baton_protocol::{FailureCode, PrefillReply, Refusal, Role, SequenceSpec, WorkerState};
+use baton_protocol::{Beat, FailureCode, PrefillReply, Refusal, Role, SequenceSpec, WorkerState};
 use baton_worker::{Device, WorkerError};
 
 use crate::support::*;
@@ -53,17 +53,34 @@ async fn a_text_without_a_next_token_ends_and_no_other() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_executor_ends_its_worker_after_saying_so() {
+    let breaks = |token| FakeFaults {
+        step: Some(token),
+        ..FakeFaults::default()
+    };
+    ends_after_saying_so(breaks, "as it was told").await;
+}
+
+/// A GPU that hangs is waited for by a thread that nothing can free. The desk sees it, says so, and the worker ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hung_executor_ends_its_worker_after_saying_so() {
+    let hangs = |token| FakeFaults {
+        hang: Some(token),
+        ..FakeFaults::default()
+    };
+    let sentence = "the executor hangs: fake:5000 has been at one step for 5 s";
+    ends_after_saying_so(hangs, sentence).await;
+}
+
+/// A worker with one prompt staged and another being decoded is given one whose last token is its executor's end.
+async fn ends_after_saying_so(fault: impl FnOnce(u32) -> FakeFaults, sentence: &str) {
     let house = House::new().await;
     let mut api = Api::new(&house, "api").await;
     let sequence = prompt(1, 30, 1_000);
+    let text = undisturbed(&sequence);
     let mut config = house.config("both", Role::Both);
     config.device = Device::Fake { step_micros: 5_000 };
-    let text = undisturbed(&sequence);
     let bad = other_prompt(&sequence, &text);
-    config.fake_faults = FakeFaults {
-        step: Some(bad.tokens.0[29]),
-        ..FakeFaults::default()
-    };
+    config.fake_faults = fault(bad.tokens.0[29]);
     let both = Worker::start(config);
     api.until(&both.id, "at all", |_| true).await;
     let staged = api.staged(&both.id, new_request(), &sequence).await;
@@ -79,15 +96,15 @@ async fn a_broken_executor_ends_its_worker_after_saying_so() {
     };
     assert_eq!(failure.code, FailureCode::Executor);
     assert!(failure.code.retryable(), "elsewhere");
-    assert!(failure.message.contains("as it was told"), "{failure}");
+    assert!(failure.message.contains(sentence), "{failure}");
     let stream = api.stream(request, 0).await;
     assert_eq!(stream.failure(), FailureCode::Executor);
     assert_eq!(stream.tokens, text[1..1 + stream.tokens.len()]);
     // It still answers, and everything it says is no.
-    let beat = api.until(&both.id, "that it failed", |beat| {
-        beat.state == WorkerState::Failed
-    });
-    assert_eq!(beat.await.load.leased, 0);
+    let is_failed = |beat: &Beat| beat.state == WorkerState::Failed;
+    let beat = api.until(&both.id, "that it failed", is_failed).await;
+    assert_eq!(beat.reason, Some(failure.message));
+    assert_eq!(beat.load.leased, 0);
     let job = api.prefill_job(new_request(), &sequence);
     let PrefillReply::Refused { refusal, .. } = api.prefill(&both.id, &job).await else {
         panic!("it was taken")
@@ -95,54 +112,6 @@ async fn a_broken_executor_ends_its_worker_after_saying_so() {
     assert_eq!(refusal, Refusal::Draining);
     assert!(!api.release(&staged, |_| {}).await, "no lease is good");
     // And then it ends by itself, with an error.
-    let error = both.left().await.expect_err("it failed");
-    assert!(matches!(error, WorkerError::Failed { .. }), "{error}");
-}
-
-/// A GPU that hangs is waited for by a thread that nothing can free. The desk sees it, says so, and the worker ends.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hung_executor_ends_its_worker_after_saying_so() {
-    let house = House::new().await;
-    let mut api = Api::new(&house, "api").await;
-    let sequence = prompt(1, 30, 1_000);
-    let text = undisturbed(&sequence);
-    let mut config = house.config("both", Role::Both);
-    config.device = Device::Fake { step_micros: 5_000 };
-    let bad = other_prompt(&sequence, &text);
-    config.fake_faults = FakeFaults {
-        hang: Some(bad.tokens.0[29]),
-        ..FakeFaults::default()
-    };
-    let both = Worker::start(config);
-    api.until(&both.id, "at all", |_| true).await;
-    let staged = api.staged(&both.id, new_request(), &sequence).await;
-    let request = new_request();
-    let handle = api.staged(&both.id, request, &sequence).await;
-    api.admitted(&both.id, &api.decode_job(request, &sequence, &handle))
-        .await;
-    api.first_tokens(request).await;
-
-    let job = api.prefill_job(new_request(), &bad);
-    let PrefillReply::Failed { failure, .. } = api.prefill(&both.id, &job).await else {
-        panic!("it went well")
-    };
-    assert_eq!(failure.code, FailureCode::Executor);
-    let sentence = "the executor hangs: fake:5000 has been at one step for 5 s";
-    assert!(failure.message.contains(sentence), "{failure}");
-    let stream = api.stream(request, 0).await;
-    assert_eq!(stream.failure(), FailureCode::Executor);
-    let beat = api
-        .until(&both.id, "that it failed", |beat| {
-            beat.state == WorkerState::Failed
-        })
-        .await;
-    assert_eq!(beat.reason, Some(failure.message));
-    assert_eq!(beat.load.leased, 0);
-    let PrefillReply::Refused { refusal, .. } = api.prefill(&both.id, &job).await else {
-        panic!("it was taken")
-    };
-    assert_eq!(refusal, Refusal::Draining);
-    assert!(!api.release(&staged, |_| {}).await, "no lease is good");
     let error = both.left().await.expect_err("it failed");
     assert!(matches!(error, WorkerError::Failed { .. }), "{error}");
 }
