@@ -5,6 +5,8 @@
 #   tests/gpu.sh build DIR            builds the programs into DIR, here, where cargo is
 #   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: kernels, tests, golden, pull, cluster, bench [all]
 #
+# A step and a program that fails or hangs keeps no other from running; what failed is said at the end.
+#
 # `kernels` needs numpy and torch: it compares the kernels on random inputs with products in f64.
 # `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
 # `cluster` needs nats-server and curl too; it and `pull`, KV between two processes (on two GPUs, if there are), need UCX with CUDA
@@ -29,7 +31,7 @@ for line in sys.stdin:
   strip "$1"/executor "$1"/products "$1"/sampling "$1"/sample "$1"/cuda "$1"/gpu_pull "$1"/baton
 }
 
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] || usage
 if [ "$1" = build ]; then
   [ $# -eq 2 ] || usage
@@ -44,36 +46,49 @@ trap 'rm -rf "$work"' EXIT
 # Where the wheels are, if CUDA's libraries are wheels.
 export VIRTUAL_ENV=${VIRTUAL_ENV:-$(python3 -c 'import sys; print(sys.prefix)')}
 
+# usage: within SECONDS COMMAND...   a kernel that never ends would take all of the machine's time with it
+within() {
+  timeout --kill-after=10 "$@"
+  local status=$?
+  [ $status -eq 0 ] || echo "failed with status $status (124: not done in $1 s): ${*:2}"
+  return $status
+}
+
 weights() {
   [ -f "$work/$model" ] && return
   if [ -f "$programs/$model" ]; then
     cp "$programs/$model" "$work/"
   else
-    cat "$programs/$model".part* > "$work/$model"
+    cat "$programs/$model".part* > "$work/pieces" && mv "$work/pieces" "$work/$model"
   fi
 }
 
 # Each check compiles its kernels first; outputs are poisoned before every launch.
 kernels() {
-  local check=workers/cuda/kernels/check
-  python3 $check/gemm.py compile "$work/gemm" && python3 $check/gemm.py check "$work/gemm" quick || return
-  python3 $check/attention.py build "$work/attention" && python3 $check/attention.py check "$work/attention" || return
-  python3 $check/quantise.py
+  local check=workers/cuda/kernels/check failed=0
+  { within 200 python3 $check/gemm.py compile "$work/gemm" && within 300 python3 $check/gemm.py check "$work/gemm" quick; } || failed=1
+  { within 200 python3 $check/attention.py build "$work/attention" && within 300 python3 $check/attention.py check "$work/attention"; } || failed=1
+  within 300 python3 $check/quantise.py || failed=1
+  return $failed
 }
 
 tests() {
-  "$programs/products" --ignored --nocapture && "$programs/sampling" --ignored --nocapture || return
-  "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced
+  local failed=0
+  within 200 "$programs/products" --ignored --nocapture || failed=1
+  within 200 "$programs/sampling" --ignored --nocapture || failed=1
+  within 500 "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced || failed=1
+  return $failed
 }
 
 golden() {
   weights || { echo "no $model in $programs"; return 1; }
-  BATON_TEST_GGUF=$work/$model "$programs/executor" --ignored --nocapture teacher_forced
+  BATON_TEST_GGUF=$work/$model within 300 "$programs/executor" --ignored --nocapture teacher_forced
 }
 
 # usage: answer UP_ARGUMENT...   prints what a cluster says the capital of France is
 answer() {
   local up url name
+  rm -f "$work/ready.json"
   "$programs/baton" up --model "$work/$model" --device cuda:0 --nats-server "$(command -v nats-server || echo "$programs/nats-server")" \
     --ready-file "$work/ready.json" --start-timeout-s 100 "$@" > "$work/up.log" 2>&1 &
   up=$!
@@ -82,10 +97,15 @@ answer() {
     kill -0 $up 2> /dev/null || break
     sleep 0.1
   done
-  url=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["url"])' "$work/ready.json") || { cat "$work/up.log"; return 1; }
+  url=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["url"])' "$work/ready.json") || {
+    kill -TERM $up 2> /dev/null
+    wait $up
+    cat "$work/up.log"
+    return 1
+  }
   name=$(python3 -c 'import json, sys; print(json.load(open(sys.argv[1]))["model"])' "$work/ready.json")
-  "$programs/baton" status --url "$url" || true
-  curl -sS "$url/v1/chat/completions" -H 'content-type: application/json' -d '{
+  within 20 "$programs/baton" status --url "$url"
+  curl -sS --max-time 60 "$url/v1/chat/completions" -H 'content-type: application/json' -d '{
     "model": "'"$name"'", "temperature": 0, "max_tokens": 32, "messages": [{"role": "user", "content": "What is the capital of France?"}]
   }' > "$work/answer"
   kill -TERM $up
@@ -98,14 +118,26 @@ answer() {
 cluster() {
   weights || { echo "no $model in $programs"; return 1; }
   export BATON_CACHE=$work/cache
-  answer --both-worker-count 1 || return
-  answer --kv-mib 1024
+  local failed=0
+  answer --both-worker-count 1 || failed=1
+  answer --kv-mib 1024 || failed=1
+  return $failed
 }
 
 # What arrives is compared with what was sent: read in place where UCX can, and by way of host memory.
-pull() { "$programs/gpu_pull" && "$programs/gpu_pull" tcp,cuda_copy,self; }
+pull() {
+  local failed=0
+  within 200 "$programs/gpu_pull" || failed=1
+  within 200 "$programs/gpu_pull" tcp,cuda_copy,self || failed=1
+  return $failed
+}
 
-bench() { "$programs/cuda" && "$programs/sample"; }
+bench() {
+  local failed=0
+  within 500 "$programs/cuda" || failed=1
+  within 200 "$programs/sample" || failed=1
+  return $failed
+}
 
 passed=0 failed=()
 [ $# -gt 0 ] || set -- kernels tests golden pull cluster bench
@@ -114,6 +146,8 @@ for step; do
     kernels | tests | golden | pull | cluster | bench) ;;
     *) usage ;;
   esac
+done
+for step; do
   echo "=== $step"
   started=$SECONDS
   if "$step"; then passed=$((passed + 1)); else failed+=("$step"); fi
