@@ -6,6 +6,7 @@
 """
 
 import math
+import multiprocessing
 import os
 import random
 import sys
@@ -30,18 +31,28 @@ def cubin_path(folder, kernel, shape):
 
 
 def build(folder):
+    """Every variant, a process for each processor."""
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, f"stand_in-{ARCH}.cubin"), "wb") as f:
-        f.write(nvrtc.compile_cubin("check/stand_in.cu", ARCH)[0])
-    for kernel, shapes in KERNELS.items():
-        for shape in shapes:
-            defines = dict(zip(("HEAD_DIM", "GROUP", "BLOCK_TOKENS"), shape))
-            defines.update(d.split("=") for d in os.environ.get("EXTRA", "").split(",") if d)
-            cubin, log = nvrtc.compile_cubin(kernel + ".cu", ARCH, defines)
-            note = [x.strip() for x in log.splitlines() if "Used" in x or "spill" in x or "otential" in x]
-            print(kernel, *shape, *note)
-            with open(cubin_path(folder, kernel, shape), "wb") as f:
-                f.write(cubin)
+    jobs = [(folder, None, None)] + [(folder, kernel, shape) for kernel, shapes in KERNELS.items() for shape in shapes]
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        for line in pool.imap(_build, jobs):
+            print(line, flush=True)
+
+
+def _build(job):
+    folder, kernel, shape = job
+    if kernel is None:
+        cubin, _ = nvrtc.compile_cubin("check/stand_in.cu", ARCH)
+        path, line = os.path.join(folder, f"stand_in-{ARCH}.cubin"), "stand_in"
+    else:
+        defines = dict(zip(("HEAD_DIM", "GROUP", "BLOCK_TOKENS"), shape))
+        defines.update(d.split("=") for d in os.environ.get("EXTRA", "").split(",") if d)
+        cubin, log = nvrtc.compile_cubin(kernel + ".cu", ARCH, defines)
+        note = [x.strip() for x in log.splitlines() if "Used" in x or "spill" in x or "otential" in x]
+        path, line = cubin_path(folder, kernel, shape), " ".join([kernel, *map(str, shape), *note])
+    with open(path, "wb") as f:
+        f.write(cubin)
+    return line
 
 
 def load(folder, kernel, shape):

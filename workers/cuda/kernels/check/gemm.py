@@ -1,8 +1,10 @@
 """Skinny GEMM: against f64 with poisoned outputs, then timed over weights far larger than L2.
 
 gemm.py compile DIR              every variant to DIR, on a machine without a GPU
-gemm.py check DIR [quick] [split]   correctness; with x split for FP8 too, which nothing uses yet
-gemm.py time DIR                 the four matrices of 32 layers and the output matrix of Llama-3.1-8B, in one graph
+gemm.py check DIR [quick]        correctness
+gemm.py time DIR [split] [many]  the four matrices of 32 layers and the output matrix of Llama-3.1-8B, in one graph
+
+`split` and `many` take in variants that nothing uses yet, for check too: x split for FP8, wide tiles for 96 and 128 rows.
 """
 
 import ctypes
@@ -15,11 +17,13 @@ import nvrtc
 
 ROWS_TILES = (8, 16, 24, 32, 48, 64, 96, 128)
 WEIGHTS = {"bf16": 0, "fp8": 1, "fp8_block": 2}
-# Beside the variants that their rows and weights give: wide tiles, as the executor takes them for some products, and, where
-# asked for, x split for FP8.
+# Beside the variants that their rows and weights give: wide tiles, as the executor takes them for some products, and what is
+# asked for.
 MORE = [(w, n, dict(M_TILE=128)) for w in WEIGHTS for n in (32, 48, 64)]
 if "split" in sys.argv:
     MORE += [(w, n, dict(SPLIT_ROWS=16)) for w in WEIGHTS if w != "bf16" for n in (8, 16)]
+if "many" in sys.argv:
+    MORE += [("bf16", n, dict(M_TILE=128)) for n in (96, 128)]
 EPILOGUES = ("store", "residual", "swiglu", "logits")
 SOURCES = ("common.cuh", "gemm_skinny.cuh", "gemm_epilogue.cuh", "gemm_split.cuh", "gemm_hopper.cuh", "gemm_ampere.cuh", "wgmma.cuh", "gemm_skinny.cu")
 
@@ -445,16 +449,23 @@ class Bench:
         x = {k: torch.randn(rows, k, device="cuda").bfloat16() for k in (HIDDEN, GATE_UP // 2)}
         out = {o: torch.empty(rows, o, device="cuda", dtype=torch.bfloat16) for o in (QKV, HIDDEN, GATE_UP, VOCAB)}
         order = [self.matrices[n][i] for i in range(LAYERS) for n in SHAPES] + [self.head]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+        def timed(matrices):
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            with torch.cuda.graph(graph, stream=stream):
+                for m in matrices:
+                    torch.mm(x[m.k], m.w.T, out=out[m.out])
+            return median_ms(torch, graph.replay)
+
         for m in order[:4] + order[-1:]:
             torch.mm(x[m.k], m.w.T, out=out[m.out])
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for m in order:
-                torch.mm(x[m.k], m.w.T, out=out[m.out])
-        ms = median_ms(torch, graph.replay)
+        ms = timed(order)
         bytes_read = sum(m.out * m.k for m in order) * 2
-        print(f"bf16 rows={rows:3d} cuBLAS               chain {ms:6.3f} ms {bytes_read / ms / 1e9 / ceiling:5.1%}", flush=True)
+        line = f"bf16 rows={rows:3d} cuBLAS               chain {ms:6.3f} ms {bytes_read / ms / 1e9 / ceiling:5.1%}"
+        for name in SHAPES:
+            line += f" | {name} {timed(self.matrices[name]) / LAYERS * 1000:6.1f} us"
+        print(line, flush=True)
 
 
 def time_all(directory):
