@@ -90,7 +90,9 @@ impl Attention {
         let tiled = spec.head_dim.is_multiple_of(16)
             && spec.head_dim <= 256
             && group <= 16
-            && matches!(kv.block_tokens, 16 | 32 | 64);
+            && matches!(kv.block_tokens, 16 | 32 | 64)
+            // The copy engine counts rows in 31 bits.
+            && i32::try_from(memory.len() / (spec.head_dim * 2)).is_ok();
         let road = if tiled {
             let arena = memory.base() as CUdeviceptr;
             let blocks = memory.len() / kv.block_bytes();
