@@ -247,6 +247,77 @@ fn a_large_batch_is_what_its_sequences_are_alone() {
     }
 }
 
+/// What tiny models never come to, on 132 multiprocessors: from 32 rows on, products with outputs enough for tiles of twice as many;
+/// with six sequences, as many heads as there are multiprocessors, of which attention takes a whole one each.
+#[test]
+#[ignore = "needs a GPU"]
+fn wide_products_and_whole_heads_are_those_of_the_plain_decoder() {
+    const SEQUENCES: usize = 64;
+    const BLOCKS_EACH: usize = 9;
+    let spec = ModelSpec {
+        hidden: 784,
+        intermediate: 5632,
+        layers: 1,
+        heads: 44,
+        kv_heads: 22,
+        head_dim: 64,
+        ..tiny_families().remove(0)
+    };
+    for format in [WeightFormat::Bf16, WeightFormat::Fp8Channel] {
+        let tiny = Tiny::new(spec.clone(), 6).in_format(format);
+        let mut random = Random(21);
+        let tokens: Vec<u32> = (0..130)
+            .map(|_| random.below(tiny.spec.vocab) as u32)
+            .collect();
+        let reference = tiny.reference(&tokens);
+        let mut executor = usual(Build {
+            spec: &tiny.spec,
+            weights: &tiny,
+            block_tokens: 16,
+            blocks: SEQUENCES * BLOCKS_EACH,
+        });
+        // Each is the beginning of one text, in blocks of its own.
+        let length = |s: usize| 70 + s * 13 % 60;
+        let blocks: Vec<Vec<u32>> = (0..SEQUENCES)
+            .map(|s| {
+                (0..BLOCKS_EACH)
+                    .map(|i| (i * SEQUENCES + s) as u32)
+                    .collect()
+            })
+            .collect();
+        let part = |s: usize, range| Part {
+            key: s as u64,
+            tokens: &tokens,
+            range,
+            blocks: &blocks[s],
+        };
+        let mut worst: f64 = 0.0;
+        let mut compare = |end: usize, logits: &[f32]| {
+            for (ours, truth) in logits.iter().zip(&reference[end - 1]) {
+                let error = (f64::from(*ours) - truth).abs();
+                assert!(error.is_finite(), "{format}: {ours} after {end}");
+                worst = worst.max(error);
+            }
+        };
+        for s in 0..SEQUENCES {
+            for first in (0..length(s) - 1).step_by(60) {
+                let end = (first + 60).min(length(s) - 1);
+                compare(end, &step(&mut executor, &[part(s, first..end)])[0]);
+            }
+        }
+        for count in [6, 40, SEQUENCES] {
+            let parts: Vec<Part<'_>> = (0..count)
+                .map(|s| part(s, length(s) - 1..length(s)))
+                .collect();
+            for (s, logits) in step(&mut executor, &parts).iter().enumerate() {
+                compare(length(s), logits);
+            }
+        }
+        println!("wide products, {format}: logits differ by at most {worst:.4}");
+        assert!(worst < ERROR_MAX, "{format}: {worst}");
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn fp8_logits_depend_on_the_company_no_more_than_on_the_rounding_of_activations() {
