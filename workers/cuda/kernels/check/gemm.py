@@ -21,7 +21,7 @@ WEIGHTS = {"bf16": 0, "fp8": 1, "fp8_block": 2}
 # asked for.
 MORE = [(w, n, dict(M_TILE=128)) for w in WEIGHTS for n in (32, 48, 64)]
 if "split" in sys.argv:
-    MORE += [(w, n, dict(SPLIT_ROWS=16)) for w in WEIGHTS if w != "bf16" for n in (8, 16)]
+    MORE += [(w, n, dict(SPLIT_ROWS=16, **d)) for w in WEIGHTS if w != "bf16" for n in (8, 16) for d in ({}, dict(M_TILE=128))]
 if "many" in sys.argv:
     MORE += [("bf16", n, dict(M_TILE=128)) for n in (96, 128)]
 EPILOGUES = ("store", "residual", "swiglu", "logits")
