@@ -25,7 +25,7 @@
 // requested before griddepcontrol.wait.
 //
 // Each warp streams tiles of its own through its own ring of stages (sm_90: TMA with 128-byte swizzle, one
-// mbarrier a stage; before: cp.async into the same layout), and meets the others only at the end.
+// mbarrier a stage; elsewhere: cp.async into the same layout), and meets the others only at the end.
 //
 // Floor: KV bytes / read bandwidth; a tile of 32 tokens of a head is 128·head_dim bytes. Arithmetic is some 15% of it.
 //
@@ -41,7 +41,7 @@
 //   L2_PROMOTION_L2_256B, OOB_FILL_NONE).
 #include "attention_turn.cuh"
 
-#define TMA_ROAD (BATON_ARCH >= 900)
+#define TMA_ROAD (BATON_ARCH == 900) // where the host makes a map; later ones are as any other
 
 namespace {
 
@@ -58,7 +58,7 @@ constexpr int kStageBytes = 2 * kParts * kPartBytes; // K, then V
 constexpr int kAtOnce = 8; // partial sums read at once
 constexpr int kSequencesMax = 1024;
 constexpr int kGridMax = 160;
-constexpr int kSharedMax = BATON_ARCH >= 900 ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
+constexpr int kSharedMax = TMA_ROAD ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
 constexpr int kWarps = kParts <= 2 && kSharedMax > 150000 ? 4 : 2;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kHeadExcess = 5 * kWarps; // tiles that a CTA may have above the mean, for having a head alone
