@@ -38,6 +38,13 @@ impl Dice {
     pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
         of[self.range(0..of.len() as u64) as usize]
     }
+
+    /// Puts them in any order.
+    pub fn shuffle<T>(&mut self, all: &mut [T]) {
+        for last in (1..all.len()).rev() {
+            all.swap(last, self.range(0..last as u64 + 1) as usize);
+        }
+    }
 }
 
 /// Spreads every bit over all.

@@ -206,12 +206,15 @@ impl KvNetwork for KvAgent {
         };
         let bytes = reads.iter().map(|read| read.bytes).sum();
         let begun = Instant::now();
+        let mut pieces: Vec<Read> = pieces(&reads).collect();
+        // As gets do, they come in any order.
+        fabric.lock().dice.shuffle(&mut pieces);
         // The copying is a task of its own: it goes on for a while when the pull is given up.
         let mut copying = Copying {
             fabric,
             own,
             peer: peer.0,
-            pieces: pieces(&reads).collect(),
+            pieces,
             _destination: destination,
         };
         let task = tokio::spawn(async move {

@@ -251,9 +251,10 @@ impl World {
             ask.leaves_after = None;
             ask.reads = None;
             ask.budget = Duration::from_secs(20);
+            let by = Instant::now() + ask.budget + SETTLES_WITHIN;
             self.ask(at, ask);
             // One after the other: a queue of one has no room for two.
-            while !self.asked.is_empty() || self.held().is_some() {
+            while (!self.asked.is_empty() || self.held().is_some()) && Instant::now() < by {
                 self.tick().await;
             }
         }

@@ -7,7 +7,7 @@ use baton_engine::Engine;
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 
-use super::{EngineEvent, EngineHandle, EngineThread, Turn};
+use super::{EngineEvent, EngineHandle, EngineThread, Flow, Turn};
 use crate::frames::TokenOutbox;
 
 /// What the engine thread does, to be awaited.
@@ -32,7 +32,15 @@ impl EngineTask {
     pub(crate) async fn run(mut self, mut step_time: impl FnMut() -> Duration) -> Option<Engine> {
         loop {
             match self.thread.turn() {
-                Turn::On => sleep(step_time()).await,
+                Turn::On => {
+                    // As with the thread, commands come while a step is under way: what they free, others may take before
+                    // that step is over.
+                    sleep(step_time() / 2).await;
+                    if let Flow::End = self.thread.take_commands() {
+                        return self.thread.engine.take();
+                    }
+                    sleep(step_time() / 2).await;
+                }
                 Turn::Wait(None) => self.bell.notified().await,
                 Turn::Wait(Some(at_most)) => drop(timeout(at_most, self.bell.notified()).await),
                 Turn::End => return self.thread.engine.take(),
