@@ -4,7 +4,7 @@
 //! pulls, peers, publisher and engine. Simulated are the bus (`network`, `weather`), the memory and the moving of KV
 //! (`kv`), the device (the engine's fake executor), processes (`process`), clients (`client`) and time itself, which is
 //! tokio's paused clock. `plan` draws what a seed stands for, `world` runs it and looks whether anything is wrong,
-//! `trace` records it.
+//! `defects` hears what a process would get over, `trace` records it.
 //!
 //! Beside it stands `two_pools`, a small model of the protocol between the pools that is explored to its end.
 //!
@@ -12,6 +12,7 @@
 #![forbid(unsafe_code)]
 
 mod client;
+mod defects;
 mod dice;
 mod kv;
 mod network;

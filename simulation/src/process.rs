@@ -30,6 +30,9 @@ use crate::network::{Link, Network, Port};
 /// Longest sequence of the simulated model.
 pub const TOKENS_MAX: u32 = 120;
 
+/// What an executor says that was to break.
+const BROKEN: &str = "the simulated device is gone";
+
 /// What stays of a worker through all its lives.
 #[derive(Clone, Debug)]
 pub struct WorkerSetup {
@@ -210,8 +213,11 @@ impl WorkerLife {
         self.port.set(Link::Dead);
         match self.task.await {
             Ok(Ok(books)) => books,
-            // The executor broke, or it was killed.
-            Ok(Err(_)) => None,
+            Ok(Err(error)) => {
+                let error = error.to_string();
+                (!error.contains(BROKEN)).then_some(error)
+            }
+            // It was killed.
             Err(error) if error.is_cancelled() => None,
             Err(error) => Some(format!("it panicked: {error}")),
         }
@@ -305,7 +311,7 @@ impl Executor for Mortal {
         if let Some(left) = &mut self.steps_left {
             if *left == 0 {
                 return Err(ExecutorError {
-                    message: "the simulated device is gone".to_owned(),
+                    message: BROKEN.to_owned(),
                 });
             }
             *left -= 1;

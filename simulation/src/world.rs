@@ -12,6 +12,7 @@ use tokio::task::LocalSet;
 use tokio::time::{Instant, sleep};
 
 use crate::client::{Ask, Ear, Heard};
+use crate::defects::Defects;
 use crate::dice::Dice;
 use crate::kv::{KvFabric, KvWeather};
 use crate::network::{Link, Network};
@@ -67,8 +68,12 @@ pub fn run(seed: u64, told: bool) -> Report {
         .expect("a runtime without I/O needs nothing of the system");
     LocalSet::new().block_on(&runtime, async move {
         let begun = Instant::now();
+        let defects = Defects::listen();
         let mut world = World::new(seed, told).await;
         world.live().await;
+        for defect in defects.take() {
+            world.wrong(defect);
+        }
         let (hash, events, lines) = world.ground.network.take_trace();
         Report {
             seed,
