@@ -9,7 +9,7 @@ use baton_engine::BlockPool;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, ModelInfo, WorkerState};
 use baton_watchdog::Pulse;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -25,7 +25,7 @@ use crate::leases::LeaseTable;
 use crate::line::Line;
 use crate::mover::Mover;
 use crate::peers::Peers;
-use crate::pulls::PULLS_MAX;
+use crate::pulls::Places;
 use crate::watch::Stuck;
 
 /// What a desk is made of; all else begins empty.
@@ -97,7 +97,7 @@ impl Desk {
             decodes: BTreeMap::new(),
             line: Line::default(),
             pulls: JoinSet::new(),
-            pull_places: Arc::new(Semaphore::new(PULLS_MAX)),
+            pull_places: Places::default(),
             agent,
             links: JoinSet::new(),
             api_servers: ApiServers::default(),

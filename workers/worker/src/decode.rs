@@ -237,7 +237,7 @@ impl Desk {
             kv: self.checks.kv.clone(),
             handle: handle.clone(),
             blocks,
-            places: self.pull_places.clone(),
+            place: self.pull_places.place(handle.incarnation),
         };
         let task = self.pulls.spawn(pull.run());
         let index = sequence.output_tokens() + 1;

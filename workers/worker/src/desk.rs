@@ -20,7 +20,7 @@ use baton_protocol::{
     WorkerId, WorkerState, decode,
 };
 use baton_watchdog::Pulse;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -38,7 +38,7 @@ use crate::leases::LeaseTable;
 use crate::line::Line;
 use crate::mover::Mover;
 use crate::peers::Peers;
-use crate::pulls::Pulled;
+use crate::pulls::{Places, Pulled};
 use crate::watch::Stuck;
 
 /// Who this worker is: what stays the same for its life and goes into every beat.
@@ -89,7 +89,7 @@ pub(crate) struct Desk {
     /// Decode jobs that wait for blocks.
     pub(crate) line: Line,
     pub(crate) pulls: JoinSet<Pulled>,
-    pub(crate) pull_places: Arc<Semaphore>,
+    pub(crate) pull_places: Places,
     pub(crate) agent: Option<Mover>,
     pub(crate) peers: Peers,
     pub(crate) links: JoinSet<LinkOutcome>,

@@ -1,6 +1,7 @@
 //! One pull: read the KV into reserved blocks, have it released, and believe it only if the release was
 //! valid.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,10 +9,11 @@ use baton_bus::Wire;
 use baton_engine::BlockTable;
 use baton_protocol::limits::{CONTROL_TIMEOUT_MS, PULL_TIMEOUT_MS};
 use baton_protocol::{
-    Failure, FailureCode, KvGeometry, KvHandle, PullReport, Release, Released, decode, encode,
+    Failure, FailureCode, Incarnation, KvGeometry, KvHandle, PullReport, Release, Released, decode,
+    encode,
 };
 use baton_transfer::{PeerKey, TransferError, plan_reads};
-use tokio::sync::Semaphore;
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use crate::engine_thread::HeldBlocks;
@@ -19,7 +21,10 @@ use crate::mover::{Destination, Mover};
 
 /// Pulls that read at the same time; the rest wait their turn. A few fill any link, and with more each
 /// only takes longer.
-pub(crate) const PULLS_MAX: usize = 16;
+const PULLS_MAX: usize = 16;
+
+/// Of these, from one context worker: should it not be reached any more, the others' are not kept waiting.
+const PULLS_OF_ONE_MAX: usize = PULLS_MAX / 2;
 
 /// Waiting for its turn, and then reading, may each take this long. A request's budget is not the pull's deadline:
 /// when it runs out the desk cancels the task, which ends the reads one by one, while a transfer's deadline closes
@@ -39,7 +44,54 @@ pub(crate) struct Pull {
     pub(crate) kv: KvGeometry,
     pub(crate) handle: KvHandle,
     pub(crate) blocks: HeldBlocks,
-    pub(crate) places: Arc<Semaphore>,
+    pub(crate) place: Place,
+}
+
+/// Who may read now.
+pub(crate) struct Places {
+    all: Arc<Semaphore>,
+    /// Of context workers from which pulls are under way or wait.
+    of_one: BTreeMap<Incarnation, Arc<Semaphore>>,
+}
+
+/// A place that one pull is yet to get.
+pub(crate) struct Place {
+    all: Arc<Semaphore>,
+    of_one: Arc<Semaphore>,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(PULLS_MAX)),
+            of_one: BTreeMap::new(),
+        }
+    }
+}
+
+impl Places {
+    /// For a pull from this context worker.
+    pub(crate) fn place(&mut self, from: Incarnation) -> Place {
+        self.of_one
+            .retain(|_, places| Arc::strong_count(places) > 1);
+        let of_one = self.of_one.entry(from);
+        let of_one = of_one.or_insert_with(|| Arc::new(Semaphore::new(PULLS_OF_ONE_MAX)));
+        Place {
+            all: Arc::clone(&self.all),
+            of_one: Arc::clone(of_one),
+        }
+    }
+}
+
+impl Place {
+    /// Waits for it; `None` if it did not become free in time. It is given back with the permits.
+    async fn get(self, within: Duration) -> Option<[OwnedSemaphorePermit; 2]> {
+        let both = async {
+            let of_one = self.of_one.acquire_owned().await?;
+            Ok::<_, AcquireError>([of_one, self.all.acquire_owned().await?])
+        };
+        timeout(within, both).await.ok()?.ok()
+    }
 }
 
 /// What became of it.
@@ -82,17 +134,13 @@ impl Pull {
             kv,
             handle,
             blocks,
-            places,
+            place,
             ..
         } = self;
         let from = &handle.worker;
-        let _place = match timeout(PULL_TIMEOUT, places.acquire_owned()).await {
-            Ok(Ok(place)) => place,
-            Ok(Err(_)) | Err(_) => {
-                let message =
-                    format!("{PULLS_MAX} other pulls kept one from {from} from beginning");
-                return Err(PullFailure::new(FailureCode::PullFailed, message));
-            }
+        let Some(place) = place.get(PULL_TIMEOUT).await else {
+            let message = format!("other pulls kept one from {from} from beginning");
+            return Err(PullFailure::new(FailureCode::PullFailed, message));
         };
         let valid_blocks = kv.blocks_for(handle.valid_tokens as usize);
         let local = blocks.table().map(|table| table.ids()).unwrap_or_default();
@@ -134,6 +182,8 @@ impl Pull {
             }
         };
         guard.is_done = true;
+        // Whoever waits reads while this one asks; a context worker that does not answer keeps nobody from reading.
+        drop(place);
 
         let invalid = |why: String| {
             PullFailure::new(
@@ -220,6 +270,39 @@ mod tests {
     use super::*;
     use crate::engine_thread::EngineHandle;
     use crate::frames::TokenOutbox;
+
+    #[tokio::test]
+    async fn one_context_worker_does_not_take_every_place() {
+        let mut places = Places::default();
+        let [dead, other, third] = [1, 2, 3].map(Incarnation);
+        let mut held = Vec::new();
+        let at_once = Duration::ZERO;
+        for _ in 0..PULLS_OF_ONE_MAX {
+            held.push(
+                places
+                    .place(dead)
+                    .get(at_once)
+                    .await
+                    .expect("there is room"),
+            );
+        }
+        assert!(
+            places.place(dead).get(at_once).await.is_none(),
+            "it has its share"
+        );
+        for _ in PULLS_OF_ONE_MAX..PULLS_MAX {
+            held.push(places.place(other).get(at_once).await.expect("not its own"));
+        }
+        assert!(
+            places.place(third).get(at_once).await.is_none(),
+            "all are taken"
+        );
+        held.clear();
+        assert!(places.place(third).get(at_once).await.is_some());
+        let again = places.place(dead);
+        assert_eq!(again.of_one.available_permits(), PULLS_OF_ONE_MAX);
+        assert_eq!(places.of_one.len(), 1, "who is not read from is forgotten");
+    }
 
     #[test]
     fn blocks_of_a_pull_that_was_given_up_are_quarantined_until_the_agent_lets_go() {
