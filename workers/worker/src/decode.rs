@@ -358,8 +358,17 @@ impl Desk {
                 }
             }
             Phase::Running => {
-                if !self.engine.send(Command::Abort { key, failure }) {
+                let command = Command::Abort {
+                    key,
+                    failure: failure.clone(),
+                };
+                if !self.engine.send(command) {
+                    // The engine, which would say how it ended, is gone.
+                    let (route, index) = (entry.route.clone(), entry.index);
                     self.decodes.remove(&key);
+                    if let Some(failure) = failure {
+                        self.tell_failure(&route, index, failure);
+                    }
                 }
             }
             Phase::Ending => {}
