@@ -4,6 +4,9 @@
 //! every block that becomes free, and a long one would wait for as long as they come. So whoever was refused for want of
 //! blocks has a place in a line, and others are admitted only if there is room for all before them too. API servers ask again
 //! within half a second; a place that nobody asks for is given up.
+//!
+//! A place counts once its job has asked again. One that is refused here asks the next worker at once and mostly finds room
+//! there; were blocks kept for it, a worker could refuse everybody with all its blocks free.
 
 use std::time::Duration;
 
@@ -25,6 +28,8 @@ struct Place {
     request: RequestId,
     blocks: usize,
     until: Instant,
+    /// It has come back, so it waits.
+    waits: bool,
 }
 
 impl Line {
@@ -32,7 +37,8 @@ impl Line {
     pub(crate) fn before(&mut self, request: RequestId, now: Instant) -> usize {
         self.0.retain(|place| now < place.until);
         let before = self.0.iter().take_while(|place| place.request != request);
-        before.map(|place| place.blocks).sum()
+        let waiting = before.filter(|place| place.waits);
+        waiting.map(|place| place.blocks).sum()
     }
 
     /// A request was refused for want of these blocks.
@@ -40,11 +46,15 @@ impl Line {
         let until = now + KEPT;
         let has_room = self.0.len() < PLACES_MAX;
         match self.0.iter_mut().find(|place| place.request == request) {
-            Some(place) => (place.blocks, place.until) = (blocks, until),
+            Some(place) => {
+                (place.blocks, place.until) = (blocks, until);
+                place.waits = true;
+            }
             None if has_room => self.0.push(Place {
                 request,
                 blocks,
                 until,
+                waits: false,
             }),
             None => {}
         }
@@ -71,6 +81,7 @@ mod tests {
         assert_eq!(line.before(SHORT, now), 0);
         line.refused(LONG, 20, now);
         line.refused(SHORT, 2, now);
+        line.refused(SHORT, 2, now);
         line.refused(LONG, 20, now);
         assert_eq!(line.before(LONG, now), 0);
         assert_eq!(line.before(SHORT, now), 20);
@@ -92,10 +103,24 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_kept_for_who_went_elsewhere() {
+        let now = Instant::now();
+        let mut line = Line::default();
+        for request in 100..200 {
+            line.refused(RequestId(request), 10, now);
+        }
+        assert_eq!(line.before(NEW, now), 0, "none of them came back");
+        line.refused(RequestId(150), 10, now);
+        assert_eq!(line.before(NEW, now), 10);
+        assert_eq!(line.before(RequestId(120), now), 0, "it was there first");
+    }
+
+    #[test]
     fn places_are_bounded() {
         let now = Instant::now();
         let mut line = Line::default();
         for request in 0..2 * PLACES_MAX as u128 {
+            line.refused(RequestId(request), 1, now);
             line.refused(RequestId(request), 1, now);
         }
         assert_eq!(line.before(RequestId(u128::MAX), now), PLACES_MAX);
