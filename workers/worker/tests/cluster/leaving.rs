@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use baton_protocol::limits::GONE_AFTER_MS;
 use baton_protocol::{
-    DecodeJob, FailureCode, Incarnation, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
+    Beat, DecodeJob, FailureCode, Incarnation, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
 };
 use baton_worker::{Device, WorkerError};
 
@@ -217,9 +217,11 @@ async fn a_drain_that_takes_too_long_hands_the_rest_back() {
     api.staged(&both.id, unwanted, &prompt(3, 10, 10)).await;
     let job = api.prefill_job(new_request(), &prompt(2, 2_000, 10));
     let id = both.id.clone();
+    let mut other = Api::new(&house, "other").await;
     let prefill = api.prefill(&id, &job);
     let drain = async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let is_there = |beat: &Beat| beat.load.running + beat.load.waiting == 2;
+        other.until(&id, "the prompt too", is_there).await;
         both.signal();
     };
     let (reply, ()) = tokio::join!(prefill, drain);
