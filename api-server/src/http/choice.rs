@@ -148,6 +148,8 @@ impl Sink for Choice {
             if self.usage.completion <= u64::from(self.min_tokens) {
                 self.text.push_str(&self.piece);
             } else if self.stops.push(&self.piece, &mut self.text) {
+                // It may hold the beginning of a character that comes after the stop string.
+                self.detokenizer = Detokenizer::default();
                 return true;
             }
         }

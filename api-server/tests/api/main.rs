@@ -14,7 +14,7 @@ use baton_protocol::{
     WorkerId,
 };
 use serde_json::{Value, json};
-use support::{Api, EOS, Nats, Script, TEXT, Worker, chat, within};
+use support::{Api, EOS, Nats, SPACE_AND_LEAD, Script, TEXT, Worker, chat, within};
 
 /// One context and one decode worker that do everything right.
 async fn usual() -> (Nats, Worker, Worker, Api) {
@@ -130,6 +130,22 @@ async fn a_stop_string_ends_the_text_and_frees_the_worker() {
     assert_eq!(answer["choices"][0]["text"], "Hello, wö");
     assert_eq!(answer["choices"][0]["finish_reason"], "stop");
     assert_eq!(decode.aborted().await.reason, "stop string found");
+}
+
+/// The token that completes a stop string may begin a character, of which nothing is the client's.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_comes_after_a_stop_string() {
+    let (_nats, context, decode, api) = usual().await;
+    for worker in [&context, &decode] {
+        let emoji = [b'a'.into(), SPACE_AND_LEAD, 0x9f, 0x8e, 0x89];
+        worker.script.lock().unwrap().tokens = emoji.to_vec();
+    }
+    for (stop, text) in [("!", "a 🎉"), (" ", "a")] {
+        let body = json!({"model": "tiny", "prompt": "x", "stop": stop});
+        let answer = api.post("/v1/completions", body).await.json();
+        assert_eq!(answer["choices"][0]["text"], text);
+        assert_eq!(answer["choices"][0]["finish_reason"], "stop");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,8 +18,11 @@ use tokio::sync::{mpsc, oneshot, watch};
 /// What every worker here generates: token `i` of any output is byte `i` of this, then the end.
 pub const TEXT: &str = "Hello, wörld! This is a longer text, of 2 sentences. Grüße! 🎉";
 
-/// The end-of-sequence id of the tiny model; ids below are bytes.
-pub const EOS: u32 = 256;
+/// A space and the first byte of an emoji in one token of the tiny model, as large vocabularies have them. Ids below are bytes.
+pub const SPACE_AND_LEAD: u32 = 256;
+
+/// The end-of-sequence id of the tiny model.
+pub const EOS: u32 = 257;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -83,7 +86,7 @@ impl Drop for Nats {
     }
 }
 
-/// A model directory whose tokens are the 256 bytes.
+/// A model directory whose tokens are the 256 bytes and [`SPACE_AND_LEAD`].
 pub fn model_directory() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let plain = |code: u32| matches!(code, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
@@ -98,6 +101,7 @@ pub fn model_directory() -> tempfile::TempDir {
         };
         vocabulary.insert(char::from_u32(code).unwrap().to_string(), byte.into());
     }
+    vocabulary.insert("Ġð".to_owned(), SPACE_AND_LEAD.into());
     let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
@@ -140,6 +144,8 @@ pub struct Script {
     pub frame_tokens: usize,
     /// Begins [`TEXT`] again where it ends.
     pub endless: bool,
+    /// Generates these tokens instead of [`TEXT`], if there are any.
+    pub tokens: Vec<u32>,
 }
 
 /// A scripted worker.
@@ -295,7 +301,7 @@ impl FakeWorker {
                 name: "tiny".to_owned(),
                 fingerprint: ModelFingerprint::new("ab".repeat(32)).unwrap(),
                 tokens_max: 1000,
-                vocab: 257,
+                vocab: 258,
             },
             kv: geometry(),
             device: "scripted".to_owned(),
@@ -348,7 +354,7 @@ impl FakeWorker {
                 .await;
         }
         let index = job.sequence.output_tokens();
-        let (first_token, finish) = token_at(index, &job.sequence.generation, script.endless);
+        let (first_token, finish) = token_at(index, &job.sequence.generation, &script);
         let want = job.sequence.generation.sampling.logprobs;
         let handle = Box::new(KvHandle {
             worker: self.name.clone(),
@@ -437,7 +443,7 @@ impl FakeWorker {
                     self.beats.send_replace(false);
                     return;
                 }
-                let (token, finish) = token_at(index, &job.sequence.generation, script.endless);
+                let (token, finish) = token_at(index, &job.sequence.generation, &script);
                 item.tokens.0.push(token);
                 if let Some(top) = job.sequence.generation.sampling.logprobs {
                     item.logprobs.push(logprobs(token, top));
@@ -474,15 +480,16 @@ impl FakeWorker {
     }
 }
 
-fn token_at(index: u32, generation: &Generation, endless: bool) -> (u32, Option<FinishReason>) {
-    let place = match endless {
+fn token_at(index: u32, generation: &Generation, script: &Script) -> (u32, Option<FinishReason>) {
+    let place = match script.endless {
         true => index as usize % TEXT.len(),
         false => index as usize,
     };
-    let token = TEXT
-        .as_bytes()
-        .get(place)
-        .map_or(EOS, |byte| u32::from(*byte));
+    let token = match script.tokens.is_empty() {
+        true => TEXT.as_bytes().get(place).map(|byte| u32::from(*byte)),
+        false => script.tokens.get(place).copied(),
+    };
+    let token = token.unwrap_or(EOS);
     let stop = generation
         .stop_token_ids
         .contains(&token)
