@@ -7,6 +7,7 @@ use std::time::Duration;
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpResponse, rt};
 use baton_protocol::{Generation, RequestId};
+use futures::future::try_join_all;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
@@ -98,11 +99,12 @@ pub async fn answer(
         Destination::Whole(Some(sender))
     };
     let presence = start(&server, mailbox, &params, prompts, id, arrived, to)?;
-    let mut whole = Vec::with_capacity(choices);
-    for choice in waiting {
+    let whole = waiting.into_iter().map(|choice| async move {
         let lost = |_| ApiError::new(ErrorKind::Internal, "a generation was dropped");
-        whole.push(choice.await.map_err(lost)??);
-    }
+        choice.await.map_err(lost)?
+    });
+    // With the first that fails: the others need not come to their end for nothing.
+    let whole = try_join_all(whole).await?;
     drop((presence, place));
     Ok(respond::json(
         StatusCode::OK,

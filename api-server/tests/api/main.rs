@@ -540,13 +540,15 @@ async fn a_connection_that_takes_nothing_is_closed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn when_one_choice_fails_before_the_stream_began_the_others_end() {
+async fn when_one_choice_fails_before_anything_was_said_the_others_end() {
     let (_nats, mut context, _decode, api) = usual().await;
     context.script.lock().unwrap().refuses_odd_seeds = true;
-    let body = chat(json!({"stream": true, "n": 2, "seed": 0}));
-    let response = api.post("/v1/chat/completions", body).await;
-    assert_eq!(response.status, 500, "{}", response.body);
-    assert_eq!(context.aborted().await.reason, "client left");
+    for stream in [true, false] {
+        let body = chat(json!({"stream": stream, "n": 2, "seed": 0}));
+        let response = api.post("/v1/chat/completions", body).await;
+        assert_eq!(response.status, 500, "{}", response.body);
+        assert_eq!(context.aborted().await.reason, "client left");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
