@@ -18,7 +18,7 @@ pub const SUSPECT_AFTER: Duration = Duration::from_millis(SUSPECT_AFTER_MS);
 pub const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
 
 /// Most workers that are remembered; beats of others are ignored.
-const WORKERS_MAX: usize = 4096;
+pub const WORKERS_MAX: usize = 4096;
 
 /// Most complaints that are made at once.
 const COMPLAINTS_MAX: usize = 16;

@@ -231,6 +231,12 @@ impl Router {
         self.own.is_empty()
     }
 
+    /// Of how many workers it remembers what was ours at their last beat.
+    #[cfg(test)]
+    pub fn remembered(&self) -> usize {
+        self.own_at_beat.len()
+    }
+
     /// This worker has run this prompt.
     pub fn remember(&mut self, worker: &WorkerId, chain: &[u64]) {
         self.prefixes.insert(worker, chain);

@@ -74,6 +74,24 @@ pub struct Fleet {
     pub router: Router,
 }
 
+impl Fleet {
+    /// Takes a worker's beat in; the older life if this is a new one of a known worker. Of one that is not remembered, because
+    /// there are too many, nothing is kept and nothing said.
+    fn beat(&mut self, beat: Beat, now: Instant) -> Option<Target> {
+        let worker = beat.worker.clone();
+        let was_known = self.members.worker(&worker).is_some();
+        let lost = self.members.beat(beat, now);
+        if let Some(member) = self.members.worker(&worker) {
+            if !was_known {
+                let (role, device) = (member.beat.role.label(), &member.beat.device);
+                tracing::info!(%worker, role, device, "worker joined");
+            }
+            self.router.beaten(&worker);
+        }
+        lost
+    }
+}
+
 impl Server {
     /// The fleet, locked. Never held across an await.
     pub fn fleet(&self) -> MutexGuard<'_, Fleet> {
@@ -121,15 +139,7 @@ impl Server {
 
 impl Watcher for Server {
     fn beat(&self, beat: Beat, now: Instant) {
-        let worker = beat.worker.clone();
-        let lost = {
-            let mut fleet = self.fleet();
-            if fleet.members.worker(&worker).is_none() {
-                tracing::info!(%worker, role = beat.role.label(), device = beat.device, "worker joined");
-            }
-            fleet.router.beaten(&worker);
-            fleet.members.beat(beat, now)
-        };
+        let lost = self.fleet().beat(beat, now);
         self.lost(lost.into_iter().collect());
     }
 
@@ -322,4 +332,29 @@ fn listen_on(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)?.into_std()
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::Role;
+
+    use super::*;
+    use crate::membership::WORKERS_MAX;
+    use crate::membership::tests::beat;
+
+    #[test]
+    fn of_workers_beyond_the_bound_nothing_is_kept() {
+        let mut fleet = Fleet::default();
+        let now = Instant::now();
+        for number in 0..WORKERS_MAX + 100 {
+            let lost = fleet.beat(beat(&format!("w{number}"), Role::Context, &[]), now);
+            assert_eq!(lost, None);
+        }
+        assert_eq!(fleet.members.workers().count(), WORKERS_MAX);
+        assert_eq!(fleet.router.remembered(), WORKERS_MAX);
+        for lost in fleet.members.sweep(now + GONE_AFTER) {
+            fleet.router.forget(&lost.worker);
+        }
+        assert_eq!(fleet.router.remembered(), 0);
+    }
 }
