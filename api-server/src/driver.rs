@@ -504,7 +504,6 @@ impl<S: Sink> Driver<S> {
             .with_label_values(&["output"])
             .inc_by(output);
         if let Err(error) = &end {
-            metrics.errors_total.with_label_values(&[outcome]).inc();
             tracing::info!(request = %self.job.request, outcome, %error, "generation failed");
         }
         self.sink.end(end);

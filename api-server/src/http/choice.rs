@@ -213,7 +213,13 @@ impl Sink for Choice {
                 });
                 outbox.choice_done(self.index, self.usage, shape);
             }
-            (Destination::Stream(outbox, _), Err(error)) => outbox.fail(error),
+            (Destination::Stream(outbox, _), Err(error)) => {
+                let label = error.kind.row().label;
+                if outbox.fail(error) {
+                    let errors = &self.server.metrics.errors_total;
+                    errors.with_label_values(&[label]).inc();
+                }
+            }
             (Destination::Whole(sender), end) => {
                 let whole = end.map(|finish| Whole {
                     text: std::mem::take(&mut self.text),

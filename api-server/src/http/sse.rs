@@ -104,11 +104,11 @@ impl Outbox {
         inner.wake();
     }
 
-    /// A choice failed, and with it the request.
-    pub fn fail(&self, error: ApiError) {
+    /// A choice failed, and with it the request. True if the stream itself tells it: it is no status any more.
+    pub fn fail(&self, error: ApiError) -> bool {
         let mut inner = self.inner.borrow_mut();
         if inner.ended {
-            return;
+            return false;
         }
         if inner.started {
             Shape::error_event(&error, &mut inner.bytes);
@@ -117,6 +117,7 @@ impl Outbox {
         }
         inner.ended = true;
         inner.wake();
+        inner.started
     }
 
     /// The body is gone, or never came to be, and with it whoever read.

@@ -108,6 +108,11 @@ async fn a_stream_that_has_begun_ends_with_the_reason() {
     assert_eq!(response.status, 200);
     let end = "the request's time ran out while it was decoding on d1";
     assert!(response.body.contains(end), "{}", response.body);
+    let metrics = api.get("/metrics").await.1;
+    assert!(
+        metrics.contains("baton_errors_total{reason=\"deadline\"} 1\n"),
+        "it is counted once: {metrics}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

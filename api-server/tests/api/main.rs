@@ -289,6 +289,11 @@ async fn busy_workers_make_503_with_retry_after() {
         );
         assert_eq!(response.json()["error"]["code"], "busy");
     }
+    let metrics = api.get("/metrics").await.1;
+    assert!(
+        metrics.contains("baton_errors_total{reason=\"busy\"} 2\n"),
+        "each is counted once: {metrics}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
