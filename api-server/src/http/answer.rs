@@ -1,6 +1,5 @@
 //! From a checked request to its HTTP response: starts a driver per choice, then streams or gathers.
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,7 +78,7 @@ pub async fn answer(
     let mut tally = Tally::new(prompt_tokens, prompts.len(), params.n as usize);
     if params.stream {
         let outbox = Outbox::new(choices, tally);
-        let to = || Destination::Stream(Rc::clone(&outbox), Arc::clone(&shape));
+        let to = || Destination::Stream(outbox.share(), Arc::clone(&shape));
         let presence = start(&server, mailbox, &params, prompts, id, arrived, to)?;
         if let Err(error) = outbox.begun(STATUS_PATIENCE).await {
             // There will be no body: the other choices need not wait for one to read.

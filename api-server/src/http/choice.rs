@@ -1,12 +1,11 @@
 //! One choice in the making: tokens in, text out, to a stream or to an answer in one piece.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use baton_protocol::{FinishReason, TokenLogprobs};
 use tokio::sync::oneshot;
 
-use super::sse::Outbox;
+use super::sse::Share;
 use crate::detokenize::Detokenizer;
 use crate::driver::Sink;
 use crate::error::ApiError;
@@ -32,7 +31,7 @@ pub struct Whole {
 /// Where a choice goes.
 pub enum Destination {
     /// Into a stream, as it comes.
-    Stream(Rc<Outbox>, Arc<Shape>),
+    Stream(Share, Arc<Shape>),
     /// To whoever waits for all of it.
     Whole(Option<oneshot::Sender<Result<Whole, ApiError>>>),
 }
@@ -158,22 +157,22 @@ impl Sink for Choice {
 
     fn has_room(&self) -> bool {
         match &self.to {
-            Destination::Stream(outbox, _) => {
+            Destination::Stream(share, _) => {
                 let logprobs: usize = self.logprobs.iter().map(|entry| 1 + entry.top.len()).sum();
-                outbox.has_room(self.text.len() + logprobs * LOGPROB_BYTES)
+                share.has_room(self.text.len() + logprobs * LOGPROB_BYTES)
             }
             Destination::Whole(_) => true,
         }
     }
 
     async fn room(&self) {
-        if let Destination::Stream(outbox, _) = &self.to {
-            outbox.room().await;
+        if let Destination::Stream(share, _) = &self.to {
+            share.room().await;
         }
     }
 
     fn flush(&mut self) {
-        let Destination::Stream(outbox, shape) = &self.to else {
+        let Destination::Stream(share, shape) = &self.to else {
             return;
         };
         if self.text.is_empty() && self.logprobs.is_empty() {
@@ -181,7 +180,7 @@ impl Sink for Choice {
         }
         let (index, model) = (self.index, &self.server.model);
         let first = !std::mem::replace(&mut self.opened, true);
-        outbox.write(|out| {
+        share.write(|out| {
             if first {
                 shape.role_chunk(index, out);
             }
@@ -203,19 +202,19 @@ impl Sink for Choice {
         }
         self.flush();
         match (&mut self.to, end) {
-            (Destination::Stream(outbox, shape), Ok(finish)) => {
+            (Destination::Stream(share, shape), Ok(finish)) => {
                 let (index, opened) = (self.index, self.opened);
-                outbox.write(|out| {
+                share.write(|out| {
                     if !opened {
                         shape.role_chunk(index, out);
                     }
                     shape.finish_chunk(index, finish, out);
                 });
-                outbox.choice_done(self.index, self.usage, shape);
+                share.done(self.index, self.usage, shape);
             }
-            (Destination::Stream(outbox, _), Err(error)) => {
+            (Destination::Stream(share, _), Err(error)) => {
                 let label = error.kind.row().label;
-                if outbox.fail(error) {
+                if share.fail(error) {
                     let errors = &self.server.metrics.errors_total;
                     errors.with_label_values(&[label]).inc();
                 }

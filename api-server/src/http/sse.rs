@@ -1,9 +1,10 @@
 //! Server-sent events: what the choices of one request write, and the response body that carries it.
 //! Both live on one HTTP thread. Whatever has gathered since the last write leaves in one piece.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::future::Future;
+use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use actix_web::body::{BodySize, MessageBody};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorKind};
 use crate::inbox::{Event, Inbox};
 use crate::keys::Place;
 use crate::openai::{Shape, Tally, Usage};
@@ -33,6 +34,13 @@ pub struct Outbox {
     inner: RefCell<Inner>,
     /// Told when what waited was taken.
     taken: Notify,
+}
+
+/// One choice's part in the stream, which it ends. One that is dropped before, as when its driver breaks, ends it with an error:
+/// the client would wait for ever.
+pub struct Share {
+    outbox: Rc<Outbox>,
+    is_over: Cell<bool>,
 }
 
 struct Inner {
@@ -91,8 +99,16 @@ impl Outbox {
         }
     }
 
+    /// A choice's part in it. There are to be as many as choices.
+    pub fn share(self: &Rc<Self>) -> Share {
+        Share {
+            outbox: Rc::clone(self),
+            is_over: Cell::new(false),
+        }
+    }
+
     /// A choice has ended; after the last one the stream does.
-    pub fn choice_done(&self, index: usize, usage: Usage, shape: &Shape) {
+    fn choice_done(&self, index: usize, usage: Usage, shape: &Shape) {
         let mut inner = self.inner.borrow_mut();
         inner.tally.add(index, usage);
         inner.open_choices -= 1;
@@ -105,7 +121,7 @@ impl Outbox {
     }
 
     /// A choice failed, and with it the request. True if the stream itself tells it: it is no status any more.
-    pub fn fail(&self, error: ApiError) -> bool {
+    fn fail(&self, error: ApiError) -> bool {
         let mut inner = self.inner.borrow_mut();
         if inner.ended {
             return false;
@@ -151,6 +167,37 @@ impl Outbox {
         // From here on the status is sent.
         self.inner.borrow_mut().started = true;
         outcome
+    }
+}
+
+impl Share {
+    /// The choice has ended; after the last one the stream does.
+    pub fn done(&self, index: usize, usage: Usage, shape: &Shape) {
+        self.is_over.set(true);
+        self.outbox.choice_done(index, usage, shape);
+    }
+
+    /// The choice failed, and with it the request. True if the stream itself tells it: it is no status any more.
+    pub fn fail(&self, error: ApiError) -> bool {
+        self.is_over.set(true);
+        self.outbox.fail(error)
+    }
+}
+
+impl Deref for Share {
+    type Target = Outbox;
+
+    fn deref(&self) -> &Outbox {
+        &self.outbox
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if !self.is_over.get() {
+            let error = ApiError::new(ErrorKind::Internal, "a generation was dropped");
+            self.outbox.fail(error);
+        }
     }
 }
 
@@ -255,5 +302,41 @@ impl MessageBody for SseBody {
             this.timer.as_mut().reset(due.into());
         }
         Poll::Pending
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::FinishReason;
+
+    use super::*;
+    use crate::openai::ApiKind;
+
+    /// What a stream of two choices says, one of which ends.
+    fn stream(second: impl FnOnce(Share, &Shape)) -> String {
+        let shape = Shape::new(ApiKind::Completion, "1", "m", true, false, false);
+        let outbox = Outbox::new(2, Tally::new(1, 1, 2));
+        let (first, other) = (outbox.share(), outbox.share());
+        first.write(|out| shape.finish_chunk(0, FinishReason::Stop, out));
+        first.done(0, Usage::default(), &shape);
+        drop(first);
+        assert!(!outbox.inner.borrow().ended, "the other goes on");
+        second(other, &shape);
+        assert!(outbox.inner.borrow().ended);
+        let bytes = outbox.inner.borrow_mut().take();
+        String::from_utf8(bytes.to_vec()).unwrap()
+    }
+
+    #[test]
+    fn a_stream_ends_also_if_a_choice_breaks() {
+        let done = stream(|share, shape| share.done(1, Usage::default(), shape));
+        assert!(done.ends_with("data: [DONE]\n\n"), "{done}");
+        assert!(!done.contains("error"), "{done}");
+        let broken = stream(|share, _| drop(share));
+        assert!(!broken.contains("[DONE]"), "{broken}");
+        assert!(
+            broken.contains("event: error") && broken.contains("internal_error"),
+            "{broken}"
+        );
     }
 }
