@@ -15,7 +15,23 @@ use crate::server::Server;
 pub struct Body {
     /// What came.
     pub bytes: Vec<u8>,
-    _room: Option<OwnedSemaphorePermit>,
+    /// To be kept until what came of it is tokens: its texts are as large.
+    pub room: Room,
+}
+
+/// A part of the room that all bodies have together, until it is dropped.
+pub struct Room {
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+#[cfg(test)]
+impl Room {
+    /// This part of it.
+    pub fn of(permit: OwnedSemaphorePermit) -> Self {
+        Self {
+            _permit: Some(permit),
+        }
+    }
 }
 
 /// The body, if it is within the bound. One that announces too much is not read at all.
@@ -83,7 +99,7 @@ pub async fn read(
     }
     Ok(Body {
         bytes: body,
-        _room: room,
+        room: Room { _permit: room },
     })
 }
 

@@ -7,7 +7,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::answer::{Prepared, answer};
 use super::authorize::Caller;
-use super::body;
+use super::body::{self, Body, Room};
 use super::respond::refuse;
 use super::status::unknown_model;
 use crate::error::{ApiError, ErrorKind};
@@ -60,16 +60,17 @@ async fn try_chat(
     let arrived = Instant::now();
     let caller = Caller::of(&request);
     let deadline = arrived + server.request_budget;
-    let body = body::read(&request, payload, &server, deadline).await?;
+    let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
     let ChatRequest { params, messages } =
-        ChatRequest::parse(&body.bytes, &server.model.defaults, &server.limits)?;
+        ChatRequest::parse(&bytes, &server.model.defaults, &server.limits)?;
     check_model(&server, &params)?;
-    let large = body.bytes.len() > INLINE_BYTES_MAX;
-    drop(body);
-    let tokens = on_thread(&server, large.then_some(deadline), move |server| {
+    let large = bytes.len() > INLINE_BYTES_MAX;
+    drop(bytes);
+    let on_server = Arc::clone(&server);
+    let tokens = on_thread(room, large.then_some(deadline), move || {
         let refused = |message| ApiError::param("messages", message);
-        let text = server.model.render_chat(&messages).map_err(refused)?;
-        server.model.encode(&text, false).map_err(refused)
+        let text = on_server.model.render_chat(&messages).map_err(refused)?;
+        on_server.model.encode(&text, false).map_err(refused)
     })
     .await?;
     let generation = params.generation(&server.model, "messages", tokens.len(), None)?;
@@ -99,20 +100,20 @@ async fn try_text(
     let arrived = Instant::now();
     let caller = Caller::of(&request);
     let deadline = arrived + server.request_budget;
-    let body = body::read(&request, payload, &server, deadline).await?;
+    let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
     let CompletionRequest {
         params,
         prompts,
         echo,
-    } = CompletionRequest::parse(&body.bytes, &server.model.defaults, &server.limits)?;
+    } = CompletionRequest::parse(&bytes, &server.model.defaults, &server.limits)?;
     check_model(&server, &params)?;
-    let large = body.bytes.len() > INLINE_BYTES_MAX;
-    drop(body);
-    let wanted = params.clone();
-    let prepared = on_thread(&server, large.then_some(deadline), move |server| {
+    let large = bytes.len() > INLINE_BYTES_MAX;
+    drop(bytes);
+    let (on_server, wanted) = (Arc::clone(&server), params.clone());
+    let prepared = on_thread(room, large.then_some(deadline), move || {
         prompts
             .into_iter()
-            .map(|prompt| prepare(server, &wanted, prompt, echo))
+            .map(|prompt| prepare(&on_server, &wanted, prompt, echo))
             .collect()
     })
     .await?;
@@ -169,17 +170,22 @@ fn check_model(server: &Server, params: &Params) -> Result<(), ApiError> {
     }
 }
 
-/// Runs what takes long for a large body on a thread of its own, waiting for it until the deadline, and the rest here.
+/// Runs what takes long for a large body on a thread of its own, waiting for it until the deadline, and the rest here. The body's
+/// room is free when the work is over, also where nobody waits for that any more.
 async fn on_thread<T: Send + 'static>(
-    server: &Arc<Server>,
+    room: Room,
     large: Option<Instant>,
-    work: impl FnOnce(&Server) -> Result<T, ApiError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let Some(deadline) = large else {
-        return work(server);
+    let work = move || {
+        let done = work();
+        drop(room);
+        done
     };
-    let server = Arc::clone(server);
-    let outcome = timeout_at(deadline, web::block(move || work(&server))).await;
+    let Some(deadline) = large else {
+        return work();
+    };
+    let outcome = timeout_at(deadline, web::block(work)).await;
     let late = |_| {
         let message = "the request's time ran out while its prompt was made into tokens";
         ApiError::new(ErrorKind::Deadline, message)
@@ -187,4 +193,32 @@ async fn on_thread<T: Send + 'static>(
     outcome
         .map_err(late)?
         .unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "a thread was lost")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_body_has_its_room_until_its_thread_is_done() {
+        let all = Arc::new(Semaphore::new(3));
+        let taken = Arc::clone(&all).try_acquire_many_owned(2).unwrap();
+        let (go_on, going) = mpsc::channel();
+        let room = Room::of(taken);
+        let work = on_thread(room, Some(Instant::now()), move || {
+            going
+                .recv()
+                .map_err(|_| ApiError::new(ErrorKind::Internal, "nobody waits"))
+        });
+        assert_eq!(work.await.unwrap_err().kind, ErrorKind::Deadline);
+        assert_eq!(all.available_permits(), 1, "the thread is still at it");
+        go_on.send(()).unwrap();
+        let free = Arc::clone(&all).acquire_many_owned(3);
+        let free = tokio::time::timeout(std::time::Duration::from_secs(20), free).await;
+        assert!(free.is_ok(), "the room comes back");
+    }
 }
