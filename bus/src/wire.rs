@@ -120,8 +120,11 @@ impl Wire {
     ) -> Result<Message, RequestError> {
         let carrier = match &self.0 {
             Road::Nats(client) => {
+                // An inbox of its own, which ends with this future. The one that the client has for all requests never forgets one
+                // that was given up without an answer.
                 let request = async_nats::Request::new()
                     .payload(payload)
+                    .inbox(client.new_inbox())
                     .timeout(Some(allowed));
                 return Ok(client.send_request(subject.into(), request).await?);
             }
