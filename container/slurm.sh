@@ -9,6 +9,9 @@
 # The first node runs NATS and the API server beside its worker; one half of the nodes compute prompts, the other half
 # generate. `baton` and `nats-server` are in PATH on all nodes, the model directory is on a shared file system, and the
 # nodes trust each other: nothing here is authenticated.
+#
+# A minute before the job's time is over, and with `scancel --signal=TERM JOB`, Slurm sends SIGTERM to the steps, not to this
+# script: API server and workers finish what they have, over a NATS server that goes on. A bare `scancel` ends all at once.
 set -euo pipefail
 model=${1:?usage: sbatch container/slurm.sh MODEL_DIRECTORY}
 config=${BATON_NATS_CONFIG:-$SLURM_SUBMIT_DIR/container/nats-server.conf}
@@ -22,20 +25,29 @@ if [ ${#nodes[@]} -lt 2 ]; then
 fi
 export BATON_REQUEST_PLANE_URI=nats://$front:4222
 
-# Steps share their nodes with each other (--overlap), and any that ends takes the job with it (wait -n).
-on() { srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --kill-on-bad-exit=1 "${@:2}" & }
-on "$front" nats-server --config "$config"
+# No step, because it must outlive all steps: this script runs on the first node.
+nats-server --config "$config" &
+nats=$!
+steps=0
+# Steps share their nodes with each other (--overlap).
+on() { srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --kill-on-bad-exit=1 "${@:2}" & steps=$((steps + 1)); }
 on "$front" baton api-server --tokenizer "$model" --api-server-host 0.0.0.0
 for index in "${!nodes[@]}"; do
   node=${nodes[$index]}
   role=$([ "$index" -lt "$context" ] && echo context || echo decode)
   on "$node" baton worker --role "$role" --model "$model" --worker-name "$role-$index"
 done
-trap 'kill $(jobs -p) 2>/dev/null; wait' TERM INT
 echo "slurm: http://$front:8000 answers when all are up: baton status --url http://$front:8000" >&2
+
+# Who ends well was asked to leave, and the others are given their time. Who fails takes the job with it; so does NATS.
+trap 'kill $(jobs -p) 2>/dev/null; wait' TERM INT
 status=0
-wait -n || status=$?
+while [ "$steps" -gt 0 ] && [ "$status" = 0 ]; do
+  wait -n || status=$?
+  steps=$((steps - 1))
+  kill -0 "$nats" 2>/dev/null || status=1
+done
 mapfile -t rest < <(jobs -p)
-kill "${rest[@]}" 2>/dev/null || true
+[ ${#rest[@]} -eq 0 ] || kill "${rest[@]}" 2>/dev/null || true
 wait || true
 exit "$status"

@@ -1,4 +1,4 @@
-//! The files of `container/` start `baton` with arguments that it takes, and give it time to leave.
+//! The files of `container/` start `baton` with arguments that it takes.
 
 use std::fs;
 use std::process::Command;
