@@ -9,6 +9,7 @@ mod api_server;
 mod bench;
 mod bus_args;
 mod chat;
+mod descriptors;
 mod logging;
 mod model_prep;
 mod model_source;
@@ -74,6 +75,7 @@ type Failure = Box<dyn std::error::Error + Send + Sync>;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     logging::start(cli.log_format);
+    descriptors::allow_all();
     let outcome = match cli.command {
         Command::Up(args) => up::run(*args, cli.log_format),
         Command::ApiServer(args) => api_server::run(args),
