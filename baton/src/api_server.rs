@@ -33,18 +33,18 @@ pub struct ApiServerArgs {
     /// Model directory, for its tokenizer, chat template and limits; weights are not read
     #[arg(long)]
     tokenizer: PathBuf,
-    /// Time a request may take from its arrival to its last token, in seconds
+    /// Time a request may take from its arrival to its last token, in seconds [default: 600]
     #[arg(long)]
     request_budget_s: Option<u64>,
     #[command(flatten)]
     keys: ApiKeysArgs,
-    /// Most answers under way; more are told to come back (429)
+    /// Most answers under way; more are told to come back (429) [default: 4096]
     #[arg(long)]
     in_flight_max: Option<usize>,
-    /// Threads that serve HTTP [default: one for each four CPUs]
+    /// Threads that serve HTTP [default: one for each four CPUs, 8 at most]
     #[arg(long)]
     http_threads: Option<usize>,
-    /// Time for requests under way to finish at the end, in seconds
+    /// Time for requests under way to finish at the end, in seconds [default: 10]
     #[arg(long)]
     drain_s: Option<u64>,
 }

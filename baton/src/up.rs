@@ -68,7 +68,7 @@ pub struct UpArgs {
     api_server_port: Option<u16>,
     #[command(flatten)]
     keys: ApiKeysArgs,
-    /// What workers compute on: cpu, cuda:N or fake
+    /// What workers compute on: cpu, cuda:N or fake[:MICROSECONDS_PER_STEP]
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Compute threads of all workers together [default: one for each CPU]; each gets its share, and one at least
@@ -83,12 +83,15 @@ pub struct UpArgs {
     #[arg(long, default_value_t = 300)]
     start_timeout_s: u64,
     /// Time for requests under way to finish at the end, in seconds; a second Ctrl-C cuts it short
-    #[arg(long, default_value_t = 15)]
+    #[arg(long, default_value_t = 10)]
     drain_s: u64,
     /// Write addresses and process ids to this file (JSON) when the cluster serves; removed at the end
     #[arg(long)]
     ready_file: Option<PathBuf>,
 }
+
+/// A process that used up its time to drain says so to whoever is still there, and ends, within this time.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What the ready file says.
 #[derive(Debug, Serialize, Deserialize)]
@@ -128,7 +131,7 @@ pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
         let hurry = async {
             shutdown.requested().await;
         };
-        supervisor.stop(Duration::from_secs(args.drain_s), hurry).await;
+        supervisor.stop(Duration::from_secs(args.drain_s) + FAREWELL, hurry).await;
         outcome
     })
 }

@@ -26,16 +26,16 @@ pub struct WorkerArgs {
     /// Name of this worker, its own in the cluster [default: role, host, process id and a random number]
     #[arg(long)]
     worker_name: Option<String>,
-    /// What to compute on: cpu, cuda:N or fake
+    /// What to compute on: cpu, cuda:N or fake[:MICROSECONDS_PER_STEP]
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Compute threads [default: one for each CPU]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
-    /// Time for requests under way to finish at the end, in seconds
+    /// Time for requests under way to finish at the end, in seconds [default: 25]
     #[arg(long)]
     drain_s: Option<u64>,
-    /// How long finished prompts' KV waits to be fetched, in milliseconds
+    /// How long finished prompts' KV waits to be fetched, in milliseconds [default: 30000]
     #[arg(long)]
     lease_ms: Option<u32>,
     #[command(flatten)]

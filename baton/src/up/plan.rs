@@ -49,7 +49,9 @@ impl Plan {
             ("--log-format", log_format.label()),
             ("--cluster", &args.cluster),
         ]);
+        let drain = args.drain_s.to_string();
         let mut front = flags([
+            ("--drain-s", drain.as_str()),
             ("--api-server-host", &args.api_server_host),
             ("--api-server-port", &port.to_string()),
         ]);
@@ -62,7 +64,7 @@ impl Plan {
         if let Some(most) = args.keys.api_key_in_flight_max {
             front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
         }
-        let mut compute = flags([("--device", &args.device)]);
+        let mut compute = flags([("--device", args.device.as_str()), ("--drain-s", &drain)]);
         if args.device == "cpu" {
             let threads = threads_each(args.threads, workers.len());
             compute.extend(flags([("--threads", &threads.to_string())]));
@@ -269,7 +271,7 @@ mod tests {
 
     #[test]
     fn every_process_is_told_the_cluster_and_the_bus() {
-        let args = args("--cluster c1 --api-server-port 0 --threads 2 --kv-mib 64");
+        let args = args("--cluster c1 --api-server-port 0 --threads 2 --kv-mib 64 --drain-s 7");
         let plan = Plan::new(&args, LogFormat::Json).unwrap();
         let processes = plan.processes("nats://h:1", Path::new("/m"));
         assert_eq!(processes.len(), 3);
@@ -285,9 +287,12 @@ mod tests {
                 "{line}"
             );
             match process.stage {
-                Stage::Front => assert!(line.ends_with("--tokenizer /m"), "{line}"),
+                Stage::Front => assert!(
+                    line.contains("--drain-s 7") && line.ends_with("--tokenizer /m"),
+                    "{line}"
+                ),
                 _ => assert!(
-                    line.contains("--model /m --device cpu --threads 1 --kv-mib 64"),
+                    line.contains("--model /m --device cpu --drain-s 7 --threads 1 --kv-mib 64"),
                     "{line}"
                 ),
             }
