@@ -25,6 +25,14 @@ const COMMANDS_MAX: usize = 1024;
 /// UCX starts within this time or not at all.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// A system that is short of memory gives pages at this rate at least; one at leisure at ten times as many.
+const PAGES_BYTES_PER_SECOND: usize = 128 << 20;
+
+/// For UCX to start, and for the arena's pages.
+fn start_timeout(arena_bytes: usize) -> Duration {
+    START_TIMEOUT + Duration::from_secs((arena_bytes / PAGES_BYTES_PER_SECOND) as u64)
+}
+
 /// The thread answers within the deadline of a command plus this, or is stuck.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -136,7 +144,7 @@ impl Agent {
             descriptor,
             summary,
         } = ready
-            .recv_timeout(START_TIMEOUT)
+            .recv_timeout(start_timeout(config.arena_bytes))
             .map_err(|_| TransferError::Stopped)??;
         let shared = Shared {
             commands,
@@ -312,4 +320,15 @@ impl Drop for Shared {
 pub(crate) fn version(ucp: &ucx_sys::Ucp) -> UcxVersion {
     let (major, minor, release) = ucp.version();
     UcxVersion(major, minor, release)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_arena_has_time_to_be_given() {
+        assert_eq!(start_timeout(0), START_TIMEOUT);
+        assert!(start_timeout(64 << 30) > Duration::from_secs(500));
+    }
 }

@@ -6,7 +6,7 @@ use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory};
 use baton_engine::{Executor, KvMemory, kv_geometry};
 use baton_model::ModelDir;
 use baton_protocol::{KvGeometry, Role, TransferDescriptor};
-use baton_transfer::{Agent, AgentConfig};
+use baton_transfer::{Agent, AgentConfig, TransferError};
 
 use crate::{Device, WorkerConfig, WorkerError, fake_kv};
 
@@ -101,7 +101,7 @@ pub(crate) struct Arena {
 }
 
 impl Arena {
-    /// Registered with UCX where there is one. A worker that does both can do without.
+    /// Registered with UCX where there is one. A worker that does both can do without, but not without the memory.
     fn start(config: &WorkerConfig, bytes: usize) -> Result<Self, WorkerError> {
         let agent_config = AgentConfig {
             arena_bytes: bytes,
@@ -117,7 +117,10 @@ impl Arena {
                     transport,
                 })
             }
-            Err(error) if config.role == Role::Both => {
+            Err(error)
+                if config.role == Role::Both
+                    && !matches!(error, TransferError::Arena { .. } | TransferError::Stopped) =>
+            {
                 tracing::warn!(%error, "no KV transfer: this worker serves its own prompts only");
                 let memory = Arc::new(HeapMemory::new(bytes));
                 Ok(Self {
@@ -143,5 +146,25 @@ impl KvMemory for RegisteredMemory {
 
     fn len(&self) -> usize {
         self.0.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::WorkerId;
+    use baton_protocol::subjects::Cluster;
+
+    use super::*;
+
+    #[test]
+    fn no_role_starts_without_the_memory_for_its_kv() {
+        let (worker, cluster) = (WorkerId::new("w").unwrap(), Cluster::new("c").unwrap());
+        for role in [Role::Both, Role::Decode] {
+            let config = WorkerConfig::new(worker.clone(), role, "/m", cluster.clone());
+            // None at all is what can be asked for without harm and not be had.
+            let error = Arena::start(&config, 0).map(|arena| arena.transport);
+            let told = error.expect_err("an arena").to_string();
+            assert!(told.contains("KV arena"), "{told}");
+        }
     }
 }
