@@ -19,7 +19,7 @@ mod tests {
     fn the_limit_is_raised_to_what_is_allowed() {
         let mut limit = getrlimit(Resource::Nofile);
         limit.current = Some(512);
-        setrlimit(Resource::Nofile, limit.clone()).unwrap();
+        setrlimit(Resource::Nofile, limit).unwrap();
         allow_all();
         let raised = getrlimit(Resource::Nofile);
         assert_eq!(raised.current, raised.maximum);
