@@ -57,6 +57,8 @@ impl Ask {
                 sampling: Sampling {
                     temperature: dice.pick(&[0.0, 0.7]),
                     seed: dice.range(0..5),
+                    // It changes no token here, and how far ahead steps are planned.
+                    presence_penalty: dice.pick(&[0.0, 0.0, 0.5]),
                     logprobs: dice.pick(&[None, None, Some(1)]),
                     ..Sampling::default()
                 },

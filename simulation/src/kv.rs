@@ -26,6 +26,8 @@ pub struct KvWeather {
     pub pause_max_ms: u64,
     /// Of a thousand pieces, so many take seconds.
     pub stall_per_mille: u64,
+    /// A peer that stands still can be read all the same, as over shared memory, RDMA or NVLink.
+    pub reads_the_frozen: bool,
 }
 
 /// Every arena, and who can read which.
@@ -123,8 +125,9 @@ impl KvFabric {
             .contains(&(own.worker.clone(), peer.worker.clone()));
         match (peer.port.state(), own.port.state()) {
             (Link::Dead, _) | (_, Link::Dead) => Way::Broken,
+            (_, Link::Frozen) => Way::Still,
             // Reads that the peer must help with stand still with it.
-            (Link::Frozen, _) | (_, Link::Frozen) => Way::Still,
+            (Link::Frozen, _) if !state.weather.reads_the_frozen => Way::Still,
             _ if walled => Way::Still,
             _ => Way::Open,
         }

@@ -24,6 +24,8 @@ pub struct Plan {
     pub weather: Weather,
     /// Nothing is lost on it but what is sent to the dead.
     pub keeps_messages: bool,
+    /// Nothing goes wrong, but that leases may be short and room scarce.
+    pub is_calm: bool,
     /// The KV's ways.
     pub kv_weather: KvWeather,
     /// Tokens of a block.
@@ -80,6 +82,7 @@ impl Plan {
             fail_per_mille: dice.pick(&[0, 0, 30, 200]),
             pause_max_ms: dice.pick(&[0, 1, 5, 40]),
             stall_per_mille: dice.pick(&[0, 0, 5]),
+            reads_the_frozen: dice.chance(500),
         };
         let smallest = workers.iter().map(|w| w.blocks * w.block_tokens).min();
         let room = u64::from(smallest.unwrap_or(0)).min(100);
@@ -98,8 +101,13 @@ impl Plan {
         let faults = draw_faults(dice, &workers, api_servers);
         let cuts =
             |(_, fault): &(Duration, Fault)| matches!(fault, Fault::Cut(_) | Fault::ApiCut(_));
+        let breaks = |worker: &WorkerSetup| worker.breaks_per_mille > 0;
         Self {
             keeps_messages: in_order && !faults.iter().any(cuts),
+            is_calm: in_order
+                && faults.is_empty()
+                && !workers.iter().any(breaks)
+                && kv_weather.fail_per_mille + kv_weather.stall_per_mille == 0,
             workers,
             api_servers,
             weather,

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -73,6 +74,7 @@ pub struct WorkerLife {
     gate: Rc<Gate>,
     is_up: watch::Sender<bool>,
     shutdown: Rc<Notify>,
+    is_spared: Arc<AtomicBool>,
     task: JoinHandle<Result<Option<String>, WorkerError>>,
 }
 
@@ -131,7 +133,9 @@ impl WorkerLife {
             ..FakeConfig::default()
         };
         let breaks = dice.chance(setup.breaks_per_mille);
+        let is_spared = Arc::<AtomicBool>::default();
         let executor = Mortal {
+            is_spared: Arc::clone(&is_spared),
             inner: FakeExecutor::with_memory(fake, memory),
             steps_left: breaks.then(|| dice.range(1..120)),
         };
@@ -175,8 +179,14 @@ impl WorkerLife {
             gate,
             is_up,
             shutdown,
+            is_spared,
             task,
         }
+    }
+
+    /// Its executor will not break any more.
+    pub fn spare(&self) {
+        self.is_spared.store(true, Relaxed);
     }
 
     /// `kill -9`.
@@ -296,6 +306,7 @@ impl<F: Future> Future for Behind<F> {
 struct Mortal {
     inner: FakeExecutor,
     steps_left: Option<u64>,
+    is_spared: Arc<AtomicBool>,
 }
 
 impl Executor for Mortal {
@@ -308,7 +319,8 @@ impl Executor for Mortal {
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        if let Some(left) = &mut self.steps_left {
+        let spared = self.is_spared.load(Relaxed);
+        if let Some(left) = self.steps_left.as_mut().filter(|_| !spared) {
             if *left == 0 {
                 return Err(ExecutorError {
                     message: BROKEN.to_owned(),

@@ -35,6 +35,13 @@ const SETTLES_WITHIN: Duration = Duration::from_secs(16);
 /// connect, the longest try, and beats.
 const HEALS_WITHIN: Duration = Duration::from_secs(25);
 
+/// For so long a storm is felt once it is over: a message is under way for ten seconds at most, and beats that were lost are
+/// missed until the next.
+const STORM_FELT: Duration = Duration::from_secs(12);
+
+/// Prompts of the storm that are asked once more at the end.
+const ASKED_AGAIN: usize = 6;
+
 /// An idle worker leaves within this time.
 const LEAVES_WITHIN: Duration = Duration::from_secs(2);
 
@@ -96,6 +103,8 @@ struct World {
     workers: Vec<Option<WorkerLife>>,
     api_servers: Vec<Option<ApiLife>>,
     asked: Vec<Asked>,
+    /// Prompts that the caches may know.
+    prompts: Vec<Vec<u32>>,
     requests: u64,
     answered: u64,
     errors: BTreeMap<&'static str, u64>,
@@ -135,6 +144,7 @@ impl World {
             dice,
             begun: Instant::now(),
             asked: Vec::new(),
+            prompts: Vec::new(),
             requests: 0,
             answered: 0,
             errors: BTreeMap::new(),
@@ -183,6 +193,7 @@ impl World {
         for setup in &mut self.plan.workers {
             setup.breaks_per_mille = 0;
         }
+        self.workers.iter().flatten().for_each(WorkerLife::spare);
         for at in 0..self.workers.len() {
             self.strike(Fault::Thaw(at)).await;
             self.strike(Fault::Mend(at)).await;
@@ -238,6 +249,10 @@ impl World {
 
     /// The cluster answers as on its first day.
     async fn serve_again(&mut self) {
+        let calm = Instant::now() + STORM_FELT;
+        while Instant::now() < calm {
+            self.tick().await;
+        }
         let by = Instant::now() + HEALS_WITHIN;
         loop {
             let servers = self.api_servers.iter().flatten();
@@ -251,8 +266,15 @@ impl World {
             self.tick().await;
         }
         let answered = self.answered;
-        for at in 0..self.api_servers.len() {
+        let prompts = std::mem::take(&mut self.prompts);
+        // A prompt of its own each, and what was asked in the storm: a prefix that was kept and is not right would show.
+        let again = prompts.into_iter().rev().take(ASKED_AGAIN).map(Some);
+        let asks: Vec<_> = again.chain(vec![None; self.api_servers.len()]).collect();
+        let wanted = asks.len() as u64;
+        for (i, prompt) in asks.into_iter().enumerate() {
+            let at = i % self.api_servers.len();
             let mut ask = Ask::draw(&mut self.dice, 8, 8);
+            ask.prompt = prompt.unwrap_or(ask.prompt);
             ask.leaves_after = None;
             ask.reads = None;
             ask.budget = Duration::from_secs(20);
@@ -263,7 +285,7 @@ impl World {
                 self.tick().await;
             }
         }
-        if self.answered - answered != self.api_servers.len() as u64 {
+        if self.answered - answered != wanted {
             let errors = self.errors.clone();
             self.wrong(format!("the healed cluster gave errors: {errors:?}"));
         }
@@ -360,11 +382,8 @@ impl World {
             Err(kind) => {
                 *self.errors.entry(kind.row().label).or_default() += 1;
                 let allowed = match kind {
-                    ErrorKind::Busy
-                    | ErrorKind::NoWorker
-                    | ErrorKind::Bus
-                    | ErrorKind::Deadline
-                    | ErrorKind::Worker => true,
+                    ErrorKind::Busy | ErrorKind::Deadline | ErrorKind::Worker => true,
+                    ErrorKind::NoWorker | ErrorKind::Bus => !self.plan.is_calm,
                     ErrorKind::ClientLeft => asked.left,
                     _ => false,
                 };
@@ -380,6 +399,7 @@ impl World {
             *self.errors.entry("not reached").or_default() += 1;
             return;
         };
+        self.prompts.push(ask.prompt.clone());
         self.requests += 1;
         let number = self.requests;
         let request = RequestId(u128::from(number));

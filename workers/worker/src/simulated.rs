@@ -225,6 +225,7 @@ impl SimulatedWorker {
         let desk = async move {
             let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
             desk.send_beat();
+            desk.answer_latecomers(&mut subscriptions.inbox).await;
             let books = desk.books();
             let Desk {
                 mut engine, outbox, ..
