@@ -39,6 +39,10 @@ pub struct Lifecycle {
     /// Broke this request: asked again only if nobody else is there.
     failed: Vec<WorkerId>,
     busy_ms: Option<u32>,
+    /// A decode worker was not there in this round: it may be starting again.
+    is_absent: bool,
+    /// Longest sequence for which a worker that refused this one has room.
+    too_long: Option<u32>,
 }
 
 /// The rules that end a generation, as the workers apply them.
@@ -70,6 +74,8 @@ impl Lifecycle {
             refused: Vec::new(),
             failed: Vec::new(),
             busy_ms: None,
+            is_absent: false,
+            too_long: None,
         }
     }
 
@@ -197,13 +203,13 @@ impl Lifecycle {
             }) => {
                 self.prefilled(context, handle, prompt_logprobs, out);
             }
-            Ok(PrefillReply::Refused { refusal, .. }) => match self.refused_by(context, &refusal) {
-                Ok(()) => {
-                    self.phase = Phase::Queued;
-                    out.push(Action::ChooseContext);
+            Ok(PrefillReply::Refused { refusal, .. }) => {
+                self.phase = Phase::Queued;
+                match self.refused_by(context, &refusal) {
+                    Ok(()) => out.push(Action::ChooseContext),
+                    Err(error) => self.fail(error, out),
                 }
-                Err(error) => self.fail(error, out),
-            },
+            }
             Ok(PrefillReply::Failed { failure, .. }) => {
                 self.worker_failed(failure, context.worker, out);
             }
@@ -301,6 +307,7 @@ impl Lifecycle {
                 }
             }
             Err(NoReply::NoResponders) => {
+                self.is_absent = true;
                 self.refused.push(decode.worker);
                 self.phase = Phase::Staged { handle };
                 out.push(Action::ChooseDecode);

@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use actix_web::dev::ServerHandle;
 use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
+use futures::future::select_all;
 use tokio::net::TcpSocket;
 use tokio::sync::{Notify, Semaphore};
+use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 
 use crate::bus::{Bus, Watcher};
@@ -242,26 +244,34 @@ pub async fn run(
         let _ = on_ready.send(address);
     }
     let mut http = tokio::spawn(http);
-    let ended = tokio::select! {
-        ended = &mut http => Some(ended),
-        () = shutdown => None,
+    let outcome = |ended: Result<std::io::Result<()>, JoinError>| match ended {
+        Ok(ended) => ended.map_err(fault),
+        Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
     };
-    let ended = match ended {
-        Some(ended) => ended,
-        None => {
+    let outcome = tokio::select! {
+        ended = &mut http => outcome(ended),
+        error = broken(&mut tasks) => {
+            handle.stop(false).await;
+            Err(error)
+        }
+        () = shutdown => {
             leave(&server, &handle, &door).await;
-            http.await
+            outcome(http.await)
         }
     };
     for task in tasks {
         task.abort();
     }
     server.bus.close().await;
-    match ended {
-        Ok(Ok(())) => Ok(()),
-        Ok(Err(error)) => Err(fault(error)),
-        Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
-    }
+    outcome
+}
+
+/// Waits for the first of these to end, which is none's to do: without it nothing would be heard any more, and nobody would
+/// know. Better an end that a supervisor sees.
+async fn broken(tasks: &mut [JoinHandle<()>]) -> ApiServerError {
+    let (ended, ..) = select_all(tasks).await;
+    let why = ended.map_or_else(|error| error.to_string(), |()| "it ended".to_owned());
+    ApiServerError::System(format!("a loop of the API server broke: {why}"))
 }
 
 fn draw_incarnation() -> Result<Incarnation, ApiServerError> {
@@ -341,6 +351,17 @@ mod tests {
     use super::*;
     use crate::membership::WORKERS_MAX;
     use crate::membership::tests::beat;
+
+    #[tokio::test]
+    async fn a_loop_that_breaks_is_the_servers_end() {
+        let goes_on = tokio::spawn(std::future::pending());
+        let breaks = tokio::spawn(async { panic!("a frame too many") });
+        let mut tasks = [goes_on, breaks];
+        let error = broken(&mut tasks).await.to_string();
+        assert!(error.contains("a frame too many"), "{error}");
+        assert!(!tasks[0].is_finished());
+        tasks[0].abort();
+    }
 
     #[test]
     fn of_workers_beyond_the_bound_nothing_is_kept() {

@@ -34,6 +34,8 @@ pub struct Plan {
     pub asks: Vec<(Duration, usize, Ask)>,
     /// What goes wrong, and when it is over, in order.
     pub faults: Vec<(Duration, Fault)>,
+    /// Longer than all that is asked can take once nothing goes wrong any more.
+    pub work: Duration,
 }
 
 /// What goes wrong, or right again. Numbers are places in [`Plan::workers`] and among API servers.
@@ -90,7 +92,7 @@ impl Plan {
         let prompt_max = dice.pick(&[4, room / 4, room / 2]).max(2);
         let output_max = dice.pick(&[4, room / 4, room / 2]).max(2);
         let rush = dice.pick(&[1, 4, 12]);
-        let asks = (0..count)
+        let asks: Vec<_> = (0..count)
             .map(|_| {
                 let at = dice.range(1_500..1_500 + STORM.as_millis() as u64 / rush);
                 let api_server = dice.range(0..api_servers as u64) as usize;
@@ -103,6 +105,7 @@ impl Plan {
             |(_, fault): &(Duration, Fault)| matches!(fault, Fault::Cut(_) | Fault::ApiCut(_));
         let breaks = |worker: &WorkerSetup| worker.breaks_per_mille > 0;
         Self {
+            work: work(&asks, &workers, &faults),
             keeps_messages: in_order && !faults.iter().any(cuts),
             is_calm: in_order
                 && faults.is_empty()
@@ -117,6 +120,27 @@ impl Plan {
             faults,
         }
     }
+}
+
+/// As if one worker did it all, token by token, twice, every client read on its own, and then somebody drained.
+fn work(
+    asks: &[(Duration, usize, Ask)],
+    workers: &[WorkerSetup],
+    faults: &[(Duration, Fault)],
+) -> Duration {
+    let slowest = workers.iter().map(|worker| worker.step_max_ms).max();
+    let step = Duration::from_millis(slowest.unwrap_or(0));
+    let one = |ask: &Ask| {
+        let output = ask.generation.max_tokens;
+        let pauses = ask
+            .reads
+            .map(|(count, pause)| pause * (output / count as u32 + 1));
+        2 * step * (ask.prompt.len() as u32 + output) + pauses.unwrap_or_default()
+    };
+    let all: Duration = asks.iter().map(|(_, _, ask)| one(ask)).sum();
+    let drains = |(_, fault): &&(Duration, Fault)| matches!(fault, Fault::Drain(_));
+    let drain = workers.iter().map(|worker| worker.drain).max();
+    all + drain.unwrap_or_default() * faults.iter().filter(drains).count().min(1) as u32
 }
 
 fn draw_workers(dice: &mut Dice, block_tokens: u32) -> Vec<WorkerSetup> {

@@ -208,8 +208,10 @@ impl World {
         }
     }
 
-    /// Every request ends by its deadline, and what it held becomes free.
+    /// Every request ends by its deadline, and with no message lost as soon as there was time for it; what it held becomes
+    /// free.
     async fn settle(&mut self) {
+        let answered_by = Instant::now() + HEALS_WITHIN + self.plan.work;
         let last = self
             .asked
             .iter()
@@ -217,6 +219,11 @@ impl World {
         let last = last.max().unwrap_or(self.begun);
         while !self.asked.is_empty() {
             self.tick().await;
+            if self.plan.keeps_messages && Instant::now() > answered_by {
+                for Asked { number, .. } in std::mem::take(&mut self.asked) {
+                    self.wrong(format!("all is well, and request {number} waits"));
+                }
+            }
         }
         let lease = self.plan.workers.iter().map(|w| w.lease).max();
         let by = match self.plan.keeps_messages {

@@ -112,6 +112,8 @@ impl Lifecycle {
     pub(super) fn next_round(&mut self) {
         self.refused.clear();
         self.busy_ms = None;
+        self.is_absent = false;
+        self.too_long = None;
         self.waiting = false;
     }
 

@@ -15,7 +15,8 @@ impl Lifecycle {
     pub(super) fn no_context_worker(&mut self, out: &mut Vec<Action>) {
         // Nothing was promised to the client yet: say at once that there is no room. Later it is better
         // to wait for it.
-        if self.output.is_empty() && self.retries == 0 || self.waits >= WAITS_MAX {
+        let nothing_promised = self.output.is_empty() && self.retries == 0;
+        if nothing_promised || self.waits >= WAITS_MAX || self.fits_nowhere() {
             let error = self.no_room("context");
             self.fail(error, out);
         } else {
@@ -24,9 +25,10 @@ impl Lifecycle {
     }
 
     pub(super) fn no_decode_worker(&mut self, context: Target, out: &mut Vec<Action>) {
-        if self.busy_ms.is_some() && self.waits < WAITS_MAX {
+        let may_come = self.busy_ms.is_some() || self.is_absent;
+        if may_come && self.waits < WAITS_MAX {
             self.wait(out);
-        } else if self.busy_ms.is_some() {
+        } else if may_come || self.fits_nowhere() {
             let error = self.no_room("decode");
             self.end_early("no decode worker has room", Err(error), out);
         } else {
@@ -38,8 +40,20 @@ impl Lifecycle {
         }
     }
 
+    /// Whoever could take it said that it never will.
+    fn fits_nowhere(&self) -> bool {
+        self.too_long.is_some() && self.busy_ms.is_none() && !self.is_absent
+    }
+
     fn no_room(&self, role: &str) -> ApiError {
         match self.busy_ms {
+            None if self.fits_nowhere() => ApiError::new(
+                ErrorKind::ContextLength,
+                format!(
+                    "prompt and output exceed the {} tokens that a {role} worker can hold",
+                    self.too_long.unwrap_or_default()
+                ),
+            ),
             Some(ms) => ApiError::new(
                 ErrorKind::Busy,
                 format!("every {role} worker is busy; try again"),
@@ -63,8 +77,7 @@ impl Lifecycle {
         if !std::mem::take(&mut self.waiting) {
             return;
         }
-        self.refused.clear();
-        self.busy_ms = None;
+        self.next_round();
         match self.phase {
             Phase::Queued => out.push(Action::ChooseContext),
             Phase::Staged { .. } => out.push(Action::ChooseDecode),
@@ -75,10 +88,11 @@ impl Lifecycle {
     /// Notes a refusal; an error if no other worker would take the job either.
     pub(super) fn refused_by(&mut self, target: Target, refusal: &Refusal) -> Result<(), ApiError> {
         match refusal {
-            Refusal::TooLong { tokens_max } => Err(ApiError::new(
-                ErrorKind::ContextLength,
-                format!("prompt and output exceed the {tokens_max} tokens that a worker can hold"),
-            )),
+            Refusal::TooLong { tokens_max } => {
+                self.refused.push(target.worker);
+                self.too_long = self.too_long.max(Some(*tokens_max));
+                Ok(())
+            }
             Refusal::Malformed { detail } => Err(ApiError::new(
                 ErrorKind::Internal,
                 format!(

@@ -188,6 +188,66 @@ fn busy_goes_to_the_next_worker_and_then_to_the_client() {
     );
 }
 
+fn too_long(tokens_max: u32) -> Refusal {
+    Refusal::TooLong { tokens_max }
+}
+
+#[test]
+fn what_is_too_long_for_one_worker_may_fit_another() {
+    let mut run = Run::new();
+    for (name, tokens_max) in [("c", 64), ("d", 128)] {
+        run.step(Input::Chosen(Some(target(name))));
+        let refusal = too_long(tokens_max);
+        let reply = Input::Prefill(Ok(PrefillReply::Refused { v: V, refusal }));
+        assert_eq!(run.step(reply), [Action::ChooseContext]);
+    }
+    let actions = run.step(Input::Chosen(None));
+    let [Action::Fail(error)] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(error.kind, ErrorKind::ContextLength);
+    assert!(error.message.contains("128 tokens"), "{}", error.message);
+}
+
+#[test]
+fn what_fits_no_decode_worker_is_not_tried_again() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    run.step(ready("c", 10));
+    run.step(Input::Chosen(Some(target("d"))));
+    let refusal = too_long(64);
+    let reply = Input::Decode(Ok(DecodeReply::Refused { v: V, refusal }));
+    assert_eq!(run.step(reply), [Action::ChooseDecode]);
+    let actions = run.step(Input::Chosen(None));
+    let [Action::Abort { .. }, Action::Fail(error)] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(error.kind, ErrorKind::ContextLength);
+}
+
+/// It was killed and is starting again; until it is missed it seems to serve.
+#[test]
+fn a_decode_worker_that_is_not_there_is_waited_for() {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    run.step(ready("c", 10));
+    for _ in 0..WAITS_MAX {
+        run.step(Input::Chosen(Some(target("d"))));
+        let nobody = Input::Decode(Err(NoReply::NoResponders));
+        assert_eq!(run.step(nobody), [Action::ChooseDecode]);
+        let actions = run.step(Input::Chosen(None));
+        assert!(matches!(actions[..], [Action::Wait(_)]), "{actions:?}");
+        assert_eq!(run.step(Input::WaitOver), [Action::ChooseDecode]);
+    }
+    run.step(Input::Chosen(Some(target("d"))));
+    run.step(Input::Decode(Err(NoReply::NoResponders)));
+    let actions = run.step(Input::Chosen(None));
+    let [Action::Abort { .. }, Action::Fail(error)] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    assert_eq!(error.kind, ErrorKind::NoWorker);
+}
+
 #[test]
 fn tokens_may_overtake_the_admission_and_duplicates_are_dropped() {
     let mut run = Run::new();
