@@ -5,7 +5,8 @@ use std::fs;
 /// Memory, files and threads of one process at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Vitals {
-    /// Resident memory in KiB, without pages of files that others could use too: weights are mapped.
+    /// Resident memory of its own in KiB. Not what it shares: weights that are mapped from files; its arena, which is there from
+    /// the start; and pages of other workers' arenas, of which a decode worker sees another whenever it first reads one.
     pub resident_kib: u64,
     /// Open files.
     pub files: u64,
@@ -22,7 +23,7 @@ impl Vitals {
             line.split_whitespace().next()?.parse::<u64>().ok()
         };
         Some(Self {
-            resident_kib: number("RssAnon:")? + number("RssShmem:")?,
+            resident_kib: number("RssAnon:")?,
             files: fs::read_dir(format!("/proc/{process}/fd")).ok()?.count() as u64,
             threads: number("Threads:")?,
         })
