@@ -68,7 +68,7 @@ pub struct UpArgs {
     api_server_port: Option<u16>,
     #[command(flatten)]
     keys: ApiKeysArgs,
-    /// What workers compute on: cpu, cuda:N or fake[:MICROSECONDS_PER_STEP]
+    /// What workers compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Compute threads of all workers together [default: one for each CPU]; each gets its share, and one at least

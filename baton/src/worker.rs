@@ -26,7 +26,7 @@ pub struct WorkerArgs {
     /// Name of this worker, its own in the cluster [default: role, host, process id and a random number]
     #[arg(long)]
     worker_name: Option<String>,
-    /// What to compute on: cpu, cuda:N or fake[:MICROSECONDS_PER_STEP]
+    /// What to compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Compute threads [default: one for each CPU]

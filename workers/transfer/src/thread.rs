@@ -42,6 +42,10 @@ const LINGER_GPU: Duration = Duration::from_secs(1);
 /// Longest sleep: the thread shows that it lives.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
+/// How often UCX is opened before it is said to be broken, and the pause in between.
+const OPEN_TRIES: u32 = 4;
+const OPEN_PAUSE: Duration = Duration::from_millis(250);
+
 /// Most pulls and connects under way.
 const TRANSFERS_MAX: usize = 1024;
 
@@ -65,6 +69,22 @@ pub(crate) fn run(setup: Setup, ready: &Sender<Result<Ready, TransferError>>) {
         Err(error) => {
             let _ = ready.send(Err(error));
         }
+    }
+}
+
+/// A context and its worker. UCX looks for the host's network interfaces with the one and opens them with the other. One that is
+/// gone by then (each container has one, and takes it with it) is no reason not to start.
+fn open(tls: Option<&str>) -> Result<(Arc<Context>, Worker), TransferError> {
+    let mut tries = 1;
+    loop {
+        let context = Arc::new(Context::new(tls)?);
+        match Worker::new(context.clone()) {
+            Ok(worker) => return Ok((context, worker)),
+            Err(error) if tries == OPEN_TRIES => return Err(error),
+            Err(error) => tracing::warn!(%error, "tried again"),
+        }
+        tries += 1;
+        std::thread::sleep(OPEN_PAUSE);
     }
 }
 
@@ -113,15 +133,14 @@ impl Mover {
                 detail,
             })?;
         }
-        let context = Arc::new(Context::new(tls.as_deref())?);
+        let (context, worker) = open(tls.as_deref())?;
         let ucp = context.ucp;
         let summary = format!("ucx {} {}", version(ucp), probe::transports(&context));
         let staging = match &source {
             Source::Gpu(gpu) => Some(gpu.staging.clone()),
             Source::Allocate { .. } => None,
         };
-        let region = Arc::new(Region::map(context.clone(), source)?);
-        let worker = Worker::new(context)?;
+        let region = Arc::new(Region::map(context, source)?);
         let address = seal(Kind::Address, &worker.address()?);
         let staging = staging.unwrap_or_else(|| beside(&region));
         let stage = Rc::new(Stage::new(staging, address.clone()));
