@@ -302,7 +302,7 @@ const ON_ITS_WAY: Duration = Duration::from_millis(500);
 async fn leave(server: &Server, http: &ServerHandle, door: &TcpListener) {
     tracing::info!(in_flight = server.registry.len(), "stopping");
     server.leaving.store(true, Ordering::Relaxed);
-    let over = tokio::time::Instant::now() + server.limits.drain;
+    let over = Instant::now() + server.limits.drain;
     // A listener that is shut down refuses at once; one that is only not listened to would keep clients waiting. The HTTP
     // server looks away first, or it would complain.
     http.pause().await;

@@ -70,14 +70,6 @@ impl Wire {
         Self(Road::Carrier(carrier))
     }
 
-    /// The NATS connection, if it is one.
-    pub fn nats(&self) -> Option<&Client> {
-        match &self.0 {
-            Road::Nats(client) => Some(client),
-            Road::Carrier(_) => None,
-        }
-    }
-
     /// Sends a message. Waits only where the connection's queue is full.
     ///
     /// # Errors
@@ -221,23 +213,6 @@ impl Subscription {
         match &mut self.0 {
             Source::Nats(subscriber) => subscriber
                 .drain()
-                .await
-                .map_err(|error| WireError(error.to_string())),
-            Source::Carrier(messages) => {
-                messages.close();
-                Ok(())
-            }
-        }
-    }
-
-    /// Takes no more messages; what is here already still comes.
-    ///
-    /// # Errors
-    /// [`WireError`].
-    pub async fn unsubscribe(&mut self) -> Result<(), WireError> {
-        match &mut self.0 {
-            Source::Nats(subscriber) => subscriber
-                .unsubscribe()
                 .await
                 .map_err(|error| WireError(error.to_string())),
             Source::Carrier(messages) => {

@@ -88,31 +88,28 @@ impl Lifecycle {
     /// Notes a refusal; an error if no other worker would take the job either.
     pub(super) fn refused_by(&mut self, target: Target, refusal: &Refusal) -> Result<(), ApiError> {
         match refusal {
-            Refusal::TooLong { tokens_max } => {
-                self.refused.push(target.worker);
-                self.too_long = self.too_long.max(Some(*tokens_max));
-                Ok(())
+            Refusal::Malformed { detail } => {
+                return Err(ApiError::new(
+                    ErrorKind::Internal,
+                    format!(
+                        "worker {} did not understand the job: {detail}",
+                        target.worker
+                    ),
+                ));
             }
-            Refusal::Malformed { detail } => Err(ApiError::new(
-                ErrorKind::Internal,
-                format!(
-                    "worker {} did not understand the job: {detail}",
-                    target.worker
-                ),
-            )),
+            Refusal::TooLong { tokens_max } => {
+                self.too_long = self.too_long.max(Some(*tokens_max));
+            }
             Refusal::Busy { retry_after_ms } => {
-                self.refused.push(target.worker);
                 let soonest = self
                     .busy_ms
                     .map_or(*retry_after_ms, |ms| ms.min(*retry_after_ms));
                 self.busy_ms = Some(soonest);
-                Ok(())
             }
-            Refusal::Draining | Refusal::WrongModel { .. } | Refusal::Unreachable { .. } => {
-                self.refused.push(target.worker);
-                Ok(())
-            }
+            Refusal::Draining | Refusal::WrongModel { .. } | Refusal::Unreachable { .. } => {}
         }
+        self.refused.push(target.worker);
+        Ok(())
     }
 
     /// A place became free before the wait was over.
