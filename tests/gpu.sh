@@ -7,7 +7,8 @@
 #
 # A step and a program that fails or hangs keeps no other from running; what failed is said at the end.
 #
-# `kernels` needs numpy and torch: it compares the kernels on random inputs with products in f64.
+# `kernels` needs torch: it compares the kernels on random inputs with products in f64. They are compiled first, unless DIR/gemm and
+# DIR/attention are there (`gemm.py compile`, `attention.py build`, which need no GPU).
 # `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
 # `cluster` needs nats-server and curl too; it and `pull`, KV between two processes (on two GPUs, if there are), need UCX with CUDA
 # (BATON_UCX_LIB_DIR).
@@ -31,7 +32,7 @@ for line in sys.stdin:
   strip "$1"/executor "$1"/products "$1"/sampling "$1"/sample "$1"/cuda "$1"/gpu_pull "$1"/baton
 }
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 [ $# -ge 1 ] || usage
 if [ "$1" = build ]; then
   [ $# -eq 2 ] || usage
@@ -63,11 +64,16 @@ weights() {
   fi
 }
 
-# Each check compiles its kernels first; outputs are poisoned before every launch.
+# Outputs are poisoned before every launch.
 kernels() {
-  local check=workers/cuda/kernels/check failed=0
-  { within 200 python3 $check/gemm.py compile "$work/gemm" && within 300 python3 $check/gemm.py check "$work/gemm" quick; } || failed=1
-  { within 200 python3 $check/attention.py build "$work/attention" && within 300 python3 $check/attention.py check "$work/attention"; } || failed=1
+  local check=workers/cuda/kernels/check failed=0 made=$programs
+  if ! [ -d "$made/gemm" ] || ! [ -d "$made/attention" ]; then
+    made=$work
+    within 200 python3 $check/gemm.py compile "$made/gemm" || failed=1
+    within 200 python3 $check/attention.py build "$made/attention" || failed=1
+  fi
+  within 300 python3 $check/gemm.py check "$made/gemm" quick || failed=1
+  within 300 python3 $check/attention.py check "$made/attention" || failed=1
   within 300 python3 $check/quantise.py || failed=1
   return $failed
 }

@@ -1,6 +1,6 @@
 """Prefill and decode split over two GPUs, against two workers that do both on the same two.
 
-Usage: split.py --baton BATON --model DIR [--rates 4 8 12 16 20 24] [--seconds 10] [--device cuda|cpu] [--out FILE]
+Usage: split.py --baton BATON --model DIR [--rates 4 8 12 16 20 24] [--seconds 10] [--device cuda|cpu] [--out FILE] [--limit-s SECONDS]
 
 Starts both deployments at once, each with an API server of its own (idle workers take memory and nothing else), and loads
 them in turns: at each rate requests arrive at random times (Poisson, the same seed for both), 2,048 tokens in and 128 out.
@@ -14,6 +14,7 @@ clock is this host's.
 import argparse
 import datetime
 import json
+import math
 import os
 import shutil
 import signal
@@ -41,10 +42,13 @@ parser.add_argument("--itl-ms", type=float, default=10, help="goodput: mean time
 parser.add_argument("--pause-ms", type=float, default=50, help="goodput, stricter: no pause longer than this")
 parser.add_argument("--rate-gbps", type=float, default=390, help="peer-copy rate, for the hand-over's floor")
 parser.add_argument("--start-timeout", type=float, default=120)
+parser.add_argument("--timeout-s", type=int, default=60, help="a request is given up, and has failed, after this")
+parser.add_argument("--limit-s", type=float, default=math.inf, help="rates that would not be done by then are left out")
 parser.add_argument("--worker-args", default="", help="for every worker, one string")
-parser.add_argument("--out", type=Path, help="all figures as JSON")
+parser.add_argument("--out", type=Path, help="all figures as JSON, written after each rate")
 parser.add_argument("--logs", type=Path, help="where logs go")
 arguments = parser.parse_args()
+started = time.monotonic()
 
 logs = arguments.logs or Path(tempfile.mkdtemp(prefix="baton-split-"))
 logs.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,8 @@ def start_all():
             if time.monotonic() > end:
                 sys.exit(f"{deployment} did not come up; its logs are in {logs}")
             time.sleep(0.1)
-        print(subprocess.run([arguments.baton, "status", "--url", url], capture_output=True, text=True).stdout)
+        status = subprocess.run([arguments.baton, "status", "--url", url], capture_output=True, text=True)
+        print(status.stdout, flush=True)
     return urls
 
 
@@ -140,6 +145,7 @@ def bench(url, *options):
         [str(part) for part in [
             arguments.baton, "bench", "--url", url, "--prompt-tokens", arguments.prompt,
             *([] if "--max-tokens" in options else ["--max-tokens", arguments.output]), "--ignore-eos", "--json", "--each",
+            "--timeout-s", arguments.timeout_s,
             *options,
         ]],
         capture_output=True, text=True,
@@ -153,11 +159,14 @@ def share(each, is_good, requests):
     return sum(map(is_good, each)) / requests
 
 
-def measure(urls):
+def measure(urls, rows):
     for url in urls.values():
         bench(url, "--requests", 16, "--concurrency", 4, "--seed", 99)
-    rows = []
     for number, rate in enumerate(arguments.rates):
+        # Half as long again, for answers under way and for queues at rates that are too high.
+        if time.monotonic() - started + len(urls) * arguments.seconds * 1.5 > arguments.limit_s:
+            print(f"no time for {rate:g} requests/s and what follows", flush=True)
+            break
         for deployment, url in urls.items():
             requests = max(round(rate * arguments.seconds), 1)
             load = ["--request-rate", rate, "--concurrency", 1024]
@@ -178,8 +187,9 @@ def measure(urls):
             rows.append(row)
             print_row(row)
             if row["failures"]:
-                print("   ", row["failures"])
-    return rows
+                print("   ", row["failures"], flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(rows))
 
 
 HEAD = ["requests/s", "deployment", "TTFT p50", "p99", "between tokens p50", "p99", "longest pause p50", "tokens/s",
@@ -239,14 +249,17 @@ def hand_overs(rows):
               f"{row['read_gbps']['p50']:.0f} GB/s, ranges {ranges['p50']}/{ranges['p99']}, {100 * row['in_time']:.0f}%")
 
 
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # workers are stopped too
+rows = []
 try:
     urls = start_all()
+    print(f"up after {time.monotonic() - started:.0f} s")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
-    rows = measure(urls)
-    if "split" in urls:
-        hand_overs(rows)
+    measure(urls, rows)
     check_alive()
-    if arguments.out:
-        arguments.out.write_text(json.dumps(rows))
 finally:
     stop()
+    if any(row["deployment"] == "split" for row in rows):
+        hand_overs(rows)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rows))
