@@ -58,6 +58,10 @@ fn run(tls: Option<String>) {
         output
             .read_line(&mut descriptor)
             .expect("the server speaks");
+        if descriptor.is_empty() {
+            let status = server.wait().expect("it is our child");
+            panic!("the server failed: {status}");
+        }
         let mut reader = side("read", to, tls.as_deref());
         let mut input = reader.stdin.take().expect("it is piped");
         input.write_all(descriptor.as_bytes()).expect("it listens");
