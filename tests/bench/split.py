@@ -249,7 +249,14 @@ def hand_overs(rows):
               f"{row['read_gbps']['p50']:.0f} GB/s, ranges {ranges['p50']}/{ranges['p99']}, {100 * row['in_time']:.0f}%")
 
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # workers are stopped too
+
+
+def interrupted(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows stops the workers and prints what is known
+    sys.exit("stopped")
+
+
+signal.signal(signal.SIGTERM, interrupted)
 rows = []
 try:
     urls = start_all()
