@@ -45,6 +45,11 @@ DEVICE u32 load_word(const void* from) {
     return v;
 }
 DEVICE void store_word(void* to, u32 v) { asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
+// Arrives once `sum` is there. What was read for it has then been read: nothing else keeps an arrival from overtaking ldmatrix,
+// and with weights in L2 the next ones were seen to land 0.5 µs later, before slow warps had read the last.
+DEVICE void arrive_after(float sum, u32 barrier) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0xffffffff;\n@p mbarrier.arrive.shared::cta.b64 _, [%1];\n}" ::"r"(__float_as_uint(sum)), "r"(barrier) : "memory");
+}
 DEVICE bool written(uint4 v) { return v.x != MISSING && v.y != MISSING && v.z != MISSING && v.w != MISSING; }
 
 // --- one CTA's part -------------------------------------------------------------------------------
@@ -231,8 +236,8 @@ struct Consumer {
                 sums[2] = fmaf(products[2], scale.y, sums[2]), sums[3] = fmaf(products[3], scale.y, sums[3]);
 #endif
                 __syncwarp();
-                if (lane == 0) mbarrier_arrive(at.w_empty + w.at * 8);
-                if (last && lane < S::STAGE_GROUPS) mbarrier_arrive(at.x_empty + (first + s * S::STAGE_GROUPS + lane) % GROUPS * 8);
+                if (lane == 0) arrive_after(sums[0], at.w_empty + w.at * 8);
+                if (last && lane < S::STAGE_GROUPS) arrive_after(sums[0], at.x_empty + (first + s * S::STAGE_GROUPS + lane) % GROUPS * 8);
             }
             if (last) first += share.groups;
             __syncwarp();
