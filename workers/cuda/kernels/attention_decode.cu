@@ -1,17 +1,17 @@
 // Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip; and what lies
 // between the query-key-value product and it: bias, norm per head, rotary positions, the new key and value into the arena.
 //
-// kernel attention_decode spill_bytes_max=96 (none but with head_dim 256 before sm_90)
+// kernel attention_decode spill_bytes_max=96 (32 with head_dim 256, 8 with a group of 16; else none)
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
 //
 // Idea. The KV of a step is one list of tiles of 32 tokens (64 where head_dim is at most 64), ordered
 // [sequence][KV head][tile]. Warp i of a persistent grid takes the i-th equal piece of the list, whatever the lengths:
-// prefix sums of seq_kv_len, computed by every CTA for itself, say where the piece begins. (Where heads are about as many as
-// CTAs and about as long as each other, pieces are whole heads, divided among the CTA's warps.) So the grid does not depend
-// on lengths (a graph can be replayed with any), and nobody waits for the longest sequence. A (sequence, KV head) that
-// lies in one warp's piece is finished there. One that is cut is summed over the CTA's warps once all are done,
+// prefix sums of seq_kv_len, computed by every CTA for itself, say where the piece begins. So the grid does not depend
+// on lengths (a graph can be replayed with any), and nobody waits for the longest sequence. Where it costs little, CTAs have
+// whole heads instead (attention_deal.cuh), divided evenly among their warps: nothing is summed over the chip then. A
+// (sequence, KV head) that lies in one warp's piece is finished there. One that is cut is summed over the CTA's warps once all are done,
 // and if it goes on in other CTAs their partial sums meet in the workspace, where the CTA that comes last adds
 // them in the list's order: who is last does not change a bit of the result.
 //
@@ -29,7 +29,11 @@
 //
 // Floor: KV bytes / read bandwidth; a tile of 32 tokens of a head is 128·head_dim bytes. Arithmetic is some 15% of it.
 //
-// Defines: HEAD_DIM (multiple of 16, to 256), GROUP (query heads per KV head, 1..16), BLOCK_TOKENS (16, 32, 64).
+// Few sequences leave memory idle, and at the end of many some warps wait for others: bytes that the next kernel reads may be
+// brought to L2 meanwhile (`prefetch_from`, `prefetch_bytes`).
+//
+// Defines: HEAD_DIM (multiple of 16, to 256), GROUP (query heads per KV head, 1..16), BLOCK_TOKENS (16, 32, 64). PREFETCH_PLACE:
+// when a warp asks for its share of those bytes: 1 once its first tiles are requested, 2 once its last are, 3 once it is done, 0 never.
 // Launch: threads and dynamic shared memory in the module's `attention_decode_launch` = {threads, shared bytes,
 // sequences at most, grid at most}; grid = min(multiprocessors, launch[3]), the same in every launch that shares a
 // workspace. PDL attribute welcome; graphs capture it.
@@ -39,6 +43,7 @@
 //   BFLOAT16, rank 2, address = arena, dims {HEAD_DIM, blocks·kv_heads·layers·2·BLOCK_TOKENS},
 //   strides {HEAD_DIM·2}, box {64, min(BLOCK_TOKENS, 32)}, element strides {1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
 //   L2_PROMOTION_L2_256B, OOB_FILL_NONE).
+#include "attention_deal.cuh"
 #include "attention_turn.cuh"
 
 #define TMA_ROAD (BATON_ARCH == 900) // where the host makes a map; later ones are as any other
@@ -56,12 +61,18 @@ constexpr int kPartBytes = kTile * 128;
 constexpr int kStageBytes = 2 * kParts * kPartBytes; // K, then V
 
 constexpr int kAtOnce = 8; // partial sums read at once
-constexpr int kSequencesMax = 1024;
 constexpr int kGridMax = 160;
 constexpr int kSharedMax = TMA_ROAD ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
 constexpr int kWarps = kParts <= 2 && kSharedMax > 150000 ? 4 : 2;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kHeadExcess = 5 * kWarps; // tiles that a CTA may have above the mean, for having a head alone
+#ifndef HEAD_EXCESS
+#define HEAD_EXCESS 5
+#endif
+constexpr int kHeadExcess = HEAD_EXCESS * kWarps; // tiles that a CTA may have above the mean, for having whole heads
+#ifndef PREFETCH_PLACE
+#define PREFETCH_PLACE 1
+#endif
+[[maybe_unused]] constexpr u32 kPrefetchPiece = 8192; // bytes that one instruction asks for
 constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ free of bank conflicts
 
 // Each warp's sum of the head that its piece begins with, when another warp has a share in it. (The sum of the head that
@@ -77,24 +88,6 @@ constexpr int kStages = smaller(STAGES_MAX, (kSharedMax - kFixedBytes) / (kWarps
 constexpr int kSharedBytes = kFixedBytes + kWarps * kStages * kStageBytes;
 static_assert(kStages >= 1, "shared memory");
 static_assert(kGroup * kStride * 4 <= kStageBytes, "GROUP");
-
-// A place in the list of tiles.
-struct Cursor {
-    int sequence, head, tile;
-
-    DEVICE void advance(int tiles, const int* prefix, int kv_heads) {
-        tile += tiles;
-        for (;;) {
-            int here = prefix[sequence + 1] - prefix[sequence];
-            if (tile < here) return;
-            tile -= here;
-            if (++head == kv_heads) {
-                head = 0;
-                sequence++;
-            }
-        }
-    }
-};
 
 // A head that goes on in other CTAs.
 struct Cut {
@@ -119,13 +112,15 @@ extern "C" __constant__ const int attention_decode_launch[4] = {kThreads, kShare
 
 // qkv: [sequence][(GROUP + 2)·kv_heads heads][HEAD_DIM], queries, keys, values, as the product left them; bias of a row's length, or
 // null; q_norm, k_norm [HEAD_DIM], or null; turns [sequence][HEAD_DIM/2] of (cosine, sine). out: [sequence][query
-// head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens seen, 0 all.
+// head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens seen, 0 all. prefetch_from: what the
+// next kernel reads and no kernel of the step writes, 16-byte aligned, as is prefetch_bytes; 0 bytes: nothing.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ qkv, const u32* __restrict__ bias,
                  const u32* __restrict__ q_norm, const u32* __restrict__ k_norm, const float4* __restrict__ turns,
                  bf16* __restrict__ out, bf16* arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
                  const int* __restrict__ seq_table, const int* __restrict__ tables, float* partial, int* counters,
-                 int sequences_at, int layer, int layers, int kv_heads, float scale, int window, float eps) {
+                 int sequences_at, int layer, int layers, int kv_heads, float scale, int window, float eps,
+                 const u8* __restrict__ prefetch_from, int prefetch_bytes) {
     extern __shared__ u8 shared_raw[];
     __shared__ Cut cuts[2];
     __shared__ int turn[2], scans[2 * kWarps], pieces[kWarps + 1];
@@ -136,6 +131,10 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     int* prefix = (int*)((u8*)totals + kTotalBytes);
     int* lengths = prefix + kSequencesMax + 4;
     int* offsets = lengths + kSequencesMax;
+    // For the order of sequences, where there are few enough: behind their lengths.
+    int* keys = lengths + kSortMax;
+    u8* order = (u8*)(lengths + 2 * kSortMax);
+    static_assert(3 * kSortMax <= kSequencesMax, "keys and order");
 
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
     const int g = lane / 4, t = lane % 4;
@@ -174,6 +173,10 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             lengths[s] = length;
             offsets[s] = offset;
         }
+        if (sequences <= kSortMax && s < kSortMax) {
+            keys[s] = s < sequences ? sort_key(s, tiles) : -1;
+            order[s] = s;
+        }
 #pragma unroll
         for (int w = 0; w < kWarps; w++) list += scan[w];
     }
@@ -181,17 +184,32 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     __syncthreads();
 
     const int grid = gridDim.x, total = list * kv_heads, heads = sequences * kv_heads;
-    // Heads enough for most CTAs, none much longer than a CTA's piece: a CTA takes a whole one. Its warps have some tiles
-    // more, but no sums to exchange over the chip.
-    bool by_head = heads <= grid && heads * 3 >= grid;
-    if (by_head) {
-        int longest = 0;
-        for (int s = lane; s < sequences; s += 32) longest = max(longest, prefix[s + 1] - prefix[s]);
-        by_head = (__reduce_max_sync(~0u, longest) - kHeadExcess) * grid <= total;
+    // Whole heads where there are enough for most CTAs, unless a CTA might have much more than the mean: its share of each round
+    // is at most the round's longest.
+    Deal deal{prefix, order, kv_heads, heads * 3 >= grid && heads <= kRoundsMax * grid && sequences <= kSortMax};
+    if (deal.by_head) {
+        int most = 0;
+        if (heads <= grid) {
+            for (int s = lane; s < sequences; s += 32) most = max(most, deal.tiles(s));
+            most = __reduce_max_sync(~0u, most);
+        } else {
+            sort_longest_first(keys, sequences, order);
+            __syncthreads();
+            most = __reduce_add_sync(~0u, lane * grid < heads ? deal.tiles(order[lane * grid / kv_heads]) : 0);
+        }
+        deal.by_head = (most - kHeadExcess) * grid <= total;
     }
+    // Each warp's share of what the next kernel reads, from everywhere in it.
+    auto prefetch_share = [&]() {
+#if BATON_ARCH >= 900
+        for (u32 at = ((lane * kWarps + warp) * grid + blockIdx.x) * kPrefetchPiece; at < (u32)prefetch_bytes; at += kThreads * grid * kPrefetchPiece)
+            l2_prefetch(prefetch_from + at, min(kPrefetchPiece, prefetch_bytes - at));
+#endif
+    };
     // Else equal pieces: the first `longer` warps have one tile more.
-    const int active = by_head ? heads * kWarps : min(total, grid * kWarps);
-    if ((int)blockIdx.x * kWarps >= active) {
+    const int active = min(total, grid * kWarps);
+    if (deal.by_head ? (int)blockIdx.x >= heads : (int)blockIdx.x * kWarps >= active) {
+        if (PREFETCH_PLACE != 0) prefetch_share();
         dependency_wait();
         return;
     }
@@ -202,13 +220,17 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         return (early ? 0 : longer) + (early ? x : x - edge) / (early ? share + 1 : share);
     };
     const int me = blockIdx.x * kWarps + warp;
-    Cursor here{0, 0, 0};
-    if (by_head) {
-        here.sequence = blockIdx.x / kv_heads, here.head = blockIdx.x - here.sequence * kv_heads;
-        const int tiles = prefix[here.sequence + 1] - prefix[here.sequence], each = (tiles + kWarps - 1) / kWarps;
-        here.tile = min(warp * each, tiles);
-        const int first = prefix[here.sequence] * kv_heads + here.head * tiles;
-        if (tid <= kWarps) pieces[tid] = first + min(tid * each, tiles);
+    int my_heads = 0; // of whole heads: tiles up to the end of the one of this lane's round
+    if (deal.by_head) {
+        const int rank = deal.rank(lane), tiles = rank < heads ? deal.tiles(order[rank / kv_heads]) : 0;
+        my_heads = tiles;
+#pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(~0u, my_heads, d);
+            if (lane >= d) my_heads += other;
+        }
+        const int all = __shfl_sync(~0u, my_heads, 31), each = (all + kWarps - 1) / kWarps;
+        if (tid <= kWarps) pieces[tid] = min(tid * each, all);
     } else if (tid <= kWarps) {
         const int w = me - warp + tid;
         pieces[tid] = w >= active ? total : w * share + min(w, longer);
@@ -219,7 +241,15 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     const int begin = piece(warp), end = piece(warp + 1);
     const int cta_begin = piece(0), cta_end = piece(kWarps);
 
-    if (!by_head && begin < end) {
+    Cursor here{0, 0, 0, 0};
+    if (deal.by_head && begin < end) {
+        here.round = __popc(__ballot_sync(~0u, my_heads <= begin));
+        const int before = __shfl_sync(~0u, my_heads, max(here.round - 1, 0)), rank = deal.rank(here.round);
+        here.sequence = order[rank / kv_heads];
+        here.head = rank % kv_heads;
+        here.tile = begin - (here.round > 0 ? before : 0);
+    }
+    if (!deal.by_head && begin < end) {
         int low = -1; // the last sequence that begins at or before `begin`
 #pragma unroll 2
         for (int base = 0; base < sequences; base += 32)
@@ -277,7 +307,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
 #endif
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
         if (++load_at < end) {
-            load.advance(1, prefix, kv_heads);
+            deal.advance(load, 1);
 #if TMA_ROAD
             next_block = block_of(load, tile_of(load) * kTile + my_box * kBox);
 #endif
@@ -291,6 +321,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         else cp_async_commit();
 #endif
     }
+    if (PREFETCH_PLACE == 1 || (PREFETCH_PLACE == 2 && load_at >= end)) prefetch_share();
     dependency_wait();
     dependency_trigger();
 
@@ -304,7 +335,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     // --- one (sequence, KV head) after the other -----------------------------------------------
 #pragma unroll 1
     for (int at = begin; at < end;) {
-        const int tiles = prefix[here.sequence + 1] - prefix[here.sequence];
+        const int tiles = deal.tiles(here.sequence);
         const int segment = at - here.tile;
         const int stop = min(end, segment + tiles);
         const int length = lengths[here.sequence];
@@ -524,7 +555,10 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             }
 
             __syncwarp();
-            if (load_at < end) issue();
+            if (load_at < end) {
+                issue();
+                if (PREFETCH_PLACE == 2 && load_at >= end) prefetch_share();
+            }
 #if !TMA_ROAD
             else cp_async_commit();
 #endif
@@ -570,8 +604,10 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
 
         here.tile += stop - at;
         at = stop;
-        if (at < end) here.advance(0, prefix, kv_heads);
+        if (at < end) deal.advance(here, 0);
     }
+
+    if (PREFETCH_PLACE == 3) prefetch_share();
 
     // --- cut heads, over the CTA ----------------------------------------------------------------
     __syncthreads();

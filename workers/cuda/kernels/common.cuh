@@ -161,6 +161,10 @@ DEVICE void tma_load_3d(u32 to, const TensorMap* map, u32 barrier, int x, int y,
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
+// Global → L2. Address and bytes: multiples of 16.
+DEVICE void l2_prefetch(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 DEVICE void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

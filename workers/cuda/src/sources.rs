@@ -42,6 +42,7 @@ macro_rules! headers {
 /// What kernel files include.
 pub const HEADERS: &[(&str, &str)] = headers![
     "attention.cuh",
+    "attention_deal.cuh",
     "attention_turn.cuh",
     "attention_wgmma.cuh",
     "cluster.cuh",
