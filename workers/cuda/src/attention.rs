@@ -20,6 +20,10 @@ use crate::sources::{self, Source};
 use crate::step::{HEADER_SEQUENCES, StepAddresses, StepShape};
 use crate::tensor_map::{Piece, TensorMap};
 
+/// How much of the weights that the next product reads decode attention brings to L2 meanwhile: bytes at most, for steps of up to
+/// so many sequences, fewest first. Few sequences leave memory idle. Nothing, until `check/attention.py ahead` has said how much.
+const PREFETCH_BYTES_MAX: &[(usize, usize)] = &[(0, 0)];
+
 /// Attention over one arena.
 pub struct Attention {
     memory: Arc<dyn KvMemory>,
@@ -53,6 +57,8 @@ pub struct Inputs {
     pub turns: CUdeviceptr,
     /// Queries, for every other step; their keys and values are in the arena.
     pub q: CUdeviceptr,
+    /// What the next product reads, and its bytes.
+    pub next: (CUdeviceptr, usize),
 }
 
 /// The kernels of the tensor cores.
@@ -215,6 +221,8 @@ impl Attention {
                     self.scale,
                     window,
                     inputs.eps,
+                    inputs.next.0,
+                    prefetch_bytes(shape.sequences, inputs.next.1) as i32,
                 ),
                 Road::Tiled(tiled) => launch!(
                     tiled.prefill,
@@ -240,6 +248,12 @@ impl Attention {
             }
         }
     }
+}
+
+/// Of `bytes` that the next product reads, those that decode attention of so many sequences asks for: whole sixteens.
+fn prefetch_bytes(sequences: usize, bytes: usize) -> usize {
+    let most = PREFETCH_BYTES_MAX.iter().find(|row| sequences <= row.0);
+    bytes.min(most.map_or(0, |row| row.1)) & !15
 }
 
 impl Tiled {
