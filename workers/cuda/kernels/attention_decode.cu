@@ -112,14 +112,15 @@ extern "C" __constant__ const int attention_decode_launch[4] = {kThreads, kShare
 
 // qkv: [sequence][(GROUP + 2)·kv_heads heads][HEAD_DIM], queries, keys, values, as the product left them; bias of a row's length, or
 // null; q_norm, k_norm [HEAD_DIM], or null; turns [sequence][HEAD_DIM/2] of (cosine, sine). out: [sequence][query
-// head][HEAD_DIM]. `header[sequences_at]`: how many sequences. scale: of q·k. window: tokens seen, 0 all. prefetch_from: what the
-// next kernel reads and no kernel of the step writes, 16-byte aligned, as is prefetch_bytes; 0 bytes: nothing.
+// head][HEAD_DIM]. `header[sequences_at]`: how many sequences; seq_kv_len and seq_table have room for sequences_room, at least one.
+// scale: of q·k. window: tokens seen, 0 all. prefetch_from: what the next kernel reads and no kernel of the step writes, 16-byte
+// aligned, as is prefetch_bytes; 0 bytes: nothing.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ qkv, const u32* __restrict__ bias,
                  const u32* __restrict__ q_norm, const u32* __restrict__ k_norm, const float4* __restrict__ turns,
                  bf16* __restrict__ out, bf16* arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
                  const int* __restrict__ seq_table, const int* __restrict__ tables, float* partial, int* counters,
-                 int sequences_at, int layer, int layers, int kv_heads, float scale, int window, float eps,
+                 int sequences_at, int sequences_room, int layer, int layers, int kv_heads, float scale, int window, float eps,
                  const u8* __restrict__ prefetch_from, int prefetch_bytes) {
     extern __shared__ u8 shared_raw[];
     __shared__ Cut cuts[2];
@@ -149,13 +150,16 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
 #endif
     if (tid < 2) cuts[tid].parts = 0;
 
-    // Tiles before each sequence.
+    // Tiles before each sequence. The first are read together with their count.
+    const int first = min(tid, sequences_room - 1);
+    int next_length = seq_kv_len[first], next_offset = seq_table[first];
     const int sequences = header[sequences_at];
     int list = 0;
 #pragma unroll 1
     for (int base = 0; base < sequences; base += kThreads) {
         int* scan = scans + (base / kThreads & 1) * kWarps;
-        int s = base + tid, length = s < sequences ? seq_kv_len[s] : 0, offset = s < sequences ? seq_table[s] : 0;
+        const int s = base + tid, length = s < sequences ? next_length : 0, offset = next_offset;
+        if (s + kThreads < sequences) next_length = seq_kv_len[s + kThreads], next_offset = seq_table[s + kThreads];
         int tiles = (length + kTile - 1) / kTile - first_tile(length, window), sum = tiles;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {

@@ -215,6 +215,7 @@ impl Attention {
                     tiled.partial.at(0),
                     tiled.counters.at(0),
                     HEADER_SEQUENCES,
+                    shape.sequences as i32,
                     layer,
                     layers,
                     kv_heads,

@@ -195,7 +195,7 @@ class Case:
             self.counters = self.torch.zeros(1024 * self.H, dtype=self.torch.int32, device="cuda")
         arguments = [self.map, self.qkv, self.bias, *self.norms, self.turns, self.out, self.arena, self.header]
         arguments += [self.seq_kv_len, self.seq_table, self.tables]
-        arguments += [self.partial, self.counters, 1, layer, self.L, self.H, self.scale, window, self.eps, *self.prefetch]
+        arguments += [self.partial, self.counters, 1, len(self.seq_kv_len), layer, self.L, self.H, self.scale, window, self.eps, *self.prefetch]
         kernel.launch(self.stream(), self.sms, arguments, pdl)
 
     def prefill(self, kernel, layer, window=0, pdl=False):
