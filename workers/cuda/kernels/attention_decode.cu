@@ -80,7 +80,16 @@ constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ 
 constexpr int kSumBytes = kWarps * kGroup * kStride * 4;
 constexpr int kTotalBytes = kWarps * 2 * kGroup * 8;
 constexpr int kMetaBytes = (3 * kSequencesMax + 4) * 4;
-constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps * 64;
+#if DEAL_LAST
+static_assert(TMA_ROAD, "DEAL_LAST");
+static_assert(PREFETCH_PLACE != 2, "DEAL_LAST: there are no last tiles until there are none");
+constexpr int kGivenMax = 2 * kGridMax + 2;
+// Sums of the piece's last head, and of two heads dealt by the counter; sums of weights; heads given, and who has come.
+constexpr int kCountedBytes = 3 * kSumBytes + kTotalBytes + 2 * kGivenMax * 4;
+#else
+constexpr int kCountedBytes = 0;
+#endif
+constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps * 64 + kCountedBytes;
 #ifndef STAGES_MAX
 #define STAGES_MAX 8
 #endif
@@ -149,6 +158,13 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     mbarrier_init_fence();
 #endif
     if (tid < 2) cuts[tid].parts = 0;
+#if DEAL_LAST
+    float* const last_sums = (float*)(shared + kWarps * kStages * kStageBytes + kFixedBytes - 1024 - kCountedBytes);
+    float* const head_sums = last_sums + kSumBytes / 4; // [turn][warp]
+    float2* const head_totals = (float2*)(head_sums + 2 * kSumBytes / 4); // [turn][warp][head]
+    int* const given = (int*)(head_totals + kTotalBytes / 8);
+    for (int i = tid; i < kGivenMax; i += kThreads) given[i] = kUnasked, given[kGivenMax + i] = 0;
+#endif
 
     // Tiles before each sequence. The first are read together with their count.
     const int first = min(tid, sequences_room - 1);
@@ -224,9 +240,25 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         return (early ? 0 : longer) + (early ? x : x - edge) / (early ? share + 1 : share);
     };
     const int me = blockIdx.x * kWarps + warp;
+#if DEAL_LAST
+    // All full rounds but one are dealt beforehand, and at least one.
+    const bool by_count = deal.by_head && heads > grid;
+    const int dealt_heads = by_count ? max(heads / grid - 1, 1) * grid : heads;
+    const Counted counted{given, given + kGivenMax, counters, dealt_heads, heads};
+    // Of a head dealt by the counter, this warp's share.
+    auto take = [&](int rank, Cursor& c, int& from, int& to) {
+        const int at = rank / kv_heads;
+        c.sequence = order[at], c.head = rank - at * kv_heads;
+        const int tiles = deal.tiles(c.sequence), each = (tiles + kWarps - 1) / kWarps;
+        from = c.tile = min(warp * each, tiles);
+        to = min(from + each, tiles);
+    };
+#else
+    const int dealt_heads = heads;
+#endif
     int my_heads = 0; // of whole heads: tiles up to the end of the one of this lane's round
     if (deal.by_head) {
-        const int rank = deal.rank(lane), tiles = rank < heads ? deal.tiles(order[rank / kv_heads]) : 0;
+        const int rank = deal.rank(lane), tiles = rank < dealt_heads ? deal.tiles(order[rank / kv_heads]) : 0;
         my_heads = tiles;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
@@ -268,7 +300,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
 
     // --- the ring -----------------------------------------------------------------------------
     Cursor load = here;
-    int load_at = begin, load_stage = 0;
+    int load_at = begin, load_end = end, load_stage = 0;
 
     auto tile_of = [&](const Cursor& c) { return first_tile(lengths[c.sequence], window) + c.tile; };
     auto block_of = [&](const Cursor& c, int token) {
@@ -310,7 +342,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         cp_async_commit();
 #endif
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
-        if (++load_at < end) {
+        if (++load_at < load_end) {
             deal.advance(load, 1);
 #if TMA_ROAD
             next_block = block_of(load, tile_of(load) * kTile + my_box * kBox);
@@ -318,30 +350,77 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         }
     };
 
+    // Whether there is another tile to request.
+#if DEAL_LAST
+    int load_turn = 0;
+    bool asking = by_count;
+    auto more = [&]() {
+        while (load_at >= load_end && asking) {
+            const int rank = counted.ask(load_turn++);
+            asking = rank != kNone;
+            if (!asking) break;
+            take(rank, load, load_at, load_end);
+            if (load_at < load_end) next_block = block_of(load, tile_of(load) * kTile + my_box * kBox);
+        }
+        return load_at < load_end;
+    };
+#else
+    auto more = [&]() { return load_at < load_end; };
+#endif
+    int filled = 0;
 #pragma unroll 1
-    for (int filled = 0; filled < kStages; filled++) {
-        if (load_at < end) issue();
-#if !TMA_ROAD
+    for (; filled < kStages; filled++) {
+#if TMA_ROAD
+        if (load_at >= load_end) break;
+        issue();
+#else
+        if (load_at < load_end) issue();
         else cp_async_commit();
 #endif
     }
-    if (PREFETCH_PLACE == 1 || (PREFETCH_PLACE == 2 && load_at >= end)) prefetch_share();
+    if (PREFETCH_PLACE == 1 || (PREFETCH_PLACE == 2 && load_at >= load_end)) prefetch_share();
     dependency_wait();
     dependency_trigger();
+#if DEAL_LAST
+#pragma unroll 1
+    for (; filled < kStages && more(); filled++) issue();
+#endif
 
     const float scale_log2 = scale * kLog2E;
     int stage_at = 0;
     u32 parity = 0;
 
+    // Where this warp's sum of its piece's first or last head lies.
+    auto sum_of = [&](int which) {
+#if DEAL_LAST
+        float* const last = last_sums + warp * kGroup * kStride;
+#else
+        float* const last = (float*)ring_memory;
+#endif
+        return which == 0 ? sums + warp * kGroup * kStride : last;
+    };
+
     // Of the piece's first and last head, if cut: where they begin in the list, how long they are, which they are.
     int cut_begin[2] = {0, 0}, cut_tiles[2] = {0, 0}, cut_head[2] = {0, 0};
 
     // --- one (sequence, KV head) after the other -----------------------------------------------
+    int at = begin, upto = end;
+#if DEAL_LAST
+    int turn_at = -1; // of the heads dealt by the counter; -1: the piece
+#endif
 #pragma unroll 1
-    for (int at = begin; at < end;) {
+    for (;;) {
+#if DEAL_LAST
+        for (bool left = by_count; left && at >= upto;) {
+            const int rank = counted.ask(++turn_at);
+            left = rank != kNone;
+            if (left) take(rank, here, at, upto);
+        }
+#endif
+        if (at >= upto) break;
         const int tiles = deal.tiles(here.sequence);
         const int segment = at - here.tile;
-        const int stop = min(end, segment + tiles);
+        const int stop = min(upto, segment + tiles);
         const int length = lengths[here.sequence];
         const int tile_base = first_tile(length, window);
         const int head_index = here.sequence * kv_heads + here.head;
@@ -559,9 +638,9 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             }
 
             __syncwarp();
-            if (load_at < end) {
+            if (more()) {
                 issue();
-                if (PREFETCH_PLACE == 2 && load_at >= end) prefetch_share();
+                if (PREFETCH_PLACE == 2 && load_at >= load_end) prefetch_share();
             }
 #if !TMA_ROAD
             else cp_async_commit();
@@ -575,12 +654,25 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         // Finished, or one of the two that are cut.
         const bool whole = at == segment && stop == segment + tiles;
         const int which = at == begin ? 0 : 1;
+#if DEAL_LAST
+        const bool counts = turn_at >= 0;
+        if (counts) counted.wait_for_room(turn_at);
+        if (!whole && !counts) {
+#else
         if (!whole) {
+#endif
 #pragma unroll
             for (int w = 0; w < 2; w++)
                 if (w == which) cut_begin[w] = segment, cut_tiles[w] = tiles, cut_head[w] = head_index;
         }
-        float* to = which == 0 ? sums + warp * kGroup * kStride : (float*)ring_memory;
+        float* to = sum_of(which);
+        float2* to_total = totals + (warp * 2 + which) * kGroup;
+#if DEAL_LAST
+        if (counts) {
+            to = head_sums + ((turn_at & 1) * kWarps + warp) * kGroup * kStride;
+            to_total = head_totals + ((turn_at & 1) * kWarps + warp) * kGroup;
+        }
+#endif
         bf16* out_row = out + (long long)head_index * kGroup * kDim;
 #pragma unroll
         for (int n = 0; n < kColumns; n++)
@@ -593,7 +685,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 sum += __shfl_xor_sync(~0u, sum, 16);
                 if (head < kGroup) {
                     float inverse = whole ? 1.0f / sum : 1.0f;
-                    if (g == 0) totals[(warp * 2 + which) * kGroup + head] = make_float2(m[n][j], sum);
+                    if (g == 0) to_total[head] = make_float2(m[n][j], sum);
 #pragma unroll
                     for (int k = 0; k < kSteps; k++)
 #pragma unroll
@@ -606,9 +698,39 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 }
             }
 
+#if DEAL_LAST
+        if (counts) {
+            const int shares = (tiles + (tiles + kWarps - 1) / kWarps - 1) / ((tiles + kWarps - 1) / kWarps);
+            if (counted.last_to_come(turn_at, shares)) {
+                if (!whole) {
+                    const float* from = head_sums + (turn_at & 1) * kWarps * kGroup * kStride;
+                    const float2* from_total = head_totals + (turn_at & 1) * kWarps * kGroup;
+#pragma unroll 1
+                    for (int i = lane; i < kGroup * kDim / 4; i += 32) {
+                        const int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
+                        float top = -INFINITY, sum = 0;
+                        float4 acc = make_float4(0, 0, 0, 0);
+#pragma unroll
+                        for (int w = 0; w < kWarps; w++)
+                            if (w < shares) top = fmaxf(top, from_total[w * kGroup + head].x);
+#pragma unroll
+                        for (int w = 0; w < kWarps; w++) {
+                            if (w >= shares) continue;
+                            const float2 total = from_total[w * kGroup + head];
+                            const float weight = exp2_approx(total.x - top);
+                            sum += weight * total.y;
+                            add_scaled(acc, weight, *(const float4*)(from + (w * kGroup + head) * kStride + d));
+                        }
+                        store_scaled(out_row + head * kDim + d, 1.0f / sum, acc);
+                    }
+                }
+                counted.merged(turn_at);
+            }
+        }
+#endif
         here.tile += stop - at;
         at = stop;
-        if (at < end) deal.advance(here, 0);
+        if (at < upto) deal.advance(here, 0);
     }
 
     if (PREFETCH_PLACE == 3) prefetch_share();
@@ -632,7 +754,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             const int cta = owner(lane == 0 ? segment : segment + tiles - 1) / kWarps, end_cta = __shfl_sync(~0u, cta, 1);
             if (lane == 0) cuts[slot & 1] = Cut{end_cta - cta + 1, cta, 2 * cta + 1, cut_head[which]};
         }
-        const float* own = which == 0 ? sums + warp * kGroup * kStride : (const float*)ring_memory;
+        const float* own = sum_of(which);
         bf16* out_row = out + (long long)cut_head[which] * kGroup * kDim;
 #pragma unroll 4
         for (int i = lane; i < kGroup * kDim / 4; i += 32) {

@@ -4,6 +4,8 @@
     attention.py check DIR     correctness, random inputs, arena and outputs poisoned with NaN
     attention.py time DIR      graph replays over 32 layers (more than L2 holds), share of the floor
     attention.py ahead DIR     decode and the product behind it, whose weights attention brings to L2: at which place in it, how many bytes
+
+`counted` takes in a variant of decode that nothing uses yet, for all of them: the last whole heads dealt by a counter.
 """
 
 import math
@@ -29,6 +31,12 @@ PREFILL += [(96, 4, 32), (192, 2, 32), (256, 8, 64)]
 ONE_HEAD = dict(HEAD_ROUNDS_MAX=1)
 PLACES = {1: {}, 2: dict(PREFETCH_PLACE=2), 3: dict(PREFETCH_PLACE=3)}
 MORE = [((128, 4, 32), d) for d in (ONE_HEAD, PLACES[2], PLACES[3])]
+TIMED = {"": {}, "one head a CTA: ": ONE_HEAD}
+if "counted" in sys.argv:
+    COUNTED = dict(DEAL_LAST=1)
+    MORE += [(shape, COUNTED) for shape in [(128, 4, 32), (128, 7, 32), (64, 3, 32), (256, 2, 32)]]
+    TIMED.update({"by a counter: ": COUNTED, "two stages: ": dict(STAGES_MAX=2)})
+    MORE += [((128, 4, 32), dict(STAGES_MAX=2))]
 KERNELS = {"attention_decode": DECODE, "attention_prefill": PREFILL, "attention_prefill_sm90": PREFILL}
 if os.environ.get("ONLY"):
     KERNELS = {k: v for k, v in KERNELS.items() if k in os.environ["ONLY"].split(",")}
@@ -369,9 +377,7 @@ def time_decode(folder):
     H, L = 8, 32
     for shape in [(128, 4, 32), (128, 4, 64), (64, 8, 16)]:
         main = shape == (128, 4, 32)
-        kernels = {"": load(folder, "attention_decode", shape)}
-        if main:
-            kernels["one head a CTA: "] = load(folder, "attention_decode", shape, **ONE_HEAD)
+        kernels = {label: load(folder, "attention_decode", shape, **more) for label, more in TIMED.items() if main or not more}
         none = stand_in(folder)
         for batch, length in DECODE_TIMES if main else [(1, 512), (128, 512)]:
             lengths = running(batch, length)
