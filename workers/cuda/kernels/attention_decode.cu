@@ -72,6 +72,9 @@ constexpr int kHeadExcess = HEAD_EXCESS * kWarps; // tiles that a CTA may have a
 #ifndef PREFETCH_PLACE
 #define PREFETCH_PLACE 1
 #endif
+#ifndef KV_EVICT_FIRST
+#define KV_EVICT_FIRST 0 // 1: KV, which is read once, leaves L2 before what was brought there for the next kernel
+#endif
 [[maybe_unused]] constexpr u32 kPrefetchPiece = 8192; // bytes that one instruction asks for
 constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ free of bank conflicts
 
@@ -309,6 +312,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     const Layer in_layer{kv_heads, layers, layer};
     auto arena_row = [&](const Cursor& c, int block, int token) { return in_layer.key_row(block, c.head, token); };
 #if TMA_ROAD
+    [[maybe_unused]] const u64 policy = KV_EVICT_FIRST ? evict_first() : 0;
     const int my_box = lane % kBoxes; // each lane looks up one block of a tile
     int next_block = begin < end ? block_of(load, tile_of(load) * kTile + my_box * kBox) : 0;
 #endif
@@ -324,9 +328,12 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             const int box_row = __shfl_sync(~0u, row, box);
             if (lane == 0) {
 #pragma unroll
-                for (int part = 0; part < 2 * kParts; part++)
-                    tma_load_2d(stage + part * kPartBytes + box * kBox * 128, &map, barrier, part % kParts * 64,
-                                box_row + part / kParts * BLOCK_TOKENS);
+                for (int part = 0; part < 2 * kParts; part++) {
+                    const u32 to = stage + part * kPartBytes + box * kBox * 128;
+                    const int x = part % kParts * 64, y = box_row + part / kParts * BLOCK_TOKENS;
+                    if (KV_EVICT_FIRST) tma_load_2d(to, &map, barrier, x, y, policy);
+                    else tma_load_2d(to, &map, barrier, x, y);
+                }
             }
         }
 #else

@@ -156,6 +156,17 @@ DEVICE void tma_load_2d(u32 to, const TensorMap* map, u32 barrier, int x, int y)
                  "l"(map), "r"(barrier), "r"(x), "r"(y)
                  : "memory");
 }
+// How L2 keeps what is read once.
+DEVICE u64 evict_first() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+DEVICE void tma_load_2d(u32 to, const TensorMap* map, u32 barrier, int x, int y, u64 policy) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+                 "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(policy)
+                 : "memory");
+}
 DEVICE void tma_load_3d(u32 to, const TensorMap* map, u32 barrier, int x, int y, int z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)

@@ -5,7 +5,8 @@
     attention.py time DIR      graph replays over 32 layers (more than L2 holds), share of the floor
     attention.py ahead DIR     decode and the product behind it, whose weights attention brings to L2: at which place in it, how many bytes
 
-`counted` takes in a variant of decode that nothing uses yet, for all of them: the last whole heads dealt by a counter.
+`more` takes in variants of decode that nothing uses, for all of them: the last whole heads dealt by a counter, whole heads however
+unequal, two stages.
 """
 
 import math
@@ -29,14 +30,15 @@ PREFILL += [(96, 4, 32), (192, 2, 32), (256, 8, 64)]
 # Variants of decode attention that only measurements want: whole heads only where there is one for each CTA, and where in the
 # kernel the next one's weights are asked for.
 ONE_HEAD = dict(HEAD_ROUNDS_MAX=1)
-PLACES = {1: {}, 2: dict(PREFETCH_PLACE=2), 3: dict(PREFETCH_PLACE=3)}
-MORE = [((128, 4, 32), d) for d in (ONE_HEAD, PLACES[2], PLACES[3])]
+PLACES = {"1": {}, "2": dict(PREFETCH_PLACE=2), "3": dict(PREFETCH_PLACE=3)}
+PLACES.update({f"{p}, KV evicted first": dict(PLACES[p], KV_EVICT_FIRST=1) for p in "13"})
+MORE = [((128, 4, 32), d) for d in (ONE_HEAD, *PLACES.values()) if d]
 TIMED = {"": {}, "one head a CTA: ": ONE_HEAD}
-if "counted" in sys.argv:
+if "more" in sys.argv:
     COUNTED = dict(DEAL_LAST=1)
-    MORE += [(shape, COUNTED) for shape in [(128, 4, 32), (128, 7, 32), (64, 3, 32), (256, 2, 32)]]
-    TIMED.update({"by a counter: ": COUNTED, "two stages: ": dict(STAGES_MAX=2)})
-    MORE += [((128, 4, 32), dict(STAGES_MAX=2))]
+    TIMED.update({"two stages: ": dict(STAGES_MAX=2), "whole heads: ": dict(HEAD_EXCESS=1000), "by a counter: ": COUNTED})
+    MORE += [((128, 4, 32), d) for d in TIMED.values() if d and d is not ONE_HEAD]
+    MORE += [(shape, COUNTED) for shape in [(128, 7, 32), (64, 3, 32), (256, 2, 32)]]
 KERNELS = {"attention_decode": DECODE, "attention_prefill": PREFILL, "attention_prefill_sm90": PREFILL}
 if os.environ.get("ONLY"):
     KERNELS = {k: v for k, v in KERNELS.items() if k in os.environ["ONLY"].split(",")}
@@ -367,8 +369,8 @@ def running(batch, length):
     return [length if batch == 1 else rng.randrange(length - 128, length + 129) for _ in range(batch)]
 
 
-DECODE_TIMES = [(1, 512), (1, 8192), (8, 512), (8, 1024), (8, 2048), (12, 512), (16, 512), (16, 1024), (16, 2048), (24, 512), (32, 512)]
-DECODE_TIMES += [(32, 2048), (48, 512), (64, 512), (64, 2048), (96, 512), (128, 512), (128, 1024)]
+DECODE_TIMES = [(1, 512), (1, 8192), (8, 512), (8, 1024), (8, 2048), (12, 512), (16, 512), (16, 1024), (16, 2048), (24, 512), (24, 2048), (32, 512)]
+DECODE_TIMES += [(32, 2048), (40, 512), (40, 2048), (48, 512), (64, 512), (64, 2048), (96, 512), (128, 512), (128, 1024)]
 
 
 def time_decode(folder):
@@ -402,6 +404,7 @@ def time_ahead(folder):
 
     shape, H, L, hidden, qkv = (128, 4, 32), 8, 32, 4096, 6144
     kernels = {place: load(folder, "attention_decode", shape, **defines) for place, defines in PLACES.items()}
+    none = next(iter(kernels.values()))
     for weight in AHEAD_WEIGHTS:
 
         def matrix(out):
@@ -438,7 +441,7 @@ def time_ahead(folder):
                 for with_front in (False, True):
                     time = lambda kernel, size: measure(case, lambda: chain(with_front, kernel, size, library), L)
                     names = ("qkv, " if with_front else "") + "attention, o" + (" by cuBLAS" if library else "")
-                    cells = [f"no attention {time(None, 0):6.2f}", f"none ahead {time(kernels[1], 0):6.2f}"]
+                    cells = [f"no attention {time(None, 0):6.2f}", f"none ahead {time(none, 0):6.2f}"]
                     sizes = [s << 20 for s in ((4, 8, 16, 32) if weight == "bf16" else (4, 8, 16))]
                     for place, kernel in kernels.items():
                         cells += [f"place {place}: " + " ".join(f"{s >> 20} MiB {time(kernel, s):6.2f}" for s in sizes)]
