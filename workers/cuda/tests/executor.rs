@@ -248,7 +248,7 @@ fn a_large_batch_is_what_its_sequences_are_alone() {
 }
 
 /// What tiny models never come to, on 132 multiprocessors: from 32 rows on, products with outputs enough for tiles of twice as many;
-/// with six sequences, as many heads as there are multiprocessors, of which attention takes a whole one each.
+/// with six sequences, as many heads as there are multiprocessors, of which attention takes a whole one each, with more, several.
 #[test]
 #[ignore = "needs a GPU"]
 fn wide_products_and_whole_heads_are_those_of_the_plain_decoder() {
