@@ -64,7 +64,7 @@ constexpr int kMerged = 1 << 16;
 struct Counted {
     int* given;   // shared, one for each head that might be this CTA's, in turn: its rank; kNone for the end
     int* come;    // shared, the same: warps whose share of it is summed; kMerged when they are added up
-    int* counter; // global
+    int* counter; // global, the first of those that count who has come with a part of a cut head: there are none
     int first, heads;
 
     // The rank of this CTA's i-th, or kNone; the first warp that wants to know asks. All lanes.
