@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use baton_model::ModelSpec;
 
+use crate::chain::{self, Chain};
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
 use crate::model::{CudaOptions, takes_skinny};
@@ -25,7 +26,7 @@ pub(crate) struct Buffers {
     pub(crate) skinny_normed: Activations,
     pub(crate) skinny_attended: Activations,
     pub(crate) skinny_inner: Activations,
-    /// Sums of squares of the residual stream, `[rows][ceil(hidden / 64)]`.
+    /// Sums of squares of the residual stream, `[rows][ceil(hidden / 64)]`, or as many as [`Chain::squares`] says.
     pub(crate) squares: Buffer<f32>,
     /// Cosines and sines, `[rows][head_dim / 2][2]`.
     pub(crate) turns: Buffer<f32>,
@@ -53,6 +54,8 @@ impl Buffers {
         let numbers = |width: usize| Buffer::<u16>::zeroed(device, rows * width, "activations");
         let normed = Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?;
         let (attended, inner) = (numbers(heads * dim)?, numbers(spec.intermediate)?);
+        let chained = chain::ROWS_MAX * Chain::squares(spec.hidden);
+        let squares = chained.max(rows * spec.hidden.div_ceil(64));
         let skinny = |buffer: &Buffer<u16>, width| match takes_skinny(spec) {
             true => Activations::new(device, buffer.at(0), rows, width),
             false => Ok(Activations::default()),
@@ -62,7 +65,7 @@ impl Buffers {
             skinny_normed: skinny(&normed, spec.hidden)?,
             skinny_attended: skinny(&attended, heads * dim)?,
             skinny_inner: skinny(&inner, spec.intermediate)?,
-            squares: Buffer::zeroed(device, rows * spec.hidden.div_ceil(64), "activations")?,
+            squares: Buffer::zeroed(device, squares, "activations")?,
             normed,
             qkv: numbers((heads + 2 * spec.kv_heads) * dim)?,
             q: numbers(heads * dim)?,

@@ -99,6 +99,17 @@ impl Device {
         self.capability
     }
 
+    /// Whether other processes may have some of its multiprocessors at the same time (MPS), not only in turn.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn shared_by_processes(&self) -> Result<bool, CudaError> {
+        let mps = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MPS_ENABLED;
+        // SAFETY: `handle` is a device.
+        let value = unsafe { result::device::get_attribute(self.handle, mps) };
+        Ok(value.map_err(|e| driver("asking about the GPU", e))? != 0)
+    }
+
     /// Makes this thread use this GPU.
     ///
     /// # Errors

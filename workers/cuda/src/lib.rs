@@ -5,7 +5,7 @@
 //! compiled for the device at the first start and kept in a cache.
 //!
 //! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
-//! logits; `attention` chooses among the attention kernels; `skinny` multiplies few rows and `many` many, whose products `gemm`
+//! logits; `attention` chooses among the attention kernels; `chain` multiplies up to 8 rows, `skinny` few and `many` many, whose products `gemm`
 //! plans; `graph` captures a decode step whole, once for each size of batch; `executor` puts them together and takes the
 //! tokens back.
 //!
@@ -20,6 +20,7 @@
 
 mod attention;
 mod buffers;
+mod chain;
 mod compile;
 mod device;
 mod error;

@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::{Attention, Inputs};
 use crate::buffers::{ARGMAX_PARTS, Buffers, logits_rows, rows_max};
+use crate::chain::{self, Chain};
 use crate::compile::Compiler;
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
@@ -41,6 +42,8 @@ pub struct CudaModel {
     many: Many,
     /// Products of steps of few rows, if the sizes allow.
     skinny: Option<Skinny>,
+    /// Several products at once, of steps of fewer rows still.
+    chain: Option<Chain>,
     buffers: Buffers,
 }
 
@@ -73,6 +76,10 @@ impl CudaModel {
             true => Some(Skinny::new(device, &compiler, rows_max(options), &formats)?),
             false => None,
         };
+        let chain = match &skinny {
+            Some(_) => Chain::new(device, &compiler, spec, &weights)?,
+            None => None,
+        };
         let rows = rows_max(options);
         let many = Many::new(device, &compiler, spec, weights.matrices(), rows)?;
         let buffers = Buffers::new(device, spec, options)?;
@@ -85,6 +92,7 @@ impl CudaModel {
             kernels,
             many,
             skinny,
+            chain,
             buffers,
         })
     }
@@ -179,12 +187,42 @@ impl CudaModel {
                 let (token, chosen) = (at.row_token, b.best.at(0));
                 launch!(k.embed, rows, b.x.at(0), table, token, chosen, hidden)?;
             }
+            if let Some(chain) = self.chain_of(shape.rows) {
+                return self.layers_in_chains(chain, attention, shape, at);
+            }
             for layer in 0..self.spec.layers {
                 if few {
                     self.layer_of_few(layer, attention, shape, at)?;
                 } else {
                     self.layer_of_many(layer, attention, shape, at)?;
                 }
+            }
+        }
+        Ok(())
+    }
+
+    fn chain_of(&self, rows: usize) -> Option<&Chain> {
+        self.chain.as_ref().filter(|_| rows <= chain::ROWS_MAX)
+    }
+
+    /// All layers, what is between two attentions in one launch.
+    ///
+    /// # Safety
+    /// As [`Self::layers`]; there is a [`Skinny`], and the embedding has left what its norms begin with.
+    unsafe fn layers_in_chains(
+        &self,
+        chain: &Chain,
+        attention: &Attention,
+        shape: StepShape,
+        at: &StepAddresses,
+    ) -> Result<(), CudaError> {
+        let (spec, b, k) = (&self.spec, &self.buffers, &self.kernels);
+        // SAFETY: as `layers`; weights as loaded.
+        unsafe {
+            self.qkv_of_few(0, shape.rows)?;
+            for (index, layer) in self.weights.layers.iter().enumerate() {
+                attend(k, spec, b, layer, 0, index, attention, shape, at)?;
+                chain.launch(&self.weights, index, b, shape.rows)?;
             }
         }
         Ok(())
@@ -243,10 +281,7 @@ impl CudaModel {
         let skinny = self.skinny.as_ref().expect("the caller has looked");
         let layer = &weights.layers[index];
         let (rows, squares) = (shape.rows, b.squares.at(0));
-        let norm = Some(Norm {
-            squares,
-            eps: spec.rms_eps,
-        });
+        let norm = Some(self.norm_of_few());
         let residual = |gamma: &Buffer<u8>| End::Residual {
             residual: b.x.at(0),
             gamma: gamma.at(0),
@@ -255,14 +290,10 @@ impl CudaModel {
         };
         let next = weights.layers.get(index + 1);
         let next = next.map_or(&weights.norm, |next| &next.attention_norm);
-        let qkv = End::Store {
-            y: b.qkv.at(0),
-            bias: layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0)),
-        };
         let swiglu = End::SwiGlu { y: b.inner.at(0) };
         // SAFETY: as `layers`; weights as loaded.
         unsafe {
-            skinny.multiply(&layer.qkv, &b.skinny_normed, rows, norm, qkv)?;
+            self.qkv_of_few(index, rows)?;
             attend(
                 &self.kernels,
                 spec,
@@ -281,6 +312,31 @@ impl CudaModel {
         }
     }
 
+    /// A layer's queries, keys and values.
+    ///
+    /// # Safety
+    /// As [`Self::layer_of_few`].
+    unsafe fn qkv_of_few(&self, index: usize, rows: usize) -> Result<(), CudaError> {
+        let (b, layer) = (&self.buffers, &self.weights.layers[index]);
+        let skinny = self.skinny.as_ref().expect("the caller has looked");
+        let end = End::Store {
+            y: b.qkv.at(0),
+            bias: layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0)),
+        };
+        let norm = Some(self.norm_of_few());
+        // SAFETY: as the caller's; weights as loaded.
+        unsafe { skinny.multiply(&layer.qkv, &b.skinny_normed, rows, norm, end) }
+    }
+
+    /// What a product of few rows begins with, where a product before it has left it.
+    fn norm_of_few(&self) -> Norm {
+        Norm {
+            squares: self.buffers.squares.at(0),
+            parts: self.spec.hidden.div_ceil(skinny::SQUARES),
+            eps: self.spec.rms_eps,
+        }
+    }
+
     /// Logits of all rows of a step, in order, and the best token of each.
     ///
     /// # Safety
@@ -289,9 +345,12 @@ impl CudaModel {
         let (b, rows) = (&self.buffers, shape.rows);
         match &self.skinny {
             Some(skinny) if rows <= skinny::ROWS_MAX => {
-                let norm = Norm {
-                    squares: b.squares.at(0),
-                    eps: self.spec.rms_eps,
+                let norm = match self.chain_of(rows) {
+                    Some(_) => Norm {
+                        parts: Chain::squares(self.spec.hidden),
+                        ..self.norm_of_few()
+                    },
+                    None => self.norm_of_few(),
                 };
                 let (head, x) = (self.weights.lm_head(), &b.skinny_normed);
                 let end = End::Logits { y: b.logits.at(0) };

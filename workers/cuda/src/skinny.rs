@@ -27,6 +27,9 @@ const WIDE_ROWS_MIN: usize = 32;
 /// Their outputs: `M_TILE` of `kernels/gemm_hopper.cuh`.
 const WIDE_OUTPUTS: usize = 128;
 
+/// Outputs whose squares [`End::Residual`] sums up; the kernel has the same number.
+pub const SQUARES: usize = 64;
+
 /// The variants, for one device.
 pub struct Skinny {
     multiprocessors: usize,
@@ -64,8 +67,10 @@ pub struct Activations {
 /// What x is before it is multiplied: a row of z = residual * gamma, whose norm is still to be divided by.
 #[derive(Clone, Copy)]
 pub struct Norm {
-    /// Sums of squares of the residual rows, `[rows][ceil(inputs / 64)]`.
+    /// Sums of squares of the residual rows, `[rows][parts]`.
     pub squares: CUdeviceptr,
+    /// Sums of a row; [`End::Residual`] leaves one for each [`SQUARES`].
+    pub parts: usize,
     /// Added to the mean square.
     pub eps: f32,
 }
@@ -231,7 +236,7 @@ impl Skinny {
             out: w.outputs as i32,
             k: w.inputs as i32,
             rows: rows as i32,
-            x_ssq_tiles: w.inputs.div_ceil(64) as i32,
+            x_ssq_tiles: norm.map_or(0, |norm| norm.parts as i32),
             eps: norm.map_or(0.0, |norm| norm.eps),
         };
         // What was faster for the shapes of an 8B model (docs/cuda-gemm.md). The residual's products have too few outputs, and

@@ -32,6 +32,7 @@ source!(ATTENTION_PREFILL, "attention_prefill.cu");
 source!(ATTENTION_PREFILL_SM90, "attention_prefill_sm90.cu");
 source!(ATTENTION_PLAIN, "attention_plain.cu");
 source!(GEMM_SKINNY, "gemm_skinny.cu");
+source!(GEMM_CHAIN, "gemm_chain.cu");
 
 macro_rules! headers {
     ($($file:literal),* $(,)?) => {
@@ -49,6 +50,7 @@ pub const HEADERS: &[(&str, &str)] = headers![
     "common.cuh",
     "e4m3.cuh",
     "gemm_ampere.cuh",
+    "gemm_chain.cuh",
     "gemm_epilogue.cuh",
     "gemm_hopper.cuh",
     "gemm_skinny.cuh",

@@ -66,6 +66,25 @@ impl TensorMap {
         Self::encode(address, BYTES, sizes, [columns as u64], copied, piece.far)
     }
 
+    /// Numbers of 1 or 2 bytes `[rows][columns]`, rows of a multiple of 128 bytes, copied 16 KiB at a time: `box_rows` rows, of each
+    /// 128 bytes, then the next 128 of each; otherwise as [`TensorMap::new`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stages(
+        address: sys::CUdeviceptr,
+        [rows, columns]: [usize; 2],
+        number_bytes: usize,
+        box_rows: usize,
+    ) -> Result<Self, CudaError> {
+        let numbers = if number_bytes == 1 { BYTES } else { BF16 };
+        let (across, row_bytes) = (128 / number_bytes, columns * number_bytes);
+        let sizes = [across as u64, rows as u64, (row_bytes / 128) as u64];
+        let copied = [across as u32, box_rows as u32, (128 / box_rows) as u32];
+        let strides = [row_bytes as u64, 128];
+        Self::encode(address, numbers, sizes, strides, copied, false)
+    }
+
     /// Queries, BF16 `[rows][heads][head_dim]`, copied `tokens` rows of `group` heads of 64 numbers at a time, heads next to
     /// each other; otherwise as [`TensorMap::new`].
     ///

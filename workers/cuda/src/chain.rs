@@ -1,0 +1,280 @@
+//! The four products between a layer's attention and the next layer's in one launch, for steps of few rows:
+//! `kernels/gemm_chain.cu` (`docs/cuda-gemm.md`, "Chains").
+
+use std::sync::Arc;
+
+use baton_model::ModelSpec;
+use cudarc::driver::sys::CUdeviceptr;
+
+use crate::buffers::Buffers;
+use crate::compile::Compiler;
+use crate::device::{Buffer, Device};
+use crate::error::CudaError;
+use crate::kernel::{Kernel, Module, Shape};
+use crate::launch;
+use crate::matrix::{Format, Matrix};
+use crate::sources;
+use crate::tensor_map::TensorMap;
+use crate::weights::ModelWeights;
+
+/// Most rows of a step that goes this way; the kernel has the same number.
+pub const ROWS_MAX: usize = 8;
+
+/// Outputs of a tile; queries, keys and values have half as many, or too few blocks would have one.
+const TILE_OUTPUTS: usize = 32;
+
+/// Of a residual row, whose squares are summed by one block.
+const SQUARES: usize = 32;
+
+/// What all layers' launches need.
+pub struct Chain {
+    kernel: Kernel,
+    threads: u32,
+    shared_bytes: u32,
+    blocks: usize,
+    layers: Vec<[Product; 4]>,
+    exchange: Exchange,
+    eps: f32,
+}
+
+/// Memory through which the blocks of a launch hand each other activations. What is not written yet has all bits set, so a
+/// launch needs some that was cleared: the launch before it does that, while nobody touches it.
+struct Exchange {
+    sets: Buffer<u8>,
+    set_bytes: usize,
+    hidden: usize,
+    intermediate: usize,
+}
+
+/// `ChainProduct` of the kernel.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Product {
+    w_map: TensorMap,
+    w_scale: u64,
+    bias: u64,
+    out: i32,
+    k: i32,
+}
+
+/// `Chain` of the kernel, its one parameter.
+#[repr(C, align(64))]
+struct Parameters {
+    products: [Product; 4],
+    attended: u64,
+    residual: u64,
+    gamma: [u64; 2],
+    z: [u64; 2],
+    squares: [u64; 2],
+    inner: u64,
+    qkv_out: u64,
+    clear: u64,
+    clear_count: i32,
+    rows: i32,
+    eps: f32,
+}
+
+impl Chain {
+    /// Compiles the kernel, if the GPU and all matrices are such that it can be used.
+    ///
+    /// # Errors
+    /// [`CudaError`].
+    pub fn new(
+        device: &Arc<Device>,
+        compiler: &Compiler,
+        spec: &ModelSpec,
+        weights: &ModelWeights,
+    ) -> Result<Option<Self>, CudaError> {
+        // All blocks of a launch wait for each other. Where several processes share the GPU's multiprocessors at a time, two
+        // launches could each wait for what the other holds.
+        if device.capability() != (9, 0) || device.shared_by_processes()? {
+            return Ok(None);
+        }
+        let Some(format) = common_format(spec, weights) else {
+            return Ok(None);
+        };
+        let defines = [format!("WEIGHT={}", format.number())];
+        let module = Module::load(device, &compiler.compile(&sources::GEMM_CHAIN, &defines)?)?;
+        let [threads, shared, rows, _] = module.constants("gemm_chain_shape")?;
+        assert_eq!(rows as usize, ROWS_MAX, "one number in two languages");
+        let layers = (0..weights.layers.len()).map(|index| products(weights, index));
+        Ok(Some(Self {
+            kernel: module.kernel("gemm_chain", shared as u32)?,
+            threads: threads as u32,
+            shared_bytes: shared as u32,
+            blocks: device.multiprocessors() as usize,
+            layers: layers.collect::<Result<_, _>>()?,
+            exchange: Exchange::new(device, spec)?,
+            eps: spec.rms_eps,
+        }))
+    }
+
+    /// Sums of squares of a row that the last layer leaves, for [`crate::skinny::Norm`].
+    pub fn squares(hidden: usize) -> usize {
+        hidden / SQUARES
+    }
+
+    /// From layer `index`'s attention, `b.attended`, to the next layer's `b.qkv`; after the last layer to `b.normed` and `b.squares`.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    ///
+    /// # Safety
+    /// `b.x` and `b.attended` hold `rows` rows, at most [`ROWS_MAX`], `weights` are those of [`Self::new`], and a step launches
+    /// every layer once, in order.
+    pub unsafe fn launch(
+        &self,
+        weights: &ModelWeights,
+        index: usize,
+        b: &Buffers,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let layers = &weights.layers;
+        let next = layers.get(index + 1);
+        let norm = next.map_or(&weights.norm, |next| &next.attention_norm);
+        let own = self.exchange.addresses(set(index, layers.len()));
+        let after = set((index + 1) % layers.len(), layers.len());
+        let (z, squares) = match next {
+            Some(_) => (own.z[1], own.squares[1]),
+            None => (b.normed.at(0), b.squares.at(0)),
+        };
+        let p = Parameters {
+            products: self.layers[index],
+            attended: b.attended.at(0),
+            residual: b.x.at(0),
+            gamma: [layers[index].mlp_norm.at(0), norm.at(0)],
+            z: [own.z[0], z],
+            squares: [own.squares[0], squares],
+            inner: own.inner,
+            qkv_out: b.qkv.at(0),
+            clear: self.exchange.addresses(after).z[0],
+            clear_count: (self.exchange.set_bytes / 16) as i32,
+            rows: rows as i32,
+            eps: self.eps,
+        };
+        let shape = Shape::row(self.blocks, self.threads)
+            .shared(self.shared_bytes)
+            .early();
+        // SAFETY: the caller's promise, and the parameter is the kernel's.
+        unsafe { launch!(self.kernel, shape, p) }
+    }
+}
+
+/// Which memory a layer exchanges through: another than the next layer, the first one after the last too.
+fn set(index: usize, layers: usize) -> usize {
+    match layers % 2 == 1 && index + 1 == layers {
+        true => 2,
+        false => index % 2,
+    }
+}
+
+struct Addresses {
+    z: [CUdeviceptr; 2],
+    inner: CUdeviceptr,
+    squares: [CUdeviceptr; 2],
+}
+
+impl Exchange {
+    fn new(device: &Arc<Device>, spec: &ModelSpec) -> Result<Self, CudaError> {
+        let (hidden, intermediate) = (spec.hidden, spec.intermediate);
+        let row_bytes = 2 * hidden * 2 + intermediate * 2 + 2 * (hidden / SQUARES) * 4;
+        let set_bytes = ROWS_MAX * row_bytes;
+        let mut sets = Buffer::uninitialized(device, 3 * set_bytes, "activations")?;
+        sets.fill_bytes(0xff)?;
+        Ok(Self {
+            sets,
+            set_bytes,
+            hidden,
+            intermediate,
+        })
+    }
+
+    fn addresses(&self, set: usize) -> Addresses {
+        let z = ROWS_MAX * self.hidden * 2;
+        let squares = ROWS_MAX * self.hidden / SQUARES * 4;
+        let inner = ROWS_MAX * self.intermediate * 2;
+        let at = |offset| self.sets.at(set * self.set_bytes + offset);
+        Addresses {
+            z: [at(0), at(z)],
+            inner: at(2 * z),
+            squares: [at(2 * z + inner), at(2 * z + inner + squares)],
+        }
+    }
+}
+
+/// The format of all projections, if it is one and their sizes are what the kernel takes.
+fn common_format(spec: &ModelSpec, weights: &ModelWeights) -> Option<Format> {
+    let format = weights.layers.first()?.qkv.format;
+    let projections = || {
+        let layers = weights.layers.iter();
+        layers.flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down])
+    };
+    let sizes = spec.hidden.is_multiple_of(TILE_OUTPUTS)
+        && (2 * spec.intermediate).is_multiple_of(TILE_OUTPUTS)
+        && projections().all(|w| w.outputs.is_multiple_of(TILE_OUTPUTS / 2));
+    let inputs = |w: &Matrix| (w.inputs * format.bytes()).is_multiple_of(128);
+    let all = projections().all(|w| w.format == format && inputs(w));
+    (sizes && all && weights.layers.len() > 1).then_some(format)
+}
+
+/// Output projection, gate and up, down, and what the next layer begins with, if there is one.
+fn products(weights: &ModelWeights, index: usize) -> Result<[Product; 4], CudaError> {
+    let layer = &weights.layers[index];
+    let plain = |w| Product::new(w, TILE_OUTPUTS, 0);
+    let qkv = match weights.layers.get(index + 1) {
+        Some(next) => {
+            let bias = next.qkv_bias.as_ref().map_or(0, |bias| bias.at(0));
+            Product::new(&next.qkv, TILE_OUTPUTS / 2, bias)?
+        }
+        None => Product::NONE,
+    };
+    Ok([
+        plain(&layer.output)?,
+        plain(&layer.gate_up)?,
+        plain(&layer.down)?,
+        qkv,
+    ])
+}
+
+impl Product {
+    const NONE: Self = Self {
+        w_map: TensorMap::NONE,
+        w_scale: 0,
+        bias: 0,
+        out: 0,
+        k: 0,
+    };
+
+    fn new(w: &Matrix, tile: usize, bias: CUdeviceptr) -> Result<Self, CudaError> {
+        let sizes = [w.outputs, w.inputs];
+        Ok(Self {
+            w_map: TensorMap::stages(w.buffer.at(0), sizes, w.format.bytes(), tile)?,
+            w_scale: w.scales_at(),
+            bias,
+            out: w.outputs as i32,
+            k: w.inputs as i32,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_layer_exchanges_through_what_the_next_one_does() {
+        for layers in 2..20 {
+            for index in 0..layers {
+                let next = (index + 1) % layers;
+                assert_ne!(set(index, layers), set(next, layers), "{index} of {layers}");
+                assert!(set(index, layers) < 3);
+            }
+        }
+    }
+
+    #[test]
+    fn parameters_are_laid_out_as_in_the_kernel() {
+        assert_eq!(size_of::<Product>(), 192);
+        assert_eq!(size_of::<Parameters>(), 896);
+    }
+}
