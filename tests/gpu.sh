@@ -8,7 +8,7 @@
 # A step and a program that fails or hangs keeps no other from running; what failed is said at the end.
 #
 # `kernels` needs torch: it compares the kernels on random inputs with products in f64. They are compiled first, unless DIR/gemm and
-# DIR/attention are there (`gemm.py compile`, `attention.py build`, which need no GPU).
+# DIR/attention are there (`gemm.py compile`, `chain.py compile`, `attention.py build`, which need no GPU).
 # `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
 # `cluster` needs nats-server and curl too; it and `pull`, KV between two processes (on two GPUs, if there are), need UCX with CUDA
 # (BATON_UCX_LIB_DIR).
@@ -70,9 +70,11 @@ kernels() {
   if ! [ -d "$made/gemm" ] || ! [ -d "$made/attention" ]; then
     made=$work
     within 200 python3 $check/gemm.py compile "$made/gemm" || failed=1
+    within 100 python3 $check/chain.py compile "$made/gemm" || failed=1
     within 200 python3 $check/attention.py build "$made/attention" || failed=1
   fi
   within 300 python3 $check/gemm.py check "$made/gemm" quick || failed=1
+  within 200 python3 $check/chain.py check "$made/gemm" || failed=1
   within 300 python3 $check/attention.py check "$made/attention" || failed=1
   within 300 python3 $check/quantise.py || failed=1
   return $failed

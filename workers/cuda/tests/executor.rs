@@ -318,6 +318,100 @@ fn wide_products_and_whole_heads_are_those_of_the_plain_decoder() {
     }
 }
 
+/// Sizes that steps of up to eight rows take several products at once for, by an odd number of layers; between them steps of nine,
+/// which do not.
+#[test]
+#[ignore = "needs a GPU"]
+fn chains_of_products_are_those_of_the_plain_decoder() {
+    const SEQUENCES: usize = 9;
+    const PROMPT: usize = 12;
+    const LENGTH: usize = 40;
+    const BLOCKS_EACH: usize = 3;
+    let formats = [
+        WeightFormat::Bf16,
+        WeightFormat::Fp8Channel,
+        WeightFormat::Fp8Block,
+    ];
+    for (family, format) in [0, 4, 5]
+        .into_iter()
+        .flat_map(|family| formats.map(|format| (family, format)))
+    {
+        let spec = ModelSpec {
+            hidden: 512,
+            intermediate: 1152,
+            layers: 3,
+            heads: 8,
+            kv_heads: 2,
+            head_dim: 64,
+            ..tiny_families().remove(family)
+        };
+        let tiny = Tiny::new(spec, 8).in_format(format);
+        let mut random = Random(5);
+        let texts: Vec<Vec<u32>> = (0..SEQUENCES)
+            .map(|_| {
+                (0..LENGTH)
+                    .map(|_| random.below(tiny.spec.vocab) as u32)
+                    .collect()
+            })
+            .collect();
+        let references: Vec<_> = texts.iter().map(|text| tiny.reference(text)).collect();
+        let mut executor = usual(Build {
+            spec: &tiny.spec,
+            weights: &tiny,
+            block_tokens: 16,
+            blocks: SEQUENCES * BLOCKS_EACH,
+        });
+        let blocks: Vec<Vec<u32>> = (0..SEQUENCES)
+            .map(|s| {
+                (0..BLOCKS_EACH)
+                    .map(|i| (i * SEQUENCES + s) as u32)
+                    .collect()
+            })
+            .collect();
+        let part = |s: usize, range| Part {
+            key: s as u64,
+            tokens: &texts[s],
+            range,
+            blocks: &blocks[s],
+        };
+        let mut worst: f64 = 0.0;
+        let mut compare = |s: usize, end: usize, logits: &[f32]| {
+            for (ours, truth) in logits.iter().zip(&references[s][end - 1]) {
+                let error = (f64::from(*ours) - truth).abs();
+                assert!(
+                    error.is_finite(),
+                    "{format}: {ours} in {s} after {end} tokens"
+                );
+                worst = worst.max(error);
+            }
+        };
+        for s in 0..SEQUENCES {
+            for first in (0..PROMPT).step_by(6) {
+                let end = first + 6;
+                compare(s, end, &step(&mut executor, &[part(s, first..end)])[0]);
+            }
+        }
+        let groups: [&[usize]; 4] = [&[1, 8], &[9], &[4, 5], &[2, 6, 1]];
+        for at in PROMPT..LENGTH {
+            let mut first = 0;
+            for count in groups[at % groups.len()] {
+                let parts: Vec<Part<'_>> = (first..first + count)
+                    .map(|s| part(s, at..at + 1))
+                    .collect();
+                for (i, logits) in step(&mut executor, &parts).iter().enumerate() {
+                    compare(first + i, at + 1, logits);
+                }
+                first += count;
+            }
+        }
+        println!(
+            "chains, {}, {format}: logits differ by at most {worst:.4}",
+            tiny.spec.family
+        );
+        assert!(worst < ERROR_MAX, "{}, {format}: {worst}", tiny.spec.family);
+    }
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn fp8_logits_depend_on_the_company_no_more_than_on_the_rounding_of_activations() {
