@@ -13,6 +13,7 @@
 //   nobody touches meanwhile: launches take sets in turn.
 // - All CTAs must run at once: one on each multiprocessor, grid at most their number, nothing else that waits for them.
 //
+// -DROWS (1 or 8): rows at most. One has room for more weights ahead.
 // One kernel for each -DWEIGHT (0 BF16, 1 FP8 with a scale per output channel, 2 FP8 with a scale per 128×128 block). All sizes:
 // hidden a multiple of 32, intermediate of 16, q·k·v of 16, every k of 64 (FP8: 128). Deterministic.
 // Launch: `gemm_chain_shape` = {threads, dynamic shared bytes, rows at most, 0}; grid = multiprocessors, programmatic
@@ -20,9 +21,14 @@
 // 128 / R}, R = 32, qkv 16; 128-byte swizzle.
 //
 // kernel gemm_chain spill_bytes_max=0
-// variant WEIGHT=0
-// variant WEIGHT=1
-// variant WEIGHT=2
+// variant WEIGHT=0 ROWS=1
+// variant WEIGHT=0 ROWS=8
+// variant WEIGHT=1 ROWS=1
+// variant WEIGHT=1 ROWS=8
+// variant WEIGHT=2 ROWS=8
+#ifndef ROWS
+#define ROWS 8
+#endif
 #include "gemm_skinny.cuh"
 
 struct ChainProduct {
@@ -51,7 +57,7 @@ struct Chain {
 
 #include "gemm_chain.cuh"
 
-extern "C" __device__ const int gemm_chain_shape[4] = {chain::THREADS, chain::SHARED, chain::ROWS, 0};
+extern "C" __device__ const int gemm_chain_shape[4] = {chain::THREADS, chain::SHARED, ROWS, 0};
 
 extern "C" __global__ void __launch_bounds__(chain::THREADS, 1) gemm_chain(const __grid_constant__ Chain c) {
 #if BATON_ARCH >= 900

@@ -6,22 +6,23 @@
 namespace chain {
 
 constexpr bool FP8 = WEIGHT != WEIGHT_BF16;
-constexpr int ROWS = 8;               // of x: the columns of one mma
+constexpr int COLUMNS = 8;            // of one mma
+static_assert(ROWS <= COLUMNS, "a row of x is a column");
 constexpr int WARPS = FP8 ? 16 : 8;   // that multiply; converting e4m3 takes twice as many
 constexpr int LOADERS = 8;            // warps that bring x
 constexpr int THREADS = (WARPS + LOADERS + 1) * 32;
 constexpr int STAGE = 16384;          // of w: R outputs × (16384 / R) bytes of k
 constexpr int BLOCK_K = FP8 ? 128 : 64; // k in 128 bytes
-constexpr int GROUP_K = 256, GROUP = ROWS * GROUP_K * 2, GROUPS = 16; // of x; as many as there are keep 4096 of k
+constexpr int GROUP_K = 256, GROUP = ROWS * GROUP_K * 2, GROUPS = 16; // of x; all together 4096 of k
 // Stages of w on their way at a time: what keeps memory busy. More would only stand in its queues, and so would all that
 // the products tell each other.
 #ifndef FLIGHT
 #define FLIGHT 4
 #endif
 // Sums of a warp, [row][output of 16]: pitches without bank conflicts.
-constexpr int SUMS_ROW = 20, SUMS_WARP = ROWS * SUMS_ROW + 16;
+constexpr int SUMS_ROW = 20, SUMS_WARP = COLUMNS * SUMS_ROW + 16;
 constexpr int NORMS = 2;
-constexpr int FIXED = GROUPS * GROUP + WARPS * SUMS_WARP * 4 + NORMS * ROWS * 4 + (2 * GROUPS + NORMS) * 8;
+constexpr int FIXED = GROUPS * GROUP + WARPS * SUMS_WARP * 4 + NORMS * COLUMNS * 4 + (2 * GROUPS + NORMS) * 8;
 constexpr int SHARED_MAX = 227 * 1024;
 constexpr int STAGES = (SHARED_MAX - FIXED) / (STAGE + 16);
 constexpr int SHARED = STAGES * (STAGE + 16) + FIXED;
@@ -85,7 +86,7 @@ template <int LENGTH> struct Ring {
 
 struct Places {
     u32 w, x, sums, w_full, w_empty, x_full, x_empty, factor_full;
-    float* factor; // [NORMS][ROWS]
+    float* factor; // [NORMS][COLUMNS]
 };
 
 // One thread: sends for w, stage by stage through all products, however far those are.
@@ -169,7 +170,7 @@ struct Loader {
                 sum += __uint_as_float(bits);
             }
             sum = warp_sum<32>(sum);
-            if (lane == 0) at.factor[norm * ROWS + loader] = rsqrtf(sum / (float)k + eps);
+            if (lane == 0) at.factor[norm * COLUMNS + loader] = rsqrtf(sum / (float)k + eps);
         }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(at.factor_full + norm * 8);
@@ -193,7 +194,8 @@ struct Consumer {
         if (share.tiles == 0) return;
         const int part = warp / S::M_TILES, m_tile = warp % S::M_TILES, thread = warp * 32 + lane;
         const u32 w_rows = (FP8 ? part / 2 : part) * (R * 128) + (m_tile * 16 + lane % 16) * 128;
-        const u32 x_rows = part % 4 * (ROWS * 128) + lane % 8 * 128;
+        const int x_row = min(lane % 8, ROWS - 1); // what stands in columns without a row is not looked at
+        const u32 x_rows = part % 4 * (ROWS * 128) + x_row * 128;
         [[maybe_unused]] const int half = part % 2 * 4;
         for (int t = 0; t < share.tiles; t++) {
             const int tile = share.tile + t * share.stride, m0 = tile * R;
@@ -214,7 +216,7 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < 2; i++) { // 32 of k
                     u32 b[4];
-                    ldmatrix_x4(b, x_at + (((i * 4 + lane / 8) ^ (lane % 8)) << 4));
+                    ldmatrix_x4(b, x_at + (((i * 4 + lane / 8) ^ x_row) << 4));
                     u32 a[2][4];
                     if constexpr (FP8) {
                         u32 bytes[4];
@@ -292,10 +294,10 @@ struct Consumer {
         int width = p.out, column = tile * R + m;
         if (mine) {
             v = gather<R>(n, m) * early.scale;
-            if (E != RESIDUAL) v *= at.factor[norm * ROWS + n];
+            if (E != RESIDUAL) v *= at.factor[norm * COLUMNS + n];
             if (E == STORE) v += early.bias;
             if (E == SWIGLU) {
-                const float up = gather<R>(n, m + 8) * early.up_scale * at.factor[norm * ROWS + n];
+                const float up = gather<R>(n, m + 8) * early.up_scale * at.factor[norm * COLUMNS + n];
                 v = silu(v) * up;
                 width = p.out / 2, column = tile * (R / 2) + thread % (R / 2);
             }
@@ -339,7 +341,7 @@ DEVICE void run(const Chain& c) {
     Places at;
     at.w = shared_address(shared), at.x = at.w + STAGES * STAGE, at.sums = at.x + GROUPS * GROUP;
     at.factor = (float*)(shared + STAGES * STAGE + GROUPS * GROUP + WARPS * SUMS_WARP * 4);
-    at.w_full = shared_address(at.factor + NORMS * ROWS), at.w_empty = at.w_full + STAGES * 8;
+    at.w_full = shared_address(at.factor + NORMS * COLUMNS), at.w_empty = at.w_full + STAGES * 8;
     at.x_full = at.w_empty + STAGES * 8, at.x_empty = at.x_full + GROUPS * 8, at.factor_full = at.x_empty + GROUPS * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 

@@ -17,8 +17,12 @@ use crate::sources;
 use crate::tensor_map::TensorMap;
 use crate::weights::ModelWeights;
 
-/// Most rows of a step that goes this way; the kernel has the same number.
-pub const ROWS_MAX: usize = 8;
+/// Rows that one variant of the kernel handles; a step takes the least that has room. One row leaves more of the shared memory to
+/// weights that are ahead.
+const ROWS: [usize; 2] = [1, 8];
+
+/// Most rows of a step that goes this way.
+pub const ROWS_MAX: usize = ROWS[ROWS.len() - 1];
 
 /// Outputs of a tile; queries, keys and values have half as many, or too few blocks would have one.
 const TILE_OUTPUTS: usize = 32;
@@ -28,13 +32,18 @@ const SQUARES: usize = 32;
 
 /// What all layers' launches need.
 pub struct Chain {
-    kernel: Kernel,
-    threads: u32,
-    shared_bytes: u32,
+    variants: Vec<Variant>,
     blocks: usize,
     layers: Vec<[Product; 4]>,
     exchange: Exchange,
     eps: f32,
+}
+
+struct Variant {
+    rows: usize,
+    threads: u32,
+    shared_bytes: u32,
+    kernel: Kernel,
 }
 
 /// Memory through which the blocks of a launch hand each other activations. What is not written yet has all bits set, so a
@@ -93,15 +102,10 @@ impl Chain {
         let Some(format) = common_format(spec, weights) else {
             return Ok(None);
         };
-        let defines = [format!("WEIGHT={}", format.number())];
-        let module = Module::load(device, &compiler.compile(&sources::GEMM_CHAIN, &defines)?)?;
-        let [threads, shared, rows, _] = module.constants("gemm_chain_shape")?;
-        assert_eq!(rows as usize, ROWS_MAX, "one number in two languages");
+        let variants = ROWS.map(|rows| Variant::load(device, compiler, rows, format));
         let layers = (0..weights.layers.len()).map(|index| products(weights, index));
         Ok(Some(Self {
-            kernel: module.kernel("gemm_chain", shared as u32)?,
-            threads: threads as u32,
-            shared_bytes: shared as u32,
+            variants: variants.into_iter().collect::<Result<_, _>>()?,
             blocks: device.multiprocessors() as usize,
             layers: layers.collect::<Result<_, _>>()?,
             exchange: Exchange::new(device, spec)?,
@@ -152,11 +156,35 @@ impl Chain {
             rows: rows as i32,
             eps: self.eps,
         };
-        let shape = Shape::row(self.blocks, self.threads)
-            .shared(self.shared_bytes)
+        let variant = self.variants.iter().find(|variant| variant.rows >= rows);
+        let variant = variant.expect("the caller keeps to ROWS_MAX");
+        let shape = Shape::row(self.blocks, variant.threads)
+            .shared(variant.shared_bytes)
             .early();
         // SAFETY: the caller's promise, and the parameter is the kernel's.
-        unsafe { launch!(self.kernel, shape, p) }
+        unsafe { launch!(variant.kernel, shape, p) }
+    }
+}
+
+impl Variant {
+    fn load(
+        device: &Arc<Device>,
+        compiler: &Compiler,
+        rows: usize,
+        format: Format,
+    ) -> Result<Self, CudaError> {
+        let defines = [
+            format!("ROWS={rows}"),
+            format!("WEIGHT={}", format.number()),
+        ];
+        let module = Module::load(device, &compiler.compile(&sources::GEMM_CHAIN, &defines)?)?;
+        let [threads, shared, ..] = module.constants("gemm_chain_shape")?;
+        Ok(Self {
+            rows,
+            threads: threads as u32,
+            shared_bytes: shared as u32,
+            kernel: module.kernel("gemm_chain", shared as u32)?,
+        })
     }
 }
 

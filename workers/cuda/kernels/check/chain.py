@@ -16,6 +16,7 @@ import nvrtc
 from gemm import Attribute, Config, WEIGHTS, check, cuda
 
 ROWS, SETS = 8, 2
+TILES = (1, 8)  # rows of a kernel
 REPLAYS = int(os.environ.get("REPLAYS", 300))
 SOURCES = ("common.cuh", "gemm_skinny.cuh", "gemm_epilogue.cuh", "gemm_chain.cuh", "gemm_chain.cu")
 
@@ -210,14 +211,15 @@ def check_all(directory):
     torch.zeros(1, device="cuda")
     bad = total = 0
     for weight in WEIGHTS:
-        kernel, worst = Kernel(directory, weight), 0.0
+        kernels, worst = {rows: Kernel(directory, weight, ROWS=rows) for rows in TILES}, 0.0
         for shape in SHAPES:
             if weight != "bf16" and any(k % 128 for k in (shape[0], shape[1], shape[3])):
                 continue
             layers = [Weights(torch, weight, *shape, exact=True) for _ in range(2)]
-            chain = Chain(torch, kernel, layers, biased=shape[0] == 896)
+            chain = Chain(torch, None, layers, biased=shape[0] == 896)
             for rows in (1, 2, 5, 8):
                 total += 1
+                chain.kernel = kernels[min(t for t in TILES if t >= rows)]
                 start = torch.randn(ROWS, shape[0], device="cuda")
                 graph, first = chain.graph(rows), None
                 for turn in range(REPLAYS):
@@ -261,9 +263,11 @@ def time_all(directory):
         layers = [Weights(torch, weight, *shape, exact=False) for _ in range(32)]
         count = sum(w.numel() * w.element_size() for layer in layers for w in layer.w.values())
         for defines in [{}] + variants:
-            chain = Chain(torch, Kernel(directory, weight, **defines), layers)
+            kernels = {rows: Kernel(directory, weight, ROWS=rows, **defines) for rows in TILES}
+            chain = Chain(torch, None, layers)
             line = f"{weight} {defines}: 32 layers, {count / 1e9:.2f} GB:"
             for rows in (1, 2, 4, 8):
+                chain.kernel = kernels[min(t for t in TILES if t >= rows)]
                 ms = gemm.median_ms(torch, chain.graph(rows).replay)
                 line += f"  rows={rows} {ms:.3f} ms {count / ms / 1e9 / ceiling:.1%}"
             print(line, flush=True)
@@ -286,7 +290,8 @@ def main():
         variants = [dict(v.split("=") for v in a.split(",")) for a in sys.argv[3:]]
         for weight in WEIGHTS:
             for defines in [{}] + variants:
-                cubin(directory, weight, **defines)
+                for rows in TILES:
+                    cubin(directory, weight, ROWS=rows, **defines)
             gemm.cubin(directory, WEIGHT=WEIGHTS[weight], N_TILE=8)
     elif what == "check":
         sys.exit(1 if check_all(directory) else 0)
