@@ -1,7 +1,7 @@
 // Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip; and what lies
 // between the query-key-value product and it: bias, norm per head, rotary positions, the new key and value into the arena.
 //
-// kernel attention_decode spill_bytes_max=96 (32 with head_dim 256, 8 with a group of 16; else none)
+// kernel attention_decode spill_bytes_max=96 (28 with head_dim 256; a group of 16 has 330, once a head: what tiles do not need)
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
@@ -29,11 +29,7 @@
 //
 // Floor: KV bytes / read bandwidth; a tile of 32 tokens of a head is 128·head_dim bytes. Arithmetic is some 15% of it.
 //
-// Few sequences leave memory idle, and at the end of many some warps wait for others: bytes that the next kernel reads may be
-// brought to L2 meanwhile (`prefetch_from`, `prefetch_bytes`).
-//
-// Defines: HEAD_DIM (multiple of 16, to 256), GROUP (query heads per KV head, 1..16), BLOCK_TOKENS (16, 32, 64). PREFETCH_PLACE:
-// when a warp asks for its share of those bytes: 1 once its first tiles are requested, 2 once its last are, 3 once it is done, 0 never.
+// Defines: HEAD_DIM (multiple of 16, to 256), GROUP (query heads per KV head, 1..16), BLOCK_TOKENS (16, 32, 64).
 // Launch: threads and dynamic shared memory in the module's `attention_decode_launch` = {threads, shared bytes,
 // sequences at most, grid at most}; grid = min(multiprocessors, launch[3]), the same in every launch that shares a
 // workspace. PDL attribute welcome; graphs capture it.
@@ -65,17 +61,7 @@ constexpr int kGridMax = 160;
 constexpr int kSharedMax = TMA_ROAD ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
 constexpr int kWarps = kParts <= 2 && kSharedMax > 150000 ? 4 : 2;
 constexpr int kThreads = 32 * kWarps;
-#ifndef HEAD_EXCESS
-#define HEAD_EXCESS 5
-#endif
-constexpr int kHeadExcess = HEAD_EXCESS * kWarps; // tiles that a CTA may have above the mean, for having whole heads
-#ifndef PREFETCH_PLACE
-#define PREFETCH_PLACE 1
-#endif
-#ifndef KV_EVICT_FIRST
-#define KV_EVICT_FIRST 0 // 1: KV, which is read once, leaves L2 before what was brought there for the next kernel
-#endif
-[[maybe_unused]] constexpr u32 kPrefetchPiece = 8192; // bytes that one instruction asks for
+constexpr int kHeadExcess = 5 * kWarps; // tiles that a CTA may have above the mean, for having whole heads
 constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ free of bank conflicts
 
 // Each warp's sum of the head that its piece begins with, when another warp has a share in it. (The sum of the head that
@@ -83,20 +69,8 @@ constexpr int kStride = kDim + 4; // floats; keeps the scattered stores of Oᵀ 
 constexpr int kSumBytes = kWarps * kGroup * kStride * 4;
 constexpr int kTotalBytes = kWarps * 2 * kGroup * 8;
 constexpr int kMetaBytes = (3 * kSequencesMax + 4) * 4;
-#if DEAL_LAST
-static_assert(TMA_ROAD, "DEAL_LAST");
-static_assert(PREFETCH_PLACE != 2, "DEAL_LAST: there are no last tiles until there are none");
-constexpr int kGivenMax = 2 * kGridMax + 2;
-// Sums of the piece's last head, and of two heads dealt by the counter; sums of weights; heads given, and who has come.
-constexpr int kCountedBytes = 3 * kSumBytes + kTotalBytes + 2 * kGivenMax * 4;
-#else
-constexpr int kCountedBytes = 0;
-#endif
-constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps * 64 + kCountedBytes;
-#ifndef STAGES_MAX
-#define STAGES_MAX 8
-#endif
-constexpr int kStages = smaller(STAGES_MAX, (kSharedMax - kFixedBytes) / (kWarps * kStageBytes));
+constexpr int kFixedBytes = 1024 + kSumBytes + kTotalBytes + kMetaBytes + kWarps * 64;
+constexpr int kStages = smaller(8, (kSharedMax - kFixedBytes) / (kWarps * kStageBytes));
 constexpr int kSharedBytes = kFixedBytes + kWarps * kStages * kStageBytes;
 static_assert(kStages >= 1, "shared memory");
 static_assert(kGroup * kStride * 4 <= kStageBytes, "GROUP");
@@ -125,15 +99,13 @@ extern "C" __constant__ const int attention_decode_launch[4] = {kThreads, kShare
 // qkv: [sequence][(GROUP + 2)·kv_heads heads][HEAD_DIM], queries, keys, values, as the product left them; bias of a row's length, or
 // null; q_norm, k_norm [HEAD_DIM], or null; turns [sequence][HEAD_DIM/2] of (cosine, sine). out: [sequence][query
 // head][HEAD_DIM]. `header[sequences_at]`: how many sequences; seq_kv_len and seq_table have room for sequences_room, at least one.
-// scale: of q·k. window: tokens seen, 0 all. prefetch_from: what the next kernel reads and no kernel of the step writes, 16-byte
-// aligned, as is prefetch_bytes; 0 bytes: nothing.
+// scale: of q·k. window: tokens seen, 0 all.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ qkv, const u32* __restrict__ bias,
                  const u32* __restrict__ q_norm, const u32* __restrict__ k_norm, const float4* __restrict__ turns,
                  bf16* __restrict__ out, bf16* arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
                  const int* __restrict__ seq_table, const int* __restrict__ tables, float* partial, int* counters,
-                 int sequences_at, int sequences_room, int layer, int layers, int kv_heads, float scale, int window, float eps,
-                 const u8* __restrict__ prefetch_from, int prefetch_bytes) {
+                 int sequences_at, int sequences_room, int layer, int layers, int kv_heads, float scale, int window, float eps) {
     extern __shared__ u8 shared_raw[];
     __shared__ Cut cuts[2];
     __shared__ int turn[2], scans[2 * kWarps], pieces[kWarps + 1];
@@ -161,13 +133,6 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     mbarrier_init_fence();
 #endif
     if (tid < 2) cuts[tid].parts = 0;
-#if DEAL_LAST
-    float* const last_sums = (float*)(shared + kWarps * kStages * kStageBytes + kFixedBytes - 1024 - kCountedBytes);
-    float* const head_sums = last_sums + kSumBytes / 4; // [turn][warp]
-    float2* const head_totals = (float2*)(head_sums + 2 * kSumBytes / 4); // [turn][warp][head]
-    int* const given = (int*)(head_totals + kTotalBytes / 8);
-    for (int i = tid; i < kGivenMax; i += kThreads) given[i] = kUnasked, given[kGivenMax + i] = 0;
-#endif
 
     // Tiles before each sequence. The first are read together with their count.
     const int first = min(tid, sequences_room - 1);
@@ -222,17 +187,9 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         }
         deal.by_head = (most - kHeadExcess) * grid <= total;
     }
-    // Each warp's share of what the next kernel reads, from everywhere in it.
-    auto prefetch_share = [&]() {
-#if BATON_ARCH >= 900
-        for (u32 at = ((lane * kWarps + warp) * grid + blockIdx.x) * kPrefetchPiece; at < (u32)prefetch_bytes; at += kThreads * grid * kPrefetchPiece)
-            l2_prefetch(prefetch_from + at, min(kPrefetchPiece, prefetch_bytes - at));
-#endif
-    };
     // Else equal pieces: the first `longer` warps have one tile more.
     const int active = min(total, grid * kWarps);
     if (deal.by_head ? (int)blockIdx.x >= heads : (int)blockIdx.x * kWarps >= active) {
-        if (PREFETCH_PLACE != 0) prefetch_share();
         dependency_wait();
         return;
     }
@@ -243,25 +200,9 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         return (early ? 0 : longer) + (early ? x : x - edge) / (early ? share + 1 : share);
     };
     const int me = blockIdx.x * kWarps + warp;
-#if DEAL_LAST
-    // All full rounds but one are dealt beforehand, and at least one.
-    const bool by_count = deal.by_head && heads > grid;
-    const int dealt_heads = by_count ? max(heads / grid - 1, 1) * grid : heads;
-    const Counted counted{given, given + kGivenMax, counters, dealt_heads, heads};
-    // Of a head dealt by the counter, this warp's share.
-    auto take = [&](int rank, Cursor& c, int& from, int& to) {
-        const int at = rank / kv_heads;
-        c.sequence = order[at], c.head = rank - at * kv_heads;
-        const int tiles = deal.tiles(c.sequence), each = (tiles + kWarps - 1) / kWarps;
-        from = c.tile = min(warp * each, tiles);
-        to = min(from + each, tiles);
-    };
-#else
-    const int dealt_heads = heads;
-#endif
     int my_heads = 0; // of whole heads: tiles up to the end of the one of this lane's round
     if (deal.by_head) {
-        const int rank = deal.rank(lane), tiles = rank < dealt_heads ? deal.tiles(order[rank / kv_heads]) : 0;
+        const int rank = deal.rank(lane), tiles = rank < heads ? deal.tiles(order[rank / kv_heads]) : 0;
         my_heads = tiles;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
@@ -303,7 +244,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
 
     // --- the ring -----------------------------------------------------------------------------
     Cursor load = here;
-    int load_at = begin, load_end = end, load_stage = 0;
+    int load_at = begin, load_stage = 0;
 
     auto tile_of = [&](const Cursor& c) { return first_tile(lengths[c.sequence], window) + c.tile; };
     auto block_of = [&](const Cursor& c, int token) {
@@ -312,7 +253,6 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     const Layer in_layer{kv_heads, layers, layer};
     auto arena_row = [&](const Cursor& c, int block, int token) { return in_layer.key_row(block, c.head, token); };
 #if TMA_ROAD
-    [[maybe_unused]] const u64 policy = KV_EVICT_FIRST ? evict_first() : 0;
     const int my_box = lane % kBoxes; // each lane looks up one block of a tile
     int next_block = begin < end ? block_of(load, tile_of(load) * kTile + my_box * kBox) : 0;
 #endif
@@ -331,8 +271,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 for (int part = 0; part < 2 * kParts; part++) {
                     const u32 to = stage + part * kPartBytes + box * kBox * 128;
                     const int x = part % kParts * 64, y = box_row + part / kParts * BLOCK_TOKENS;
-                    if (KV_EVICT_FIRST) tma_load_2d(to, &map, barrier, x, y, policy);
-                    else tma_load_2d(to, &map, barrier, x, y);
+                    tma_load_2d(to, &map, barrier, x, y, EVICT_FIRST); // once a step; what others read again may stay
                 }
             }
         }
@@ -349,7 +288,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         cp_async_commit();
 #endif
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
-        if (++load_at < load_end) {
+        if (++load_at < end) {
             deal.advance(load, 1);
 #if TMA_ROAD
             next_block = block_of(load, tile_of(load) * kTile + my_box * kBox);
@@ -357,77 +296,36 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         }
     };
 
-    // Whether there is another tile to request.
-#if DEAL_LAST
-    int load_turn = 0;
-    bool asking = by_count;
-    auto more = [&]() {
-        while (load_at >= load_end && asking) {
-            const int rank = counted.ask(load_turn++);
-            asking = rank != kNone;
-            if (!asking) break;
-            take(rank, load, load_at, load_end);
-            if (load_at < load_end) next_block = block_of(load, tile_of(load) * kTile + my_box * kBox);
-        }
-        return load_at < load_end;
-    };
-#else
-    auto more = [&]() { return load_at < load_end; };
-#endif
-    int filled = 0;
 #pragma unroll 1
-    for (; filled < kStages; filled++) {
+    for (int filled = 0; filled < kStages; filled++) {
 #if TMA_ROAD
-        if (load_at >= load_end) break;
+        if (load_at >= end) break;
         issue();
 #else
-        if (load_at < load_end) issue();
+        if (load_at < end) issue();
         else cp_async_commit();
 #endif
     }
-    if (PREFETCH_PLACE == 1 || (PREFETCH_PLACE == 2 && load_at >= load_end)) prefetch_share();
     dependency_wait();
     dependency_trigger();
-#if DEAL_LAST
-#pragma unroll 1
-    for (; filled < kStages && more(); filled++) issue();
-#endif
 
     const float scale_log2 = scale * kLog2E;
     int stage_at = 0;
     u32 parity = 0;
 
     // Where this warp's sum of its piece's first or last head lies.
-    auto sum_of = [&](int which) {
-#if DEAL_LAST
-        float* const last = last_sums + warp * kGroup * kStride;
-#else
-        float* const last = (float*)ring_memory;
-#endif
-        return which == 0 ? sums + warp * kGroup * kStride : last;
-    };
+    auto sum_of = [&](int which) { return which == 0 ? sums + warp * kGroup * kStride : (float*)ring_memory; };
 
     // Of the piece's first and last head, if cut: where they begin in the list, how long they are, which they are.
     int cut_begin[2] = {0, 0}, cut_tiles[2] = {0, 0}, cut_head[2] = {0, 0};
 
     // --- one (sequence, KV head) after the other -----------------------------------------------
-    int at = begin, upto = end;
-#if DEAL_LAST
-    int turn_at = -1; // of the heads dealt by the counter; -1: the piece
-#endif
+    int at = begin;
 #pragma unroll 1
-    for (;;) {
-#if DEAL_LAST
-        for (bool left = by_count; left && at >= upto;) {
-            const int rank = counted.ask(++turn_at);
-            left = rank != kNone;
-            if (left) take(rank, here, at, upto);
-        }
-#endif
-        if (at >= upto) break;
+    while (at < end) {
         const int tiles = deal.tiles(here.sequence);
         const int segment = at - here.tile;
-        const int stop = min(upto, segment + tiles);
+        const int stop = min(end, segment + tiles);
         const int length = lengths[here.sequence];
         const int tile_base = first_tile(length, window);
         const int head_index = here.sequence * kv_heads + here.head;
@@ -645,10 +543,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
             }
 
             __syncwarp();
-            if (more()) {
-                issue();
-                if (PREFETCH_PLACE == 2 && load_at >= load_end) prefetch_share();
-            }
+            if (load_at < end) issue();
 #if !TMA_ROAD
             else cp_async_commit();
 #endif
@@ -661,25 +556,13 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         // Finished, or one of the two that are cut.
         const bool whole = at == segment && stop == segment + tiles;
         const int which = at == begin ? 0 : 1;
-#if DEAL_LAST
-        const bool counts = turn_at >= 0;
-        if (counts) counted.wait_for_room(turn_at);
-        if (!whole && !counts) {
-#else
         if (!whole) {
-#endif
 #pragma unroll
             for (int w = 0; w < 2; w++)
                 if (w == which) cut_begin[w] = segment, cut_tiles[w] = tiles, cut_head[w] = head_index;
         }
         float* to = sum_of(which);
         float2* to_total = totals + (warp * 2 + which) * kGroup;
-#if DEAL_LAST
-        if (counts) {
-            to = head_sums + ((turn_at & 1) * kWarps + warp) * kGroup * kStride;
-            to_total = head_totals + ((turn_at & 1) * kWarps + warp) * kGroup;
-        }
-#endif
         bf16* out_row = out + (long long)head_index * kGroup * kDim;
 #pragma unroll
         for (int n = 0; n < kColumns; n++)
@@ -705,42 +588,10 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 }
             }
 
-#if DEAL_LAST
-        if (counts) {
-            const int shares = (tiles + (tiles + kWarps - 1) / kWarps - 1) / ((tiles + kWarps - 1) / kWarps);
-            if (counted.last_to_come(turn_at, shares)) {
-                if (!whole) {
-                    const float* from = head_sums + (turn_at & 1) * kWarps * kGroup * kStride;
-                    const float2* from_total = head_totals + (turn_at & 1) * kWarps * kGroup;
-#pragma unroll 1
-                    for (int i = lane; i < kGroup * kDim / 4; i += 32) {
-                        const int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
-                        float top = -INFINITY, sum = 0;
-                        float4 acc = make_float4(0, 0, 0, 0);
-#pragma unroll
-                        for (int w = 0; w < kWarps; w++)
-                            if (w < shares) top = fmaxf(top, from_total[w * kGroup + head].x);
-#pragma unroll
-                        for (int w = 0; w < kWarps; w++) {
-                            if (w >= shares) continue;
-                            const float2 total = from_total[w * kGroup + head];
-                            const float weight = exp2_approx(total.x - top);
-                            sum += weight * total.y;
-                            add_scaled(acc, weight, *(const float4*)(from + (w * kGroup + head) * kStride + d));
-                        }
-                        store_scaled(out_row + head * kDim + d, 1.0f / sum, acc);
-                    }
-                }
-                counted.merged(turn_at);
-            }
-        }
-#endif
         here.tile += stop - at;
         at = stop;
-        if (at < upto) deal.advance(here, 0);
+        if (at < end) deal.advance(here, 0);
     }
-
-    if (PREFETCH_PLACE == 3) prefetch_share();
 
     // --- cut heads, over the CTA ----------------------------------------------------------------
     __syncthreads();

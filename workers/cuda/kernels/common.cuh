@@ -156,12 +156,8 @@ DEVICE void tma_load_2d(u32 to, const TensorMap* map, u32 barrier, int x, int y)
                  "l"(map), "r"(barrier), "r"(x), "r"(y)
                  : "memory");
 }
-// How L2 keeps what is read once.
-DEVICE u64 evict_first() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
+// How L2 keeps what is read once: createpolicy.fractional.L2::evict_first of 1.0.
+constexpr u64 EVICT_FIRST = 0x12f0000000000000ull;
 DEVICE void tma_load_2d(u32 to, const TensorMap* map, u32 barrier, int x, int y, u64 policy) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(policy)
@@ -171,10 +167,6 @@ DEVICE void tma_load_3d(u32 to, const TensorMap* map, u32 barrier, int x, int y,
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
                  "l"(map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                  : "memory");
-}
-// Global → L2. Address and bytes: multiples of 16.
-DEVICE void l2_prefetch(const void* from, u32 bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 DEVICE void tma_prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

@@ -58,8 +58,6 @@ constexpr int STAGES = (SHARED_MAX - FIXED) / STAGE < 12 ? (SHARED_MAX - FIXED) 
 constexpr int SHARED = STAGES * STAGE + FIXED;
 static_assert(STAGES >= 2 && K_SHARES * N_TILE * PITCH * 4 <= STAGES * STAGE, "tile too large");
 
-constexpr u64 EVICT_FIRST = 0x12f0000000000000ull; // createpolicy.fractional.L2::evict_first of 1.0
-
 DEVICE u32 cluster_rank() {
     u32 r;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));

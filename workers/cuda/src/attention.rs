@@ -20,10 +20,6 @@ use crate::sources::{self, Source};
 use crate::step::{HEADER_SEQUENCES, StepAddresses, StepShape};
 use crate::tensor_map::{Piece, TensorMap};
 
-/// How much of the weights that the next product reads decode attention brings to L2 meanwhile: bytes at most, for steps of up to
-/// so many sequences, fewest first. Few sequences leave memory idle. Nothing, until `check/attention.py ahead` has said how much.
-const PREFETCH_BYTES_MAX: &[(usize, usize)] = &[(0, 0)];
-
 /// Attention over one arena.
 pub struct Attention {
     memory: Arc<dyn KvMemory>,
@@ -57,8 +53,6 @@ pub struct Inputs {
     pub turns: CUdeviceptr,
     /// Queries, for every other step; their keys and values are in the arena.
     pub q: CUdeviceptr,
-    /// What the next product reads, and its bytes.
-    pub next: (CUdeviceptr, usize),
 }
 
 /// The kernels of the tensor cores.
@@ -222,8 +216,6 @@ impl Attention {
                     self.scale,
                     window,
                     inputs.eps,
-                    inputs.next.0,
-                    prefetch_bytes(shape.sequences, inputs.next.1) as i32,
                 ),
                 Road::Tiled(tiled) => launch!(
                     tiled.prefill,
@@ -249,12 +241,6 @@ impl Attention {
             }
         }
     }
-}
-
-/// Of `bytes` that the next product reads, those that decode attention of so many sequences asks for: whole sixteens.
-fn prefetch_bytes(sequences: usize, bytes: usize) -> usize {
-    let most = PREFETCH_BYTES_MAX.iter().find(|row| sequences <= row.0);
-    bytes.min(most.map_or(0, |row| row.1)) & !15
 }
 
 impl Tiled {

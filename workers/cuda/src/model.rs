@@ -436,7 +436,6 @@ unsafe fn attend(
         eps: spec.rms_eps,
         turns: b.turns.at(0),
         q: b.q.at(0),
-        next: (layer.output.buffer.at(0), layer.output.buffer.len()),
     };
     let heads = spec.heads + 2 * spec.kv_heads;
     let rope = Shape::plane(heads.div_ceil(4), shape.rows, 128).early();

@@ -3,10 +3,6 @@
     attention.py build DIR     compile every variant into DIR (no GPU needed)
     attention.py check DIR     correctness, random inputs, arena and outputs poisoned with NaN
     attention.py time DIR      graph replays over 32 layers (more than L2 holds), share of the floor
-    attention.py ahead DIR     decode and the product behind it, whose weights attention brings to L2: at which place in it, how many bytes
-
-`more` takes in variants of decode that nothing uses, for all of them: the last whole heads dealt by a counter, whole heads however
-unequal, two stages.
 """
 
 import math
@@ -16,78 +12,57 @@ import random
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import gemm
 import nvrtc
 
 ARCH = os.environ.get("BATON_ARCH", "sm_90a")
 READ_BYTES_S = 4.4e12
-AHEAD_WEIGHTS, AHEAD_TILES = ("bf16", "fp8"), (8, 64, 128)
 
 DECODE = [(128, 4, 32), (128, 4, 16), (128, 4, 64), (128, 1, 32), (128, 7, 32), (128, 8, 32), (128, 16, 32)]
 DECODE += [(64, 3, 32), (64, 8, 16), (80, 1, 32), (96, 4, 32), (256, 2, 32), (256, 8, 64)]
 PREFILL = [(128, 4, 32), (128, 4, 16), (128, 4, 64), (128, 7, 32), (128, 8, 32), (64, 3, 32), (64, 1, 16)]
 PREFILL += [(96, 4, 32), (192, 2, 32), (256, 8, 64)]
-# Variants of decode attention that only measurements want: whole heads only where there is one for each CTA, and where in the
-# kernel the next one's weights are asked for.
-ONE_HEAD = dict(HEAD_ROUNDS_MAX=1)
-PLACES = {"1": {}, "2": dict(PREFETCH_PLACE=2), "3": dict(PREFETCH_PLACE=3)}
-PLACES.update({f"{p}, KV evicted first": dict(PLACES[p], KV_EVICT_FIRST=1) for p in "13"})
-MORE = [((128, 4, 32), d) for d in (ONE_HEAD, *PLACES.values()) if d]
-TIMED = {"": {}, "one head a CTA: ": ONE_HEAD}
-if "more" in sys.argv:
-    COUNTED = dict(DEAL_LAST=1)
-    TIMED.update({"two stages: ": dict(STAGES_MAX=2), "whole heads: ": dict(HEAD_EXCESS=1000), "by a counter: ": COUNTED})
-    MORE += [((128, 4, 32), d) for d in TIMED.values() if d and d is not ONE_HEAD]
-    MORE += [(shape, COUNTED) for shape in [(128, 7, 32), (64, 3, 32), (256, 2, 32)]]
 KERNELS = {"attention_decode": DECODE, "attention_prefill": PREFILL, "attention_prefill_sm90": PREFILL}
 if os.environ.get("ONLY"):
     KERNELS = {k: v for k, v in KERNELS.items() if k in os.environ["ONLY"].split(",")}
 
 
-def cubin_path(folder, kernel, shape, defines):
-    words = [kernel, ARCH, *map(str, shape), *(f"{k}={v}" for k, v in defines.items())]
-    return os.path.join(folder, "-".join(words) + ".cubin")
+def cubin_path(folder, kernel, shape):
+    return os.path.join(folder, "-".join([kernel, ARCH, *map(str, shape)]) + ".cubin")
 
 
 def build(folder):
     """Every variant, a process for each processor."""
     os.makedirs(folder, exist_ok=True)
-    jobs = [(folder, None, None, {})] + [(folder, kernel, shape, {}) for kernel, shapes in KERNELS.items() for shape in shapes]
-    if "attention_decode" in KERNELS:
-        jobs += [(folder, "attention_decode", *more) for more in MORE]
-        jobs += [(folder, "gemm_skinny", None, dict(WEIGHT=gemm.WEIGHTS[w], N_TILE=n)) for w in AHEAD_WEIGHTS for n in AHEAD_TILES]
+    jobs = [(folder, None, None)] + [(folder, kernel, shape) for kernel, shapes in KERNELS.items() for shape in shapes]
     with multiprocessing.get_context("spawn").Pool() as pool:
         for line in pool.imap(_build, jobs):
             print(line, flush=True)
 
 
 def _build(job):
-    folder, kernel, shape, more = job
-    if kernel == "gemm_skinny":
-        gemm.cubin(folder, **more)
-        return f"gemm_skinny {more}"
+    folder, kernel, shape = job
     if kernel is None:
         cubin, _ = nvrtc.compile_cubin("check/stand_in.cu", ARCH)
         path, line = os.path.join(folder, f"stand_in-{ARCH}.cubin"), "stand_in"
     else:
-        defines = dict(zip(("HEAD_DIM", "GROUP", "BLOCK_TOKENS"), shape), **more)
+        defines = dict(zip(("HEAD_DIM", "GROUP", "BLOCK_TOKENS"), shape))
         defines.update(d.split("=") for d in os.environ.get("EXTRA", "").split(",") if d)
         cubin, log = nvrtc.compile_cubin(kernel + ".cu", ARCH, defines)
         note = [x.strip() for x in log.splitlines() if "Used" in x or "spill" in x or "otential" in x]
-        path, line = cubin_path(folder, kernel, shape, more), " ".join([kernel, *map(str, shape), *map(str, more.items()), *note])
+        path, line = cubin_path(folder, kernel, shape), " ".join([kernel, *map(str, shape), *note])
     with open(path, "wb") as f:
         f.write(cubin)
     return line
 
 
-def load(folder, kernel, shape, **defines):
+def load(folder, kernel, shape):
     import driver
     import torch
 
     torch.cuda.init()
     torch.zeros(1, device="cuda")  # makes the primary context current
 
-    with open(cubin_path(folder, kernel, shape, defines), "rb") as f:
+    with open(cubin_path(folder, kernel, shape), "rb") as f:
         return driver.Kernel(f.read(), kernel)
 
 
@@ -156,7 +131,6 @@ class Case:
         self.sms = torch.cuda.get_device_properties(0).multi_processor_count
         self.out_all = torch.full((self.R + beyond, *self.q.shape[1:]), float("nan"), dtype=torch.bfloat16, device="cuda")
         self.out = self.out_all[: self.R]
-        self.prefetch = (None, 0)
 
     def stream(self):
         return self.torch.cuda.current_stream().cuda_stream
@@ -205,7 +179,7 @@ class Case:
             self.counters = self.torch.zeros(1024 * self.H, dtype=self.torch.int32, device="cuda")
         arguments = [self.map, self.qkv, self.bias, *self.norms, self.turns, self.out, self.arena, self.header]
         arguments += [self.seq_kv_len, self.seq_table, self.tables]
-        arguments += [self.partial, self.counters, 1, len(self.seq_kv_len), layer, self.L, self.H, self.scale, window, self.eps, *self.prefetch]
+        arguments += [self.partial, self.counters, 1, len(self.seq_kv_len), layer, self.L, self.H, self.scale, window, self.eps]
         kernel.launch(self.stream(), self.sms, arguments, pdl)
 
     def prefill(self, kernel, layer, window=0, pdl=False):
@@ -304,32 +278,23 @@ def decode_cases():
 
 
 def check(folder):
-    import torch
-
     failed = 0
     for name, shapes in KERNELS.items():
-        variants = [(shape, {}) for shape in shapes]
-        if name == "attention_decode":
-            variants += MORE
-        for shape, more in variants:
-            kernel = load(folder, name, shape, **more)
+        for shape in shapes:
+            kernel = load(folder, name, shape)
             if name == "attention_decode":
                 cases = [(n, [1] * len(n), *rest) for n, *rest in decode_cases()]
             else:
                 cases = [([1], [1]), ([32], [32]), ([200], [200]), ([700, 33, 128], [300, 1, 128]), ([129, 64, 1000, 77], [1, 64, 990, 13])]
                 cases = [(*c, 2 if i % 2 else 3, 0, (0, 50)) for i, c in enumerate(cases)]
-            weights = torch.zeros(5_000_000, dtype=torch.int32, device="cuda")
             for i, (lengths, rows, heads, beyond, windows) in enumerate(cases):
                 for window in windows:
                     case = Case(shape, heads, 2, lengths, rows, seed=i, fill=False, beyond=beyond)
-                    # More than one piece for each warp, and the last one short.
-                    case.prefetch = (weights, (0, 48, 8192 * 700 + 16, weights.numel() * 4)[i % 4])
                     worst, mean, verdict = verify(name, kernel, case, i % 2, window)
                     if verdict != "ok":
                         failed += 1
                     if verdict != "ok" or i == 3:
-                        what = " ".join([name, str(shape), *(f"{k}={v}" for k, v in more.items())])
-                        print(f"{what} lengths {str(lengths)[:40]} window {window}: worst {worst:.2e} mean {mean:.2e} {verdict}", flush=True)
+                        print(f"{name} {shape} lengths {str(lengths)[:40]} window {window}: worst {worst:.2e} mean {mean:.2e} {verdict}", flush=True)
     print("check:", f"{failed} FAILED" if failed else "all ok", flush=True)
     return failed
 
@@ -378,78 +343,20 @@ def time_decode(folder):
 
     H, L = 8, 32
     for shape in [(128, 4, 32), (128, 4, 64), (64, 8, 16)]:
-        main = shape == (128, 4, 32)
-        kernels = {label: load(folder, "attention_decode", shape, **more) for label, more in TIMED.items() if main or not more}
-        none = stand_in(folder)
-        for batch, length in DECODE_TIMES if main else [(1, 512), (128, 512)]:
+        kernel, none = load(folder, "attention_decode", shape), stand_in(folder)
+        for batch, length in DECODE_TIMES if shape == (128, 4, 32) else [(1, 512), (128, 512)]:
             lengths = running(batch, length)
             case = Case(shape, H, L, lengths, [1] * batch)
             floor = sum(lengths) * H * shape[0] * 4 / READ_BYTES_S * 1e6
             small = lambda: none.launch(case.stream(), case.sms, [case.header, 5000], True, 128, 0)
             alone = measure(case, lambda: [small() for l in range(L)], L)
-            cells = []
-            for label, kernel in kernels.items():
-                us = measure(case, lambda: [case.decode(kernel, l, pdl=True) for l in range(L)], L)
-                cells.append(f"{label}pdl {us:7.2f} us {floor / us:5.1%}")
-                us = measure(case, lambda: [(small(), case.decode(kernel, l, pdl=True)) for l in range(L)], L) - alone
-                cells.append(f"after another kernel {us:7.2f} us {floor / us:5.1%}")
-            print(f"decode D{shape[0]} G{shape[1]} T{shape[2]} {batch:4}x{length:<5} floor {floor:7.2f} us  {'  '.join(cells)}", flush=True)
+            us = measure(case, lambda: [case.decode(kernel, l, pdl=True) for l in range(L)], L)
+            cells = f"pdl {us:7.2f} us {floor / us:5.1%}"
+            us = measure(case, lambda: [(small(), case.decode(kernel, l, pdl=True)) for l in range(L)], L) - alone
+            cells += f"  after another kernel {us:7.2f} us {floor / us:5.1%}"
+            print(f"decode D{shape[0]} G{shape[1]} T{shape[2]} {batch:4}x{length:<5} floor {floor:7.2f} us  {cells}", flush=True)
             del case
             torch.cuda.empty_cache()
-
-
-def time_ahead(folder):
-    """µs a layer of [qkv,] attention and o, of the 8B shape."""
-    import torch
-
-    shape, H, L, hidden, qkv = (128, 4, 32), 8, 32, 4096, 6144
-    kernels = {place: load(folder, "attention_decode", shape, **defines) for place, defines in PLACES.items()}
-    none = next(iter(kernels.values()))
-    for weight in AHEAD_WEIGHTS:
-
-        def matrix(out):
-            if weight == "bf16":
-                return gemm.Matrix(torch.empty(out, hidden, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02))
-            w = torch.randint(0, 256, (out, hidden), dtype=torch.uint8, device="cuda") & 0xBF
-            return gemm.Matrix(w, torch.full((out,), 0.02, device="cuda"))
-
-        front, behind = [matrix(qkv) for _ in range(L)], [matrix(hidden) for _ in range(L)]
-        for batch, length in [(1, 512), (8, 512), (64, 512), (128, 512)]:
-            module = gemm.Module(folder, weight, min(n for n in AHEAD_TILES if n >= batch))
-            numbers = lambda *dims: torch.randn(*dims, device="cuda")
-            x, y, made = numbers(128, hidden).bfloat16(), numbers(128, hidden).bfloat16(), numbers(128, qkv).bfloat16()
-            x_map = gemm.tensor_map(x.data_ptr(), hidden, 128, 2, 64, module.n_tile)
-            add = dict(residual=numbers(128, hidden), gamma=numbers(hidden).bfloat16(), y=y, y_ssq=numbers(128, 64))
-            first = [gemm.parameters(m, x, x_map, batch, y=made) for m in front]
-            last = [gemm.parameters(m, x, x_map, batch, **add) for m in behind]
-            case = Case(shape, H, L, running(batch, length), [1] * batch)
-            product = lambda epilogue, p: gemm.launch(module, epilogue, p, *module.plan(p.out, p.k), case.stream())
-
-            def chain(with_front, kernel, size, library=False):
-                for l in range(L):
-                    if with_front:
-                        product("store", first[l])
-                    if kernel is not None:
-                        case.prefetch = (behind[l].w, min(size, behind[l].w.numel() * behind[l].bytes))
-                        case.decode(kernel, l, pdl=True)
-                    if library:
-                        torch.mm(x[:batch], behind[l].w.T, out=y[:batch])
-                    else:
-                        product("residual", last[l])
-
-            for library in (False, True) if batch > 64 and weight == "bf16" else (False,):
-                for with_front in (False, True):
-                    time = lambda kernel, size: measure(case, lambda: chain(with_front, kernel, size, library), L)
-                    names = ("qkv, " if with_front else "") + "attention, o" + (" by cuBLAS" if library else "")
-                    cells = [f"no attention {time(None, 0):6.2f}", f"none ahead {time(none, 0):6.2f}"]
-                    sizes = [s << 20 for s in ((4, 8, 16, 32) if weight == "bf16" else (4, 8, 16))]
-                    for place, kernel in kernels.items():
-                        cells += [f"place {place}: " + " ".join(f"{s >> 20} MiB {time(kernel, s):6.2f}" for s in sizes)]
-                    print(f"{weight} {batch:4}x{length:<5} {names}, us a layer: {'  '.join(cells)}", flush=True)
-            del case
-            torch.cuda.empty_cache()
-        del front, behind
-        torch.cuda.empty_cache()
 
 
 def time_all(folder):
@@ -485,7 +392,5 @@ if __name__ == "__main__":
         build(folder)
     elif mode == "check":
         sys.exit(1 if check(folder) else 0)
-    elif mode == "ahead":
-        time_ahead(folder)
     else:
         time_all(folder)
