@@ -256,17 +256,17 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     const int my_box = lane % kBoxes; // each lane looks up one block of a tile
     int next_block = begin < end ? block_of(load, tile_of(load) * kTile + my_box * kBox) : 0;
 #endif
-    // Requests the tile at the load cursor, and moves on. All lanes.
-    auto issue = [&]() {
+    // Requests the tile at the load cursor, and moves on. `free`: its stage has been read; true, but known only then. All lanes.
+    auto issue = [&]([[maybe_unused]] bool free) {
         u32 stage = ring + load_stage * kStageBytes;
 #if TMA_ROAD
         u32 barrier = barriers + load_stage * 8;
         const int row = (int)arena_row(load, next_block, tile_of(load) * kTile + my_box * kBox);
-        if (lane == 0) mbarrier_arrive_expect(barrier, kStageBytes);
+        if (lane == 0 && free) mbarrier_arrive_expect(barrier, kStageBytes);
 #pragma unroll
         for (int box = 0; box < kBoxes; box++) {
             const int box_row = __shfl_sync(~0u, row, box);
-            if (lane == 0) {
+            if (lane == 0 && free) {
 #pragma unroll
                 for (int part = 0; part < 2 * kParts; part++) {
                     const u32 to = stage + part * kPartBytes + box * kBox * 128;
@@ -300,9 +300,9 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     for (int filled = 0; filled < kStages; filled++) {
 #if TMA_ROAD
         if (load_at >= end) break;
-        issue();
+        issue(true);
 #else
-        if (load_at < end) issue();
+        if (load_at < end) issue(true);
         else cp_async_commit();
 #endif
     }
@@ -542,8 +542,13 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                 }
             }
 
+            // The stage is free once its products are there. Nothing else keeps a request to the copy engine from overtaking ldmatrix,
+            // so it is made to depend on every chain of them. (No sum has all its bits set: a NaN is 0x7fffffff.)
+            u32 bits = ~0u;
+#pragma unroll
+            for (int k = 0; k < kSteps; k++) bits &= __float_as_uint(o[k][0][0]);
             __syncwarp();
-            if (load_at < end) issue();
+            if (load_at < end) issue(bits != ~0u);
 #if !TMA_ROAD
             else cp_async_commit();
 #endif
