@@ -1,7 +1,7 @@
 // Decode attention: one query row a sequence against its paged KV, the work split evenly over the chip; and what lies
 // between the query-key-value product and it: bias, norm per head, rotary positions, the new key and value into the arena.
 //
-// kernel attention_decode spill_bytes_max=96 (28 with head_dim 256; a group of 16 has 330, once a head: what tiles do not need)
+// kernel attention_decode spill_bytes_max=96 (72 with head_dim 256; a group of 16 has some 600, once a head, of what tiles do not need)
 // variant HEAD_DIM=128 GROUP=4 BLOCK_TOKENS=32
 // variant HEAD_DIM=64 GROUP=3 BLOCK_TOKENS=16
 // variant HEAD_DIM=256 GROUP=8 BLOCK_TOKENS=64
@@ -40,6 +40,7 @@
 //   strides {HEAD_DIM·2}, box {64, min(BLOCK_TOKENS, 32)}, element strides {1, 1}, INTERLEAVE_NONE, SWIZZLE_128B,
 //   L2_PROMOTION_L2_256B, OOB_FILL_NONE).
 #include "attention_deal.cuh"
+#include "attention_sums.cuh"
 #include "attention_turn.cuh"
 
 #define TMA_ROAD (BATON_ARCH == 900) // where the host makes a map; later ones are as any other
@@ -48,15 +49,12 @@ namespace {
 
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-constexpr int kPairs = (kQuads + 31) / 32;
-constexpr int kColumns = (kGroup + 7) / 8; // MMA column tiles
 constexpr int kTile = kParts == 1 ? 64 : 32;
 constexpr int kSlices = kTile / 16;
 [[maybe_unused]] constexpr int kBoxes = kTile / kBox;
 constexpr int kPartBytes = kTile * 128;
 constexpr int kStageBytes = 2 * kParts * kPartBytes; // K, then V
 
-constexpr int kAtOnce = 8; // partial sums read at once
 constexpr int kGridMax = 160;
 constexpr int kSharedMax = TMA_ROAD ? 232448 : BATON_ARCH == 800 || BATON_ARCH == 870 ? 166912 : 101376;
 constexpr int kWarps = kParts <= 2 && kSharedMax > 150000 ? 4 : 2;
@@ -75,22 +73,7 @@ constexpr int kSharedBytes = kFixedBytes + kWarps * kStages * kStageBytes;
 static_assert(kStages >= 1, "shared memory");
 static_assert(kGroup * kStride * 4 <= kStageBytes, "GROUP");
 
-// A head that goes on in other CTAs.
-struct Cut {
-    int parts, first, first_slot, counter;
-};
-
 DEVICE int first_tile(int kv_len, int window) { return window > 0 && kv_len > window ? (kv_len - window) / kTile : 0; }
-
-DEVICE void add_scaled(float4& acc, float weight, float4 x) {
-    acc.x += weight * x.x;
-    acc.y += weight * x.y;
-    acc.z += weight * x.z;
-    acc.w += weight * x.w;
-}
-DEVICE void store_scaled(bf16* to, float scale, float4 x) {
-    *(uint2*)to = make_uint2(pack_bf16(x.x * scale, x.y * scale), pack_bf16(x.z * scale, x.w * scale));
-}
 
 } // namespace
 
@@ -310,6 +293,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     dependency_trigger();
 
     const float scale_log2 = scale * kLog2E;
+    const FromProduct from_product{qkv, bias, q_norm, k_norm, turns, kv_heads, eps};
     int stage_at = 0;
     u32 parity = 0;
 
@@ -330,83 +314,12 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
         const int tile_base = first_tile(length, window);
         const int head_index = here.sequence * kv_heads + here.head;
 
-        // qᵀ as the B operand: 16 rows of head_dim by 8 heads, read as pairs of numbers. And what becomes the new key and
-        // value, if the last tile is here: a lane has pairs of both halves.
-        const u32* const made = qkv + (long long)here.sequence * (kGroup + 2) * kv_heads * (kDim / 2);
-        const float4* const turn = turns + here.sequence * kQuads;
-        const int first_head = here.head * kGroup, key_head = kv_heads * kGroup + here.head, value_head = key_head + kv_heads;
         const bool has_last = stop == segment + tiles;
-        auto at_head = [&](const u32* row, int head) { return row ? row + head * (kDim / 2) : nullptr; };
-        // All that is waited for is on its way before anything is used, as far as there are registers.
-        constexpr bool kAhead = kDim <= 128;
-        float4 by[kSteps];
-#pragma unroll
-        for (int h = 0; h < kSteps; h++)
-            if (kAhead) by[h] = turn[h * 4 + t];
-        u32 qb[kSteps][kColumns][2];
-#pragma unroll
-        for (int n = 0; n < kColumns; n++) {
-            const u32* from = at_head(made, first_head + min(n * 8 + g, kGroup - 1));
-#pragma unroll
-            for (int h = 0; h < 2 * kSteps; h++) qb[h / 2][n][h % 2] = from[h * 4 + t];
-        }
-        u32 key[kPairs][2], value[kPairs][2];
-        float4 key_by[kPairs];
-        bf16* to_arena = nullptr;
-        if (has_last) {
-#pragma unroll
-            for (int c = 0; c < kPairs; c++) {
-                const int pair = min(lane + c * 32, kQuads - 1);
-                if (kAhead) key_by[c] = turn[pair];
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    key[c][half] = at_head(made, key_head)[pair + half * kQuads];
-                    value[c][half] = at_head(made, value_head)[pair + half * kQuads];
-                }
-            }
-            to_arena = arena + arena_row(here, block_of(here, length - 1), length - 1) * kDim;
-        }
-#pragma unroll
-        for (int n = 0; n < kColumns; n++) {
-            const int head = n * 8 + g;
-            const u32* own_bias = at_head(bias, first_head + min(head, kGroup - 1));
-            float squares = 0;
-            if (q_norm) {
-#pragma unroll
-                for (int h = 0; h < kSteps; h++)
-                    squares += Quad(qb[h / 2][n][h % 2], qb[(h + kSteps) / 2][n][(h + kSteps) % 2], own_bias, h * 4 + t).squares();
-                squares = warp_sum<4>(squares);
-            }
-#pragma unroll
-            for (int h = 0; h < kSteps; h++) {
-                u32 &low = qb[h / 2][n][h % 2], &high = qb[(h + kSteps) / 2][n][(h + kSteps) % 2];
-                Quad quad(low, high, own_bias, h * 4 + t);
-                if (q_norm) quad.norm(squares, eps, q_norm, h * 4 + t);
-                quad.turn(kAhead ? by[h] : turn[h * 4 + t]);
-                low = head < kGroup ? quad.low() : 0;
-                high = head < kGroup ? quad.high() : 0;
-            }
-        }
-        if (has_last) {
-            float squares = 0;
-#pragma unroll
-            for (int c = 0; c < kPairs; c++) {
-                const int pair = min(lane + c * 32, kQuads - 1);
-                Quad quad(key[c][0], key[c][1], at_head(bias, key_head), pair);
-                if (lane + c * 32 < kQuads) squares += quad.squares();
-            }
-            squares = warp_sum<32>(squares);
-#pragma unroll
-            for (int c = 0; c < kPairs; c++) {
-                const int pair = min(lane + c * 32, kQuads - 1);
-                Quad quad(key[c][0], key[c][1], at_head(bias, key_head), pair);
-                if (k_norm) quad.norm(squares, eps, k_norm, pair);
-                quad.turn(kAhead ? key_by[c] : turn[pair]);
-                key[c][0] = quad.low(), key[c][1] = quad.high();
-                Quad plain(value[c][0], value[c][1], at_head(bias, value_head), pair);
-                value[c][0] = plain.low(), value[c][1] = plain.high();
-            }
-        }
+        const int last_block = block_of(here, length - 1); // on its way with all that queries are made of
+        Made made;
+        made.make(from_product, here.sequence, here.head, has_last, lane);
+        bf16* to_arena = nullptr; // of the new key
+        if (has_last) to_arena = arena + arena_row(here, last_block, length - 1) * kDim;
 
         float o[kSteps][kColumns][4];
         float m[kColumns][2], l[kColumns][2];
@@ -443,10 +356,10 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                     for (int half = 0; half < 2; half++) {
                         const int d = (lane + c * 32 + half * kQuads) * 2;
                         u8* to = tile_memory + d / 64 * kPartBytes + own_row * 128 + ((d % 64 / 8) ^ (own_row % 8)) * 16 + d % 8 * 2;
-                        *(u32*)to = key[c][half];
-                        *(u32*)(to + kParts * kPartBytes) = value[c][half];
-                        *(u32*)(to_arena + d) = key[c][half];
-                        *(u32*)(to_arena + BLOCK_TOKENS * kDim + d) = value[c][half];
+                        *(u32*)to = made.key[c][half];
+                        *(u32*)(to + kParts * kPartBytes) = made.value[c][half];
+                        *(u32*)(to_arena + d) = made.key[c][half];
+                        *(u32*)(to_arena + BLOCK_TOKENS * kDim + d) = made.value[c][half];
                     }
                 }
                 u8* rows = tile_memory + kParts * kPartBytes;
@@ -476,7 +389,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
                     u32 a[4];
                     ldmatrix_x4(a, key_row + (k / 4) * kPartBytes + r * 16 * 128 + ((((k % 4) * 2 + (lane >> 4)) ^ (lane & 7)) << 4));
 #pragma unroll
-                    for (int n = 0; n < kColumns; n++) mma_bf16(s[r][n], a, qb[k][n][0], qb[k][n][1]);
+                    for (int n = 0; n < kColumns; n++) mma_bf16(s[r][n], a, made.q[k][n][0], made.q[k][n][1]);
                 }
             }
 
@@ -668,40 +581,6 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
 #pragma unroll 1
     for (int c = 0; c < 2; c++) {
         if (!turn[c]) continue;
-        const Cut cut = cuts[c];
-        for (int i = tid; i < kGroup * kDim / 4; i += kThreads) {
-            int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
-            float top = -INFINITY, sum = 0;
-            float4 acc = make_float4(0, 0, 0, 0);
-#pragma unroll 1
-            for (int base = 0; base < cut.parts; base += kAtOnce) {
-                float4 x[kAtOnce];
-                float2 total[kAtOnce];
-                float above = top;
-#pragma unroll
-                for (int j = 0; j < kAtOnce; j++) {
-                    int p = base + j, from = p == 0 ? cut.first_slot : 2 * (cut.first + p);
-                    total[j] = make_float2(-INFINITY, 0);
-                    x[j] = make_float4(0, 0, 0, 0);
-                    if (p < cut.parts) {
-                        total[j] = __ldcg(partial_totals + from * kGroup + head);
-                        x[j] = __ldcg((const float4*)(partial + ((long long)from * kGroup + head) * kDim + d));
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < kAtOnce; j++) above = fmaxf(above, total[j].x);
-                float weight = exp2_approx(top - above);
-                top = above;
-                sum *= weight;
-                acc = make_float4(acc.x * weight, acc.y * weight, acc.z * weight, acc.w * weight);
-#pragma unroll
-                for (int j = 0; j < kAtOnce; j++) {
-                    weight = exp2_approx(total[j].x - top);
-                    sum += weight * total[j].y;
-                    add_scaled(acc, weight, x[j]);
-                }
-            }
-            store_scaled(out + ((long long)cut.counter * kGroup + head) * kDim + d, 1.0f / sum, acc);
-        }
+        add_parts<kThreads>(cuts[c], partial, partial_totals, out);
     }
 }

@@ -44,6 +44,7 @@ macro_rules! headers {
 pub const HEADERS: &[(&str, &str)] = headers![
     "attention.cuh",
     "attention_deal.cuh",
+    "attention_sums.cuh",
     "attention_turn.cuh",
     "attention_wgmma.cuh",
     "cluster.cuh",
