@@ -5,14 +5,10 @@
 // of 64 rows × 128 bytes), x likewise; wgmma has w as its M side, so 8 rows of x cost 8 columns and nothing is padded
 // further.
 //
-// e4m3 with few rows: wgmma takes w as it is, and x as two e4m3 numbers, high + low / 32, that hold all eight bits of a bf16
-// (down to 2^-17 of the largest of 128), scaled by a power of two for each row and 128 of k. Both are columns of one wgmma, of which
-// few rows leave enough. Warps beside the feeding one split x (gemm_split.cuh). More rows: w goes shared → registers → bf16 →
-// wgmma from registers.
+// e4m3: w goes shared → registers → bf16 → wgmma from registers.
 #pragma once
 
 #include "gemm_epilogue.cuh"
-#include "gemm_split.cuh"
 #include "wgmma.cuh"
 
 // Outputs per tile: more where x is heavy, since every tile reads all of x. With 64 the warpgroups share k.
@@ -27,18 +23,11 @@
 
 namespace hopper {
 
-// e4m3: split x rather than convert w for that many rows. None yet: see docs/cuda-gemm.md.
-#ifndef SPLIT_ROWS
-#define SPLIT_ROWS 0
-#endif
-#define SPLIT (WEIGHT != WEIGHT_BF16 && N_TILE <= SPLIT_ROWS)
-
 // Warpgroups that multiply. Converting e4m3 takes four to keep up: each waits for shared memory, converts, waits for wgmma.
-constexpr int GROUPS = WEIGHT != WEIGHT_BF16 && N_TILE <= 16 && !SPLIT ? 4 : 2;
+constexpr int GROUPS = WEIGHT != WEIGHT_BF16 && N_TILE <= 16 ? 4 : 2;
 constexpr int CONSUMERS = GROUPS * 128;
-constexpr bool REBALANCE = GROUPS == 2 && !SPLIT; // registers: a whole warpgroup feeds, so that it can give up its share
-constexpr int SPLITTERS = 7; // warps: to split 8 rows × 256 of k takes one of them more than a microsecond
-constexpr int THREADS = CONSUMERS + (SPLIT ? 32 + SPLITTERS * 32 : REBALANCE ? 128 : 32);
+constexpr bool REBALANCE = GROUPS == 2; // registers: a whole warpgroup feeds, so that it can give up its share
+constexpr int THREADS = CONSUMERS + (REBALANCE ? 128 : 32);
 constexpr int M_BLOCKS = M_TILE > 64 * GROUPS ? M_TILE / (64 * GROUPS) : 1; // of 64 outputs, per warpgroup
 constexpr int K_SHARES = GROUPS * M_BLOCKS * 64 / M_TILE; // warpgroups that share outputs, each with its part of k
 constexpr int K_CHUNK = K_STAGE * K_SHARES; // k per stage
@@ -46,13 +35,10 @@ constexpr int W_BOX = 64 * 128, X_BOX = N_TILE * 128;
 constexpr int W_BOXES = GROUPS * M_BLOCKS, X_BOXES = K_CHUNK / 64;
 constexpr int W_STAGE = W_BOXES * W_BOX;
 constexpr int X_STAGE = X_BOXES * X_BOX;
-constexpr int SPLIT_BOX = SPLIT ? 2 * N_TILE * 128 : 0; // x split: 128 of k, high numbers of all rows and then low ones
-constexpr int SPLIT_STAGE = K_CHUNK / 128 * SPLIT_BOX;
-constexpr int STAGE = W_STAGE + X_STAGE + SPLIT_STAGE;
+constexpr int STAGE = W_STAGE + X_STAGE;
 constexpr int COLUMNS = N_TILE >= 32 && N_TILE % 16 == 0 ? 16 : 8; // rows of x that the epilogue takes at once
 constexpr int PITCH = M_TILE + 4;
-constexpr int SCALES = SPLIT ? K_CHUNK / 128 * N_TILE : 0; // of a stage
-constexpr int FIXED = K_SHARES * COLUMNS * PITCH * 4 + N_TILE * 4 + 12 * (4 * 8 + SCALES * 4);
+constexpr int FIXED = K_SHARES * COLUMNS * PITCH * 4 + N_TILE * 4 + 12 * (3 * 8);
 constexpr int SHARED_MAX = 227 * 1024; // so one CTA on a multiprocessor: with two, the next kernel's would crowd onto some
 constexpr int STAGES = (SHARED_MAX - FIXED) / STAGE < 12 ? (SHARED_MAX - FIXED) / STAGE : 12;
 constexpr int SHARED = STAGES * STAGE + FIXED;
@@ -117,11 +103,8 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     extern __shared__ __align__(1024) u8 shared[];
     float* tile = (float*)(shared + STAGES * STAGE); // [K_SHARES][COLUMNS][PITCH]
     float* factor = tile + K_SHARES * COLUMNS * PITCH; // [N_TILE]
-    float* scales = factor + N_TILE; // [STAGES][SCALES]
     const u32 w_stages = shared_address(shared), x_stages = w_stages + STAGES * W_STAGE;
-    [[maybe_unused]] const u32 split_stages = x_stages + STAGES * X_STAGE;
-    const u32 w_full = shared_address(scales + STAGES * SCALES), x_full = w_full + STAGES * 8, empty = x_full + STAGES * 8;
-    const u32 split_full = empty + STAGES * 8;
+    const u32 w_full = shared_address(factor + N_TILE), x_full = w_full + STAGES * 8, empty = x_full + STAGES * 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool feeds = threadIdx.x == CONSUMERS;
     const u32 split = cluster_size();
@@ -145,7 +128,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     u32 stage = 0;
     if (feeds) {
         for (int i = 0; i < STAGES; i++)
-            mbarrier_init(w_full + i * 8, 1), mbarrier_init(x_full + i * 8, 1), mbarrier_init(split_full + i * 8, 1), mbarrier_init(empty + i * 8, CONSUMERS / 32);
+            mbarrier_init(w_full + i * 8, 1), mbarrier_init(x_full + i * 8, 1), mbarrier_init(empty + i * 8, CONSUMERS / 32);
         mbarrier_init_fence();
         for (; stage < FLIGHT && stage < STAGES && ahead.done < ahead.total; stage++, ahead.next()) load_w(ahead, stage);
         tma_prefetch_map(&p.x_map);
@@ -154,22 +137,6 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 
     if (warp >= CONSUMERS / 32) {
         if constexpr (REBALANCE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-#if SPLIT
-        if (warp > CONSUMERS / 32) {
-            Ring ring;
-            for (int i = 0, mine = warp - CONSUMERS / 32 - 1; i < work.total; i++, ring.next()) {
-                if (i % SPLITTERS != mine) continue;
-                mbarrier_wait(x_full + ring.stage * 8, ring.parity);
-#pragma unroll
-                for (int box = 0; box < K_CHUNK / 128; box++)
-                    split_box(x_stages + ring.stage * X_STAGE + box * 2 * X_BOX, split_stages + ring.stage * SPLIT_STAGE + box * SPLIT_BOX,
-                              scales + ring.stage * SCALES + box * N_TILE, lane);
-                fence_proxy_async();
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(split_full + ring.stage * 8);
-            }
-        }
-#endif
         if (feeds) {
             for (; stage < STAGES && ahead.done < ahead.total; stage++, ahead.next()) {
                 mbarrier_wait(w_full + (stage - FLIGHT) * 8, 0);
@@ -239,12 +206,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 
     while (work.done < work.total) {
         const int m0 = work.tile * M_TILE;
-#if SPLIT
-#pragma unroll
-        for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-            for (int i = 0; i < N_TILE / 2; i++) sums[b][i] = 0.f;
-#elif WEIGHT == WEIGHT_FP8_BLOCK
+#if WEIGHT == WEIGHT_FP8_BLOCK
         float whole[M_BLOCKS][N_TILE / 2];
 #pragma unroll
         for (int b = 0; b < M_BLOCKS; b++)
@@ -283,40 +245,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
             }
 #endif
             mbarrier_wait(w_full + ring.stage * 8, ring.parity);
-            mbarrier_wait((SPLIT ? split_full : x_full) + ring.stage * 8, ring.parity);
-#if SPLIT
-            float products[M_BLOCKS][N_TILE]; // of high numbers, of low ones
-            const u64 columns = wgmma_descriptor(split_stages + ring.stage * SPLIT_STAGE + share * SPLIT_BOX);
-            wgmma_fence();
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-#pragma unroll
-                for (int b = 0; b < M_BLOCKS; b++) wgmma_e4m3(products[b], wgmma_descriptor(w + b * W_BOX) + 2 * k, columns + 2 * k, k > 0);
-            wgmma_commit();
-            wgmma_wait<0>();
-            const float* of_rows = scales + ring.stage * SCALES + share * N_TILE + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < N_TILE / 8; j++) {
-                const float2 s = *(const float2*)(of_rows + j * 8);
-#pragma unroll
-                for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        float v = fmaf(products[b][N_TILE / 2 + 4 * j + i], SPLIT_LOW, products[b][4 * j + i]) * (i % 2 ? s.y : s.x);
-#if WEIGHT == WEIGHT_FP8_BLOCK
-                        v *= scale[b][i / 2];
-#endif
-                        sums[b][4 * j + i] += v;
-                    }
-            }
-            // Nothing but a sum that needs them keeps the arrival from overtaking the reads of scales. (No sum has all its bits set: a NaN
-            // is 0x7fffffff.)
-            u32 bits = ~0u;
-#pragma unroll
-            for (int j = 0; j < N_TILE / 8; j++) bits &= __float_as_uint(sums[0][4 * j]);
-            __syncwarp();
-            if (bits != ~0u) release(ring.stage);
-#else
+            mbarrier_wait(x_full + ring.stage * 8, ring.parity);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 a[M_BLOCKS][4][4];
@@ -352,11 +281,10 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
                 for (int i = 0; i < N_TILE / 2; i++) whole[b][i] += sums[b][i] * scale[b][i / 2 % 2];
 #endif
 #endif
-#endif
         }
         wgmma_wait<0>();
         if (held >= 0) release(held), held = -1;
-#if WEIGHT == WEIGHT_FP8_BLOCK && !SPLIT
+#if WEIGHT == WEIGHT_FP8_BLOCK
 #pragma unroll
         for (int b = 0; b < M_BLOCKS; b++)
 #pragma unroll

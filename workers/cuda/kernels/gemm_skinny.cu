@@ -15,8 +15,7 @@
 // variant N_TILE=64 WEIGHT=0 M_TILE=128
 // variant N_TILE=128 WEIGHT=0
 // variant N_TILE=8 WEIGHT=1
-// variant N_TILE=8 WEIGHT=1 SPLIT_ROWS=16
-// variant N_TILE=16 WEIGHT=2 SPLIT_ROWS=16
+// variant N_TILE=16 WEIGHT=2
 // variant N_TILE=64 WEIGHT=1 M_TILE=128
 // variant N_TILE=32 WEIGHT=1
 // variant N_TILE=128 WEIGHT=2

@@ -152,38 +152,6 @@ DEVICE void wgmma(float (&d)[64], const u32 (&a)[4], u64 b, bool add) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add));
 }
 
-// e4m3 on both sides, 32 of k at a time. The tensor cores keep some 13 bits below the largest term of such a sum.
-DEVICE void wgmma_e4m3(float (&d)[8], u64 a, u64 b, bool add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %10, 0;\nwgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7}, "
-                 "%8, %9, p, 1, 1;}"
-                 : D8(0)
-                 : "l"(a), "l"(b), "r"((int)add));
-}
-DEVICE void wgmma_e4m3(float (&d)[16], u64 a, u64 b, bool add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-                 "%16, %17, p, 1, 1;}"
-                 : D16(0)
-                 : "l"(a), "l"(b), "r"((int)add));
-}
-DEVICE void wgmma_e4m3(float (&d)[24], u64 a, u64 b, bool add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %26, 0;\nwgmma.mma_async.sync.aligned.m64n48k32.f32.e4m3.e4m3 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23}, "
-                 "%24, %25, p, 1, 1;}"
-                 : D16(0), D8(16)
-                 : "l"(a), "l"(b), "r"((int)add));
-}
-DEVICE void wgmma_e4m3(float (&d)[32], u64 a, u64 b, bool add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-                 "%32, %33, p, 1, 1;}"
-                 : D32(0)
-                 : "l"(a), "l"(b), "r"((int)add));
-}
-
 #undef D4
 #undef D8
 #undef D16

@@ -55,7 +55,6 @@ pub const HEADERS: &[(&str, &str)] = headers![
     "gemm_epilogue.cuh",
     "gemm_hopper.cuh",
     "gemm_skinny.cuh",
-    "gemm_split.cuh",
     "ranks.cuh",
     "sample_block.cuh",
     "sample_search.cuh",
