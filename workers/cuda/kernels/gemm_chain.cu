@@ -13,15 +13,16 @@
 //   nobody touches meanwhile: launches take sets in turn.
 // - All CTAs must run at once: one on each multiprocessor, grid at most their number, nothing else that waits for them.
 //
-// -DROWS (1 or 8): rows at most. One has room for more weights ahead.
+// -DROWS (1, 4 or 8): rows at most. Fewer have room for more of x, one for more weights ahead too.
 // One kernel for each -DWEIGHT (0 BF16, 1 FP8 with a scale per output channel, 2 FP8 with a scale per 128×128 block). All sizes:
 // hidden a multiple of 32, intermediate of 16, q·k·v of 16, every k of 64 (FP8: 128). Deterministic.
-// Launch: `gemm_chain_shape` = {threads, dynamic shared bytes, rows at most, 0}; grid = multiprocessors, programmatic
+// Launch: `gemm_chain_shape` = {threads, dynamic shared bytes, rows at most, k up to which x is brought once}; grid = multiprocessors, programmatic
 // launch. Maps: the matrix as three dimensions {128 bytes of k, out, k / (128 bytes)}, strides {row, 128 bytes}, box {128 bytes, R,
 // 128 / R}, R = 32, qkv 16; 128-byte swizzle.
 //
 // kernel gemm_chain spill_bytes_max=0
 // variant WEIGHT=0 ROWS=1
+// variant WEIGHT=0 ROWS=4
 // variant WEIGHT=0 ROWS=8
 // variant WEIGHT=1 ROWS=1
 // variant WEIGHT=1 ROWS=8
@@ -57,7 +58,7 @@ struct Chain {
 
 #include "gemm_chain.cuh"
 
-extern "C" __device__ const int gemm_chain_shape[4] = {chain::THREADS, chain::SHARED, ROWS, 0};
+extern "C" __device__ const int gemm_chain_shape[4] = {chain::THREADS, chain::SHARED, ROWS, chain::GROUPS * chain::GROUP_K};
 
 extern "C" __global__ void __launch_bounds__(chain::THREADS, 1) gemm_chain(const __grid_constant__ Chain c) {
 #if BATON_ARCH >= 900

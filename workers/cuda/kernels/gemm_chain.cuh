@@ -13,7 +13,8 @@ constexpr int LOADERS = 8;            // warps that bring x
 constexpr int THREADS = (WARPS + LOADERS + 1) * 32;
 constexpr int STAGE = 16384;          // of w: R outputs × (16384 / R) bytes of k
 constexpr int BLOCK_K = FP8 ? 128 : 64; // k in 128 bytes
-constexpr int GROUP_K = 256, GROUP = ROWS * GROUP_K * 2, GROUPS = 16; // of x; all together 4096 of k
+constexpr int GROUP_K = 256, GROUP = ROWS * GROUP_K * 2; // of x
+constexpr int GROUPS = ROWS == 1 ? 32 : 128 / ROWS; // a product of no more is brought once for all tiles, another for each
 // Stages of w on their way at a time: what keeps memory busy. More would only stand in its queues, and so would all that
 // the products tell each other.
 #ifndef FLIGHT

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use baton_model::ModelSpec;
 
-use crate::chain::{self, Chain};
+use crate::chain::Chain;
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
 use crate::model::{CudaOptions, takes_skinny};
@@ -54,8 +54,7 @@ impl Buffers {
         let numbers = |width: usize| Buffer::<u16>::zeroed(device, rows * width, "activations");
         let normed = Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?;
         let (attended, inner) = (numbers(heads * dim)?, numbers(spec.intermediate)?);
-        let chained = chain::ROWS_MAX * Chain::squares(spec.hidden);
-        let squares = chained.max(rows * spec.hidden.div_ceil(64));
+        let squares = Chain::squares_max(spec.hidden).max(rows * spec.hidden.div_ceil(64));
         let skinny = |buffer: &Buffer<u16>, width| match takes_skinny(spec) {
             true => Activations::new(device, buffer.at(0), rows, width),
             false => Ok(Activations::default()),

@@ -17,12 +17,11 @@ use crate::sources;
 use crate::tensor_map::TensorMap;
 use crate::weights::ModelWeights;
 
-/// Rows that one variant of the kernel handles; a step takes the least that has room. One row leaves more of the shared memory to
-/// weights that are ahead.
-const ROWS: [usize; 2] = [1, 8];
+/// Rows that one variant of the kernel handles; a step takes the least that has room.
+const ROWS: [usize; 3] = [1, 4, 8];
 
 /// Most rows of a step that goes this way.
-pub const ROWS_MAX: usize = ROWS[ROWS.len() - 1];
+const ROWS_MAX: usize = ROWS[ROWS.len() - 1];
 
 /// Outputs of a tile; queries, keys and values have half as many, or too few blocks would have one.
 const TILE_OUTPUTS: usize = 32;
@@ -35,12 +34,18 @@ pub struct Chain {
     variants: Vec<Variant>,
     blocks: usize,
     layers: Vec<[Product; 4]>,
+    format: Format,
+    /// Few blocks idle while others have the last tiles of a residual product.
+    balanced: bool,
+    hidden: usize,
     exchange: Exchange,
     eps: f32,
 }
 
 struct Variant {
     rows: usize,
+    /// Inputs up to which rows are brought once for all tiles of a product.
+    inputs_kept: usize,
     threads: u32,
     shared_bytes: u32,
     kernel: Kernel,
@@ -102,20 +107,43 @@ impl Chain {
         let Some(format) = common_format(spec, weights) else {
             return Ok(None);
         };
+        let blocks = device.multiprocessors() as usize;
         let variants = ROWS.map(|rows| Variant::load(device, compiler, rows, format));
         let layers = (0..weights.layers.len()).map(|index| products(weights, index));
         Ok(Some(Self {
             variants: variants.into_iter().collect::<Result<_, _>>()?,
-            blocks: device.multiprocessors() as usize,
+            blocks,
             layers: layers.collect::<Result<_, _>>()?,
+            format,
+            balanced: balanced(spec.hidden / TILE_OUTPUTS, blocks),
+            hidden: spec.hidden,
             exchange: Exchange::new(device, spec)?,
             eps: spec.rms_eps,
         }))
     }
 
+    /// Whether a step of so many rows is faster this way (docs/cuda-gemm.md has the models that were timed). FP8 weights come too fast
+    /// for rows that are brought anew for each tile; BF16 weights need every block to read them.
+    pub fn takes(&self, rows: usize) -> bool {
+        let faster = |variant: &Variant| match self.format {
+            Format::Bf16 => self.balanced || rows == 1,
+            Format::Fp8Channel | Format::Fp8Block => self.hidden <= variant.inputs_kept,
+        };
+        self.variant(rows).is_some_and(faster)
+    }
+
+    fn variant(&self, rows: usize) -> Option<&Variant> {
+        self.variants.iter().find(|variant| variant.rows >= rows)
+    }
+
     /// Sums of squares of a row that the last layer leaves, for [`crate::skinny::Norm`].
     pub fn squares(hidden: usize) -> usize {
         hidden / SQUARES
+    }
+
+    /// Numbers of them, for as many rows as there may be.
+    pub fn squares_max(hidden: usize) -> usize {
+        ROWS_MAX * Self::squares(hidden)
     }
 
     /// From layer `index`'s attention, `b.attended`, to the next layer's `b.qkv`; after the last layer to `b.normed` and `b.squares`.
@@ -124,7 +152,7 @@ impl Chain {
     /// [`CudaError::Driver`].
     ///
     /// # Safety
-    /// `b.x` and `b.attended` hold `rows` rows, at most [`ROWS_MAX`], `weights` are those of [`Self::new`], and a step launches
+    /// It takes `rows` rows, `b.x` and `b.attended` hold them, `weights` are those of [`Self::new`], and a step launches
     /// every layer once, in order.
     pub unsafe fn launch(
         &self,
@@ -156,8 +184,7 @@ impl Chain {
             rows: rows as i32,
             eps: self.eps,
         };
-        let variant = self.variants.iter().find(|variant| variant.rows >= rows);
-        let variant = variant.expect("the caller keeps to ROWS_MAX");
+        let variant = self.variant(rows).expect("the caller has asked");
         let shape = Shape::row(self.blocks, variant.threads)
             .shared(variant.shared_bytes)
             .early();
@@ -178,9 +205,10 @@ impl Variant {
             format!("WEIGHT={}", format.number()),
         ];
         let module = Module::load(device, &compiler.compile(&sources::GEMM_CHAIN, &defines)?)?;
-        let [threads, shared, ..] = module.constants("gemm_chain_shape")?;
+        let [threads, shared, _, inputs_kept] = module.constants("gemm_chain_shape")?;
         Ok(Self {
             rows,
+            inputs_kept: inputs_kept as usize,
             threads: threads as u32,
             shared_bytes: shared as u32,
             kernel: module.kernel("gemm_chain", shared as u32)?,
@@ -228,6 +256,12 @@ impl Exchange {
             squares: [at(2 * z + inner), at(2 * z + inner + squares)],
         }
     }
+}
+
+/// Whether so many tiles leave few blocks idle, or one each: with 160 tiles on 132 multiprocessors 80 blocks would have two each.
+fn balanced(tiles: usize, blocks: usize) -> bool {
+    let each = tiles.div_ceil(blocks);
+    each == 1 || tiles * 4 >= each * blocks * 3
 }
 
 /// The format of all projections, if it is one and their sizes are what the kernel takes.
@@ -298,6 +332,13 @@ mod tests {
                 assert!(set(index, layers) < 3);
             }
         }
+    }
+
+    #[test]
+    fn tiles_that_leave_many_blocks_idle_are_not_balanced() {
+        let hidden = |hidden: usize| balanced(hidden / TILE_OUTPUTS, 132);
+        assert!(hidden(2048) && hidden(4096) && hidden(8192));
+        assert!(!hidden(5120));
     }
 
     #[test]

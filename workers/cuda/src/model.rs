@@ -7,7 +7,7 @@ use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::{Attention, Inputs};
 use crate::buffers::{ARGMAX_PARTS, Buffers, logits_rows, rows_max};
-use crate::chain::{self, Chain};
+use crate::chain::Chain;
 use crate::compile::Compiler;
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
@@ -202,7 +202,7 @@ impl CudaModel {
     }
 
     fn chain_of(&self, rows: usize) -> Option<&Chain> {
-        self.chain.as_ref().filter(|_| rows <= chain::ROWS_MAX)
+        self.chain.as_ref().filter(|chain| chain.takes(rows))
     }
 
     /// All layers, what is between two attentions in one launch.

@@ -2,7 +2,7 @@
 
 chain.py compile DIR   every variant to DIR, on a machine without a GPU
 chain.py check DIR     correctness, and the same bits in every replay
-chain.py time DIR      32 layers of Llama-3.1-8B and its output matrix, in one graph
+chain.py time DIR [models] [NAME=VALUE,...]   layers of Llama-3.1-8B in one graph, or of several models; variants of the kernel besides
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import nvrtc
 from gemm import Attribute, Config, WEIGHTS, check, cuda
 
 ROWS, SETS = 8, 2
-TILES = (1, 8)  # rows of a kernel
+TILES = (1, 4, 8)  # rows of a kernel
 REPLAYS = int(os.environ.get("REPLAYS", 300))
 SOURCES = ("common.cuh", "gemm_skinny.cuh", "gemm_epilogue.cuh", "gemm_chain.cuh", "gemm_chain.cu")
 
@@ -217,7 +217,7 @@ def check_all(directory):
                 continue
             layers = [Weights(torch, weight, *shape, exact=True) for _ in range(2)]
             chain = Chain(torch, None, layers, biased=shape[0] == 896)
-            for rows in (1, 2, 5, 8):
+            for rows in (1, 2, 4, 5, 8):
                 total += 1
                 chain.kernel = kernels[min(t for t in TILES if t >= rows)]
                 start = torch.randn(ROWS, shape[0], device="cuda")
@@ -251,36 +251,66 @@ def check_all(directory):
     return bad
 
 
+MODELS = {  # hidden, intermediate, qkv, attended, layers
+    "Llama-3.1-8B": (4096, 14336, 6144, 4096, 32),
+    "Llama-3.2-1B": (2048, 8192, 3072, 2048, 16),
+    "Llama-3.2-3B": (3072, 8192, 5120, 3072, 28),
+    "Qwen2.5-7B": (3584, 18944, 4608, 3584, 28),
+    "Qwen3-14B": (5120, 17408, 7168, 5120, 40),
+    "Llama-3.1-70B": (8192, 28672, 10240, 8192, 20),
+}
+
+
+def own_kernels(torch, module, layers, rows):
+    """The same products in launches of their own, as a graph."""
+    hidden, attended = layers[0].sizes["o"]
+    qkv, inner = layers[0].sizes["qkv"][0], layers[0].sizes["down"][1]
+    b = lambda *s: torch.randn(*s, device="cuda").bfloat16()
+    x = {"z": b(128, hidden), "attended": b(128, attended), "inner": b(128, inner)}
+    maps = {n: gemm.tensor_map(t.data_ptr(), t.shape[1], 128, 2, 64, module.n_tile) for n, t in x.items()}
+    ssq, residual, gamma, out = torch.rand(128, -(-hidden // 64), device="cuda") * 128, torch.randn(128, hidden, device="cuda"), b(hidden), b(128, qkv)
+    norm = dict(x_ssq=ssq, x_ssq_tiles=-(-hidden // 64), eps=1e-5)
+    add = dict(residual=residual, gamma=gamma, y=x["z"], y_ssq=ssq)
+    steps = [("o", "attended", "residual", add), ("gate_up", "z", "swiglu", dict(y=x["inner"], **norm)), ("down", "inner", "residual", add), ("qkv", "z", "store", dict(y=out, **norm))]
+    kept = [x, ssq, residual, gamma, out]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        raw = torch.cuda.current_stream().cuda_stream
+        for layer in layers:
+            for name, source, epilogue, more in steps:
+                p = gemm.parameters(gemm.Matrix(layer.w[name], layer.scale[name]), x[source], maps[source], rows, **more)
+                gemm.launch(module, epilogue, p, *module.plan(p.out, p.k), raw)
+    return graph, kept
+
+
 def time_all(directory):
     import torch
 
     torch.zeros(1, device="cuda")
     ceiling = gemm.read_ceiling(torch)
     print(f"read ceiling {ceiling:.3f} TB/s", flush=True)
-    shape = (4096, 14336, 6144, 4096)
-    variants = [dict(v.split("=") for v in a.split(",")) for a in sys.argv[3:]] or []
-    for weight in ("bf16", "fp8", "fp8_block"):
-        layers = [Weights(torch, weight, *shape, exact=False) for _ in range(32)]
-        count = sum(w.numel() * w.element_size() for layer in layers for w in layer.w.values())
+    variants = [dict(v.split("=") for v in a.split(",")) for a in sys.argv[3:] if "=" in a]
+    models = MODELS if "models" in sys.argv else {"Llama-3.1-8B": MODELS["Llama-3.1-8B"]}
+    for (name, (*shape, count)), weight in ((m, w) for m in models.items() for w in WEIGHTS):
+        if weight == "fp8_block" and len(models) > 1:
+            continue
+        layers = [Weights(torch, weight, *shape, exact=False) for _ in range(count)]
+        size = sum(w.numel() * w.element_size() for layer in layers for w in layer.w.values())
+        line = lambda what, times: print(f"{name} {weight} {what}, us a layer of {size / count / 1e6:.0f} MB: " + "  ".join(
+            f"rows={rows} {ms / count * 1000:.1f} {size / ms / 1e9 / ceiling:.1%}" for rows, ms in times), flush=True)
         for defines in [{}] + variants:
             kernels = {rows: Kernel(directory, weight, ROWS=rows, **defines) for rows in TILES}
-            chain = Chain(torch, None, layers)
-            line = f"{weight} {defines}: 32 layers, {count / 1e9:.2f} GB:"
+            chain, times = Chain(torch, None, layers), []
             for rows in (1, 2, 4, 8):
                 chain.kernel = kernels[min(t for t in TILES if t >= rows)]
-                ms = gemm.median_ms(torch, chain.graph(rows).replay)
-                line += f"  rows={rows} {ms:.3f} ms {count / ms / 1e9 / ceiling:.1%}"
-            print(line, flush=True)
-        del layers, chain
-        torch.cuda.empty_cache()
-        bench = gemm.Bench(torch, directory, weight)
+                times.append((rows, gemm.median_ms(torch, chain.graph(rows).replay)))
+            line(f"chain {defines}", times)
+        module, times = gemm.Module(directory, weight, 8), []
         for rows in (1, 8):
-            module = gemm.Module(directory, weight, 8)
-            calls = bench.calls(module, rows)
-            whole = [(n, calls[n][i]) for i in range(32) for n in gemm.SHAPES]
-            ms = bench.graph(module, whole, {})
-            print(f"{weight} kernels of their own: rows={rows} {ms:.3f} ms {count / ms / 1e9 / ceiling:.1%}", flush=True)
-        del bench
+            graph, kept = own_kernels(torch, module, layers, rows)
+            times.append((rows, gemm.median_ms(torch, graph.replay)))
+        line("kernels of their own", times)
+        del layers, chain, graph, kept
         torch.cuda.empty_cache()
 
 
