@@ -90,7 +90,7 @@ tests() {
 
 golden() {
   weights || { echo "no $model in $programs"; return 1; }
-  BATON_TEST_GGUF=$work/$model within 300 "$programs/executor" --ignored --nocapture teacher_forced
+  BATON_TEST_GGUF=$work/$model within 300 "$programs/executor" --ignored --nocapture --test-threads 1 teacher_forced
 }
 
 # usage: answer UP_ARGUMENT...   prints what a cluster says the capital of France is

@@ -249,8 +249,6 @@ def hand_overs(rows):
               f"{row['read_gbps']['p50']:.0f} GB/s, ranges {ranges['p50']}/{ranges['p99']}, {100 * row['in_time']:.0f}%")
 
 
-
-
 def interrupted(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows stops the workers and prints what is known
     sys.exit("stopped")

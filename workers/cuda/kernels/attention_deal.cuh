@@ -47,7 +47,6 @@ struct Deal {
     }
 };
 
-
 // Differs for every sequence, larger for more tiles; below 0 for none. `sequence` < kSortMax.
 DEVICE int sort_key(int sequence, int tiles) { return tiles * kSortMax + kSortMax - 1 - sequence; }
 

@@ -14,7 +14,7 @@
 // - All CTAs must run at once: one on each multiprocessor, grid at most their number, nothing else that waits for them.
 //
 // -DROWS (1, 4 or 8): rows at most. Fewer have room for more of x, one for more weights ahead too.
-// One kernel for each -DWEIGHT (0 BF16, 1 FP8 with a scale per output channel, 2 FP8 with a scale per 128×128 block). All sizes:
+// One kernel for each -DROWS and -DWEIGHT (0 BF16, 1 FP8 with a scale per output channel, 2 FP8 with a scale per 128×128 block). All sizes:
 // hidden a multiple of 32, intermediate of 16, q·k·v of 16, every k of 64 (FP8: 128). Deterministic.
 // Launch: `gemm_chain_shape` = {threads, dynamic shared bytes, rows at most, k up to which x is brought once}; grid = multiprocessors, programmatic
 // launch. Maps: the matrix as three dimensions {128 bytes of k, out, k / (128 bytes)}, strides {row, 128 bytes}, box {128 bytes, R,
@@ -25,7 +25,10 @@
 // variant WEIGHT=0 ROWS=4
 // variant WEIGHT=0 ROWS=8
 // variant WEIGHT=1 ROWS=1
+// variant WEIGHT=1 ROWS=4
 // variant WEIGHT=1 ROWS=8
+// variant WEIGHT=2 ROWS=1
+// variant WEIGHT=2 ROWS=4
 // variant WEIGHT=2 ROWS=8
 #ifndef ROWS
 #define ROWS 8

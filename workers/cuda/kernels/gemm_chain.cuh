@@ -29,7 +29,6 @@ constexpr int STAGES = (SHARED_MAX - FIXED) / (STAGE + 16);
 constexpr int SHARED = STAGES * (STAGE + 16) + FIXED;
 static_assert(STAGES > FLIGHT, "nothing to run ahead with");
 
-constexpr u64 EVICT_FIRST = 0x12f0000000000000ull; // createpolicy.fractional.L2::evict_first of 1.0
 constexpr u32 MISSING = 0xffffffffu; // two bf16, or a float, that no arithmetic makes: what is not written yet
 
 #if BATON_ARCH >= 900

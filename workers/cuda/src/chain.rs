@@ -2,6 +2,7 @@
 //! `kernels/gemm_chain.cu` (`docs/cuda-gemm.md`, "Chains").
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_model::ModelSpec;
 use cudarc::driver::sys::CUdeviceptr;
@@ -40,6 +41,27 @@ pub struct Chain {
     hidden: usize,
     exchange: Exchange,
     eps: f32,
+    _alone: Alone,
+}
+
+/// Of this process's chains the only one on a GPU: launches of two, on streams of their own, could wait for each other as those of
+/// two processes could.
+struct Alone(usize);
+
+static TAKEN: [AtomicBool; 64] = [const { AtomicBool::new(false) }; 64];
+
+impl Alone {
+    /// None while there is another on this GPU.
+    fn on(ordinal: usize) -> Option<Self> {
+        let taken = TAKEN.get(ordinal)?.swap(true, Ordering::AcqRel);
+        (!taken).then(|| Self(ordinal))
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        TAKEN[self.0].store(false, Ordering::Release);
+    }
 }
 
 struct Variant {
@@ -107,6 +129,9 @@ impl Chain {
         let Some(format) = common_format(spec, weights) else {
             return Ok(None);
         };
+        let Some(alone) = Alone::on(device.ordinal() as usize) else {
+            return Ok(None);
+        };
         let blocks = device.multiprocessors() as usize;
         let variants = ROWS.map(|rows| Variant::load(device, compiler, rows, format));
         let layers = (0..weights.layers.len()).map(|index| products(weights, index));
@@ -119,6 +144,7 @@ impl Chain {
             hidden: spec.hidden,
             exchange: Exchange::new(device, spec)?,
             eps: spec.rms_eps,
+            _alone: alone,
         }))
     }
 
@@ -153,7 +179,7 @@ impl Chain {
     ///
     /// # Safety
     /// It takes `rows` rows, `b.x` and `b.attended` hold them, `weights` are those of [`Self::new`], and a step launches
-    /// every layer once, in order.
+    /// every layer once, in order. After an error there is no further step: what was exchanged stands where the next would look.
     pub unsafe fn launch(
         &self,
         weights: &ModelWeights,
@@ -332,6 +358,15 @@ mod tests {
                 assert!(set(index, layers) < 3);
             }
         }
+    }
+
+    #[test]
+    fn a_gpu_has_one_chain_at_a_time() {
+        let first = Alone::on(63);
+        assert!(first.is_some() && Alone::on(63).is_none() && Alone::on(62).is_some());
+        drop(first);
+        assert!(Alone::on(63).is_some());
+        assert!(Alone::on(64).is_none(), "nobody keeps count of it");
     }
 
     #[test]

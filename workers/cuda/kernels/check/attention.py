@@ -5,6 +5,9 @@
     attention.py time DIR      graph replays over 32 layers (more than L2 holds), share of the floor
 """
 
+import functools
+import glob
+import hashlib
 import math
 import multiprocessing
 import os
@@ -27,8 +30,15 @@ if os.environ.get("ONLY"):
     KERNELS = {k: v for k, v in KERNELS.items() if k in os.environ["ONLY"].split(",")}
 
 
+@functools.cache
+def sources():
+    """A hash of all kernel sources: what was compiled from others is not taken for theirs."""
+    files = sorted(glob.glob(os.path.join(nvrtc.KERNELS, "*.cu*")) + glob.glob(os.path.join(nvrtc.KERNELS, "check", "*.cu")))
+    return hashlib.sha256(b"".join(open(f, "rb").read() for f in files)).hexdigest()[:12]
+
+
 def cubin_path(folder, kernel, shape):
-    return os.path.join(folder, "-".join([kernel, ARCH, *map(str, shape)]) + ".cubin")
+    return os.path.join(folder, "-".join([kernel, sources(), ARCH, *map(str, shape)]) + ".cubin")
 
 
 def build(folder):

@@ -75,11 +75,14 @@ class Kernel:
         self.threads, self.shared = shape[0], shape[1]
         check(cuda().cuModuleGetFunction(ctypes.byref(self.function), self.handle, b"gemm_chain"), "kernel")
         check(cuda().cuFuncSetAttribute(self.function, 8, self.shared), "shared memory")
+        processors = ctypes.c_int()
+        check(cuda().cuDeviceGetAttribute(ctypes.byref(processors), 16, 0), "multiprocessors")
+        self.blocks = processors.value  # all of them wait for each other
 
     def launch(self, p, stream, dependent=True):
         attribute = Attribute(6, 0)
         attribute.value[0] = 1
-        config = Config((ctypes.c_uint * 3)(132, 1, 1), (ctypes.c_uint * 3)(self.threads, 1, 1), self.shared, stream, ctypes.pointer(attribute), int(dependent))
+        config = Config((ctypes.c_uint * 3)(self.blocks, 1, 1), (ctypes.c_uint * 3)(self.threads, 1, 1), self.shared, stream, ctypes.pointer(attribute), int(dependent))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(p))
         check(cuda().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), "launch")
 
