@@ -35,7 +35,7 @@ constexpr u32 MISSING = 0xffffffffu; // two bf16, or a float, that no arithmetic
 
 // --- what CTAs tell each other --------------------------------------------------------------------
 
-DEVICE uint4 load_shared_by_all(const void* from) {
+DEVICE uint4 load_words(const void* from) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
     return v;
@@ -103,11 +103,7 @@ struct Feeder {
                 mbarrier_wait(at.w_empty + ring.at * 8, ring.parity ^ 1);
                 const u32 full = at.w_full + ring.at * 8;
                 mbarrier_arrive_expect(full, STAGE);
-                asm volatile(
-                    "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(
-                        at.w + ring.at * STAGE),
-                    "l"(&p.w_map), "r"(full), "r"(0), "r"((share.tile + t * share.stride) * R), "r"(s * Share<R>::BLOCKS), "l"(EVICT_FIRST)
-                    : "memory");
+                tma_load_3d(at.w + ring.at * STAGE, &p.w_map, full, 0, (share.tile + t * share.stride) * R, s * Share<R>::BLOCKS, EVICT_FIRST);
             }
     }
 };
@@ -141,16 +137,16 @@ struct Loader {
         const bool inside = k < k_end;
         const bf16* from = x + (inside ? k : 0);
         if (EXCHANGED && inside) // one row alone until it is there, so that asking is no flood
-            while (!written(load_shared_by_all(from))) {
+            while (!written(load_words(from))) {
             }
 #pragma unroll
         for (int n = 0; n < ROWS; n++)
-            if (n < rows) v[n] = load_shared_by_all(from + (size_t)n * k_end);
+            if (n < rows) v[n] = load_words(from + (size_t)n * k_end);
 #pragma unroll
         for (int n = 0; n < ROWS; n++)
             if (n < rows) {
                 if (EXCHANGED && inside)
-                    while (!written(v[n])) v[n] = load_shared_by_all(from + (size_t)n * k_end);
+                    while (!written(v[n])) v[n] = load_words(from + (size_t)n * k_end);
                 if (!inside) v[n] = make_uint4(0, 0, 0, 0);
                 const u32 place = to + lane / 8 * (ROWS * 128) + n * 128 + ((lane % 8 ^ n) << 4);
                 asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(place), "r"(v[n].x), "r"(v[n].y), "r"(v[n].z), "r"(v[n].w) : "memory");

@@ -67,12 +67,6 @@ DEVICE float4 load_remote(u32 address, u32 rank) {
 DEVICE float4 add(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
 DEVICE void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
-DEVICE void load_box(u32 to, const TensorMap* map, u32 barrier, int x, int y) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-                 "l"(map), "r"(barrier), "r"(x), "r"(y), "l"(EVICT_FIRST)
-                 : "memory");
-}
-
 // Where this CTA stands in its work: tiles `tile`, `tile + step`, ...; in each the chunks of k `first..end`.
 struct Work {
     int tile, step, first, end, total;
@@ -114,8 +108,8 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         mbarrier_arrive_expect(w_full + stage * 8, W_STAGE);
 #pragma unroll
         for (int i = 0; i < W_BOXES; i++)
-            load_box(w_stages + stage * W_STAGE + i * W_BOX, &p.w_map, w_full + stage * 8, at.chunk * K_CHUNK + i % K_SHARES * K_STAGE,
-                     at.tile * M_TILE + i / K_SHARES * 64);
+            tma_load_2d(w_stages + stage * W_STAGE + i * W_BOX, &p.w_map, w_full + stage * 8, at.chunk * K_CHUNK + i % K_SHARES * K_STAGE,
+                        at.tile * M_TILE + i / K_SHARES * 64, EVICT_FIRST);
     };
     auto load_x = [&](const Work& at, u32 stage) {
         mbarrier_arrive_expect(x_full + stage * 8, X_STAGE);
