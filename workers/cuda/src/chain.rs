@@ -77,9 +77,8 @@ struct Variant {
 /// launch needs some that was cleared: the launch before it does that, while nobody touches it.
 struct Exchange {
     sets: Buffer<u8>,
-    set_bytes: usize,
-    hidden: usize,
-    intermediate: usize,
+    /// Bytes of z, z, inner, squares and squares, as they follow each other in a set.
+    parts: [usize; 5],
 }
 
 /// `ChainProduct` of the kernel.
@@ -205,8 +204,8 @@ impl Chain {
             squares: [own.squares[0], squares],
             inner: own.inner,
             qkv_out: b.qkv.at(0),
-            clear: self.exchange.addresses(after).z[0],
-            clear_count: (self.exchange.set_bytes / 16) as i32,
+            clear: self.exchange.set_at(after),
+            clear_count: (self.exchange.set_bytes() / 16) as i32,
             rows: rows as i32,
             eps: self.eps,
         };
@@ -242,6 +241,9 @@ impl Variant {
     }
 }
 
+/// Of the memory that layers exchange through; an odd number of layers needs a third.
+const SETS: usize = 3;
+
 /// Which memory a layer exchanges through: another than the next layer, the first one after the last too.
 fn set(index: usize, layers: usize) -> usize {
     match layers % 2 == 1 && index + 1 == layers {
@@ -258,28 +260,34 @@ struct Addresses {
 
 impl Exchange {
     fn new(device: &Arc<Device>, spec: &ModelSpec) -> Result<Self, CudaError> {
-        let (hidden, intermediate) = (spec.hidden, spec.intermediate);
-        let row_bytes = 2 * hidden * 2 + intermediate * 2 + 2 * (hidden / SQUARES) * 4;
-        let set_bytes = ROWS_MAX * row_bytes;
-        let mut sets = Buffer::uninitialized(device, 3 * set_bytes, "activations")?;
+        let (z, inner) = (spec.hidden * 2, spec.intermediate * 2);
+        let squares = Chain::squares(spec.hidden) * 4;
+        let parts = [z, z, inner, squares, squares].map(|bytes| ROWS_MAX * bytes);
+        let bytes = SETS * parts.iter().sum::<usize>();
+        let mut sets = Buffer::uninitialized(device, bytes, "activations")?;
         sets.fill_bytes(0xff)?;
-        Ok(Self {
-            sets,
-            set_bytes,
-            hidden,
-            intermediate,
-        })
+        Ok(Self { sets, parts })
+    }
+
+    fn set_bytes(&self) -> usize {
+        self.parts.iter().sum()
+    }
+
+    fn set_at(&self, set: usize) -> CUdeviceptr {
+        self.sets.at(set * self.set_bytes())
     }
 
     fn addresses(&self, set: usize) -> Addresses {
-        let z = ROWS_MAX * self.hidden * 2;
-        let squares = ROWS_MAX * self.hidden / SQUARES * 4;
-        let inner = ROWS_MAX * self.intermediate * 2;
-        let at = |offset| self.sets.at(set * self.set_bytes + offset);
+        let mut next = self.set_at(set);
+        let [z, last_z, inner, squares, last_squares] = self.parts.map(|bytes| {
+            let at = next;
+            next += bytes as CUdeviceptr;
+            at
+        });
         Addresses {
-            z: [at(0), at(z)],
-            inner: at(2 * z),
-            squares: [at(2 * z + inner), at(2 * z + inner + squares)],
+            z: [z, last_z],
+            inner,
+            squares: [squares, last_squares],
         }
     }
 }
@@ -355,7 +363,7 @@ mod tests {
             for index in 0..layers {
                 let next = (index + 1) % layers;
                 assert_ne!(set(index, layers), set(next, layers), "{index} of {layers}");
-                assert!(set(index, layers) < 3);
+                assert!(set(index, layers) < SETS);
             }
         }
     }

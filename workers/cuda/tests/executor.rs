@@ -162,9 +162,7 @@ fn fp8_logits_are_those_of_the_plain_decoder_with_the_same_weights() {
         for format in [WeightFormat::Fp8Channel, WeightFormat::Fp8Block] {
             let tiny = Tiny::new(spec.clone(), i as u64 + 1).in_format(format);
             let mut random = Random(77);
-            let tokens: Vec<u32> = (0..120)
-                .map(|_| random.below(tiny.spec.vocab) as u32)
-                .collect();
+            let tokens = random.tokens(120, tiny.spec.vocab);
             let reference = tiny.reference(&tokens);
             let label = format!("{} #{i}, width {}, {format}", spec.family, spec.hidden);
             // Of 40 rows, and of 100: the first keeps to BF16 throughout.
@@ -247,6 +245,12 @@ fn a_large_batch_is_what_its_sequences_are_alone() {
     }
 }
 
+/// Blocks of each sequence, none next to another of its own.
+fn blocks_in_turn(sequences: usize, each: usize) -> Vec<Vec<u32>> {
+    let of = |s| (0..each).map(|i| (i * sequences + s) as u32).collect();
+    (0..sequences).map(of).collect()
+}
+
 /// What tiny models never come to, on 132 multiprocessors: from 32 rows on, products with outputs enough for tiles of twice as many;
 /// with six sequences, as many heads as there are multiprocessors, of which attention takes a whole one each, with more, several.
 #[test]
@@ -266,9 +270,7 @@ fn wide_products_and_whole_heads_are_those_of_the_plain_decoder() {
     for format in [WeightFormat::Bf16, WeightFormat::Fp8Channel] {
         let tiny = Tiny::new(spec.clone(), 6).in_format(format);
         let mut random = Random(21);
-        let tokens: Vec<u32> = (0..130)
-            .map(|_| random.below(tiny.spec.vocab) as u32)
-            .collect();
+        let tokens = random.tokens(130, tiny.spec.vocab);
         let reference = tiny.reference(&tokens);
         let mut executor = usual(Build {
             spec: &tiny.spec,
@@ -278,13 +280,7 @@ fn wide_products_and_whole_heads_are_those_of_the_plain_decoder() {
         });
         // Each is the beginning of one text, in blocks of its own.
         let length = |s: usize| 70 + s * 13 % 60;
-        let blocks: Vec<Vec<u32>> = (0..SEQUENCES)
-            .map(|s| {
-                (0..BLOCKS_EACH)
-                    .map(|i| (i * SEQUENCES + s) as u32)
-                    .collect()
-            })
-            .collect();
+        let blocks = blocks_in_turn(SEQUENCES, BLOCKS_EACH);
         let part = |s: usize, range| Part {
             key: s as u64,
             tokens: &tokens,
@@ -348,11 +344,7 @@ fn chains_of_products_are_those_of_the_plain_decoder() {
         let tiny = Tiny::new(spec, 8).in_format(format);
         let mut random = Random(5);
         let texts: Vec<Vec<u32>> = (0..SEQUENCES)
-            .map(|_| {
-                (0..LENGTH)
-                    .map(|_| random.below(tiny.spec.vocab) as u32)
-                    .collect()
-            })
+            .map(|_| random.tokens(LENGTH, tiny.spec.vocab))
             .collect();
         let references: Vec<_> = texts.iter().map(|text| tiny.reference(text)).collect();
         let mut executor = usual(Build {
@@ -361,13 +353,7 @@ fn chains_of_products_are_those_of_the_plain_decoder() {
             block_tokens: 16,
             blocks: SEQUENCES * BLOCKS_EACH,
         });
-        let blocks: Vec<Vec<u32>> = (0..SEQUENCES)
-            .map(|s| {
-                (0..BLOCKS_EACH)
-                    .map(|i| (i * SEQUENCES + s) as u32)
-                    .collect()
-            })
-            .collect();
+        let blocks = blocks_in_turn(SEQUENCES, BLOCKS_EACH);
         let part = |s: usize, range| Part {
             key: s as u64,
             tokens: &texts[s],

@@ -23,7 +23,7 @@ pub type Logits = HashMap<(usize, usize), Vec<f32>>;
 pub fn sequences(vocab: usize) -> Vec<Vec<u32>> {
     let mut random = Random(3);
     (0..SEQUENCES)
-        .map(|_| (0..TOKENS).map(|_| random.below(vocab) as u32).collect())
+        .map(|_| random.tokens(TOKENS, vocab))
         .collect()
 }
 

@@ -34,9 +34,7 @@ pub fn fp8_families(label: &str, error_max: f64, build: Builder<'_>) {
 
 fn family(label: &str, tiny: &Tiny, error_max: f64, build: Builder<'_>) {
     let mut random = Random(77);
-    let tokens: Vec<u32> = (0..100)
-        .map(|_| random.below(tiny.spec.vocab) as u32)
-        .collect();
+    let tokens = random.tokens(100, tiny.spec.vocab);
     let reference = tiny.reference(&tokens);
     let mut executor = build(Build {
         spec: &tiny.spec,
@@ -77,9 +75,7 @@ pub fn prompt_log_probabilities(error_max: f64, build: Builder<'_>) {
     let tiny = Tiny::new(tiny_families().remove(1), 5);
     let mut random = Random(78);
     const TOKENS: usize = 300;
-    let tokens: Vec<u32> = (0..TOKENS)
-        .map(|_| random.below(tiny.spec.vocab) as u32)
-        .collect();
+    let tokens = random.tokens(TOKENS, tiny.spec.vocab);
     let spec = baton_model::ModelSpec {
         tokens_max: TOKENS,
         ..tiny.spec.clone()

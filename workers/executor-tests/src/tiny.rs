@@ -51,6 +51,11 @@ impl Random {
         (self.bits() >> 33) as usize % n
     }
 
+    /// So many tokens of a vocabulary.
+    pub fn tokens(&mut self, count: usize, vocab: usize) -> Vec<u32> {
+        (0..count).map(|_| self.below(vocab) as u32).collect()
+    }
+
     fn bits(&mut self) -> u64 {
         self.0 = self
             .0
