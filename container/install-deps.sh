@@ -15,7 +15,7 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; }
 # libucp is loaded at run time, so `run` takes the library and `test` the headers (for the layout check).
 declare -A packages=(
   [run]="ca-certificates libucx0"
-  [build]="gcc libc6-dev pkg-config"
+  [build]="gcc libc6-dev make pkg-config"
   [python]="python3 python3-venv"
   [test]="libucx-dev iproute2 procps curl shellcheck"
   [image]="buildah debootstrap ca-certificates"

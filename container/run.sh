@@ -51,7 +51,7 @@ options=()
 for mount in "${mounts[@]}"; do options+=(-v "$mount"); done
 case "$engine" in
   docker | podman)
-    # UCX moves KV between processes through shared memory: System V's, or where it has none /dev/shm, which is small by default.
+    # UCX moves KV between processes through System V shared memory; its own queues are in /dev/shm, which is small by default.
     options+=(--rm --init --network host --shm-size 2g)
     for setting in "${environment[@]}"; do options+=(-e "$setting"); done
     [ "$terminal" = 0 ] || options+=(-it)

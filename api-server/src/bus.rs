@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use async_nats::{ConnectOptions, Event as NatsEvent};
 use baton_bus::{BusConfig, ConnectionLog, RequestError, Seldom, Wire, mend_pause};
+use baton_protocol::deadlines::PREFILL_PATIENCE_MS;
+use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, DecodeJob, DecodeReply, Hello, Incarnation, PROTOCOL_VERSION,
-    PrefillJob, PrefillReply, ProtocolError, RequestId, Versioned, decode, encode, limits,
+    PrefillJob, PrefillReply, ProtocolError, Renew, Renewed, RequestId, Versioned, decode, encode,
 };
 use futures::FutureExt;
 use tokio::sync::Notify;
@@ -30,7 +32,7 @@ const FAULT_INTERVAL: Duration = Duration::from_millis(500);
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A job may be lost on the bus, and so may its answer: it is sent again after this time, twice this time, and so on.
-const PREFILL_PATIENCE: Duration = Duration::from_secs(10);
+const PREFILL_PATIENCE: Duration = Duration::from_millis(PREFILL_PATIENCE_MS);
 
 /// What is said once a second may wait this long for the connection to take it.
 const PUBLISH_WAIT: Duration = Duration::from_millis(500);
@@ -200,6 +202,20 @@ impl Bus {
             .await
     }
 
+    /// Asks a context worker to keep a staged handle. The answer comes at once.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn renew(
+        &self,
+        to: &Target,
+        renew: &Renew,
+        timeout: Duration,
+    ) -> Result<Renewed, NoReply> {
+        self.request(self.cluster.renew(&to.worker), renew, timeout)
+            .await
+    }
+
     async fn request<M: Versioned, R: Versioned>(
         &self,
         subject: String,
@@ -207,10 +223,9 @@ impl Bus {
         timeout: Duration,
     ) -> Result<R, NoReply> {
         let payload = encode(message).map_err(|error| match error {
-            ProtocolError::TooLarge { bytes, .. } => NoReply::TooLarge {
-                bytes,
-                bytes_max: limits::MESSAGE_BYTES_MAX,
-            },
+            ProtocolError::TooLarge {
+                bytes, bytes_max, ..
+            } => NoReply::TooLarge { bytes, bytes_max },
             other => NoReply::Broken(other.to_string()),
         })?;
         let bytes = payload.len();
@@ -225,6 +240,11 @@ impl Bus {
             }),
             Err(RequestError::Broken(detail)) => Err(NoReply::Broken(detail)),
         }
+    }
+
+    /// Largest message that the bus carries, in bytes.
+    pub fn bytes_max(&self) -> usize {
+        self.wire.max_payload().min(MESSAGE_BYTES_MAX)
     }
 
     /// Tells a worker to drop a request. Does not wait: it works from a destructor too. Whatever is sent
@@ -259,12 +279,13 @@ impl Bus {
         self.publish(self.cluster.hello(), &hello).await;
     }
 
-    async fn beat(&self, in_flight: u32) {
+    async fn beat(&self, in_flight: u32, serving_ms: u64) {
         let beat = ApiBeat {
             v: PROTOCOL_VERSION,
             api_server: self.name.clone(),
             incarnation: Some(self.incarnation),
             in_flight,
+            serving_ms: Some(serving_ms),
         };
         self.publish(self.cluster.api_beat(&self.name), &beat).await;
     }

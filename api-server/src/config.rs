@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_bus::BusConfig;
-use baton_protocol::limits::REQUEST_BUDGET_MS;
+use baton_protocol::deadlines::REQUEST_BUDGET_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, ProtocolError};
 use tokio::sync::oneshot;
@@ -16,6 +16,8 @@ use crate::keys::ApiKeys;
 pub struct ApiServerConfig {
     /// Its name on the bus; one of its own in the cluster.
     pub name: ApiServerId,
+    /// Another process may have that name, or have had it a moment ago: this one listens before it serves.
+    pub name_is_shared: bool,
     /// The cluster it serves.
     pub cluster: Cluster,
     /// How to reach the NATS server.
@@ -24,6 +26,8 @@ pub struct ApiServerConfig {
     pub model_name: Option<String>,
     /// A prepared model directory: manifest, tokenizer, chat template and generation defaults.
     pub tokenizer: PathBuf,
+    /// What becomes of texts of control tokens in messages.
+    pub special_tokens_in_content: SpecialTokensInContent,
     /// Address to listen on.
     pub host: String,
     /// Port to listen on; 0 picks a free one.
@@ -50,10 +54,12 @@ impl ApiServerConfig {
     ) -> Result<Self, ProtocolError> {
         Ok(Self {
             name: ApiServerId::new(name)?,
+            name_is_shared: false,
             cluster: Cluster::new(cluster)?,
             bus: BusConfig::default(),
             model_name: None,
             tokenizer: tokenizer.into(),
+            special_tokens_in_content: SpecialTokensInContent::default(),
             host: "127.0.0.1".to_owned(),
             port: 8000,
             request_budget: Duration::from_millis(u64::from(REQUEST_BUDGET_MS)),
@@ -64,12 +70,22 @@ impl ApiServerConfig {
     }
 }
 
+/// What becomes of a text such as `<|im_end|>` in a message of a chat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SpecialTokensInContent {
+    /// It is text: the model reads it in ordinary tokens, and it ends or begins no turn.
+    #[default]
+    Plain,
+    /// It becomes the control token, as in Transformers: whoever writes messages may write turns.
+    Allow,
+}
+
 /// Bounds on what clients may ask for.
 #[derive(Clone, Debug)]
 pub struct Limits {
     /// Largest request body.
     pub body_bytes_max: usize,
-    /// All request bodies that are being read; more are answered 429.
+    /// All request bodies that are being read or made into tokens, without the first 16 KiB of each; more are answered 429.
     pub bodies_bytes_max: usize,
     /// Generations (choices) in flight; more are answered 429.
     pub in_flight_max: usize,
@@ -79,6 +95,12 @@ pub struct Limits {
     pub stops_max: usize,
     /// HTTP threads. One carries tens of thousands of tokens a second.
     pub http_threads: usize,
+    /// Threads that parse, render and tokenise large requests.
+    pub text_threads: usize,
+    /// Largest answer that is not a stream, as estimated before it is begun.
+    pub answer_bytes_max: usize,
+    /// What answers that are not streams may hold together while they are generated and sent; more are answered 429.
+    pub answers_bytes_max: usize,
     /// A client that leaves its stream full for this long is given up.
     pub reader_stall: Duration,
     /// A connection that takes not one byte for this long is closed, whatever it was to carry.
@@ -94,11 +116,15 @@ impl Default for Limits {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             body_bytes_max: 16 << 20,
-            bodies_bytes_max: 512 << 20,
+            bodies_bytes_max: 256 << 20,
             in_flight_max: 4096,
             choices_max: 128,
             stops_max: 16,
             http_threads: (cores / 4).clamp(1, 8),
+            text_threads: (cores / 4).clamp(1, 4),
+            // One choice of 131,072 tokens with 20 alternatives each, or 128 choices of as many tokens without.
+            answer_bytes_max: 256 << 20,
+            answers_bytes_max: 512 << 20,
             // A page in the background or a proxy may pause for seconds; whoever lets 64 KiB and all
             // buffers on the way lie for half a minute has gone.
             reader_stall: Duration::from_secs(30),

@@ -132,7 +132,7 @@ impl Spelling {
 }
 
 /// The byte that a character of GPT-2's alphabet stands for.
-fn byte_level(c: char) -> Option<u8> {
+pub fn byte_level(c: char) -> Option<u8> {
     let plain = |code: u32| matches!(code, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let code = u32::from(c);
     if plain(code) {
@@ -157,7 +157,7 @@ fn fallback_byte(piece: &str) -> Option<u8> {
 pub struct Detokenizer {
     /// Bytes of a character that is not whole yet.
     partial: Vec<u8>,
-    /// The slow road: latest tokens, and how much of their text was given out.
+    /// The slow road: latest tokens, all of which have text, and how much of it was given out.
     window: Vec<u32>,
     sent: usize,
     /// The slow road: tokens in a row whose text ended in a broken character.
@@ -167,9 +167,26 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// Appends the text that this token completes. Special tokens have none.
     pub fn push(&mut self, vocabulary: &Vocabulary, token: u32, out: &mut String) {
-        if vocabulary.special(token) {
-            return;
+        if !vocabulary.special(token) {
+            self.push_special_too(vocabulary, token, out);
         }
+    }
+
+    /// How many characters this token finds broken before it: one, if it does not go on with the character that tokens before it
+    /// began. That character's replacement comes with this token and stands before the token's own text.
+    pub fn broken_before(&self, vocabulary: &Vocabulary, token: u32) -> usize {
+        let Some(next) = vocabulary.bytes(token).first() else {
+            return 0;
+        };
+        let mut bytes = self.partial.clone();
+        bytes.push(*next);
+        let error = std::str::from_utf8(&bytes).err();
+        let broken = error.and_then(|error| error.error_len());
+        usize::from(broken.is_some_and(|broken| broken <= self.partial.len()))
+    }
+
+    /// Appends the text that this token completes; special tokens have theirs too.
+    pub fn push_special_too(&mut self, vocabulary: &Vocabulary, token: u32, out: &mut String) {
         if !vocabulary.exact {
             return self.push_slow(vocabulary, token, out);
         }
@@ -189,7 +206,7 @@ impl Detokenizer {
         if !vocabulary.exact {
             let text = vocabulary
                 .tokenizer
-                .decode(&self.window, true)
+                .decode(&self.window, false)
                 .unwrap_or_default();
             if let Some(rest) = text.get(self.sent..) {
                 out.push_str(rest);
@@ -205,7 +222,7 @@ impl Detokenizer {
         self.window.push(token);
         let text = vocabulary
             .tokenizer
-            .decode(&self.window, true)
+            .decode(&self.window, false)
             .unwrap_or_default();
         // A character that is not whole shows as a replacement character at the end. One that is not whole
         // after so many tokens is broken for good.
@@ -221,7 +238,7 @@ impl Detokenizer {
             self.window.drain(..self.window.len() - WINDOW_TOKENS / 2);
             let kept = vocabulary
                 .tokenizer
-                .decode(&self.window, true)
+                .decode(&self.window, false)
                 .unwrap_or_default();
             self.sent = kept.len();
         } else {

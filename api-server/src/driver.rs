@@ -1,6 +1,9 @@
 //! Carries one generation through its lifecycle: does what the state machine says, over the bus, and
 //! tells it what came of it. One local task per choice.
 
+mod clock;
+mod jobs;
+mod lease;
 mod placed;
 
 use std::collections::VecDeque;
@@ -9,29 +12,21 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_protocol::limits::{CONTROL_TIMEOUT_MS, PULL_TIMEOUT_MS};
-use baton_protocol::{
-    DecodeJob, FinishReason, Generation, PROTOCOL_VERSION, PackedTokens, PrefillJob, RequestId,
-    SequenceSpec, TokenLogprobs,
-};
+use baton_protocol::deadlines::SILENCE_AFTER_LOSS_MS;
+use baton_protocol::{DecodeReply, FinishReason, Generation, RequestId, TokenLogprobs};
 use tokio::time::Instant;
 
+use crate::decode_room::Ticket;
 use crate::error::{ApiError, ErrorKind};
 use crate::inbox::{Event, Inbox, Registered};
 use crate::lifecycle::{Action, Input, Lifecycle, Phase, Rules, Target};
-use crate::router::{Constraints, Outstanding};
 use crate::server::Server;
 
+use self::lease::Lease;
 use self::placed::Placed;
 
-/// A decode worker that said nothing of a request for this long is given up.
-const STALL: Duration = Duration::from_secs(30);
-
-/// A pull and its release, and an answer on the bus.
-const PULL_STALL: Duration = Duration::from_millis(PULL_TIMEOUT_MS + 2 * CONTROL_TIMEOUT_MS);
-
 /// After the bus lost messages: the news of the end may have been among them.
-const STALL_AFTER_LOSS: Duration = Duration::from_secs(2);
+const SILENCE_AFTER_LOSS: Duration = Duration::from_millis(SILENCE_AFTER_LOSS_MS);
 
 /// One generation to carry out.
 pub struct Job {
@@ -93,6 +88,8 @@ pub async fn drive(
         actions,
         reply: None,
         placed: None,
+        lease: None,
+        ticket: None,
         wait_until: None,
         heard: now,
         stall_by: None,
@@ -111,6 +108,10 @@ struct Driver<S: Sink> {
     actions: Vec<Action>,
     reply: Option<Pin<Box<dyn Future<Output = Input>>>>,
     placed: Option<Placed>,
+    /// Of the KV that waits for a decode worker or is being pulled.
+    lease: Option<Lease>,
+    /// Its place among those that wait for room.
+    ticket: Option<Ticket>,
     wait_until: Option<Instant>,
     /// When a decode worker was last heard, or asked.
     heard: Instant,
@@ -150,7 +151,13 @@ impl<S: Sink> Driver<S> {
                     self.reply = None;
                     self.input(input);
                 }
-                () = self.server.decode_room.notified(), if self.waits_for_decode() => {
+                is_alive = renewed(&mut self.lease) => {
+                    // One that is being pulled may just have been released: then its decode worker says what came of it.
+                    if !is_alive {
+                        self.input(Input::LeaseLost);
+                    }
+                }
+                () = told(self.ticket.as_ref()), if self.waits_for_decode() => {
                     self.wait_until = None;
                     self.server.metrics.decode_room_total.inc();
                     self.input(Input::RoomMade);
@@ -162,21 +169,6 @@ impl<S: Sink> Driver<S> {
             }
             self.sink.flush();
         }
-    }
-
-    /// Notes since when the sink is full. Nothing is heard of the workers meanwhile, so their clock
-    /// begins anew when there is room again.
-    fn note_room(&mut self) {
-        if !self.sink.has_room() {
-            self.full_since.get_or_insert_with(Instant::now);
-        } else if self.full_since.take().is_some() {
-            self.heard = Instant::now();
-        }
-    }
-
-    /// Until when the client may leave the sink full.
-    fn full_until(&self) -> Option<Instant> {
-        Some(self.full_since? + self.server.limits.reader_stall)
     }
 
     fn waits_for_decode(&self) -> bool {
@@ -198,13 +190,14 @@ impl<S: Sink> Driver<S> {
                 self.input(Input::Item(item));
             }
             Event::WorkerLost(target) => self.input(Input::WorkerLost(target)),
-            Event::FramesLost => self.stall_by = Some(Instant::now() + STALL_AFTER_LOSS),
+            Event::FramesLost => self.stall_by = Some(Instant::now() + SILENCE_AFTER_LOSS),
             Event::BusBack => {
-                self.stall_by = Some(Instant::now() + STALL_AFTER_LOSS);
+                self.stall_by = Some(Instant::now() + SILENCE_AFTER_LOSS);
                 self.input(Input::BusBack);
             }
             Event::ClientLeft => self.input(Input::ClientLeft),
             Event::Leaving => self.input(Input::Leaving),
+            Event::NameLost => self.input(Input::NameLost),
         }
     }
 
@@ -223,44 +216,23 @@ impl<S: Sink> Driver<S> {
     }
 
     fn input(&mut self, input: Input) {
-        self.lifecycle.step(input, &mut self.actions);
-        self.carry_out();
-    }
-
-    fn time(&mut self, now: Instant) {
-        if now >= self.job.deadline {
-            self.input(Input::Deadline);
-        } else if self.wait_until.is_some_and(|until| now >= until) {
-            self.wait_until = None;
-            self.input(Input::WaitOver);
-        } else if self.full_until().is_some_and(|until| now >= until) {
-            self.input(Input::ClientStalled);
-        } else if self.silent_until().is_some_and(|until| now >= until) {
-            self.stall_by = None;
-            self.heard = now;
-            self.input(Input::Stalled);
+        let is_handle = matches!(input, Input::Prefill(_));
+        if let (Input::Decode(Ok(DecodeReply::Admitted { .. })), Some(placed)) =
+            (&input, &mut self.placed)
+        {
+            placed.admitted = true;
         }
-    }
-
-    /// When something is due next.
-    fn wake_at(&self) -> Instant {
-        let times = [self.wait_until, self.full_until(), self.silent_until()];
-        times
-            .into_iter()
-            .flatten()
-            .fold(self.job.deadline, Instant::min)
-    }
-
-    /// Until when a decode worker may be silent.
-    fn silent_until(&self) -> Option<Instant> {
-        let allowed = match self.lifecycle.phase() {
-            _ if self.full_since.is_some() => return None,
-            Phase::Pulling { .. } => PULL_STALL,
-            Phase::Decoding { .. } => STALL,
-            _ => return None,
-        };
-        let usual = self.heard + allowed;
-        Some(self.stall_by.map_or(usual, |by| by.min(usual)))
+        self.lifecycle.step(input, &mut self.actions);
+        if is_handle && let Some(handle) = self.lifecycle.handle() {
+            self.lease = Some(Lease::new(self.job.request, handle, Instant::now()));
+        }
+        self.carry_out();
+        let has_place = self.placed.as_ref().is_some_and(|placed| placed.admitted);
+        if self.lifecycle.handle().is_none() {
+            (self.lease, self.ticket) = (None, None);
+        } else if has_place {
+            self.ticket = None;
+        }
     }
 
     fn carry_out(&mut self) {
@@ -275,15 +247,20 @@ impl<S: Sink> Driver<S> {
         match action {
             Action::ChooseContext => {
                 self.placed = None;
-                let target = self.choose_context();
-                self.lifecycle
-                    .step(Input::Chosen(target), &mut self.actions);
+                let input = match self.overbooked() {
+                    Some(overbooked) => overbooked,
+                    None => Input::Chosen(self.choose_context()),
+                };
+                self.lifecycle.step(input, &mut self.actions);
             }
             Action::ChooseDecode => {
-                self.placed = None;
-                let target = self.choose_decode();
-                self.lifecycle
-                    .step(Input::Chosen(target), &mut self.actions);
+                self.placed = self.staged();
+                let lease = self.lease.as_ref();
+                let input = match lease.is_some_and(|lease| lease.is_over(Instant::now())) {
+                    true => Input::LeaseLost,
+                    false => Input::Chosen(self.choose_decode()),
+                };
+                self.lifecycle.step(input, &mut self.actions);
             }
             Action::SendPrefill(context) => self.send_prefill(context),
             Action::SendDecode { decode, attempt } => self.send_decode(decode, attempt),
@@ -305,8 +282,13 @@ impl<S: Sink> Driver<S> {
                 stop,
             } => self.emit(&tokens, logprobs, stop),
             Action::Wait(time) => {
-                self.placed = None;
                 self.wait_until = Some(Instant::now() + time);
+                if let Phase::Staged { .. } = self.lifecycle.phase() {
+                    let room = &self.server.decode_room;
+                    self.ticket.get_or_insert_with(|| room.wait()).waits_on();
+                } else {
+                    self.placed = None;
+                }
             }
             Action::Abort { target, reason } => {
                 self.server.bus.abort(&target, self.job.request, reason);
@@ -342,110 +324,6 @@ impl<S: Sink> Driver<S> {
             error.message = format!("{}; {fault}", error.message);
         }
         error
-    }
-
-    fn choose_context(&self) -> Option<Target> {
-        let fleet = &mut *self.server.fleet();
-        let rules = self.constraints();
-        let prompt_tokens = self.job.prompt.len() + self.lifecycle.output().len();
-        fleet
-            .router
-            .choose_context(&fleet.members, rules, prompt_tokens, &self.job.chain)
-    }
-
-    fn choose_decode(&self) -> Option<Target> {
-        let handle = self.lifecycle.handle()?;
-        let fleet = &mut *self.server.fleet();
-        fleet
-            .router
-            .choose_decode(&fleet.members, self.constraints(), handle)
-    }
-
-    fn constraints(&self) -> Constraints<'_> {
-        Constraints {
-            model: &self.server.model.fingerprint,
-            refused: self.lifecycle.refused(),
-            failed: self.lifecycle.failed(),
-            now: Instant::now(),
-        }
-    }
-
-    fn send_prefill(&mut self, context: Target) {
-        let job = PrefillJob {
-            v: PROTOCOL_VERSION,
-            request: self.job.request,
-            api_server: self.server.name.clone(),
-            api_incarnation: Some(self.server.incarnation),
-            budget_ms: self.budget_ms(),
-            model: self.server.model.fingerprint.clone(),
-            sequence: self.sequence(),
-            prompt_logprobs: self
-                .job
-                .prompt_logprobs
-                .filter(|_| self.lifecycle.output().is_empty()),
-        };
-        let tokens = job.sequence.tokens.0.len();
-        let outstanding = Outstanding {
-            prefills: 1,
-            prefill_tokens: tokens,
-            decodes: 0,
-        };
-        self.placed = Some(Placed::new(&self.server, &context, outstanding));
-        // A second more than the deadline, which ends the wait.
-        let timeout = self.remaining() + Duration::from_secs(1);
-        let bus = self.server.bus.clone();
-        self.reply = Some(Box::pin(async move {
-            Input::Prefill(bus.prefill(&context, &job, timeout).await)
-        }));
-    }
-
-    fn send_decode(&mut self, decode: Target, attempt: u32) {
-        let Some(handle) = self.lifecycle.handle().cloned() else {
-            return;
-        };
-        let job = DecodeJob {
-            v: PROTOCOL_VERSION,
-            request: self.job.request,
-            api_server: self.server.name.clone(),
-            api_incarnation: Some(self.server.incarnation),
-            attempt,
-            budget_ms: self.budget_ms(),
-            sequence: self.sequence(),
-            handle,
-        };
-        let outstanding = Outstanding {
-            decodes: 1,
-            ..Outstanding::default()
-        };
-        self.placed = Some(Placed::new(&self.server, &decode, outstanding));
-        self.heard = Instant::now();
-        self.stall_by = None;
-        let bus = self.server.bus.clone();
-        let timeout = Duration::from_millis(CONTROL_TIMEOUT_MS);
-        self.reply = Some(Box::pin(async move {
-            Input::Decode(bus.decode(&decode, &job, timeout).await)
-        }));
-    }
-
-    /// The sequence as the context worker gets it, or got it.
-    fn sequence(&self) -> SequenceSpec {
-        let output = self.lifecycle.prefilled_output();
-        let mut tokens = Vec::with_capacity(self.job.prompt.len() + output.len());
-        tokens.extend_from_slice(&self.job.prompt);
-        tokens.extend_from_slice(output);
-        SequenceSpec {
-            tokens: PackedTokens(tokens),
-            prompt_tokens: self.job.prompt.len() as u32,
-            generation: self.job.generation.clone(),
-        }
-    }
-
-    fn remaining(&self) -> Duration {
-        self.job.deadline.saturating_duration_since(Instant::now())
-    }
-
-    fn budget_ms(&self) -> u32 {
-        u32::try_from(self.remaining().as_millis()).unwrap_or(u32::MAX)
     }
 
     fn prompt_done(&mut self, cached: u32, queue_ms: f32, logprobs: Option<Vec<TokenLogprobs>>) {
@@ -527,6 +405,22 @@ async fn next_events(sink: &impl Sink, inbox: &Inbox, events: &mut VecDeque<Even
     sink.room().await;
     if events.is_empty() {
         inbox.take(events).await;
+    }
+}
+
+/// Waits for the answer to a renewal; false if the lease has ended.
+async fn renewed(lease: &mut Option<Lease>) -> bool {
+    match lease {
+        Some(lease) => lease.renewed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until there may be a place on a decode worker.
+async fn told(ticket: Option<&Ticket>) {
+    match ticket {
+        Some(ticket) => ticket.told().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -15,6 +15,8 @@ pub enum ErrorKind {
     BodyStalled,
     /// The prompt does not fit one message on the bus.
     JobTooLarge,
+    /// What is asked for makes a message that the bus does not carry.
+    AnswerTooLarge,
     /// No API key, or an unknown one.
     Unauthorized,
     /// No such model.
@@ -62,12 +64,13 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
         Self::BodyStalled,
         Self::JobTooLarge,
+        Self::AnswerTooLarge,
         Self::Unauthorized,
         Self::UnknownModel,
         Self::UnknownPath,
@@ -101,6 +104,13 @@ impl ErrorKind {
             Self::BodyTooLarge => (413, BAD, Some("body_too_large"), false, "body_too_large"),
             Self::BodyStalled => (408, BAD, Some("body_stalled"), false, "body_stalled"),
             Self::JobTooLarge => (413, BAD, Some("prompt_too_large"), false, "job_too_large"),
+            Self::AnswerTooLarge => (
+                400,
+                BAD,
+                Some("answer_too_large"),
+                false,
+                "answer_too_large",
+            ),
             Self::Unauthorized => (401, BAD, Some("invalid_api_key"), false, "unauthorized"),
             Self::UnknownModel => (404, BAD, Some("model_not_found"), false, "unknown_model"),
             Self::UnknownPath => (404, BAD, Some("not_found"), false, "unknown_path"),

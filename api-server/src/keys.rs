@@ -7,11 +7,11 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
+use crate::bound::Bound;
 use crate::error::{ApiError, ErrorKind};
 
 /// What load balancers and Prometheus ask for, without a key.
@@ -27,7 +27,6 @@ const KEYS_MAX: usize = 10_000;
 #[derive(Debug, Default)]
 pub struct ApiKeys {
     keys: Vec<Arc<Key>>,
-    in_flight_max: Option<usize>,
 }
 
 /// One key, and what is under way for it.
@@ -35,14 +34,8 @@ pub struct Key {
     /// Its name in logs; `key-3` for the third without one.
     pub name: String,
     digest: [u8; 32],
-    in_flight: AtomicUsize,
-}
-
-/// Choices under way for a key, until it is dropped.
-#[derive(Debug)]
-pub struct Place {
-    key: Arc<Key>,
-    choices: usize,
+    /// Its choices under way.
+    pub in_flight: Bound,
 }
 
 impl ApiKeys {
@@ -82,7 +75,7 @@ impl ApiKeys {
             keys.push(Arc::new(Key {
                 name,
                 digest,
-                in_flight: AtomicUsize::new(0),
+                in_flight: Bound::new(usize::MAX),
             }));
         }
         if keys.is_empty() {
@@ -90,10 +83,7 @@ impl ApiKeys {
                 "there is no key in it; leave the setting out to serve without keys".to_owned(),
             );
         }
-        Ok(Self {
-            keys,
-            in_flight_max: None,
-        })
+        Ok(Self { keys })
     }
 
     /// As [`Self::parse`], from a file.
@@ -108,9 +98,16 @@ impl ApiKeys {
 
     /// The same with a bound on the generations under way for each key.
     #[must_use]
-    pub fn with_in_flight_max(mut self, in_flight_max: Option<usize>) -> Self {
-        self.in_flight_max = in_flight_max;
-        self
+    pub fn with_in_flight_max(self, in_flight_max: Option<usize>) -> Self {
+        let bounded = |key: Arc<Key>| {
+            Arc::new(Key {
+                name: key.name.clone(),
+                digest: key.digest,
+                in_flight: Bound::new(in_flight_max.unwrap_or(usize::MAX)),
+            })
+        };
+        let keys = self.keys.into_iter().map(bounded).collect();
+        Self { keys }
     }
 
     /// How many there are.
@@ -146,36 +143,6 @@ impl ApiKeys {
             Some(key) => Ok(Arc::clone(key)),
             None => refused("this API key is not known here"),
         }
-    }
-
-    /// Room for so many more choices of a key.
-    ///
-    /// # Errors
-    /// 429 if they were more than a key may have under way.
-    pub fn admit(&self, key: &Arc<Key>, choices: usize) -> Result<Place, ApiError> {
-        let most = self.in_flight_max.unwrap_or(usize::MAX);
-        let more = |now: usize| now.checked_add(choices).filter(|sum| *sum <= most);
-        match key
-            .in_flight
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
-        {
-            Ok(_) => Ok(Place {
-                key: Arc::clone(key),
-                choices,
-            }),
-            Err(now) => Err(ApiError::new(
-                ErrorKind::TooManyRequests,
-                format!(
-                    "this API key has {now} generations under way, {choices} more would pass its bound of {most}"
-                ),
-            )),
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.key.in_flight.fetch_sub(self.choices, Ordering::AcqRel);
     }
 }
 
@@ -231,24 +198,5 @@ mod tests {
             assert!(error.contains(line), "{error}");
             assert!(!error.contains("sk-"), "{error}");
         }
-    }
-
-    #[test]
-    fn a_bound_counts_choices_until_they_end() {
-        let keys = ApiKeys::parse(TEXT).unwrap().with_in_flight_max(Some(3));
-        let key = |name: &str| {
-            let header = format!("Bearer sk-{name}-0123456789");
-            keys.check(Some(header.as_bytes())).unwrap()
-        };
-        let anna = key("anna");
-        let two = keys.admit(&anna, 2).unwrap();
-        assert_eq!(
-            keys.admit(&anna, 2).unwrap_err().kind,
-            ErrorKind::TooManyRequests
-        );
-        let one = keys.admit(&anna, 1).unwrap();
-        let other = keys.admit(&key("nobody"), 3).unwrap();
-        drop((one, other, two));
-        drop(keys.admit(&anna, 3).unwrap());
     }
 }

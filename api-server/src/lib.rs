@@ -6,10 +6,15 @@
 //! [`detokenize`] and [`stop`] and leave as server-sent events or as one answer.
 #![forbid(unsafe_code)]
 
+mod admission;
+mod bound;
 mod bus;
 mod config;
+mod control_tokens;
+mod decode_room;
 mod detokenize;
 mod driver;
+mod echo;
 mod error;
 mod http;
 mod inbox;
@@ -22,10 +27,11 @@ mod router;
 mod server;
 mod stop;
 mod template;
+mod texts;
 mod tokenizer;
 mod watch;
 
-pub use config::{ApiServerConfig, Limits};
+pub use config::{ApiServerConfig, Limits, SpecialTokensInContent};
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;
 pub use server::run;
@@ -40,8 +46,9 @@ pub mod fuzzing {
     pub use crate::openai::{ChatRequest, CompletionRequest, Params, Prompt};
     pub use crate::router::{Constraints, Outstanding, Router};
     pub use crate::stop::StopMatcher;
-    pub use crate::template::ChatTemplate;
-    pub use crate::tokenizer::{GenerationDefaults, ModelText};
+    pub use crate::template::{ChatTemplate, Prompt as ChatPrompt};
+    pub use crate::texts::Until;
+    pub use crate::tokenizer::{GenerationDefaults, ModelText, TextError};
 }
 #[cfg(feature = "simulation")]
 pub use {

@@ -10,6 +10,8 @@ mod ends;
 mod room;
 mod words;
 
+use std::time::Duration;
+
 use baton_protocol::{
     DecodeReply, End, FailureCode, FinishReason, FrameItem, KvHandle, PrefillReply, TokenLogprobs,
     WorkerId,
@@ -18,6 +20,7 @@ use baton_protocol::{
 use crate::error::{ApiError, ErrorKind};
 
 use ends::holder;
+use room::Round;
 pub use words::{Action, Input, NoReply, Phase, Target};
 
 /// The state machine of one generation.
@@ -31,18 +34,17 @@ pub struct Lifecycle {
     next_attempt: u32,
     retries: u32,
     executors_broken: u32,
-    waits: u32,
+    /// How long it has waited for workers that are not there.
+    waited: Duration,
     waiting: bool,
     prompt_reported: bool,
     /// Refused in this round: not asked again before the next.
     refused: Vec<WorkerId>,
     /// Broke this request: asked again only if nobody else is there.
     failed: Vec<WorkerId>,
-    busy_ms: Option<u32>,
-    /// A decode worker was not there in this round: it may be starting again.
-    is_absent: bool,
-    /// Longest sequence for which a worker that refused this one has room.
-    too_long: Option<u32>,
+    round: Round,
+    /// Decode workers that were full when they were asked: it has a place in the line of each.
+    lines: Vec<Target>,
 }
 
 /// The rules that end a generation, as the workers apply them.
@@ -68,14 +70,13 @@ impl Lifecycle {
             next_attempt: 0,
             retries: 0,
             executors_broken: 0,
-            waits: 0,
+            waited: Duration::ZERO,
             waiting: false,
             prompt_reported: false,
             refused: Vec::new(),
             failed: Vec::new(),
-            busy_ms: None,
-            is_absent: false,
-            too_long: None,
+            round: Round::default(),
+            lines: Vec::new(),
         }
     }
 
@@ -132,6 +133,8 @@ impl Lifecycle {
             Input::BusBack => self.bus_back(out),
             Input::WaitOver => self.wait_over(out),
             Input::RoomMade => self.room_made(out),
+            Input::LeaseLost => self.lease_lost(out),
+            Input::Overbooked { wait, retry_after } => self.overbooked(wait, retry_after, out),
             Input::StopFound => self.end_early("stop string found", Ok(FinishReason::Stop), out),
             Input::Deadline => {
                 let place = self.phase.place();
@@ -151,6 +154,13 @@ impl Lifecycle {
                     "this API server is leaving and has no more time for the request; ask again",
                 );
                 self.end_early("the API server leaves", Err(error), out);
+            }
+            Input::NameLost => {
+                let error = ApiError::new(
+                    ErrorKind::Leaving,
+                    "another API server has taken this one's name; ask again",
+                );
+                self.end_early("the API server lost its name", Err(error), out);
             }
             Input::ClientStalled => {
                 let error =
@@ -205,10 +215,8 @@ impl Lifecycle {
             }
             Ok(PrefillReply::Refused { refusal, .. }) => {
                 self.phase = Phase::Queued;
-                match self.refused_by(context, &refusal) {
-                    Ok(()) => out.push(Action::ChooseContext),
-                    Err(error) => self.fail(error, out),
-                }
+                self.refused_by(context, &refusal);
+                out.push(Action::ChooseContext);
             }
             Ok(PrefillReply::Failed { failure, .. }) => {
                 self.worker_failed(failure, context.worker, out);
@@ -277,7 +285,7 @@ impl Lifecycle {
             return out.push(Action::Finish(finish));
         }
         self.next_round();
-        self.waits = 0;
+        self.waited = Duration::ZERO;
         self.phase = Phase::Staged { handle };
         out.push(Action::ChooseDecode);
     }
@@ -290,7 +298,7 @@ impl Lifecycle {
         let (handle, decode) = (handle.clone(), decode.clone());
         match reply {
             Ok(DecodeReply::Admitted { incarnation, .. }) => {
-                self.waits = 0;
+                self.admitted(out);
                 if incarnation != decode.incarnation {
                     let decode = Target {
                         worker: decode.worker,
@@ -301,13 +309,11 @@ impl Lifecycle {
             }
             Ok(DecodeReply::Refused { refusal, .. }) => {
                 self.phase = Phase::Staged { handle };
-                match self.refused_by(decode, &refusal) {
-                    Ok(()) => out.push(Action::ChooseDecode),
-                    Err(error) => self.end_early("refused by the decode worker", Err(error), out),
-                }
+                self.refused_by(decode, &refusal);
+                out.push(Action::ChooseDecode);
             }
             Err(NoReply::NoResponders) => {
-                self.is_absent = true;
+                self.round.is_absent = true;
                 self.refused.push(decode.worker);
                 self.phase = Phase::Staged { handle };
                 out.push(Action::ChooseDecode);
@@ -326,6 +332,17 @@ impl Lifecycle {
                 self.retry("decode worker's answer was lost", Some(decode.worker), out);
             }
         }
+    }
+
+    /// A decode worker has it: the others need keep no place for it. Its context worker hears of it by the release.
+    fn admitted(&mut self, out: &mut Vec<Action>) {
+        self.waited = Duration::ZERO;
+        let Phase::Pulling { handle, decode } = &self.phase else {
+            return;
+        };
+        let (holder, decode) = (handle.worker.clone(), decode.worker.clone());
+        let knows = |line: &Target| line.worker == holder || line.worker == decode;
+        self.leave_lines("another decode worker has it", knows, out);
     }
 
     /// The decode worker that has it, if one does.
@@ -363,6 +380,8 @@ impl Lifecycle {
             return self.retry("more tokens came than were asked for", worker, out);
         }
         if !tokens.is_empty() || item.pulled.is_some() {
+            // Tokens may overtake the answer.
+            self.admitted(out);
             self.phase = Phase::Decoding {
                 decode: decode.clone(),
             };
@@ -396,4 +415,4 @@ impl Lifecycle {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

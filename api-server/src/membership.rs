@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use baton_protocol::limits::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
+use baton_protocol::deadlines::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
+use baton_protocol::limits::SEQUENCE_TOKENS_MIN;
 use baton_protocol::{
     ApiBeat, ApiServerId, Beat, Incarnation, ModelFingerprint, PeerState, Role, WorkerId,
     WorkerState,
@@ -19,6 +20,10 @@ pub const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
 
 /// Most workers that are remembered; beats of others are ignored.
 pub const WORKERS_MAX: usize = 4096;
+
+/// Most bytes that beats of all workers take together. One of a worker with 100 peers takes some 20 KB; beats of workers that
+/// find no room are ignored as those of too many workers are.
+pub const BEATS_BYTES_MAX: usize = 16 << 20;
 
 /// Most complaints that are made at once.
 const COMPLAINTS_MAX: usize = 16;
@@ -40,6 +45,14 @@ impl Member {
         Target {
             worker: self.beat.worker.clone(),
             incarnation: self.beat.incarnation,
+        }
+    }
+
+    /// Tokens that its KV holds. Who says nothing of its blocks is taken to have enough.
+    fn holds(&self) -> u32 {
+        match self.beat.capacity.blocks {
+            0 => u32::MAX,
+            blocks => blocks.saturating_mul(self.beat.kv.block_tokens),
         }
     }
 
@@ -94,17 +107,22 @@ impl Member {
 #[derive(Debug, Default)]
 pub struct Membership {
     workers: BTreeMap<WorkerId, Member>,
+    /// Bytes of the workers' beats.
+    bytes: usize,
     api_servers: BTreeMap<ApiServerId, (ApiBeat, Instant)>,
 }
 
 impl Membership {
-    /// Takes a beat in; the older life if this is a new one of a known worker.
+    /// Takes a beat in; the older life if this is a new one of a known worker. One that there is no room for changes nothing.
     pub fn beat(&mut self, beat: Beat, now: Instant) -> Option<Target> {
-        if self.workers.len() >= WORKERS_MAX && !self.workers.contains_key(&beat.worker) {
+        let known = self.workers.get(&beat.worker);
+        let bytes = self.bytes + beat.bytes() - known.map_or(0, |known| known.beat.bytes());
+        if bytes > BEATS_BYTES_MAX || (known.is_none() && self.workers.len() >= WORKERS_MAX) {
             return None;
         }
         let name = beat.worker.clone();
         let Some(known) = self.workers.get_mut(&name) else {
+            self.bytes = bytes;
             let member = Member {
                 beat,
                 seen: now,
@@ -122,11 +140,15 @@ impl Membership {
             known.former = Some(old.incarnation);
         }
         (known.beat, known.seen) = (beat, now);
+        self.bytes = bytes;
         is_reborn.then_some(old)
     }
 
-    /// Takes an API server's beat in.
+    /// Takes an API server's beat in. One that stands by gives no jobs, and is another's namesake.
     pub fn api_beat(&mut self, beat: ApiBeat, now: Instant) {
+        if beat.stands_by() {
+            return;
+        }
         if self.api_servers.len() < WORKERS_MAX || self.api_servers.contains_key(&beat.api_server) {
             self.api_servers
                 .insert(beat.api_server.clone(), (beat, now));
@@ -154,6 +176,7 @@ impl Membership {
             .map(Member::target)
             .collect();
         self.workers.retain(|_, member| !gone(member.seen));
+        self.bytes = self.workers.values().map(|m| m.beat.bytes()).sum();
         lost
     }
 
@@ -200,6 +223,33 @@ impl Membership {
             faults.push("no decode worker can read KV from a context worker".to_owned());
         }
         faults
+    }
+
+    /// That the workers' KV holds no sequence worth serving, if so.
+    pub fn too_small(&self, model: &ModelFingerprint, now: Instant) -> Option<String> {
+        let (held, longest) = self.longest_sequence(model, now)?;
+        (held < SEQUENCE_TOKENS_MIN.min(longest)).then(|| {
+            format!(
+                "the workers' KV holds sequences of {held} tokens at most: give them more (--kv-mib)"
+            )
+        })
+    }
+
+    /// Tokens of the longest sequence for which a context and a decode worker that reaches it both have KV, and of the model's
+    /// longest; none if there is no such pair.
+    pub fn longest_sequence(&self, model: &ModelFingerprint, now: Instant) -> Option<(u32, u32)> {
+        let serving = || self.workers.values().filter(|m| m.serves(model, now));
+        let contexts = || serving().filter(|m| m.beat.role.prefills());
+        let pairs = serving()
+            .filter(|m| m.beat.role.decodes())
+            .flat_map(|d| contexts().map(move |c| (c, d)));
+        pairs
+            .filter(|(c, d)| d.reaches(&c.target()))
+            .map(|(c, d)| {
+                let longest = c.beat.model.tokens_max;
+                (c.holds().min(d.holds()).min(longest), longest)
+            })
+            .max()
     }
 
     /// Roads for KV of this model that are broken, each with its last error. Requests go round them.
@@ -294,10 +344,12 @@ pub(crate) mod tests {
                     state: PeerState::Ready,
                     transport: "tcp".to_owned(),
                     gigabytes_per_second: 1.0,
+                    pulled_gigabytes_per_second: None,
                     error: None,
                 })
                 .collect(),
             transport: String::new(),
+            decode_ms: 0,
         }
     }
 
@@ -314,6 +366,40 @@ pub(crate) mod tests {
         assert!(members.sweep(suspect).is_empty());
         assert_eq!(members.sweep(start + GONE_AFTER).len(), 1);
         assert_eq!(members.workers().count(), 0);
+    }
+
+    #[test]
+    fn beats_are_bounded_in_bytes_and_room_comes_back() {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        let peers = ["c"; baton_protocol::limits::PEERS_MAX];
+        let mut large = beat("w", Role::Decode, &peers);
+        for peer in &mut large.peers {
+            peer.error = Some("x".repeat(baton_protocol::limits::SENTENCE_BYTES_MAX));
+        }
+        let named = |number: usize| Beat {
+            worker: WorkerId::new(format!("w{number:04}")).unwrap(),
+            ..large.clone()
+        };
+        let fit = BEATS_BYTES_MAX / named(0).bytes();
+        assert!(fit < WORKERS_MAX);
+        for number in 0..fit + 10 {
+            members.beat(named(number), now);
+        }
+        assert_eq!(members.workers().count(), fit);
+        // Those that are known are heard on; smaller beats make room.
+        let later = now + SUSPECT_AFTER;
+        members.beat(named(0), later);
+        assert_eq!(members.worker(&named(0).worker).unwrap().seen, later);
+        let small = Beat {
+            peers: Vec::new(),
+            ..named(0)
+        };
+        members.beat(small, later);
+        members.beat(named(fit), later);
+        assert_eq!(members.workers().count(), fit + 1);
+        members.sweep(later + GONE_AFTER);
+        assert_eq!(members.bytes, 0);
     }
 
     #[test]
@@ -356,6 +442,35 @@ pub(crate) mod tests {
         members.beat(beat("d", Role::Decode, &["c"]), now);
         assert!(members.faults(&fingerprint(), now).is_empty());
         assert!(members.broken_roads(&fingerprint(), now).is_empty());
+    }
+
+    #[test]
+    fn the_longest_sequence_is_what_a_pair_that_is_connected_can_hold() {
+        let now = Instant::now();
+        let mut members = Membership::default();
+        let with = |name, role, peers: &[&str], blocks| {
+            let mut beat = beat(name, role, peers);
+            beat.capacity.blocks = blocks;
+            beat
+        };
+        members.beat(with("c", Role::Context, &[], 100), now);
+        assert_eq!(members.longest_sequence(&fingerprint(), now), None);
+        // The large decode worker cannot read from the context worker.
+        members.beat(with("d", Role::Decode, &["c"], 50), now);
+        members.beat(with("e", Role::Decode, &[], 1000), now);
+        let longest = |members: &Membership| members.longest_sequence(&fingerprint(), now);
+        assert_eq!(longest(&members), Some((800, 2048)));
+        assert_eq!(members.too_small(&fingerprint(), now), None);
+        members.beat(with("d", Role::Decode, &["c"], 2), now);
+        assert_eq!(longest(&members), Some((32, 2048)));
+        let told = members.too_small(&fingerprint(), now).unwrap();
+        assert!(told.contains("32 tokens") && told.contains("--kv-mib"));
+        // The model has no longer ones than it has.
+        members.beat(with("b", Role::Both, &[], 1000), now);
+        assert_eq!(longest(&members), Some((2048, 2048)));
+        // Nothing said is not nothing there.
+        members.beat(with("b", Role::Both, &[], 0), now);
+        assert_eq!(longest(&members), Some((2048, 2048)));
     }
 
     #[test]

@@ -117,9 +117,32 @@ impl Metrics {
         let mut bytes = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut bytes)?;
         let mut text = String::from_utf8_lossy(&bytes).into_owned();
+        log_counters(&mut text);
         worker_gauges(members, now, &mut text);
         Ok(text)
     }
+}
+
+/// Counters that the logging library keeps for the process.
+fn log_counters(out: &mut String) {
+    // Writing to memory cannot fail.
+    let _ = writeln!(
+        out,
+        "# HELP baton_log_lines_dropped_total Log lines that were not written, by reason.\n\
+         # TYPE baton_log_lines_dropped_total counter"
+    );
+    for (reason, lines) in baton_logs::dropped() {
+        let _ = writeln!(
+            out,
+            "baton_log_lines_dropped_total{{reason=\"{reason}\"}} {lines}"
+        );
+    }
+    let _ = writeln!(
+        out,
+        "# HELP baton_http_malformed_total Requests that were no HTTP, answered with 400.\n\
+         # TYPE baton_http_malformed_total counter\nbaton_http_malformed_total {}",
+        baton_logs::malformed_http_requests()
+    );
 }
 
 /// One gauge per number of a beat. They come from membership as it is, so a worker that left leaves none.

@@ -8,6 +8,8 @@
 //!
 //! Pure: membership and time come in, a choice goes out.
 
+mod wait;
+
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 
@@ -57,6 +59,8 @@ pub struct Outstanding {
     pub prefills: usize,
     /// Tokens of these prompts.
     pub prefill_tokens: usize,
+    /// Prompts that are done and wait for a decode worker.
+    pub staged: usize,
     /// Generations under way.
     pub decodes: usize,
 }
@@ -209,6 +213,7 @@ impl Router {
         let own = self.own.entry(worker.clone()).or_default();
         own.prefills += job.prefills;
         own.prefill_tokens += job.prefill_tokens;
+        own.staged += job.staged;
         own.decodes += job.decodes;
     }
 
@@ -219,6 +224,7 @@ impl Router {
         };
         own.prefills = own.prefills.saturating_sub(job.prefills);
         own.prefill_tokens = own.prefill_tokens.saturating_sub(job.prefill_tokens);
+        own.staged = own.staged.saturating_sub(job.staged);
         own.decodes = own.decodes.saturating_sub(job.decodes);
         if *own == Outstanding::default() {
             self.own.remove(worker);

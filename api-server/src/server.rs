@@ -1,5 +1,7 @@
 //! One API server: what its parts share, how it starts and how it stops.
 
+mod door;
+mod name;
 #[cfg(feature = "simulation")]
 pub mod simulated;
 
@@ -13,22 +15,27 @@ use actix_web::dev::ServerHandle;
 use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
 use futures::future::select_all;
 use tokio::net::TcpSocket;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 
+use crate::bound::Bound;
 use crate::bus::{Bus, Watcher};
 use crate::config::{ApiServerConfig, Limits};
+use crate::decode_room::DecodeRoom;
 use crate::error::ApiServerError;
 use crate::http;
 use crate::inbox::{Event, Registry, lock};
 use crate::keys::ApiKeys;
 use crate::lifecycle::Target;
-use crate::membership::{GONE_AFTER, Membership};
+use crate::membership::Membership;
 use crate::metrics::Metrics;
 use crate::router::Router;
+use crate::texts::TextPool;
 use crate::tokenizer::ModelText;
 use crate::watch::LoopWatch;
+
+use self::name::Name;
 
 /// What every request needs.
 pub struct Server {
@@ -50,6 +57,12 @@ pub struct Server {
     pub metrics: Metrics,
     /// Bounds.
     pub limits: Limits,
+    /// Choices of requests that were admitted.
+    pub in_flight: Arc<Bound>,
+    /// Bytes that answers hold which are not streams.
+    pub answers: Arc<Bound>,
+    /// Threads for large texts.
+    pub texts: TextPool,
     /// Kibibytes that request bodies may still take.
     pub body_room: Arc<Semaphore>,
     /// Who may ask.
@@ -59,10 +72,11 @@ pub struct Server {
     /// When this server started, for `created` of the model.
     pub started_unix: u64,
     /// Told when a generation leaves its decode worker, to wake one that waits for a place there.
-    pub decode_room: Notify,
+    pub decode_room: Arc<DecodeRoom>,
     /// It is asked to end: what is under way goes on, and each connection is closed after its answer.
     pub leaving: AtomicBool,
     fleet: Mutex<Fleet>,
+    own_name: Mutex<Name>,
 }
 
 /// Who is there and what they are busy with.
@@ -70,8 +84,6 @@ pub struct Server {
 pub struct Fleet {
     /// Who is there.
     pub members: Membership,
-    /// When another API server of our name was last heard.
-    rival: Option<Instant>,
     /// What we gave them.
     pub router: Router,
 }
@@ -109,15 +121,22 @@ impl Server {
         if let Some(fault) = self.bus.fault(now) {
             return vec![fault.to_string()];
         }
-        let fleet = self.fleet();
-        let mut faults = fleet.members.faults(&self.model.fingerprint, now);
-        if fleet.rival.is_some_and(|heard| now - heard < GONE_AFTER) {
-            faults.push(format!(
-                "another API server is called {} too: workers end what one of them asks for",
-                self.name
-            ));
-        }
+        let own_name = self.looked_at_name(now).fault(now);
+        let members = &self.fleet().members;
+        let mut faults = members.faults(&self.model.fingerprint, now);
+        faults.extend(own_name);
         faults
+    }
+
+    /// Whether nobody else has this server's name: workers must be given no jobs otherwise.
+    pub fn has_its_name(&self) -> bool {
+        self.looked_at_name(Instant::now()).serves()
+    }
+
+    fn looked_at_name(&self, now: Instant) -> MutexGuard<'_, Name> {
+        let mut own_name = lock(&self.own_name);
+        own_name.look(now, self.bus.fault(now).is_none());
+        own_name
     }
 
     /// What is broken, also where requests go round it: workers that do not serve, and roads for KV. Empty if all is well.
@@ -126,6 +145,7 @@ impl Server {
         let members = &self.fleet().members;
         let mut broken = members.complaints(now);
         broken.extend(members.broken_roads(&self.model.fingerprint, now));
+        broken.extend(members.too_small(&self.model.fingerprint, now));
         broken
     }
 
@@ -141,17 +161,24 @@ impl Server {
 
 impl Watcher for Server {
     fn beat(&self, beat: Beat, now: Instant) {
-        let lost = self.fleet().beat(beat, now);
+        let worker = beat.worker.clone();
+        let (lost, is_known) = {
+            let mut fleet = self.fleet();
+            let lost = fleet.beat(beat, now);
+            (lost, fleet.members.worker(&worker).is_some())
+        };
+        if !is_known {
+            self.bus_fault("beat_no_room");
+        }
         self.lost(lost.into_iter().collect());
     }
 
     fn api_beat(&self, beat: ApiBeat, now: Instant) {
-        let is_rival = beat.api_server == self.name && beat.incarnation != Some(self.incarnation);
-        let mut fleet = self.fleet();
-        if is_rival && fleet.rival.replace(now).is_none() {
-            tracing::error!(name = %self.name, "another API server has this name too: workers end what one of them asks for");
+        let loses_name = lock(&self.own_name).heard(&beat, now);
+        if loses_name {
+            self.registry.broadcast(|| Event::NameLost);
         }
-        fleet.members.api_beat(beat, now);
+        self.fleet().members.api_beat(beat, now);
     }
 
     fn bus_back(&self, now: Instant) {
@@ -166,6 +193,10 @@ impl Watcher for Server {
 
     fn in_flight(&self) -> u32 {
         self.registry.len() as u32
+    }
+
+    fn serving_ms(&self, now: Instant) -> u64 {
+        self.looked_at_name(now).serving_ms(now)
     }
 
     fn bus_fault(&self, kind: &'static str) {
@@ -185,30 +216,30 @@ pub async fn run(
     config: ApiServerConfig,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ApiServerError> {
-    let directory = config.tokenizer.clone();
-    let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
-        .await
-        .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??;
-    let metrics =
-        Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
-    let registry = Arc::new(Registry::default());
-    let incarnation = draw_incarnation()?;
-    let bus = Bus::connect(
-        &config.bus,
-        config.cluster.clone(),
-        config.name.clone(),
+    let mut shutdown = std::pin::pin!(shutdown);
+    // The bus may be long in coming; nobody who asks to end waits for it.
+    let prepared = tokio::select! {
+        prepared = prepare(&config) => prepared?,
+        () = &mut shutdown => return Ok(()),
+    };
+    let Prepared {
+        model,
+        metrics,
+        registry,
         incarnation,
-        Arc::clone(&registry),
-    )
-    .await?;
-    let (host, port) = (config.host.as_str(), config.port);
-    let listener = listen(host, port).await.map_err(|error| {
-        ApiServerError::Listen(format!("cannot listen on {host}:{port}: {error}"))
-    })?;
+        bus,
+        listener,
+    } = prepared;
     let address = listener
         .local_addr()
         .map_err(|error| ApiServerError::Listen(format!("no local address: {error}")))?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let own_name = Name::new(
+        config.name.clone(),
+        incarnation,
+        config.name_is_shared,
+        Instant::now(),
+    );
     let server = Arc::new(Server {
         model_name: config.model_name.unwrap_or_else(|| model.name.clone()),
         name: config.name,
@@ -218,14 +249,18 @@ pub async fn run(
         bus,
         registry,
         metrics,
+        in_flight: Arc::new(Bound::new(config.limits.in_flight_max)),
+        answers: Arc::new(Bound::new(config.limits.answers_bytes_max)),
+        texts: TextPool::new(config.limits.text_threads),
         body_room: Arc::new(Semaphore::new(config.limits.bodies_bytes_max >> 10)),
         limits: config.limits,
         keys: config.api_keys,
         request_budget: config.request_budget,
         started_unix: now.map_or(0, |since| since.as_secs()),
-        decode_room: Notify::new(),
+        decode_room: Arc::default(),
         leaving: AtomicBool::new(false),
         fleet: Mutex::default(),
+        own_name: Mutex::new(own_name),
     });
     let watch = LoopWatch::start()?;
     let mut tasks = server
@@ -254,7 +289,7 @@ pub async fn run(
             handle.stop(false).await;
             Err(error)
         }
-        () = shutdown => {
+        () = &mut shutdown => {
             leave(&server, &handle, &door).await;
             outcome(http.await)
         }
@@ -264,6 +299,48 @@ pub async fn run(
     }
     server.bus.close().await;
     outcome
+}
+
+/// What has to be there before anything is served.
+struct Prepared {
+    model: ModelText,
+    metrics: Metrics,
+    registry: Arc<Registry>,
+    incarnation: Incarnation,
+    bus: Bus,
+    listener: TcpListener,
+}
+
+async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
+    let directory = config.tokenizer.clone();
+    let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
+        .await
+        .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??
+        .with_special_tokens_in_content(config.special_tokens_in_content);
+    let metrics =
+        Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
+    let registry = Arc::new(Registry::default());
+    let incarnation = draw_incarnation()?;
+    let bus = Bus::connect(
+        &config.bus,
+        config.cluster.clone(),
+        config.name.clone(),
+        incarnation,
+        Arc::clone(&registry),
+    )
+    .await?;
+    let (host, port) = (config.host.as_str(), config.port);
+    let listener = listen(host, port).await.map_err(|error| {
+        ApiServerError::Listen(format!("cannot listen on {host}:{port}: {error}"))
+    })?;
+    Ok(Prepared {
+        model,
+        metrics,
+        registry,
+        incarnation,
+        bus,
+        listener,
+    })
 }
 
 /// Waits for the first of these to end, which is none's to do: without it nothing would be heard any more, and nobody would
@@ -284,11 +361,16 @@ fn draw_incarnation() -> Result<Incarnation, ApiServerError> {
 /// Workers answer a newcomer's hello within this time, or there are none.
 const FIRST_BEATS: Duration = Duration::from_millis(500);
 
-/// Waits until the cluster can serve: the first request would be told that there is no worker.
+/// Waits until this server has its name, and the cluster can serve: the first request would be told that there is no worker.
+/// One that stands by answers nevertheless, and says so.
 async fn meet_workers(server: &Server) {
+    const LOOK: Duration = Duration::from_millis(5);
+    while !server.has_its_name() && !lock(&server.own_name).stands_by() {
+        tokio::time::sleep(LOOK).await;
+    }
     let met = async {
-        while !server.faults().is_empty() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        while server.has_its_name() && !server.faults().is_empty() {
+            tokio::time::sleep(LOOK).await;
         }
     };
     let _ = tokio::time::timeout(FIRST_BEATS, met).await;
@@ -306,6 +388,7 @@ async fn leave(server: &Server, http: &ServerHandle, door: &TcpListener) {
     // A listener that is shut down refuses at once; one that is only not listened to would keep clients waiting. The HTTP
     // server looks away first, or it would complain.
     http.pause().await;
+    door::unwatched(door).await;
     if let Err(error) = rustix::net::shutdown(door, rustix::net::Shutdown::Read) {
         tracing::debug!(%error, "the listener was not shut down");
     }
@@ -349,8 +432,8 @@ mod tests {
     use baton_protocol::Role;
 
     use super::*;
-    use crate::membership::WORKERS_MAX;
     use crate::membership::tests::beat;
+    use crate::membership::{GONE_AFTER, WORKERS_MAX};
 
     #[tokio::test]
     async fn a_loop_that_breaks_is_the_servers_end() {

@@ -4,6 +4,8 @@ use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, syntax::SyntaxConfig};
 use serde::Serialize;
 
+use crate::texts::Until;
+
 const NAME: &str = "chat";
 
 /// Steps a template may take: a bound against endless loops, far over what real ones need.
@@ -58,11 +60,11 @@ impl ChatTemplate {
         })
     }
 
-    /// The prompt for these messages, with the opening of the assistant's turn at its end.
+    /// Writes the prompt for these messages, with the opening of the assistant's turn at its end.
     ///
     /// # Errors
     /// What the template objects to, or what is wrong with it.
-    pub fn render<M: Serialize>(&self, messages: &M) -> Result<String, String> {
+    pub fn render<M: Serialize>(&self, messages: &M, prompt: &mut Prompt) -> Result<(), String> {
         let template = self
             .environment
             .get_template(NAME)
@@ -73,32 +75,67 @@ impl ChatTemplate {
             bos_token => self.bos_token.as_str(),
             eos_token => self.eos_token.as_str(),
         };
-        let mut prompt = Prompt(Vec::new());
-        let rendered = template.render_captured_to(context, &mut prompt);
+        let rendered = template.render_captured_to(context, prompt);
         rendered.map(drop).map_err(|error| {
             let text = error.detail().unwrap_or_default();
             match text.strip_prefix(RAISED) {
                 Some(raised) => raised.to_owned(),
                 None => format!("the chat template failed: {error}"),
             }
-        })?;
-        String::from_utf8(prompt.0).map_err(|error| error.to_string())
+        })
     }
 }
 
-/// Longest prompt: more than the bus could carry of its tokens.
-const PROMPT_BYTES_MAX: usize = 64 << 20;
+/// Longest text of any prompt.
+const TEXT_BYTES_MAX: usize = 64 << 20;
 
-/// A prompt in the making, up to its bound.
-struct Prompt(Vec<u8>);
+/// A prompt in the making, up to its bound, for as long as somebody waits for it.
+pub struct Prompt<'a> {
+    text: Vec<u8>,
+    bytes: usize,
+    bytes_max: usize,
+    counted: &'a dyn Fn(&[u8]) -> usize,
+    is_over: bool,
+    until: &'a Until,
+}
 
-impl std::io::Write for Prompt {
+impl<'a> Prompt<'a> {
+    /// An empty one that may have this many bytes, of those that `counted` counts.
+    pub fn new(bytes_max: usize, counted: &'a dyn Fn(&[u8]) -> usize, until: &'a Until) -> Self {
+        Self {
+            text: Vec::new(),
+            bytes: 0,
+            bytes_max,
+            counted,
+            is_over: false,
+            until,
+        }
+    }
+
+    /// Whether more was written than it may have.
+    pub fn is_over(&self) -> bool {
+        self.is_over
+    }
+
+    /// What was written.
+    ///
+    /// # Errors
+    /// If it is no text.
+    pub fn into_text(self) -> Result<String, String> {
+        String::from_utf8(self.text).map_err(|error| error.to_string())
+    }
+}
+
+impl std::io::Write for Prompt<'_> {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.0.len() + bytes.len() > PROMPT_BYTES_MAX {
-            let message = format!("it makes a prompt of more than {PROMPT_BYTES_MAX} bytes");
+        self.until.check().map_err(std::io::Error::other)?;
+        self.bytes += (self.counted)(bytes);
+        if self.bytes > self.bytes_max || self.text.len() + bytes.len() > TEXT_BYTES_MAX {
+            self.is_over = true;
+            let message = format!("it makes a prompt of more than {} bytes", self.bytes_max);
             return Err(std::io::Error::other(message));
         }
-        self.0.extend_from_slice(bytes);
+        self.text.extend_from_slice(bytes);
         Ok(bytes.len())
     }
 
@@ -274,9 +311,11 @@ mod tests {
     use serde_json::json;
 
     fn render(source: &str, messages: serde_json::Value) -> Result<String, String> {
-        ChatTemplate::new(source, "<s>", "</s>")
-            .unwrap()
-            .render(&messages)
+        let until = Until::forever();
+        let mut prompt = Prompt::new(1 << 20, &<[u8]>::len, &until);
+        let template = ChatTemplate::new(source, "<s>", "</s>").unwrap();
+        template.render(&messages, &mut prompt)?;
+        prompt.into_text()
     }
 
     #[test]

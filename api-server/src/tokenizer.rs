@@ -1,5 +1,6 @@
 //! The prepared model directory, as far as text goes: tokenizer, chat template, defaults, limits.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -7,13 +8,31 @@ use baton_protocol::ModelFingerprint;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::Tokenizer;
+use tokenizers::models::ModelWrapper;
 
+use crate::config::SpecialTokensInContent;
+use crate::control_tokens::ControlTokens;
 use crate::detokenize::{Detokenizer, Vocabulary};
-use crate::error::ApiServerError;
+use crate::error::{ApiError, ApiServerError, ErrorKind};
 use crate::template::ChatTemplate;
+use crate::texts::Until;
 
-/// Texts over this size are tokenised on a thread of their own, to keep the HTTP threads free.
-pub const INLINE_BYTES_MAX: usize = 8 << 10;
+use self::bounds::TokenBytes;
+#[cfg(test)]
+pub(crate) use self::cuts::PIECE_BYTES;
+use self::cuts::{Cuts, UNCUT_BYTES_MAX, Uncut};
+use self::ends::Ends;
+
+mod bounds;
+mod chat;
+mod cuts;
+mod ends;
+
+/// Longest prompt text of a tokenizer of which nobody knows how many bytes a token may stand for.
+const PROMPT_BYTES_MAX: usize = 64 << 20;
+
+/// Words of which the tokenizers crate keeps the tokens, on each thread: up to 8 KiB each, as long as the thread lives.
+const CACHED_WORDS: usize = 2_048;
 
 /// Most ids of a vocabulary: some times that of the largest there are. Tables are as long as the largest id.
 const VOCABULARY_MAX: usize = 1 << 22;
@@ -89,8 +108,26 @@ pub struct ModelText {
     pub defaults: GenerationDefaults,
     /// Texts of all tokens.
     pub vocabulary: Vocabulary,
-    tokenizer: Arc<Tokenizer>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
+    /// What message strings must not contain; `None` if they may.
+    control_tokens: Option<ControlTokens>,
+    token_bytes: TokenBytes,
+    cuts: Cuts,
+    ends: Ends,
+}
+
+/// Why a text was not made into tokens.
+#[derive(Debug)]
+pub enum TextError {
+    /// It has this many tokens at least, and that is too many.
+    TooLong(usize),
+    /// It has no place to cut it for too long.
+    Uncut,
+    /// Nobody waits any more.
+    Ended(ApiError),
+    /// What the template or the tokenizer objects to.
+    Refused(String),
 }
 
 impl ModelText {
@@ -124,9 +161,10 @@ impl ModelText {
             let error = format!("its post-processor adds {token:?} and does not say what that is");
             return Err(fault("tokenizer.json", &error));
         }
-        let tokenizer: Tokenizer = text
+        let mut tokenizer: Tokenizer = text
             .parse()
             .map_err(|error| fault("tokenizer.json", &error))?;
+        bound_cache(&mut tokenizer);
         let config: Value = match optional("tokenizer_config.json")? {
             Some(text) => serde_json::from_str(&text)
                 .map_err(|error| fault("tokenizer_config.json", &error))?,
@@ -162,6 +200,8 @@ impl ModelText {
             let error = format!("it has a token of id {}", last.unwrap_or_default());
             return Err(fault("tokenizer.json", &error));
         }
+        let control_tokens = ControlTokens::new(&tokenizer, &json)
+            .map_err(|error| fault("tokenizer.json", &error))?;
         let tokenizer = Arc::new(tokenizer);
         Ok(Self {
             name: manifest.name,
@@ -170,9 +210,22 @@ impl ModelText {
             eos_token_ids: manifest.eos_token_ids,
             defaults,
             vocabulary: Vocabulary::new(Arc::clone(&tokenizer), &json),
+            token_bytes: TokenBytes::of(&json),
+            cuts: Cuts::new(&json),
+            ends: Ends::of(&tokenizer),
             tokenizer,
             template,
+            control_tokens: Some(control_tokens),
         })
+    }
+
+    /// The same with this rule for control tokens in messages; [`SpecialTokensInContent::Plain`] without.
+    #[must_use]
+    pub fn with_special_tokens_in_content(mut self, rule: SpecialTokensInContent) -> Self {
+        if rule == SpecialTokensInContent::Allow {
+            self.control_tokens = None;
+        }
+        self
     }
 
     /// A model without text, for those who speak in tokens.
@@ -200,32 +253,118 @@ impl ModelText {
             eos_token_ids: Vec::new(),
             defaults: GenerationDefaults::default(),
             vocabulary: Vocabulary::new(Arc::clone(&tokenizer), &json),
+            token_bytes: TokenBytes::unknown(),
+            cuts: Cuts::default(),
+            ends: Ends::default(),
             tokenizer,
             template: None,
+            control_tokens: None,
         })
     }
 
-    /// The prompt text of a chat.
+    /// Longest text that may fit the model, in bytes that count.
+    fn text_bytes_max(&self) -> usize {
+        let longest = self.token_bytes.most().unwrap_or(usize::MAX);
+        longest
+            .saturating_mul(self.tokens_max as usize)
+            .min(PROMPT_BYTES_MAX)
+    }
+
+    /// The bytes of a text that its tokens stand for: at least so many. Markers are taken out before it is tokenised.
+    fn counted(&self, bytes: &[u8], marker: Option<char>) -> usize {
+        let counted = self.token_bytes.counted(bytes);
+        let Some(marker) = marker else {
+            return counted;
+        };
+        let mut spelled = [0; 4];
+        let spelled = marker.encode_utf8(&mut spelled).as_bytes();
+        let markers = bytes.windows(spelled.len()).filter(|at| *at == spelled);
+        counted.saturating_sub(markers.count() * spelled.len())
+    }
+
+    /// Token ids of a text, control tokens included; with `add_special_tokens` those that the tokenizer adds at its ends
+    /// too. A text that cannot fit the model is not looked at, or not to its end; a long one is cut into pieces, and between
+    /// them it is asked whether somebody still waits.
     ///
     /// # Errors
-    /// What the template objects to.
-    pub fn render_chat(&self, messages: &[Value]) -> Result<String, String> {
-        match &self.template {
-            Some(template) => template.render(&messages),
-            None => Err("the model has no chat template; use /v1/completions".to_owned()),
+    /// What the tokenizer says, or why it was not asked.
+    pub fn encode(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        until: &Until,
+    ) -> Result<Vec<u32>, TextError> {
+        self.encode_marked(text, None, add_special_tokens, until)
+    }
+
+    /// As [`Self::encode`], of a text in which this marker stands in what must not become control tokens.
+    fn encode_marked(
+        &self,
+        text: &str,
+        marker: Option<char>,
+        add_special_tokens: bool,
+        until: &Until,
+    ) -> Result<Vec<u32>, TextError> {
+        let bytes_max = self.text_bytes_max();
+        if text.len() > bytes_max {
+            let counted = self.counted(text.as_bytes(), marker);
+            if counted > bytes_max {
+                return Err(self.too_long(counted));
+            }
+        }
+        let whole = text.len() <= cuts::PIECE_BYTES;
+        let in_pieces = !self.cuts.is_empty() && (self.ends.are_known() || !add_special_tokens);
+        if !whole && !in_pieces && text.len() > UNCUT_BYTES_MAX {
+            return Err(TextError::Uncut);
+        }
+        if whole || !in_pieces {
+            return self.encode_piece(text, marker, add_special_tokens);
+        }
+        let (first, last) = match add_special_tokens {
+            true => self.ends.ids(),
+            false => Default::default(),
+        };
+        let mut ids = first.to_vec();
+        let mut rest = text;
+        while !rest.is_empty() {
+            until.check().map_err(TextError::Ended)?;
+            if ids.len() >= self.tokens_max as usize {
+                return Err(TextError::TooLong(ids.len() + 1));
+            }
+            let bytes = self.cuts.piece(rest).map_err(|Uncut| TextError::Uncut)?;
+            let (piece, more) = rest.split_at(bytes);
+            ids.extend(self.encode_piece(piece, marker, false)?);
+            rest = more;
+        }
+        ids.extend_from_slice(last);
+        Ok(ids)
+    }
+
+    fn encode_piece(
+        &self,
+        text: &str,
+        marker: Option<char>,
+        add_special_tokens: bool,
+    ) -> Result<Vec<u32>, TextError> {
+        if let (Some(marker), Some(control)) = (marker, &self.control_tokens)
+            && text.contains(marker)
+        {
+            let ids = control.encode(&self.tokenizer, text, marker);
+            return ids.map_err(TextError::Refused);
+        }
+        match self.tokenizer.encode_fast(text, add_special_tokens) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(error) => {
+                let message = format!("the text cannot be tokenised: {error}");
+                Err(TextError::Refused(message))
+            }
         }
     }
 
-    /// Token ids of a text. A chat's text already holds its special tokens; a bare text gets those
-    /// that the tokenizer adds at its ends.
-    ///
-    /// # Errors
-    /// What the tokenizer says.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        match self.tokenizer.encode_fast(text, add_special_tokens) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(format!("the text cannot be tokenised: {error}")),
-        }
+    /// For a text of so many bytes, which cannot fit the model.
+    fn too_long(&self, bytes: usize) -> TextError {
+        let longest = self.token_bytes.most().unwrap_or(usize::MAX);
+        TextError::TooLong(bytes.div_ceil(longest).max(self.tokens_max as usize))
     }
 
     /// The text of these tokens, without special ones.
@@ -240,9 +379,42 @@ impl ModelText {
     }
 
     /// The text of one token as log-probabilities name it, special tokens included.
-    pub fn token_text(&self, token: u32) -> std::borrow::Cow<'_, str> {
+    pub fn token_text(&self, token: u32) -> Cow<'_, str> {
         String::from_utf8_lossy(self.vocabulary.bytes(token))
     }
+}
+
+impl TextError {
+    /// As a client is told, of this parameter and this model.
+    pub fn of(self, param: &str, model: &ModelText) -> ApiError {
+        let kind = match self {
+            Self::TooLong(_) => ErrorKind::ContextLength,
+            Self::Ended(error) => return error,
+            Self::Uncut | Self::Refused(_) => ErrorKind::InvalidRequest,
+        };
+        let message = match self {
+            Self::TooLong(tokens) => format!(
+                "the prompt has {tokens} tokens or more, and the model holds {} with at least one for the \
+                 output: shorten the prompt",
+                model.tokens_max
+            ),
+            Self::Uncut => format!(
+                "the prompt has more than {UNCUT_BYTES_MAX} bytes without a break between words, which cannot be \
+                 tokenised: shorten it, or send token ids to /v1/completions"
+            ),
+            Self::Ended(ApiError { message, .. }) | Self::Refused(message) => message,
+        };
+        ApiError {
+            param: Some(param.to_owned()),
+            ..ApiError::new(kind, message)
+        }
+    }
+}
+
+fn bound_cache(tokenizer: &mut Tokenizer) {
+    let mut model: ModelWrapper = tokenizer.get_model().clone();
+    model.resize_cache(CACHED_WORDS);
+    tokenizer.with_model(model);
 }
 
 /// A special token that a post-processor puts around texts and does not define. The tokenizers crate finds out with the first
@@ -270,4 +442,6 @@ fn named(config: &Value, key: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod fixtures;
+#[cfg(test)]
+pub(crate) mod tests;

@@ -14,7 +14,7 @@ use crate::error::ApiServerError;
 /// How often a loop shows that it goes round.
 const PULSE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Nothing on a loop takes longer than parsing a body of the largest size: a tenth of a second.
+/// Nothing on a loop takes longer than some milliseconds: large texts have threads of their own, large answers are rendered in pieces.
 const LOOP_PATIENCE: Duration = Duration::from_secs(15);
 
 /// The watchdog of one API server.

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_api_server::{ApiKeys, ApiServerConfig};
-use clap::Args;
+use baton_api_server::{ApiKeys, ApiServerConfig, SpecialTokensInContent};
+use clap::{Args, ValueEnum};
 
 use crate::Failure;
 use crate::bus_args::BusArgs;
@@ -38,6 +38,8 @@ pub struct ApiServerArgs {
     request_budget_s: Option<u64>,
     #[command(flatten)]
     keys: ApiKeysArgs,
+    #[command(flatten)]
+    content: ContentArgs,
     /// Most answers under way; more are told to come back (429) [default: 4096]
     #[arg(long)]
     in_flight_max: Option<usize>,
@@ -47,6 +49,44 @@ pub struct ApiServerArgs {
     /// Time for requests under way to finish at the end, in seconds [default: 10]
     #[arg(long)]
     drain_s: Option<u64>,
+}
+
+/// What messages may contain.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct ContentArgs {
+    /// What a text such as <|im_end|> in a message of a chat is: plain text, or, where all who write messages are trusted,
+    /// allowed to be the control token
+    #[arg(long, value_enum, default_value_t)]
+    pub special_tokens_in_content: ContentRule,
+}
+
+/// A value of `--special-tokens-in-content`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ContentRule {
+    /// Text
+    #[default]
+    Plain,
+    /// The control token
+    Allow,
+}
+
+impl ContentRule {
+    /// How it is written on a command line.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Allow => "allow",
+        }
+    }
+}
+
+impl From<ContentRule> for SpecialTokensInContent {
+    fn from(rule: ContentRule) -> Self {
+        match rule {
+            ContentRule::Plain => Self::Plain,
+            ContentRule::Allow => Self::Allow,
+        }
+    }
 }
 
 /// Who may ask.
@@ -88,31 +128,37 @@ impl ApiKeysArgs {
 /// Serves until a signal comes and requests under way have finished.
 pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
     let config = config(args)?;
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
-        .build()?
-        .block_on(async {
-            let mut shutdown = Shutdown::catch()?;
-            let stop = async move {
-                let signal = shutdown.requested().await;
-                tracing::info!("{signal}: finishing what is under way");
-            };
-            let ended = baton_api_server::run(config, stop).await;
-            baton_watchdog::end_within(END_WAIT);
-            Ok(ended?)
-        })
+        .build()?;
+    let outcome = runtime.block_on(async {
+        let mut shutdown = Shutdown::catch()?;
+        let stop = async move {
+            let signal = shutdown.requested().await;
+            tracing::info!("{signal}: finishing what is under way");
+        };
+        let ended = baton_api_server::run(config, stop).await;
+        baton_watchdog::end_within(END_WAIT);
+        Ok(ended?)
+    });
+    // A thread that still loads a tokenizer is not waited for.
+    runtime.shutdown_background();
+    outcome
 }
 
 fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
+    let name_is_shared = args.api_server_name.is_some();
     let name = match args.api_server_name {
         Some(name) => name,
         None => own_name("api")?,
     };
     let mut config = ApiServerConfig::new(name, args.cluster, args.tokenizer)?;
+    config.name_is_shared = name_is_shared;
     config.bus = args.bus.config();
     config.model_name = args.model_name;
     config.api_keys = args.keys.keys()?;
+    config.special_tokens_in_content = args.content.special_tokens_in_content.into();
     config.host = args.api_server_host;
     config.port = args.api_server_port;
     if let Some(seconds) = args.request_budget_s {

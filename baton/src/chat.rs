@@ -78,8 +78,8 @@ async fn converse(args: ChatArgs) -> Result<(), Failure> {
     let terminal = io::stdin().is_terminal();
     loop {
         if terminal {
-            eprint!("> ");
-            let _ = io::stderr().flush();
+            // Nobody left to see it is no fault.
+            let _ = io::stderr().write_all(b"> ");
         }
         // On a thread of its own, so that a signal is heard while a person thinks.
         let line = tokio::task::spawn_blocking(|| io::stdin().lock().lines().next()).await?;

@@ -1,9 +1,6 @@
 //! Logs go to standard error, so that standard output stays for what a subcommand is asked for.
 
-use std::io::{self, IsTerminal};
-
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -24,19 +21,11 @@ impl LogFormat {
     }
 }
 
-/// What is logged where nothing is said. Two libraries tell of each connection and thread, and Baton tells what matters.
-const DEFAULT: &str = "info,async_nats=warn,actix_server=warn";
+/// What is logged where nothing is said. Two libraries tell of each connection and thread, one of each request that is no HTTP
+/// (they are counted), and Baton tells what matters.
+const DEFAULT: &str = "info,async_nats=warn,actix_server=warn,actix_http=off";
 
-/// Starts logging for this process. `RUST_LOG` chooses what is logged.
-pub fn start(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(DEFAULT));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal());
-    // A second start (tests do that) keeps the first logger: nothing to do about it.
-    let _ = match format {
-        LogFormat::Text => builder.with_target(false).try_init(),
-        LogFormat::Json => builder.json().try_init(),
-    };
+/// Starts logging for this process, until its end. `RUST_LOG` chooses what is logged.
+pub fn start(format: LogFormat) -> baton_logs::Session {
+    baton_logs::start(format == LogFormat::Json, DEFAULT)
 }

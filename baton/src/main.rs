@@ -69,12 +69,17 @@ enum Command {
     Tether(tether::TetherArgs),
 }
 
+/// Gives memory back to the system soon after it was freed, whichever thread it was for.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// What a subcommand ends with when it fails: a sentence for the person who ran it.
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    logging::start(cli.log_format);
+    // Until the end of this function: what still waits is written then.
+    let _session = logging::start(cli.log_format);
     descriptors::allow_all();
     let outcome = match cli.command {
         Command::Up(args) => up::run(*args, cli.log_format),
@@ -91,7 +96,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("baton: {failure}");
+            baton_logs::line(&format!("baton: {failure}"));
             ExitCode::FAILURE
         }
     }

@@ -85,7 +85,15 @@ fn render(cluster: &Value) -> String {
         "blocks",
         "transport",
     ]);
-    let mut peers = Table::new(&["from", "to", "state", "transport", "GB/s", "last error"]);
+    let mut peers = Table::new(&[
+        "from",
+        "to",
+        "state",
+        "transport",
+        "GB/s of pulls",
+        "of the probe",
+        "last error",
+    ]);
     for worker in list(&cluster["workers"]) {
         let load = &worker["load"];
         workers.row([
@@ -106,14 +114,17 @@ fn render(cluster: &Value) -> String {
             word(&worker["transport"]),
         ]);
         for peer in list(&worker["peers"]) {
-            let rate = peer["gigabytes_per_second"].as_f64();
+            let rate = |field: &str| {
+                let rate = peer[field].as_f64().filter(|rate| *rate > 0.0);
+                rate.map_or("-".to_owned(), |rate| format!("{rate:.2}"))
+            };
             peers.row([
                 word(&peer["worker"]),
                 word(&worker["worker"]),
                 word(&peer["state"]),
                 word(&peer["transport"]),
-                rate.filter(|rate| *rate > 0.0)
-                    .map_or("-".to_owned(), |rate| format!("{rate:.2}")),
+                rate("pulled_gigabytes_per_second"),
+                rate("gigabytes_per_second"),
                 word(&peer["error"]),
             ]);
         }
@@ -200,6 +211,8 @@ mod tests {
                 {"worker": "decode-0", "role": "decode", "state": "failed", "device": "cpu", "reason": "the executor hangs",
                  "load": {}, "capacity": {}, "transport": "",
                  "peers": [{"worker": "context-0", "state": "ready", "transport": "posix,cma",
+                            "gigabytes_per_second": 6.789, "pulled_gigabytes_per_second": 19.5},
+                           {"worker": "context-1", "state": "ready", "transport": "posix,cma",
                             "gigabytes_per_second": 6.789}]},
             ],
         }));
@@ -222,11 +235,9 @@ mod tests {
             ["context-0", "context", "serving", "cpu", "fp8-channel"]
         );
         assert!(lines[5].contains("4/100"), "{text}");
-        let peer = cells(text.lines().last().unwrap());
-        assert_eq!(
-            peer,
-            ["context-0", "decode-0", "ready", "posix,cma", "6.79", "-"]
-        );
+        let [pulled, probed] = [lines.len() - 2, lines.len() - 1].map(|line| cells(lines[line]));
+        assert_eq!(pulled[3..], ["posix,cma", "19.50", "6.79", "-"]);
+        assert_eq!(probed[3..], ["posix,cma", "-", "6.79", "-"]);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use self::restarts::Restarts;
 use self::scratch::Scratch;
 use self::supervisor::{ProcessSpec, Stage, Supervisor};
 use crate::Failure;
-use crate::api_server::ApiKeysArgs;
+use crate::api_server::{ApiKeysArgs, ContentArgs};
 use crate::logging::LogFormat;
 use crate::model_source;
 use crate::shutdown::Shutdown;
@@ -68,6 +68,8 @@ pub struct UpArgs {
     api_server_port: Option<u16>,
     #[command(flatten)]
     keys: ApiKeysArgs,
+    #[command(flatten)]
+    content: ContentArgs,
     /// What workers compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -110,6 +112,7 @@ pub struct Ready {
 pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
     let plan = Plan::new(&args, log_format)?;
     let model = model_source::resolve(&args.model)?;
+    plan.check_memory(&model.directory)?;
     // One thread: children die with the thread that started them, so it must be this one.
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let mut shutdown = Shutdown::catch()?;

@@ -77,19 +77,22 @@ pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
     let config = config(args, role)?;
     // The bus is all that Tokio carries here; computing and moving KV have threads of their own. On one thread, because a
     // hand-over from thread to thread takes 0.2 ms on a machine that has gone to sleep, and a request has many.
-    tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?
-        .block_on(async {
-            let mut shutdown = Shutdown::catch()?;
-            let drain = async move {
-                let signal = shutdown.requested().await;
-                tracing::info!("{signal}: draining");
-            };
-            let ended = baton_worker::run(config, drain).await;
-            baton_watchdog::end_within(END_WAIT);
-            Ok(ended?)
-        })
+        .build()?;
+    let outcome = runtime.block_on(async {
+        let mut shutdown = Shutdown::catch()?;
+        let drain = async move {
+            let signal = shutdown.requested().await;
+            tracing::info!("{signal}: draining");
+        };
+        let ended = baton_worker::run(config, drain).await;
+        baton_watchdog::end_within(END_WAIT);
+        Ok(ended?)
+    });
+    // A thread that still loads a model is not waited for.
+    runtime.shutdown_background();
+    outcome
 }
 
 fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
@@ -111,9 +114,10 @@ fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
     Ok(config)
 }
 
-fn apply(tuning: TuningArgs, config: &mut WorkerConfig) {
+/// What the tuning flags say, and defaults of the device for what they do not.
+pub fn apply(tuning: TuningArgs, config: &mut WorkerConfig) {
     if let Some(mib) = tuning.kv_mib {
-        config.kv_bytes = Some(mib << 20);
+        config.kv_bytes = Some(mib.saturating_mul(1 << 20));
     }
     config.block_tokens = tuning.block_tokens.unwrap_or(config.block_tokens);
     let device = config.device;

@@ -4,6 +4,7 @@
 //! What is said on the bus is in `baton-protocol`; who says it, in `baton-api-server` and `baton-worker`.
 #![forbid(unsafe_code)]
 
+mod answers;
 mod intake;
 mod seldom;
 mod wire;

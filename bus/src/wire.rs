@@ -9,11 +9,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use async_nats::{Client, Message, RequestErrorKind, StatusCode, Subject, Subscriber};
+use async_nats::{Client, Message, StatusCode, Subject, Subscriber};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+
+use crate::answers::Answers;
 
 /// How long a request without a deadline of its own waits: NATS's default.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,7 +45,7 @@ pub struct Wire(Road);
 
 #[derive(Clone)]
 enum Road {
-    Nats(Client),
+    Nats(Client, Arc<Answers>),
     Carrier(Arc<dyn Carrier>),
 }
 
@@ -80,7 +82,7 @@ impl Wire {
         payload: Bytes,
     ) -> Result<(), WireError> {
         match &self.0 {
-            Road::Nats(client) => Ok(client.publish(subject.into(), payload).await?),
+            Road::Nats(client, _) => Ok(client.publish(subject.into(), payload).await?),
             Road::Carrier(carrier) => {
                 carrier.publish(subject.into(), None, payload);
                 Ok(())
@@ -111,14 +113,8 @@ impl Wire {
         allowed: Duration,
     ) -> Result<Message, RequestError> {
         let carrier = match &self.0 {
-            Road::Nats(client) => {
-                // An inbox of its own, which ends with this future. The one that the client has for all requests never forgets one
-                // that was given up without an answer.
-                let request = async_nats::Request::new()
-                    .payload(payload)
-                    .inbox(client.new_inbox())
-                    .timeout(Some(allowed));
-                return Ok(client.send_request(subject.into(), request).await?);
+            Road::Nats(_, answers) => {
+                return answers.request(subject.into(), payload, allowed).await;
             }
             Road::Carrier(carrier) => carrier,
         };
@@ -144,7 +140,9 @@ impl Wire {
     /// [`WireError`].
     pub async fn subscribe(&self, subject: impl Into<Subject>) -> Result<Subscription, WireError> {
         Ok(Subscription(match &self.0 {
-            Road::Nats(client) => Source::Nats(Box::new(client.subscribe(subject.into()).await?)),
+            Road::Nats(client, _) => {
+                Source::Nats(Box::new(client.subscribe(subject.into()).await?))
+            }
             Road::Carrier(carrier) => Source::Carrier(carrier.subscribe(subject.into())),
         }))
     }
@@ -155,7 +153,7 @@ impl Wire {
     /// [`WireError`].
     pub async fn flush(&self) -> Result<(), WireError> {
         match &self.0 {
-            Road::Nats(client) => Ok(client.flush().await?),
+            Road::Nats(client, _) => Ok(client.flush().await?),
             Road::Carrier(_) => Ok(()),
         }
     }
@@ -166,7 +164,7 @@ impl Wire {
     /// [`WireError`].
     pub async fn drain(&self) -> Result<(), WireError> {
         match &self.0 {
-            Road::Nats(client) => Ok(client.drain().await?),
+            Road::Nats(client, _) => Ok(client.drain().await?),
             Road::Carrier(_) => Ok(()),
         }
     }
@@ -174,7 +172,7 @@ impl Wire {
     /// Whether the bus is there at this moment.
     pub fn is_connected(&self) -> bool {
         match &self.0 {
-            Road::Nats(client) => {
+            Road::Nats(client, _) => {
                 client.connection_state() == async_nats::connection::State::Connected
             }
             Road::Carrier(carrier) => carrier.is_connected(),
@@ -184,15 +182,17 @@ impl Wire {
     /// Largest payload that the bus carries.
     pub fn max_payload(&self) -> usize {
         match &self.0 {
-            Road::Nats(client) => client.max_payload(),
+            Road::Nats(client, _) => client.max_payload(),
             Road::Carrier(carrier) => carrier.max_payload(),
         }
     }
 }
 
 impl From<Client> for Wire {
+    /// Runs inside a tokio runtime, which reads the answers to requests.
     fn from(client: Client) -> Self {
-        Self(Road::Nats(client))
+        let answers = Arc::new(Answers::new(client.clone()));
+        Self(Road::Nats(client, answers))
     }
 }
 
@@ -264,17 +264,6 @@ impl fmt::Display for WireError {
 }
 
 impl std::error::Error for WireError {}
-
-impl From<async_nats::RequestError> for RequestError {
-    fn from(error: async_nats::RequestError) -> Self {
-        match error.kind() {
-            RequestErrorKind::NoResponders => Self::NoResponders,
-            RequestErrorKind::TimedOut => Self::TimedOut,
-            RequestErrorKind::MaxPayloadExceeded => Self::TooLarge,
-            _ => Self::Broken(error.to_string()),
-        }
-    }
-}
 
 impl fmt::Display for RequestError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -51,3 +51,68 @@ fn resident() -> usize {
     let kibibytes = line.unwrap().trim().trim_end_matches(" kB");
     kibibytes.parse::<usize>().unwrap() << 10
 }
+
+/// Requests of a connection share one inbox: the server has one subscription of it, however many wait.
+#[tokio::test]
+async fn requests_that_wait_have_one_subscription_and_each_has_its_own_answer() {
+    const WAITING: usize = 64;
+    let directory = TempDir::new().unwrap();
+    // Free a moment ago: the listener is gone with this line.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
+    let port = free.unwrap().port();
+    let monitor = format!("http: \"127.0.0.1:{port}\"");
+    let nats = Nats::start(directory.path(), &monitor).await;
+    let echo = async_nats::connect(nats.uri()).await.unwrap();
+    let mut heard = echo.subscribe("echo").await.unwrap();
+    echo.flush().await.unwrap();
+    let before = subscriptions(port);
+    let wire: Wire = async_nats::connect(nats.uri()).await.unwrap().into();
+    let ask = |number: usize| {
+        let payload = Bytes::from(number.to_string());
+        wire.request_within("echo", payload, PATIENCE)
+    };
+    let answers = async {
+        let all = futures::future::join_all((0..WAITING).map(ask)).await;
+        for (number, answer) in all.into_iter().enumerate() {
+            assert_eq!(answer.unwrap().payload, number.to_string());
+        }
+    };
+    let echoing = async {
+        let mut questions = Vec::new();
+        while questions.len() < WAITING {
+            questions.push(heard.next().await.unwrap());
+        }
+        assert_eq!(subscriptions(port), before + 1);
+        // The last one first, and each answered twice.
+        for question in questions.into_iter().rev() {
+            for _ in 0..2 {
+                let reply = question.reply.clone().unwrap();
+                let payload = question.payload.clone();
+                echo.publish(reply, payload).await.unwrap();
+            }
+        }
+        echo.flush().await.unwrap();
+    };
+    timeout(PATIENCE, futures::future::join(answers, echoing))
+        .await
+        .unwrap();
+    let nobody = wire.request("nobody", Bytes::new()).await;
+    assert_eq!(nobody.err(), Some(RequestError::NoResponders));
+    let large = Bytes::from(vec![0; (8 << 20) + 1]);
+    let large = wire.request("echo", large).await;
+    assert_eq!(large.err(), Some(RequestError::TooLarge));
+}
+
+/// Subscriptions of all clients, as the server's monitoring port says: its own, which come and go, are not among them.
+fn subscriptions(port: u16) -> usize {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.write_all(b"GET /connz HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (_, body) = text.split_once("\r\n\r\n").unwrap();
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    let connections = body["connections"].as_array().unwrap().iter();
+    let counts = connections.map(|connection| connection["subscriptions"].as_u64().unwrap());
+    counts.sum::<u64>() as usize
+}

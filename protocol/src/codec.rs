@@ -3,38 +3,67 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::MESSAGE_BYTES_MAX;
+use crate::limits::{BEAT_BYTES_MAX, MESSAGE_BYTES_MAX, SMALL_BYTES_MAX};
 use crate::{
     Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PrefillJob,
-    PrefillReply, ProtocolError, Release, Released, TokenFrame, WorkerDescriptor,
+    PrefillReply, ProtocolError, Release, Released, Renew, Renewed, TokenFrame, WorkerDescriptor,
 };
 
 /// A message that may travel on the bus.
 pub trait Versioned: Serialize + DeserializeOwned {
     /// Its name in errors.
     const NAME: &'static str;
+
+    /// Its largest size in bytes. What is larger is refused unread.
+    const BYTES_MAX: usize;
+
+    /// What else is wrong with one that can be read, as a sentence: it holds more than a receiver keeps.
+    ///
+    /// # Errors
+    /// That sentence.
+    fn check(&self) -> Result<(), String> {
+        Ok(())
+    }
 }
 
 macro_rules! versioned {
-    ($($message:ident),* $(,)?) => {
-        $(impl Versioned for $message { const NAME: &'static str = stringify!($message); })*
+    ($bytes_max:expr; $($message:ident),* $(,)?) => {
+        $(impl Versioned for $message {
+            const NAME: &'static str = stringify!($message);
+            const BYTES_MAX: usize = $bytes_max;
+        })*
     };
 }
 
 versioned!(
-    Abort,
-    ApiBeat,
-    Beat,
+    MESSAGE_BYTES_MAX;
     DecodeJob,
     DecodeReply,
-    Hello,
     PrefillJob,
     PrefillReply,
-    Release,
-    Released,
     TokenFrame,
     WorkerDescriptor,
 );
+
+versioned!(
+    SMALL_BYTES_MAX;
+    Abort,
+    ApiBeat,
+    Hello,
+    Release,
+    Released,
+    Renew,
+    Renewed,
+);
+
+impl Versioned for Beat {
+    const NAME: &'static str = "Beat";
+    const BYTES_MAX: usize = BEAT_BYTES_MAX;
+
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+}
 
 /// The bytes of a message.
 ///
@@ -45,7 +74,7 @@ pub fn encode<M: Versioned>(message: &M) -> Result<Vec<u8>, ProtocolError> {
         what: M::NAME,
         detail: error.to_string(),
     })?;
-    check_size(M::NAME, bytes.len())?;
+    check_size::<M>(bytes.len())?;
     Ok(bytes)
 }
 
@@ -55,7 +84,16 @@ pub fn encode<M: Versioned>(message: &M) -> Result<Vec<u8>, ProtocolError> {
 /// [`ProtocolError::TooLarge`], [`ProtocolError::Version`] for another protocol version, and
 /// [`ProtocolError::Json`] for anything that is not this message.
 pub fn decode<M: Versioned>(bytes: &[u8]) -> Result<M, ProtocolError> {
-    check_size(M::NAME, bytes.len())?;
+    check_size::<M>(bytes.len())?;
+    let message = read::<M>(bytes)?;
+    message.check().map_err(|detail| ProtocolError::Json {
+        what: M::NAME,
+        detail,
+    })?;
+    Ok(message)
+}
+
+fn read<M: Versioned>(bytes: &[u8]) -> Result<M, ProtocolError> {
     let json = |error: serde_json::Error| ProtocolError::Json {
         what: M::NAME,
         detail: short(error.to_string()),
@@ -101,9 +139,25 @@ fn short(detail: String) -> String {
     format!("{begin} … {end}")
 }
 
-fn check_size(what: &'static str, bytes: usize) -> Result<(), ProtocolError> {
-    if bytes > MESSAGE_BYTES_MAX {
-        return Err(ProtocolError::TooLarge { what, bytes });
+/// The text, or as much of its beginning as fits into so many bytes with a mark that it goes on.
+pub fn cut(text: impl Into<String>, bytes_max: usize) -> String {
+    const MARK: &str = " …";
+    let mut text = text.into();
+    if text.len() > bytes_max {
+        text.truncate(text.floor_char_boundary(bytes_max.saturating_sub(MARK.len())));
+        text.push_str(MARK);
+    }
+    text
+}
+
+fn check_size<M: Versioned>(bytes: usize) -> Result<(), ProtocolError> {
+    let (what, bytes_max) = (M::NAME, M::BYTES_MAX);
+    if bytes > bytes_max {
+        return Err(ProtocolError::TooLarge {
+            what,
+            bytes,
+            bytes_max,
+        });
     }
     Ok(())
 }

@@ -35,19 +35,14 @@ pub enum Refusal {
         /// Which worker, and why.
         detail: String,
     },
-}
-
-impl Refusal {
-    /// Whether another worker, or the same one later, may take the job.
-    pub fn retryable(&self) -> bool {
-        match self {
-            Self::Busy { .. }
-            | Self::Draining
-            | Self::WrongModel { .. }
-            | Self::Unreachable { .. } => true,
-            Self::TooLong { .. } | Self::Malformed { .. } => false,
-        }
-    }
+    /// The job is for another role than the worker has: it was restarted with another one since its last beat.
+    WrongRole {
+        /// The role that it has.
+        detail: String,
+    },
+    /// A reason that this release does not know, from a newer worker. Never sent.
+    #[serde(other)]
+    Unknown,
 }
 
 impl fmt::Display for Refusal {
@@ -64,6 +59,8 @@ impl fmt::Display for Refusal {
             }
             Self::Malformed { detail } => write!(f, "malformed message: {detail}"),
             Self::Unreachable { detail } => write!(f, "no KV connection: {detail}"),
+            Self::WrongRole { detail } => write!(f, "other role: {detail}"),
+            Self::Unknown => f.write_str("refused for a reason that this release does not know"),
         }
     }
 }
@@ -86,14 +83,19 @@ pub enum FailureCode {
     Deadline,
     /// The worker left before the generation ended.
     Draining,
+    /// What the request asks for makes a message over the bus's bound; it would for every worker.
+    TooLarge,
     /// Anything else; a defect.
     Internal,
+    /// A code that this release does not know, from a newer worker. Never sent.
+    #[serde(other)]
+    Unknown,
 }
 
 impl FailureCode {
     /// Whether prefilling prompt and output so far again, maybe elsewhere, is the right answer.
     pub fn retryable(self) -> bool {
-        !matches!(self, Self::Deadline | Self::NoToken)
+        !matches!(self, Self::Deadline | Self::NoToken | Self::TooLarge)
     }
 
     /// The name used in metrics and logs.
@@ -106,7 +108,9 @@ impl FailureCode {
             Self::NoToken => "no_token",
             Self::Deadline => "deadline",
             Self::Draining => "draining",
+            Self::TooLarge => "too_large",
             Self::Internal => "internal",
+            Self::Unknown => "unknown",
         }
     }
 }
@@ -169,12 +173,14 @@ pub enum ProtocolError {
         /// What the parser said.
         detail: String,
     },
-    /// Over [`crate::limits::MESSAGE_BYTES_MAX`].
+    /// Over the bound of its kind.
     TooLarge {
         /// Which message.
         what: &'static str,
         /// Its size.
         bytes: usize,
+        /// The bound.
+        bytes_max: usize,
     },
 }
 
@@ -192,10 +198,13 @@ impl fmt::Display for ProtocolError {
                 "the message speaks protocol version {theirs}, this process speaks {ours}: run the same Baton release on every host"
             ),
             Self::Json { what, detail } => write!(f, "not a valid {what} message: {detail}"),
-            Self::TooLarge { what, bytes } => write!(
+            Self::TooLarge {
+                what,
+                bytes,
+                bytes_max,
+            } => write!(
                 f,
-                "a {what} message of {bytes} bytes is over the bound of {} bytes",
-                crate::limits::MESSAGE_BYTES_MAX
+                "a {what} message of {bytes} bytes is over the bound of {bytes_max} bytes"
             ),
         }
     }

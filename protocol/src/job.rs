@@ -100,6 +100,21 @@ pub enum PrefillReply {
     },
 }
 
+impl PrefillReply {
+    /// Most bytes that an answer takes that reports log-probabilities of a prompt of this many tokens, with `top`
+    /// alternatives each, of a vocabulary of `vocab` tokens. Known before anything is computed: who asks for more than the
+    /// bus carries is told so at once.
+    pub const fn bytes_max(prompt_tokens: usize, top: u8, vocab: u32) -> usize {
+        /// The handle without its runs: names, numbers, and the first token's log-probabilities.
+        const HANDLE: usize = 4 << 10;
+        /// A run for each block, and no executor's blocks have fewer tokens than this.
+        const BLOCK_TOKENS_MIN: usize = 4;
+        let run = r#"{"first":4294967295,"count":1},"#.len();
+        let runs = prompt_tokens.div_ceil(BLOCK_TOKENS_MIN) * run;
+        HANDLE + runs + prompt_tokens * TokenLogprobs::bytes_max(top, vocab)
+    }
+}
+
 /// API server → decode worker, request on `decode.<worker>`: pull this KV and go on. Answered by
 /// [`DecodeReply`] at once; tokens follow on the API server's token subject.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -181,5 +196,30 @@ pub struct Released {
     pub v: u16,
     /// Whether that lease was alive without a break until now. If not, what was read must be thrown
     /// away. A second release of one handle is not valid.
+    pub valid: bool,
+}
+
+/// API server → context worker, request on `renew.<worker>`: the handle is still wanted, keep its lease for another
+/// `lease_ms` from now. Answered by [`Renewed`] within [`crate::deadlines::CONTROL_TIMEOUT_MS`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Renew {
+    /// Protocol version.
+    pub v: u16,
+    /// Which request.
+    pub request: RequestId,
+    /// The life of the context worker the handle belongs to.
+    pub incarnation: Incarnation,
+    /// Which staged cache.
+    pub handle: HandleId,
+    /// Proof.
+    pub nonce: Nonce,
+}
+
+/// Answer to [`Renew`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renewed {
+    /// Protocol version.
+    pub v: u16,
+    /// Whether that lease was alive and is renewed. If not, it has ended and never comes back.
     pub valid: bool,
 }

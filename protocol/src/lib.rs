@@ -6,7 +6,8 @@
 //!
 //! Rules that hold for every message:
 //!
-//! - It is one JSON object on core NATS, at most [`limits::MESSAGE_BYTES_MAX`] bytes.
+//! - It is one JSON object on core NATS, at most [`limits::MESSAGE_BYTES_MAX`] bytes, and of some kinds
+//!   less ([`Versioned::BYTES_MAX`]).
 //! - It carries `v`, the [`PROTOCOL_VERSION`] of its sender. A receiver refuses another major
 //!   version with a sentence ([`decode`]); fields it does not know are ignored, so fields may be
 //!   added within a version.
@@ -16,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod codec;
+pub mod deadlines;
 mod error;
 mod handle;
 mod ids;
@@ -27,7 +29,7 @@ mod sampling;
 pub mod subjects;
 mod token_frame;
 
-pub use codec::{Versioned, decode, encode};
+pub use codec::{Versioned, cut, decode, encode};
 pub use error::{Failure, FailureCode, ProtocolError, Refusal};
 pub use handle::{
     BlockRun, KvDtype, KvGeometry, KvHandle, MemoryType, PrefillTimings, RankRegion, RankRuns,
@@ -38,7 +40,8 @@ pub use ids::{
     WorkerId,
 };
 pub use job::{
-    Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, SequenceSpec,
+    Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, Renew, Renewed,
+    SequenceSpec,
 };
 pub use membership::{
     ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, PeerHealth, PeerState, Role, WorkerDescriptor,

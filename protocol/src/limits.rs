@@ -1,30 +1,24 @@
-//! Bounds and intervals that both ends of the bus must agree on. Nothing else in Baton repeats them.
+//! Bounds on sizes that both ends of the bus must agree on. Nothing else in Baton repeats them.
 
 /// Largest message on the bus. The shipped NATS configuration allows as much. A prompt of a million
 /// tokens takes 5.4 MB.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
-/// A worker beats this often.
-pub const BEAT_INTERVAL_MS: u64 = 1_000;
-
-/// A worker silent for this long gets no new jobs.
-pub const SUSPECT_AFTER_MS: u64 = 2_500;
-
-/// A worker or API server silent for this long is gone: its requests go elsewhere, or are ended.
-pub const GONE_AFTER_MS: u64 = 4_500;
-
-/// A staged handle is kept this long for its release.
-pub const LEASE_MS: u32 = 30_000;
-
-/// A worker answers a control request (decode admission, release, describe) within this time or is
-/// taken not to answer at all.
-pub const CONTROL_TIMEOUT_MS: u64 = 3_000;
-
-/// One KV pull may take this long, or what is left of the request's budget if that is less.
-pub const PULL_TIMEOUT_MS: u64 = 10_000;
-
-/// Budget of a request whose client named none.
-pub const REQUEST_BUDGET_MS: u32 = 600_000;
-
 /// Most alternatives reported with a token.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
+
+/// Largest beat. One with [`PEERS_MAX`] peers, each with the longest error, takes half of it.
+pub const BEAT_BYTES_MAX: usize = 1 << 20;
+
+/// Largest message that holds a few names and numbers and nothing else: a hello, an API server's beat, a release, an abort.
+pub const SMALL_BYTES_MAX: usize = 16 << 10;
+
+/// Most peers of a beat. A decode worker of a larger cluster reports those that it can pull from, as far as they go.
+pub const PEERS_MAX: usize = 256;
+
+/// Longest sentence, name of a device, of a model or of transports in a beat, in bytes. Senders cut theirs ([`crate::cut`]).
+pub const SENTENCE_BYTES_MAX: usize = 256;
+
+/// A worker whose KV arena cannot hold a sequence of this many tokens (or of the model's longest, if that is shorter) serves
+/// nobody: it does not start, and an API server whose workers hold less says so under `degraded`.
+pub const SEQUENCE_TOKENS_MIN: u32 = 64;

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ApiServerId, Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerId};
+use crate::limits::{PEERS_MAX, SENTENCE_BYTES_MAX};
+use crate::{
+    ApiServerId, Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerId, cut,
+};
 
 /// What a worker does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -121,12 +124,16 @@ pub struct PeerHealth {
     pub transport: String,
     /// Rate reached by the probe at connect, in GB/s; 0 before it.
     pub gigabytes_per_second: f32,
+    /// Rate that pulls over the present connection reach, in GB/s: a moving average over the time in which something was
+    /// outstanding. None before the first pull; senders of old say none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pulled_gigabytes_per_second: Option<f32>,
     /// The last error, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// Any worker, published on `beat.<worker>` every [`crate::limits::BEAT_INTERVAL_MS`] and at once after
+/// Any worker, published on `beat.<worker>` every [`crate::deadlines::BEAT_INTERVAL_MS`] and at once after
 /// [`Hello`] or a change of state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Beat {
@@ -163,6 +170,87 @@ pub struct Beat {
     /// How it moves KV, for people: `ucx 1.13.1 posix,cma,tcp`, or why it cannot.
     #[serde(default)]
     pub transport: String,
+    /// Mean time from a generation's admission to its end here, of those that ended lately: by it API servers tell how
+    /// soon a full worker has room. 0 before the first end.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub decode_ms: u32,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+impl Beat {
+    /// Whether it holds no more than receivers keep of each worker: its sentences and peers are bounded.
+    ///
+    /// # Errors
+    /// Which bound it breaks, as a sentence.
+    pub fn check(&self) -> Result<(), String> {
+        let texts = [
+            ("reason", self.reason.as_deref().unwrap_or_default()),
+            ("model name", &self.model.name),
+            ("device", &self.device),
+            ("weights", &self.weights),
+            ("transport", &self.transport),
+        ];
+        let of_peers = self.peers.iter().flat_map(|peer| {
+            let error = peer.error.as_deref().unwrap_or_default();
+            [
+                ("peer's transport", peer.transport.as_str()),
+                ("peer's error", error),
+            ]
+        });
+        for (what, text) in texts.into_iter().chain(of_peers) {
+            let bytes = text.len();
+            if bytes > SENTENCE_BYTES_MAX {
+                return Err(format!(
+                    "its {what} has {bytes} bytes, {SENTENCE_BYTES_MAX} are allowed"
+                ));
+            }
+        }
+        match self.peers.len() {
+            peers if peers > PEERS_MAX => {
+                Err(format!("it has {peers} peers, {PEERS_MAX} are allowed"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Cuts sentences that are too long, and leaves out peers beyond the bound: first those that cannot be pulled from.
+    #[must_use]
+    pub fn within_bounds(mut self) -> Self {
+        let short = |text: &mut String| *text = cut(std::mem::take(text), SENTENCE_BYTES_MAX);
+        self.reason.iter_mut().for_each(short);
+        [&mut self.device, &mut self.weights, &mut self.transport]
+            .into_iter()
+            .for_each(short);
+        if self.peers.len() > PEERS_MAX {
+            self.peers
+                .sort_by_key(|peer| peer.state != PeerState::Ready);
+            self.peers.truncate(PEERS_MAX);
+        }
+        for peer in &mut self.peers {
+            short(&mut peer.transport);
+            peer.error.iter_mut().for_each(short);
+        }
+        self
+    }
+
+    /// Bytes that it holds in memory, about.
+    pub fn bytes(&self) -> usize {
+        let peer = |peer: &PeerHealth| {
+            let error = peer.error.as_ref().map_or(0, String::len);
+            size_of::<PeerHealth>() + peer.worker.as_str().len() + peer.transport.len() + error
+        };
+        size_of::<Self>()
+            + self.worker.as_str().len()
+            + self.reason.as_ref().map_or(0, String::len)
+            + self.model.name.len()
+            + self.device.len()
+            + self.weights.len()
+            + self.transport.len()
+            + self.peers.iter().map(peer).sum::<usize>()
+    }
 }
 
 /// Answer to an empty request on `describe.<worker>`: what peers need once per incarnation.
@@ -184,7 +272,7 @@ pub struct WorkerDescriptor {
     pub transfer: Option<TransferDescriptor>,
 }
 
-/// API server, published on `api-beat.<api-server>` every [`crate::limits::BEAT_INTERVAL_MS`]: workers end the
+/// API server, published on `api-beat.<api-server>` every [`crate::deadlines::BEAT_INTERVAL_MS`]: workers end the
 /// requests of an API server that fell silent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ApiBeat {
@@ -197,6 +285,17 @@ pub struct ApiBeat {
     pub incarnation: Option<Incarnation>,
     /// Requests in flight.
     pub in_flight: u32,
+    /// For how long this life has served, in milliseconds. 0: it does not serve, because it waits to see whether another
+    /// process has its name. Senders of old say nothing and serve.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serving_ms: Option<u64>,
+}
+
+impl ApiBeat {
+    /// Whether it only waits for its name: it asks for nothing, and takes nobody's place.
+    pub fn stands_by(&self) -> bool {
+        self.serving_ms == Some(0)
+    }
 }
 
 /// Anybody who just joined, published on `hello`: beat now.

@@ -89,3 +89,19 @@ pub struct TokenLogprobs {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub top: Vec<TopLogprob>,
 }
+
+impl TokenLogprobs {
+    /// Most bytes that this takes in a message with this many alternatives, of a vocabulary of this many tokens, and the
+    /// comma after it.
+    pub const fn bytes_max(top: u8, vocab: u32) -> usize {
+        /// Longest 32-bit floating point number in JSON: sign, `0.0000`, nine digits.
+        const NUMBER: usize = 16;
+        let digits = match vocab {
+            0 | 1 => 1,
+            count => (count - 1).ilog10() as usize + 1,
+        };
+        let one = r#"{"logprob":,"top":[]},"#.len() + NUMBER;
+        let alternative = "[,],".len() + digits + NUMBER;
+        one + top as usize * alternative
+    }
+}

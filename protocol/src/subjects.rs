@@ -90,6 +90,11 @@ impl Cluster {
         self.of("release", worker)
     }
 
+    /// [`crate::Renew`]s.
+    pub fn renew(&self, worker: &WorkerId) -> String {
+        self.of("renew", worker)
+    }
+
     /// A worker's [`crate::TokenFrame`]s for an API server. Each worker has a subject of its own, so that a NATS server can see
     /// to it that none speaks for another.
     pub fn tokens(&self, api_server: &ApiServerId, worker: &WorkerId) -> String {

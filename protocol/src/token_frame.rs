@@ -29,7 +29,8 @@ pub struct FrameItem {
     /// Output index of the first token here: the number of output tokens before it. An end without tokens may have a lower one:
     /// whoever ends a try for an engine that hangs does not know how far it was.
     pub index: u32,
-    /// The tokens; empty in an item that only reports an end or a pull.
+    /// The tokens; empty in an item that only reports an end or a pull. One that reports neither says that the worker still has the
+    /// job: it is sent every [`crate::deadlines::JOB_REPORT_INTERVAL_MS`] from the admission to the end.
     pub tokens: PackedTokens,
     /// One for each token, if asked for.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

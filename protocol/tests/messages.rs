@@ -128,9 +128,11 @@ fn beat() -> Beat {
             state: PeerState::Ready,
             transport: "posix".to_owned(),
             gigabytes_per_second: 4.5,
+            pulled_gigabytes_per_second: Some(5.25),
             error: None,
         }],
         transport: "ucx 1.13.1".to_owned(),
+        decode_ms: 6_400,
     }
 }
 
@@ -193,6 +195,7 @@ fn every_message_is_as_its_file_says() {
             api_server: api_server(),
             incarnation: Some(API_LIFE),
             in_flight: 4,
+            serving_ms: Some(90_000),
         },
     );
     golden(
@@ -306,6 +309,17 @@ fn every_message_is_as_its_file_says() {
     );
     golden("released.json", &Released { v: V, valid: true });
     golden(
+        "renew.json",
+        &Renew {
+            v: V,
+            request: REQUEST,
+            incarnation: Incarnation(0x1122_3344_5566_7788),
+            handle: HandleId(9),
+            nonce: Nonce(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+        },
+    );
+    golden("renewed.json", &Renewed { v: V, valid: true });
+    golden(
         "token_frame.json",
         &TokenFrame {
             v: V,
@@ -408,18 +422,47 @@ fn an_api_server_of_old_says_no_incarnation() {
     }
 }
 
+/// A newer worker refuses for a reason of its own: the answer is a refusal all the same, and not unreadable.
+#[test]
+fn a_reason_of_a_later_release_is_a_refusal_for_an_unknown_reason() {
+    let later = br#"{"outcome":"refused","v":1,"refusal":{"reason":"too_hot","celsius":[90,"C"]}}"#;
+    let v = V;
+    let refusal = Refusal::Unknown;
+    assert_eq!(decode(later), Ok(PrefillReply::Refused { v, refusal }));
+    let refusal = Refusal::Unknown;
+    assert_eq!(decode(later), Ok(DecodeReply::Refused { v, refusal }));
+    let known = br#"{"outcome":"refused","v":1,"refusal":{"reason":"busy","retry_after_ms":7}}"#;
+    let refusal = Refusal::Busy { retry_after_ms: 7 };
+    assert_eq!(decode(known), Ok(DecodeReply::Refused { v, refusal }));
+}
+
+/// Within version 1 these were added to beats: who does not say them is understood, and what is not said is not sent.
+#[test]
+fn beats_of_old_say_neither_pace_nor_age() {
+    let mut old = serde_json::to_value(beat()).expect("encodes");
+    old.as_object_mut().expect("an object").remove("decode_ms");
+    let beat: Beat = decode(old.to_string().as_bytes()).expect("an old beat");
+    assert_eq!(beat.decode_ms, 0);
+    assert_eq!(serde_json::to_value(&beat).expect("encodes"), old);
+    let old = br#"{"v":1,"api_server":"api-0","in_flight":4}"#;
+    let beat: ApiBeat = decode(old).expect("an old beat");
+    assert!(!beat.stands_by());
+    let newcomer = br#"{"v":1,"api_server":"api-0","in_flight":0,"serving_ms":0}"#;
+    assert!(decode::<ApiBeat>(newcomer).expect("a beat").stands_by());
+}
+
 #[test]
 fn what_is_wrong_with_a_long_message_is_a_short_sentence() {
     let name = "x".repeat(1 << 20);
     for message in [
-        format!(r#"{{"v":1,"api_server":"api","in_flight":"{name}"}}"#),
-        format!(r#"{{"v":1,"api_server":{name:?},"in_flight":0}}"#),
+        format!(r#"{{"v":1,"worker":"w","incarnation":"0000000000000001","items":"{name}"}}"#),
+        format!(r#"{{"v":1,"worker":{name:?},"incarnation":"0000000000000001","items":[]}}"#),
         format!(
-            r#"{{"v":1,"api_server":"api","in_flight":0,"v":"{}"}}"#,
+            r#"{{"v":1,"worker":"w","incarnation":"0000000000000001","items":[],"v":"{}"}}"#,
             "漢".repeat(1 << 18)
         ),
     ] {
-        let error = decode::<ApiBeat>(message.as_bytes())
+        let error = decode::<TokenFrame>(message.as_bytes())
             .unwrap_err()
             .to_string();
         assert!(error.len() < 1_000, "{} bytes", error.len());
@@ -429,15 +472,76 @@ fn what_is_wrong_with_a_long_message_is_a_short_sentence() {
 
 #[test]
 fn over_the_size_bound_nothing_is_parsed() {
-    let bytes = vec![b' '; limits::MESSAGE_BYTES_MAX + 1];
-    let error = decode::<Released>(&bytes).expect_err("is refused");
-    assert_eq!(
-        error,
-        ProtocolError::TooLarge {
-            what: "Released",
-            bytes: bytes.len()
-        }
-    );
+    fn refused<M: Versioned + Debug>(bytes_max: usize) {
+        let bytes = vec![b' '; bytes_max + 1];
+        let error = decode::<M>(&bytes).expect_err("is refused");
+        let expected = ProtocolError::TooLarge {
+            what: M::NAME,
+            bytes: bytes.len(),
+            bytes_max,
+        };
+        assert_eq!(error, expected);
+    }
+    refused::<PrefillJob>(limits::MESSAGE_BYTES_MAX);
+    refused::<Beat>(limits::BEAT_BYTES_MAX);
+    refused::<Released>(limits::SMALL_BYTES_MAX);
+    refused::<Abort>(limits::SMALL_BYTES_MAX);
+}
+
+/// Ways of a beat to hold more than receivers keep.
+fn oversized_beats() -> Vec<Beat> {
+    let long = || "x".repeat(limits::SENTENCE_BYTES_MAX + 1);
+    let beat = beat();
+    let peer = beat.peers[0].clone();
+    let mut all: Vec<Beat> = Vec::new();
+    let mut add = |change: &dyn Fn(&mut Beat)| {
+        let mut changed = beat.clone();
+        change(&mut changed);
+        all.push(changed);
+    };
+    add(&|beat| beat.reason = Some(long()));
+    add(&|beat| beat.device = long());
+    add(&|beat| beat.weights = long());
+    add(&|beat| beat.transport = long());
+    add(&|beat| beat.peers[0].transport = long());
+    add(&|beat| beat.peers[0].error = Some(long()));
+    add(&|beat| beat.peers = vec![peer.clone(); limits::PEERS_MAX + 1]);
+    all
+}
+
+#[test]
+fn a_beat_that_holds_more_than_receivers_keep_is_refused_with_a_short_sentence() {
+    assert_eq!(beat().check(), Ok(()));
+    for oversized in oversized_beats() {
+        let bytes = encode(&oversized).expect("it is small enough for the bus");
+        let error = decode::<Beat>(&bytes).expect_err("is refused").to_string();
+        assert!(error.contains("are allowed"), "{error}");
+        assert!(error.len() < 200, "{error}");
+        let mended = oversized.within_bounds();
+        let bytes = encode(&mended).expect("a beat");
+        assert_eq!(decode::<Beat>(&bytes).expect("within its bounds"), mended);
+    }
+}
+
+#[test]
+fn the_largest_beat_within_its_bounds_fits_the_bus_and_peers_that_can_be_read_are_kept() {
+    // Every sign of these takes six bytes in JSON.
+    let worst = "\u{1}".repeat(2 * limits::SENTENCE_BYTES_MAX);
+    let mut largest = beat();
+    let mut peer = largest.peers[0].clone();
+    (peer.transport, peer.error) = (worst.clone(), Some(worst.clone()));
+    peer.state = PeerState::Broken;
+    largest.reason = Some(worst.clone());
+    largest.peers = vec![peer; 2 * limits::PEERS_MAX];
+    let last = largest.peers.last_mut().expect("there are some");
+    last.state = PeerState::Ready;
+    let largest = largest.within_bounds();
+    assert_eq!(largest.check(), Ok(()));
+    assert_eq!(largest.peers.len(), limits::PEERS_MAX);
+    assert_eq!(largest.peers[0].state, PeerState::Ready);
+    let bytes = encode(&largest).expect("within the bound of a beat");
+    assert!(bytes.len() <= limits::BEAT_BYTES_MAX);
+    decode::<Beat>(&bytes).expect("and it is read");
 }
 
 #[test]
@@ -486,7 +590,45 @@ fn geometries_name_their_difference() {
     assert_eq!(kv().block_bytes(), 3 * 30 * 2 * 32 * 64 * 2);
 }
 
+#[test]
+fn a_failure_of_a_newer_release_is_read() {
+    let reply = |code: &str| {
+        let text =
+            format!(r#"{{"outcome":"failed","v":1,"failure":{{"code":"{code}","message":"m"}}}}"#);
+        match decode::<PrefillReply>(text.as_bytes()) {
+            Ok(PrefillReply::Failed { failure, .. }) => failure.code,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(reply("too_large"), FailureCode::TooLarge);
+    assert_eq!(reply("from_the_future"), FailureCode::Unknown);
+}
+
 proptest! {
+    /// What is refused by its estimated size is refused rightly: nothing that could be sent is larger than that.
+    #[test]
+    fn an_answer_with_log_probabilities_is_not_larger_than_its_bound(
+        tokens in 1usize..40, top in 0u8..=20, vocab in 1u32..300_000,
+        numbers in proptest::collection::vec(any::<f32>(), 1..60),
+    ) {
+        let mut numbers = numbers.into_iter().filter(|number| number.is_finite()).chain([-1.2345678e-5]).collect::<Vec<_>>().into_iter().cycle();
+        let mut one = || {
+            let mut next = || numbers.next().unwrap_or_default();
+            TokenLogprobs { logprob: next(), top: (0..top).map(|_| TopLogprob(vocab - 1, next())).collect() }
+        };
+        let runs = (0..tokens.div_ceil(4)).map(|_| BlockRun { first: u32::MAX, count: 1 }).collect();
+        let rank = RankRuns { runs, ..handle().ranks[0].clone() };
+        let reply = PrefillReply::Ready {
+            v: V,
+            handle: Box::new(KvHandle {
+                worker: worker(&"w".repeat(64)), ranks: vec![rank], first_logprobs: Some(one()), ..handle()
+            }),
+            prompt_logprobs: Some((1..tokens).map(|_| one()).collect()),
+        };
+        let bytes = encode(&reply).expect("encodes").len();
+        prop_assert!(bytes <= PrefillReply::bytes_max(tokens, top, vocab));
+    }
+
     #[test]
     fn tokens_survive_packing(tokens in proptest::collection::vec(any::<u32>(), 0..200)) {
         let packed = PackedTokens(tokens);

@@ -1,18 +1,21 @@
-//! KV in memory, and pulls that take their time: bytes are copied piece by piece while both sides go on with
-//! whatever they do. A pull that was given up may go on writing for a while, as UCX does.
+//! KV in memory, and the links between workers: bytes are copied piece by piece while both sides go on with whatever
+//! they do. `agent` is what one worker sees of it, in the transfer agent's place.
 
-use std::any::Any;
+mod agent;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_engine::{FakeKv, FakeMemory};
-use baton_transfer::{PeerKey, PeerReport, PullStats, Read, TransferError};
-use baton_worker::{KvFuture, KvNetwork};
-use tokio::time::{Instant, sleep, timeout};
+use baton_transfer::Read;
+use tokio::time::sleep;
 
 use crate::dice::Dice;
+use crate::links::Links;
 use crate::network::{Link, Port};
+
+pub use agent::KvAgent;
 
 /// Bytes of one token's digest.
 const DIGEST_BYTES: u64 = 8;
@@ -37,6 +40,7 @@ pub struct KvFabric {
 
 struct State {
     weather: KvWeather,
+    links: Links,
     dice: Dice,
     block_tokens: u32,
     arenas: BTreeMap<u64, Arena>,
@@ -51,18 +55,12 @@ struct Arena {
     port: Arc<Port>,
 }
 
-/// One worker's agent.
-pub struct KvAgent {
-    fabric: Arc<KvFabric>,
-    own: u64,
-    connected: Mutex<BTreeSet<u64>>,
-}
-
 impl KvFabric {
     /// Without arenas.
-    pub fn new(weather: KvWeather, dice: Dice, block_tokens: u32) -> Arc<Self> {
+    pub fn new(weather: KvWeather, links: Links, dice: Dice, block_tokens: u32) -> Arc<Self> {
         let state = State {
             weather,
+            links,
             dice,
             block_tokens,
             arenas: BTreeMap::new(),
@@ -86,11 +84,7 @@ impl KvFabric {
             port,
         };
         self.lock().arenas.insert(incarnation, arena);
-        Arc::new(KvAgent {
-            fabric: Arc::clone(self),
-            own: incarnation,
-            connected: Mutex::default(),
-        })
+        Arc::new(KvAgent::new(Arc::clone(self), incarnation))
     }
 
     /// Puts a wall between two workers, or takes it away.
@@ -105,9 +99,11 @@ impl KvFabric {
         }
     }
 
-    /// From now on another weather.
-    pub fn set_weather(&self, weather: KvWeather) {
-        self.lock().weather = weather;
+    /// From now on pulls fare well, and no link takes time.
+    pub fn heal(&self) {
+        let mut state = self.lock();
+        state.weather = KvWeather::default();
+        state.links = Links::default();
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -142,11 +138,28 @@ impl KvFabric {
         Duration::from_millis(state.dice.range(0..weather.pause_max_ms + 1))
     }
 
-    /// Copies one piece and takes a pause: `None` when the way broke.
-    async fn copy(&self, own: u64, peer: u64, read: Read) -> Option<()> {
+    /// How long the link between two workers takes for a piece.
+    fn link_time(&self, from: u64, to: u64, piece: Read) -> Duration {
+        let state = self.lock();
+        let name = |of: u64| state.arenas.get(&of).map(|arena| arena.worker.as_str());
+        let (Some(from), Some(to)) = (name(from), name(to)) else {
+            return Duration::ZERO;
+        };
+        state.links.time(from, to, piece.bytes / DIGEST_BYTES)
+    }
+
+    /// Copies one piece and takes a pause: `None` when the way broke, or does not open and nobody waits for that any more.
+    async fn copy(
+        &self,
+        own: u64,
+        peer: u64,
+        read: Read,
+        is_closed: impl Fn() -> bool,
+    ) -> Option<()> {
         loop {
             match self.way(own, peer) {
                 Way::Open => break,
+                Way::Still if is_closed() => return None,
                 Way::Still => sleep(Duration::from_millis(50)).await,
                 Way::Broken => return None,
             }
@@ -180,143 +193,4 @@ enum Way {
     /// Nothing moves, and nobody says so.
     Still,
     Broken,
-}
-
-impl KvAgent {
-    fn connected(&self) -> MutexGuard<'_, BTreeSet<u64>> {
-        self.connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl KvNetwork for KvAgent {
-    fn pull(
-        &self,
-        peer: PeerKey,
-        reads: Vec<Read>,
-        destination: Box<dyn Any + Send>,
-        deadline: Duration,
-    ) -> KvFuture<PullStats> {
-        if !self.connected().contains(&peer.0) {
-            return Box::pin(async move { Err(TransferError::NotConnected(peer)) });
-        }
-        let (fabric, own) = (Arc::clone(&self.fabric), self.own);
-        let fails = {
-            let state = &mut *fabric.lock();
-            let fails = state.weather.fail_per_mille;
-            state.dice.chance(fails).then(|| state.dice.range(0..8))
-        };
-        let bytes = reads.iter().map(|read| read.bytes).sum();
-        let begun = Instant::now();
-        let mut pieces: Vec<Read> = pieces(&reads).collect();
-        // As gets do, they come in any order.
-        fabric.lock().dice.shuffle(&mut pieces);
-        // The copying is a task of its own: it goes on for a while when the pull is given up.
-        let mut copying = Copying {
-            fabric,
-            own,
-            peer: peer.0,
-            pieces,
-            _destination: destination,
-        };
-        let task = tokio::spawn(async move {
-            let outcome = copying.run(fails).await;
-            // Whatever happened, nothing is written any more.
-            drop(copying);
-            outcome
-        });
-        Box::pin(async move {
-            match timeout(deadline, task).await {
-                Ok(Ok(Some(()))) => Ok(PullStats {
-                    bytes,
-                    seconds: begun.elapsed().as_secs_f32(),
-                }),
-                Ok(_) => Err(TransferError::PeerFailed {
-                    peer,
-                    doing: "pulling",
-                    status: "simulated".to_owned(),
-                }),
-                Err(_) => Err(TransferError::Deadline {
-                    peer,
-                    doing: "pulling",
-                    after: deadline,
-                    pending: 1,
-                }),
-            }
-        })
-    }
-
-    fn connect(&self, peer: PeerKey, deadline: Duration) -> KvFuture<PeerReport> {
-        let (fabric, own) = (Arc::clone(&self.fabric), self.own);
-        // Connected when the way is open at one of the next moments.
-        let wait = async move {
-            loop {
-                match fabric.way(own, peer.0) {
-                    Way::Open => return true,
-                    Way::Still => sleep(Duration::from_millis(50)).await,
-                    Way::Broken => return false,
-                }
-            }
-        };
-        self.connected().insert(peer.0);
-        Box::pin(async move {
-            match timeout(deadline, wait).await {
-                Ok(true) => Ok(PeerReport {
-                    transport: "simulated".to_owned(),
-                    gigabytes_per_second: 1.0,
-                }),
-                Ok(false) => Err(TransferError::PeerFailed {
-                    peer,
-                    doing: "connecting",
-                    status: "simulated".to_owned(),
-                }),
-                Err(_) => Err(TransferError::Deadline {
-                    peer,
-                    doing: "connecting",
-                    after: deadline,
-                    pending: 0,
-                }),
-            }
-        })
-    }
-
-    fn disconnect(&self, peer: PeerKey) {
-        self.connected().remove(&peer.0);
-    }
-}
-
-struct Copying {
-    fabric: Arc<KvFabric>,
-    own: u64,
-    peer: u64,
-    pieces: Vec<Read>,
-    /// Held as long as anything is written.
-    _destination: Box<dyn Any + Send>,
-}
-
-impl Copying {
-    async fn run(&mut self, fails: Option<u64>) -> Option<()> {
-        for (i, piece) in (0..).zip(std::mem::take(&mut self.pieces)) {
-            if fails == Some(i) {
-                return None;
-            }
-            self.fabric.copy(self.own, self.peer, piece).await?;
-        }
-        // A failure that was due after the last piece.
-        fails.is_none().then_some(())
-    }
-}
-
-/// Ranges as pieces of two digests: small enough that something can happen in between.
-fn pieces(reads: &[Read]) -> impl Iterator<Item = Read> + '_ {
-    let piece = 2 * DIGEST_BYTES;
-    reads.iter().flat_map(move |read| {
-        (0..read.bytes).step_by(piece as usize).map(move |at| Read {
-            rank: read.rank,
-            remote_offset: read.remote_offset + at,
-            local_offset: read.local_offset + at,
-            bytes: piece.min(read.bytes - at),
-        })
-    })
 }

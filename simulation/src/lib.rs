@@ -14,13 +14,18 @@
 mod client;
 mod defects;
 mod dice;
+mod judge;
 mod kv;
+mod links;
+mod load;
 mod network;
 mod plan;
 mod process;
 mod trace;
 pub mod two_pools;
 mod weather;
+mod witness;
 mod world;
 
+pub use plan::Scenario;
 pub use world::{Report, run};

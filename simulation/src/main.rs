@@ -1,26 +1,33 @@
 //! Runs seeds: `baton-simulate FIRST..LAST`, which `--first-bad` ends at the first bad one, or `baton-simulate SEED` with
-//! the whole story.
+//! the whole story. With `--load` of the scenario in which nothing breaks and time is short.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use baton_simulation::{Report, run};
+use baton_simulation::{Report, Scenario, run};
 
 fn main() -> ExitCode {
     let mut seeds: Vec<String> = std::env::args().skip(1).collect();
-    let given = seeds.len();
-    seeds.retain(|argument| argument != "--first-bad");
-    let stops = seeds.len() < given;
+    let mut is_given = |flag: &str| {
+        let given = seeds.len();
+        seeds.retain(|argument| argument != flag);
+        seeds.len() < given
+    };
+    let stops = is_given("--first-bad");
+    let scenario = match is_given("--load") {
+        true => Scenario::Load,
+        false => Scenario::Faults,
+    };
     let [seeds] = &seeds[..] else {
-        eprintln!("usage: baton-simulate [--first-bad] FIRST..LAST | SEED");
+        eprintln!("usage: baton-simulate [--load] [--first-bad] FIRST..LAST | SEED");
         return ExitCode::from(2);
     };
     let range = match seeds.split_once("..") {
         Some((first, last)) => first.parse().ok().zip(last.parse().ok()),
         None => {
             return match seeds.parse() {
-                Ok(seed) => one(seed),
+                Ok(seed) => one(scenario, seed),
                 Err(_) => ExitCode::from(2),
             };
         }
@@ -29,11 +36,11 @@ fn main() -> ExitCode {
         eprintln!("{seeds} is no range of seeds");
         return ExitCode::from(2);
     };
-    many(first, last, stops)
+    many(scenario, first, last, stops)
 }
 
-fn one(seed: u64) -> ExitCode {
-    let report = run(seed, true);
+fn one(scenario: Scenario, seed: u64) -> ExitCode {
+    let report = run(scenario, seed, true);
     for line in &report.lines {
         println!("{line}");
     }
@@ -41,13 +48,14 @@ fn one(seed: u64) -> ExitCode {
     verdict(report.wrong.is_empty())
 }
 
-fn many(first: u64, last: u64, stops: bool) -> ExitCode {
+fn many(scenario: Scenario, first: u64, last: u64, stops: bool) -> ExitCode {
     let begun = Instant::now();
-    let (mut answered, mut events, mut bad) = (0, 0, 0);
+    let (mut answered, mut owed, mut events, mut bad) = (0, 0, 0, 0);
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
     for seed in first..last {
-        let report = run(seed, false);
+        let report = run(scenario, seed, false);
         answered += report.answered;
+        owed += report.owed;
         events += report.events;
         for (label, count) in &report.errors {
             *errors.entry(label).or_default() += count;
@@ -62,7 +70,7 @@ fn many(first: u64, last: u64, stops: bool) -> ExitCode {
     }
     let (seeds, seconds) = (last - first, begun.elapsed().as_secs_f64());
     println!(
-        "seeds={seeds} answered={answered} errors={errors:?} events={events} bad={bad} seconds={seconds:.1}"
+        "seeds={seeds} answered={answered} owed={owed} errors={errors:?} events={events} bad={bad} seconds={seconds:.1}"
     );
     verdict(bad == 0)
 }

@@ -1,6 +1,7 @@
 //! The bus in memory: NATS's subjects, replies and `no responders`, and bad weather.
 
 use std::collections::BTreeMap;
+use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::dice::Dice;
 use crate::trace::Trace;
 use crate::weather::{Kind, Weather};
+use crate::witness::Witness;
 
 /// Payloads as large as the protocol allows.
 const PAYLOAD_MAX: usize = baton_protocol::limits::MESSAGE_BYTES_MAX;
@@ -27,6 +29,8 @@ struct State {
     weather: Weather,
     dice: Dice,
     trace: Trace,
+    /// Reads along, if somebody should.
+    witness: Option<Witness>,
     ports: Vec<PortState>,
     subscriptions: BTreeMap<u64, Subscribed>,
     /// What is under way, by the time of its arrival and in order of sending.
@@ -72,11 +76,12 @@ pub struct Port {
 
 impl Network {
     /// An empty bus.
-    pub fn new(weather: Weather, dice: Dice, trace: Trace) -> Arc<Self> {
+    pub fn new(weather: Weather, dice: Dice, trace: Trace, witness: Option<Witness>) -> Arc<Self> {
         let state = State {
             weather,
             dice,
             trace,
+            witness,
             ports: Vec::new(),
             subscriptions: BTreeMap::new(),
             under_way: BTreeMap::new(),
@@ -136,6 +141,16 @@ impl Network {
         let state = self.lock();
         let open = |s: &&Subscribed| s.subject.starts_with("_INBOX") && !s.sender.is_closed();
         state.subscriptions.values().filter(open).count()
+    }
+
+    /// What the witness saw that must not be.
+    pub fn take_wrong(&self) -> Vec<String> {
+        let mut state = self.lock();
+        state
+            .witness
+            .as_mut()
+            .map(Witness::take_wrong)
+            .unwrap_or_default()
     }
 
     /// Hash, number of events, and sentences.
@@ -255,6 +270,9 @@ impl State {
             .map(|(id, _)| *id)
             .collect();
         let kind = Kind::of(&subject);
+        if let Some(witness) = &mut self.witness {
+            witness.saw(kind, &subject, reply.as_deref(), &payload);
+        }
         if heard.is_empty() {
             let name = &self.ports[from].name;
             self.trace.note(
@@ -277,7 +295,7 @@ impl State {
             let name = &self.ports[from].name;
             self.trace.note(
                 [3, from as u64, kind as u64, payload.len() as u64],
-                format_args!("{name} → {to} {subject} {fate}: {}", excerpt(&payload)),
+                format_args!("{name} → {to} {subject} {fate}: {}", Excerpt(&payload)),
             );
             for delay in fate.arrivals {
                 let message = message(subject.clone(), reply.clone(), payload.clone());
@@ -346,8 +364,14 @@ fn matches(pattern: &str, subject: &str) -> bool {
     }
 }
 
-fn excerpt(payload: &[u8]) -> String {
-    String::from_utf8_lossy(payload).chars().take(400).collect()
+/// The beginning of a message, made only if somebody reads it.
+struct Excerpt<'a>(&'a [u8]);
+
+impl fmt::Display for Excerpt<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = String::from_utf8_lossy(self.0);
+        text.chars().take(400).try_for_each(|c| f.write_char(c))
+    }
 }
 
 #[cfg(test)]

@@ -7,15 +7,28 @@ use baton_protocol::Role;
 use crate::client::Ask;
 use crate::dice::Dice;
 use crate::kv::KvWeather;
+use crate::links::Links;
 use crate::process::WorkerSetup;
 use crate::weather::Weather;
 
 /// Faults and requests begin within this time.
 const STORM: Duration = Duration::from_secs(12);
 
+/// What a run is to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scenario {
+    /// That nothing wrong is said and nothing is lost, whatever breaks.
+    Faults,
+    /// That nobody waits for too long, or in vain, though links are slow, workers full and times short. Nothing breaks, except
+    /// that a link may.
+    Load,
+}
+
 /// One run, in full.
 #[derive(Debug)]
 pub struct Plan {
+    /// What it is to show.
+    pub scenario: Scenario,
     /// The workers.
     pub workers: Vec<WorkerSetup>,
     /// How many API servers.
@@ -28,6 +41,10 @@ pub struct Plan {
     pub is_calm: bool,
     /// The KV's ways.
     pub kv_weather: KvWeather,
+    /// How fast they are.
+    pub links: Links,
+    /// One of them dies while requests are under way.
+    pub has_dying_link: bool,
     /// Tokens of a block.
     pub block_tokens: u32,
     /// Who asks what of which API server when.
@@ -71,7 +88,14 @@ pub enum Fault {
 
 impl Plan {
     /// What this seed stands for.
-    pub fn draw(dice: &mut Dice) -> Self {
+    pub fn draw(scenario: Scenario, dice: &mut Dice) -> Self {
+        match scenario {
+            Scenario::Faults => Self::draw_storm(dice),
+            Scenario::Load => Self::draw_load(dice),
+        }
+    }
+
+    fn draw_storm(dice: &mut Dice) -> Self {
         let block_tokens = dice.pick(&[2, 4, 8]);
         let workers = draw_workers(dice, block_tokens);
         let api_servers = dice.pick(&[1, 1, 2]);
@@ -104,7 +128,11 @@ impl Plan {
         let cuts =
             |(_, fault): &(Duration, Fault)| matches!(fault, Fault::Cut(_) | Fault::ApiCut(_));
         let breaks = |worker: &WorkerSetup| worker.breaks_per_mille > 0;
+        let links = Links::draw(dice, &names(&workers));
         Self {
+            scenario: Scenario::Faults,
+            links,
+            has_dying_link: false,
             work: work(&asks, &workers, &faults),
             keeps_messages: in_order && !faults.iter().any(cuts),
             is_calm: in_order
@@ -120,6 +148,11 @@ impl Plan {
             faults,
         }
     }
+}
+
+/// Their names.
+pub fn names(workers: &[WorkerSetup]) -> Vec<&str> {
+    workers.iter().map(|worker| worker.name.as_str()).collect()
 }
 
 /// As if one worker did it all, token by token, twice, every client read on its own, and then somebody drained.

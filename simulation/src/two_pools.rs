@@ -9,6 +9,9 @@
 //! (so there is no deadlock, and no livelock unless something that can always happen never does). That the model can fail
 //! is shown by taking away one rule after the other ([`Rules`]).
 //!
+//! A lease is renewed by its API server for as long as the handle waits or is pulled. So while the API server lives, its end is
+//! nothing to rely on, and the way to the end must be there without it.
+//!
 //! Simplified: a block holds one token; an engine's step runs one sequence; messages of one connection come in order and
 //! none is lost; a decode worker keeps no blocks for a job that it refused; the bounds on tries and waits are absent, so
 //! that nothing ends by giving up.
@@ -58,6 +61,8 @@ pub struct Rules {
     pub aborts_end_leases: bool,
     /// Workers drop the requests of an API server that fell silent.
     pub silence_ends: bool,
+    /// A renewal counts for a lease that is alive. Else it brings back one that ended.
+    pub ended_stays_ended: bool,
 }
 
 impl Default for Rules {
@@ -70,6 +75,7 @@ impl Default for Rules {
             nonces: true,
             aborts_end_leases: true,
             silence_ends: true,
+            ended_stays_ended: true,
         }
     }
 }
@@ -121,6 +127,18 @@ enum News {
     Again,
 }
 
+/// A renewal of the handle that the API server has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Renewal {
+    Idle,
+    /// Under way to the context worker.
+    Asked,
+    /// Under way back.
+    Answered {
+        is_valid: bool,
+    },
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Request {
     phase: Phase,
@@ -135,6 +153,9 @@ struct Request {
     /// The handle that the API server has, or that is under way to it, is that of the lease.
     is_current: bool,
     news: Option<News>,
+    renewal: Renewal,
+    /// The blocks of its lease were free for a while.
+    is_void: bool,
     /// Under way to the workers.
     context_abort: bool,
     decode_abort: bool,
@@ -225,6 +246,8 @@ impl Model {
             ready: None,
             is_current: false,
             news: None,
+            renewal: Renewal::Idle,
+            is_void: false,
             context_abort: false,
             decode_abort: false,
             is_orphan: false,
@@ -302,6 +325,23 @@ impl Model {
             };
             put("the handle comes", after);
         }
+        // `Lease::renew`: by the clock, and mostly not at all.
+        let has_handle = matches!(request.phase, Phase::Staged | Phase::Pulling);
+        if has_handle && request.renewal == Renewal::Idle {
+            let mut after = state.clone();
+            after.requests[r].renewal = Renewal::Asked;
+            next.push((Surely::Perhaps, "a renewal is sent", r, after));
+        }
+        let mut put = |what, state| next.push((Surely::Comes, what, r, state));
+        // `Lease::renewed`, `Lifecycle::lease_lost`: while it is pulled the release decides.
+        if let Renewal::Answered { is_valid } = request.renewal {
+            let mut after = state.clone();
+            after.requests[r].renewal = Renewal::Idle;
+            if !is_valid && request.phase == Phase::Staged {
+                after.give_up(r, Phase::Queued);
+            }
+            put("a renewal is answered", after);
+        }
         // `Driver::send_decode`, `Desk::take_decode`: refused without blocks, and tried again (`no_decode_worker`).
         let need = self.requests[r].0 + request.made;
         let has_room = match self.rules.refusals {
@@ -369,15 +409,37 @@ impl Model {
             if !is_finished {
                 request.context = Context::Leased;
             }
+            request.is_void = false;
             request.is_current = !is_finished;
             request.ready = (request.phase == Phase::Prefilling).then_some(is_finished);
             put("the prompt is done", after);
         }
-        // `LeaseTable::expire`.
+        // `LeaseTable::expire`. Nothing to wait for while its API server renews it.
         if request.context == Context::Leased && self.rules.expiry {
             let mut after = state.clone();
             after.end_context(r);
-            put("the lease ends", after);
+            let is_renewed = request.is_current
+                && !request.is_orphan
+                && matches!(request.phase, Phase::Staged | Phase::Pulling);
+            let surely = match is_renewed {
+                true => Surely::Perhaps,
+                false => Surely::Comes,
+            };
+            next.push((surely, "the lease ends", r, after));
+        }
+        let mut put = |what, state| next.push((Surely::Comes, what, r, state));
+        // `Desk::on_renew`, `LeaseTable::renew`.
+        if request.renewal == Renewal::Asked {
+            let mut after = state.clone();
+            let renewed = &mut after.requests[r];
+            let mut is_valid = request.context == Context::Leased && request.is_current;
+            if !self.rules.ended_stays_ended && request.context == Context::Nothing {
+                renewed.context = Context::Leased;
+                (renewed.is_current, renewed.is_void) = (true, true);
+                is_valid = true;
+            }
+            renewed.renewal = Renewal::Answered { is_valid };
+            put("the context worker hears the renewal", after);
         }
         // `Desk::on_abort`.
         if request.context_abort {
@@ -420,7 +482,7 @@ impl Model {
                     request.context == Context::Leased && (is_whole || !self.rules.nonces);
                 let mut after = state.clone();
                 if is_valid {
-                    if !is_whole {
+                    if !is_whole || request.is_void {
                         return Err("KV is used whose lease had ended".to_owned());
                     }
                     after.end_context(r);
@@ -428,6 +490,7 @@ impl Model {
                     after.running.push(r);
                     if request.phase == Phase::Pulling {
                         after.requests[r].phase = Phase::Decoding;
+                        after.requests[r].renewal = Renewal::Idle;
                     }
                 } else {
                     after.end_decode(r);
@@ -487,6 +550,7 @@ impl Model {
             let request = &mut after.requests[r];
             request.phase = Phase::Ended;
             request.is_orphan = true;
+            request.renewal = Renewal::Idle;
             (request.ready, request.news) = (None, None);
             put("the API server is lost", after);
         }
@@ -552,6 +616,7 @@ impl State {
             Phase::Queued | Phase::Ended => {}
         }
         request.phase = phase;
+        request.renewal = Renewal::Idle;
         (request.ready, request.news) = (None, None);
     }
 }
@@ -667,6 +732,10 @@ mod tests {
         );
         assert!(is_needed(none, |rules| rules.refusals = false), "refusals");
         assert!(is_needed(ALL, |rules| rules.nonces = false), "nonces");
+        assert!(
+            is_needed(none, |rules| rules.ended_stays_ended = false),
+            "a lease that ended stays ended"
+        );
         assert!(
             is_needed(aborts, |rules| {
                 rules.expiry = false;

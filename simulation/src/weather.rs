@@ -16,6 +16,8 @@ pub enum Kind {
     Abort,
     /// Releases.
     Release,
+    /// Renewals of leases.
+    Renew,
     /// Token frames.
     Tokens,
     /// Beats of workers and API servers, and hello.
@@ -27,7 +29,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const COUNT: usize = 8;
+    const COUNT: usize = 9;
 
     /// That of a subject.
     pub fn of(subject: &str) -> Self {
@@ -39,6 +41,7 @@ impl Kind {
             Some("decode") => Self::Decode,
             Some("abort") => Self::Abort,
             Some("release") => Self::Release,
+            Some("renew") => Self::Renew,
             Some("tokens") => Self::Tokens,
             Some("describe") => Self::Describe,
             _ => Self::Beat,

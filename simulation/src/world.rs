@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
-use baton_api_server::{ErrorKind, SimulatedGeneration};
+use baton_api_server::SimulatedGeneration;
 use baton_protocol::RequestId;
 use baton_protocol::subjects::Cluster;
 use tokio::task::LocalSet;
@@ -14,9 +14,10 @@ use tokio::time::{Instant, sleep};
 use crate::client::{Ask, Ear, Heard};
 use crate::defects::Defects;
 use crate::dice::Dice;
-use crate::kv::{KvFabric, KvWeather};
+use crate::judge::Ended;
+use crate::kv::KvFabric;
 use crate::network::{Link, Network};
-use crate::plan::{Fault, Plan};
+use crate::plan::{Fault, Plan, Scenario};
 use crate::process::{ApiLife, Ground, TOKENS_MAX, WorkerLife};
 use crate::trace::Trace;
 use crate::weather::Weather;
@@ -60,14 +61,16 @@ pub struct Report {
     pub answered: u64,
     /// Requests that ended with an error, by its label.
     pub errors: BTreeMap<&'static str, u64>,
+    /// Requests for which there was time and room, generously reckoned.
+    pub owed: u64,
     /// What must not be, in words.
     pub wrong: Vec<String>,
     /// What happened, if it was to be told.
     pub lines: Vec<String>,
 }
 
-/// Runs a seed. With `told`, the report tells everything that happened.
-pub fn run(seed: u64, told: bool) -> Report {
+/// Runs a seed of a scenario. With `told`, the report tells everything that happened.
+pub fn run(scenario: Scenario, seed: u64, told: bool) -> Report {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .start_paused(true)
@@ -76,7 +79,7 @@ pub fn run(seed: u64, told: bool) -> Report {
     LocalSet::new().block_on(&runtime, async move {
         let begun = Instant::now();
         let defects = Defects::listen();
-        let mut world = World::new(seed, told).await;
+        let mut world = World::new(scenario, seed, told).await;
         world.live().await;
         for defect in defects.take() {
             world.wrong(defect);
@@ -89,6 +92,7 @@ pub fn run(seed: u64, told: bool) -> Report {
             lasted: begun.elapsed(),
             answered: world.answered,
             errors: world.errors,
+            owed: world.owed,
             wrong: world.wrong,
             lines,
         }
@@ -108,6 +112,7 @@ struct World {
     requests: u64,
     answered: u64,
     errors: BTreeMap<&'static str, u64>,
+    owed: u64,
     wrong: Vec<String>,
 }
 
@@ -119,17 +124,25 @@ struct Asked {
     begun: Instant,
     ask: Ask,
     left: bool,
+    /// There is time and room for it, generously reckoned.
+    must_be_answered: bool,
 }
 
 impl World {
-    async fn new(seed: u64, told: bool) -> Self {
+    async fn new(scenario: Scenario, seed: u64, told: bool) -> Self {
         let mut dice = Dice::new(seed);
-        let plan = Plan::draw(&mut dice.fork());
+        let plan = Plan::draw(scenario, &mut dice.fork());
         let mut trace = Trace::new(told);
         trace.note([0, seed, 0, 0], format_args!("{plan:#?}"));
-        let network = Network::new(plan.weather.clone(), dice.fork(), trace);
+        let witness = plan.witness();
+        let network = Network::new(plan.weather.clone(), dice.fork(), trace, witness);
         tokio::spawn(network.clone().carry());
-        let fabric = KvFabric::new(plan.kv_weather, dice.fork(), plan.block_tokens);
+        let fabric = KvFabric::new(
+            plan.kv_weather,
+            plan.links.clone(),
+            dice.fork(),
+            plan.block_tokens,
+        );
         let ground = Ground {
             network,
             fabric,
@@ -148,6 +161,7 @@ impl World {
             requests: 0,
             answered: 0,
             errors: BTreeMap::new(),
+            owed: 0,
             wrong: Vec::new(),
         };
         for at in 0..world.workers.len() {
@@ -161,8 +175,18 @@ impl World {
 
     async fn live(&mut self) {
         self.storm().await;
-        self.heal().await;
-        self.settle().await;
+        match self.plan.scenario {
+            Scenario::Faults => {
+                self.heal().await;
+                self.settle().await;
+            }
+            // Slow links and dead ones stay as they are.
+            Scenario::Load => {
+                self.settle().await;
+                self.look_at_retries();
+                self.heal().await;
+            }
+        }
         self.serve_again().await;
         self.leave().await;
     }
@@ -189,7 +213,7 @@ impl World {
     /// Everybody comes back, and the weather is fair from now on.
     async fn heal(&mut self) {
         self.ground.network.set_weather(Weather::fair());
-        self.ground.fabric.set_weather(KvWeather::default());
+        self.ground.fabric.heal();
         for setup in &mut self.plan.workers {
             setup.breaks_per_mille = 0;
         }
@@ -336,6 +360,9 @@ impl World {
     async fn tick(&mut self) {
         sleep(TICK).await;
         let now = Instant::now();
+        for wrong in self.ground.network.take_wrong() {
+            self.wrong(wrong);
+        }
         for at in (0..self.asked.len()).rev() {
             self.look_at(at, now);
         }
@@ -378,6 +405,7 @@ impl World {
             }
             return;
         };
+        let tokens = heard.tokens;
         drop(heard);
         let asked = self.asked.remove(at);
         self.ground.network.note(
@@ -386,17 +414,29 @@ impl World {
         );
         match outcome {
             Ok(_) => self.answered += 1,
-            Err(kind) => {
-                *self.errors.entry(kind.row().label).or_default() += 1;
-                let allowed = match kind {
-                    ErrorKind::Busy | ErrorKind::Deadline | ErrorKind::Worker => true,
-                    ErrorKind::NoWorker | ErrorKind::Bus => !self.plan.is_calm,
-                    ErrorKind::ClientLeft => asked.left,
-                    _ => false,
-                };
-                if !allowed {
-                    self.wrong(format!("request {number} ended with {kind:?}"));
-                }
+            Err(kind) => *self.errors.entry(kind.row().label).or_default() += 1,
+        }
+        let wrong = self.plan.judge(Ended {
+            outcome,
+            tokens,
+            left: asked.left,
+            is_late: ended >= asked.begun + asked.ask.budget,
+            must_be_answered: asked.must_be_answered,
+        });
+        if let Some(wrong) = wrong {
+            self.wrong(format!("request {number} {wrong}"));
+        }
+    }
+
+    /// In a run in which nothing goes wrong nothing is begun anew.
+    fn look_at_retries(&mut self) {
+        let servers = self.api_servers.iter().flatten();
+        let retries: Vec<_> = servers.flat_map(|life| life.server.retries()).collect();
+        for (reason, count) in retries {
+            if !self.plan.may_retry(&reason) {
+                self.wrong(format!(
+                    "{count} generations were begun anew, because: {reason}"
+                ));
             }
         }
     }
@@ -421,7 +461,10 @@ impl World {
         let generation = life
             .server
             .generate(request, &ask.prompt, generation, ask.budget, ear);
+        let must_be_answered = self.plan.must_answer(ask.budget, self.asked.len());
+        self.owed += u64::from(must_be_answered);
         self.asked.push(Asked {
+            must_be_answered,
             number,
             api_server,
             generation,

@@ -1,28 +1,48 @@
-//! Thousands of seeds. One that fails prints how to see its story: `BATON_SEED=… cargo test -p baton-simulation replay`.
+//! Thousands of seeds. One that fails prints how to see its story: `BATON_SEED=… cargo test -p baton-simulation replay`, or
+//! `BATON_LOAD_SEED=…`.
 
-use baton_simulation::run;
+use baton_simulation::{Report, Scenario, run};
 
-/// Seeds of each test here. More at will: `cargo run --release -p baton-simulation -- FIRST..LAST`.
+/// Seeds of each test here in which things break. More at will: `cargo run --release -p baton-simulation -- FIRST..LAST`.
 const SEEDS: u64 = 750;
 
+/// Seeds of each test here in which time is short: `cargo run --release -p baton-simulation -- --load FIRST..LAST`.
+const LOAD_SEEDS: u64 = 150;
+
 fn quarter(which: u64) {
+    let owed = check(Scenario::Faults, "BATON_SEED", SEEDS, which);
+    assert_eq!(owed, 0, "where things break an error may be right");
+}
+
+fn load_quarter(which: u64) {
+    let owed = check(Scenario::Load, "BATON_LOAD_SEED", LOAD_SEEDS, which);
+    assert!(
+        owed > LOAD_SEEDS,
+        "only {owed} answers were owed: that shows nothing"
+    );
+}
+
+/// How many answers were owed.
+fn check(scenario: Scenario, variable: &str, seeds: u64, quarter: u64) -> u64 {
     let mut bad = Vec::new();
-    let mut answered = 0;
-    for seed in (0..SEEDS).map(|i| 4 * i + which) {
-        let report = run(seed, false);
+    let (mut answered, mut owed) = (0, 0);
+    for seed in (0..seeds).map(|i| 4 * i + quarter) {
+        let report = run(scenario, seed, false);
         answered += report.answered;
+        owed += report.owed;
         if !report.wrong.is_empty() {
             bad.push(format!(
-                "seed {seed}: {:#?}\n  replay: BATON_SEED={seed} cargo test -p baton-simulation replay -- --nocapture",
+                "seed {seed}: {:#?}\n  replay: {variable}={seed} cargo test -p baton-simulation replay -- --nocapture",
                 report.wrong
             ));
         }
     }
     assert!(bad.is_empty(), "{}", bad.join("\n"));
     assert!(
-        answered > 5 * SEEDS,
+        answered > 5 * seeds,
         "only {answered} answers: the simulation is too rough to show anything"
     );
+    owed
 }
 
 #[test]
@@ -45,29 +65,54 @@ fn fourth_quarter() {
     quarter(3);
 }
 
+#[test]
+fn first_quarter_under_load() {
+    load_quarter(0);
+}
+
+#[test]
+fn second_quarter_under_load() {
+    load_quarter(1);
+}
+
+#[test]
+fn third_quarter_under_load() {
+    load_quarter(2);
+}
+
+#[test]
+fn fourth_quarter_under_load() {
+    load_quarter(3);
+}
+
 /// The same seed is the same run: the same events at the same times.
 #[test]
 fn a_run_is_a_function_of_its_seed() {
-    for seed in 0..60 {
-        let (one, other) = (run(seed, false), run(seed, true));
+    let faults = (0..60).map(|seed| (Scenario::Faults, seed));
+    for (scenario, seed) in faults.chain((0..20).map(|seed| (Scenario::Load, seed))) {
+        let (one, other) = (run(scenario, seed, false), run(scenario, seed, true));
         assert_eq!(
             (one.hash, one.events),
             (other.hash, other.events),
-            "seed {seed}"
+            "{scenario:?}, seed {seed}"
         );
         assert!(!other.lines.is_empty());
     }
 }
 
-/// Tells the story of the seed in `BATON_SEED`.
+/// Tells the story of the seed in `BATON_SEED` or `BATON_LOAD_SEED`.
 #[test]
 fn replay() {
-    let Some(seed) = std::env::var("BATON_SEED").ok() else {
-        return;
+    let seed = |variable: &str| {
+        let seed = std::env::var(variable).ok()?;
+        Some(seed.parse().expect("a seed is a number"))
     };
-    let report = run(seed.parse().expect("BATON_SEED is a number"), true);
-    for line in &report.lines {
-        println!("{line}");
+    let faults = seed("BATON_SEED").map(|seed| run(Scenario::Faults, seed, true));
+    let load = seed("BATON_LOAD_SEED").map(|seed| run(Scenario::Load, seed, true));
+    for Report { lines, wrong, .. } in faults.into_iter().chain(load) {
+        for line in &lines {
+            println!("{line}");
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
     }
-    assert!(report.wrong.is_empty(), "{:#?}", report.wrong);
 }

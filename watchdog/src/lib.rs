@@ -13,8 +13,8 @@ use std::time::Duration;
 /// How often the thread looks.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// Last words may take this long: whoever was to write them down may be what everything hangs on.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// The log has this long to be written before the process is aborted: standard error may be a pipe that nobody reads.
+const LOG_WAIT: Duration = Duration::from_secs(1);
 
 /// Looks after loops until it is dropped.
 pub struct Watchdog {
@@ -167,9 +167,13 @@ impl Watch {
 
 /// Ends the process as it is, with this sentence. Nothing is cleaned up: what is stuck would keep that from ending.
 pub fn abort(sentence: String) -> ! {
-    let words = std::thread::Builder::new().spawn(move || tracing::error!("{sentence}"));
+    // On a thread of its own: what hangs may hold what a log line needs.
+    let logged = std::thread::Builder::new().spawn(move || {
+        tracing::error!("{sentence}");
+        baton_logs::flush(LOG_WAIT);
+    });
     let begun = std::time::Instant::now();
-    while words.as_ref().is_ok_and(|words| !words.is_finished()) && begun.elapsed() < LAST_WORDS {
+    while logged.as_ref().is_ok_and(|logged| !logged.is_finished()) && begun.elapsed() < LOG_WAIT {
         std::thread::sleep(Duration::from_millis(1));
     }
     std::process::abort()

@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_nats::Message;
 use baton_bus::{Intake, Seldom, Subscription};
 use baton_protocol::subjects::speaker;
-use baton_protocol::{ApiBeat, Beat, TokenFrame, decode, limits};
+use baton_protocol::{ApiBeat, Beat, TokenFrame, deadlines, decode};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -42,6 +42,8 @@ pub trait Watcher: Send + Sync + 'static {
     fn sweep(&self, now: Instant);
     /// Generations in flight, for our own beat.
     fn in_flight(&self) -> u32;
+    /// For how long this server has served, for our own beat; 0 if it stands by.
+    fn serving_ms(&self, now: Instant) -> u64;
     /// Messages that could not be read, or were dropped, by kind.
     fn bus_fault(&self, kind: &'static str);
 }
@@ -96,9 +98,16 @@ async fn take_tokens<W: Watcher>(
     let take = |message: Message| match decode::<TokenFrame>(&message.payload) {
         // NATS may let a worker send on its own subjects alone.
         Ok(frame) if speaker(&message.subject) == frame.worker.as_str() => {
-            let (from, strays) = registry.dispatch(frame);
-            for request in strays {
-                bus.abort(&from, request, "it is over");
+            let dispatched = registry.dispatch(frame);
+            for _ in 0..dispatched.dropped {
+                faults.note("mailbox_overflow", &message);
+            }
+            // What is not ours may be that of the one who has our name.
+            if !dispatched.strays.is_empty() && faults.watcher.serving_ms(Instant::now()) == 0 {
+                return;
+            }
+            for request in dispatched.strays {
+                bus.abort(&dispatched.from, request, "it is over");
             }
         }
         Ok(_) => faults.note("frame_forged", &message),
@@ -130,7 +139,7 @@ struct Membership<W> {
 
 impl<W: Watcher> Membership<W> {
     async fn run(mut self) {
-        let mut tick = tokio::time::interval(Duration::from_millis(limits::BEAT_INTERVAL_MS));
+        let mut tick = tokio::time::interval(Duration::from_millis(deadlines::BEAT_INTERVAL_MS));
         let mut sweep = tokio::time::interval(SWEEP_INTERVAL);
         let mut hello_answer: Option<Instant> = None;
         let back = Arc::clone(&self.bus.back);
@@ -140,11 +149,11 @@ impl<W: Watcher> Membership<W> {
             tokio::select! {
                 biased;
                 () = back.notified() => self.on_back().await,
-                _ = tick.tick() => self.bus.beat(self.watcher.in_flight()).await,
+                _ = tick.tick() => self.beat().await,
                 _ = sweep.tick() => self.sweep(Instant::now()),
                 () = tokio::time::sleep_until(answer_due), if hello_answer.is_some() => {
                     hello_answer = None;
-                    self.bus.beat(self.watcher.in_flight()).await;
+                    self.beat().await;
                 }
                 Some(_) = self.hellos.next() => {
                     hello_answer.get_or_insert_with(|| Instant::now() + HELLO_WAIT);
@@ -160,6 +169,11 @@ impl<W: Watcher> Membership<W> {
                 }
             }
         }
+    }
+
+    async fn beat(&self) {
+        let serving_ms = self.watcher.serving_ms(Instant::now());
+        self.bus.beat(self.watcher.in_flight(), serving_ms).await;
     }
 
     /// Works off what is there of beats, as with token frames.

@@ -34,7 +34,7 @@ impl Drop for Placed {
             .router
             .end(&self.target.worker, self.job);
         if self.admitted {
-            self.server.decode_room.notify_one();
+            self.server.decode_room.made();
         }
     }
 }

@@ -5,11 +5,15 @@ use std::sync::Arc;
 use actix_web::http::header;
 use actix_web::{HttpRequest, web};
 use futures::StreamExt;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{ApiError, ErrorKind};
 use crate::server::Server;
+
+/// Bytes of each body that need no part of the room that all have together: what fills that with large bodies does not keep
+/// small ones out. As many requests as may be in flight have so little each.
+const FREE_BYTES: usize = 16 << 10;
 
 /// A body, and its part of the room that all have together.
 pub struct Body {
@@ -21,16 +25,40 @@ pub struct Body {
 
 /// A part of the room that all bodies have together, until it is dropped.
 pub struct Room {
-    _permit: Option<OwnedSemaphorePermit>,
+    all: Arc<Semaphore>,
+    all_bytes: usize,
+    bytes: usize,
+    permit: Option<OwnedSemaphorePermit>,
 }
 
-#[cfg(test)]
 impl Room {
-    /// This part of it.
-    pub fn of(permit: OwnedSemaphorePermit) -> Self {
+    fn of(server: &Server) -> Self {
         Self {
-            _permit: Some(permit),
+            all: Arc::clone(&server.body_room),
+            all_bytes: server.limits.bodies_bytes_max,
+            bytes: 0,
+            permit: None,
         }
+    }
+
+    /// Takes so many bytes more.
+    fn grow(&mut self, bytes: usize) -> Result<(), ApiError> {
+        let kibibytes = |bytes: usize| bytes.saturating_sub(FREE_BYTES).div_ceil(1 << 10) as u32;
+        let taken = kibibytes(self.bytes + bytes) - kibibytes(self.bytes);
+        let more = Arc::clone(&self.all).try_acquire_many_owned(taken);
+        let more = more.map_err(|_| {
+            let message = format!(
+                "the request bodies under way have this server's bound of {} bytes; try again",
+                self.all_bytes
+            );
+            ApiError::new(ErrorKind::TooManyRequests, message)
+        })?;
+        match &mut self.permit {
+            Some(permit) => permit.merge(more),
+            None => self.permit = Some(more),
+        }
+        self.bytes += bytes;
+        Ok(())
     }
 }
 
@@ -71,7 +99,7 @@ pub async fn read(
     let until = || deadline.min(Instant::now() + stall);
     // Memory is taken for what came, not for what was announced.
     let mut body = Vec::with_capacity(announced.unwrap_or(0).clamp(1 << 10, 64 << 10));
-    let mut room: Option<OwnedSemaphorePermit> = None;
+    let mut room = Room::of(server);
     while let Some(chunk) = timeout_at(until(), payload.next()).await.map_err(stalled)? {
         let chunk = chunk.map_err(|error| {
             ApiError::new(
@@ -82,27 +110,8 @@ pub async fn read(
         if body.len() + chunk.len() > bytes_max {
             return Err(too_large());
         }
-        let taken = kibibytes(body.len() + chunk.len()) - kibibytes(body.len());
-        let more = Arc::clone(&server.body_room).try_acquire_many_owned(taken);
-        let more = more.map_err(|_| {
-            let bound = limits.bodies_bytes_max;
-            let message = format!(
-                "the request bodies under way have this server's bound of {bound} bytes; try again"
-            );
-            ApiError::new(ErrorKind::TooManyRequests, message)
-        })?;
-        match &mut room {
-            Some(room) => room.merge(more),
-            None => room = Some(more),
-        }
+        room.grow(chunk.len())?;
         body.extend_from_slice(&chunk);
     }
-    Ok(Body {
-        bytes: body,
-        room: Room { _permit: room },
-    })
-}
-
-fn kibibytes(bytes: usize) -> u32 {
-    bytes.div_ceil(1 << 10) as u32
+    Ok(Body { bytes: body, room })
 }

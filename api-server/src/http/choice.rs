@@ -2,46 +2,33 @@
 
 use std::sync::Arc;
 
-use baton_protocol::{FinishReason, TokenLogprobs};
+use baton_protocol::{FinishReason, TokenLogprobs, TopLogprob};
 use tokio::sync::oneshot;
 
-use super::sse::Share;
+use super::outbox::Share;
+use super::whole::{Held, Whole};
 use crate::detokenize::Detokenizer;
 use crate::driver::Sink;
-use crate::error::ApiError;
-use crate::openai::{LogprobEntry, Shape, Usage};
+use crate::echo::Echo;
+use crate::error::{ApiError, ErrorKind};
+use crate::openai::{LOGPROB_BYTES, LogprobEntry, Shape, Usage};
 use crate::server::Server;
 use crate::stop::StopMatcher;
-
-/// What one log-probability takes in the stream, nearly.
-const LOGPROB_BYTES: usize = 64;
-
-/// A finished choice of an answer in one piece.
-pub struct Whole {
-    /// Its text.
-    pub text: String,
-    /// Log-probabilities, if asked for.
-    pub logprobs: Vec<LogprobEntry>,
-    /// Why it ended.
-    pub finish: FinishReason,
-    /// Output tokens, and prompt tokens that were cached.
-    pub usage: Usage,
-}
 
 /// Where a choice goes.
 pub enum Destination {
     /// Into a stream, as it comes.
     Stream(Share, Arc<Shape>),
     /// To whoever waits for all of it.
-    Whole(Option<oneshot::Sender<Result<Whole, ApiError>>>),
+    Whole(Option<Gathering>),
 }
 
-/// A prompt that is repeated before its output.
-pub struct Echo {
-    /// Its text.
-    pub text: String,
-    /// Its tokens.
-    pub tokens: Arc<[u32]>,
+/// A choice of which all is waited for.
+pub struct Gathering {
+    /// Who waits.
+    pub to: oneshot::Sender<Result<Whole, ApiError>>,
+    /// Memory of what there is of it.
+    pub held: Held,
 }
 
 /// One choice.
@@ -53,7 +40,7 @@ pub struct Choice {
     stops: StopMatcher,
     min_tokens: u32,
     want_logprobs: bool,
-    echo: Option<Echo>,
+    echo: Option<Arc<Echo>>,
     opened: bool,
     /// Not yet sent, or all of it for an answer in one piece.
     text: String,
@@ -73,7 +60,7 @@ impl Choice {
         stops: Vec<String>,
         min_tokens: u32,
         want_logprobs: bool,
-        echo: Option<Echo>,
+        echo: Option<Arc<Echo>>,
     ) -> Self {
         Self {
             server,
@@ -93,47 +80,50 @@ impl Choice {
         }
     }
 
-    fn add_logprobs(&mut self, token: u32, logprobs: Option<TokenLogprobs>) {
-        if self.want_logprobs {
-            let (logprob, top) = match logprobs {
-                Some(TokenLogprobs { logprob, top }) => (Some(logprob), top),
-                None => (None, Vec::new()),
-            };
-            self.logprobs.push(LogprobEntry {
-                token,
-                logprob,
-                top,
-                offset: self.characters,
-            });
+    /// Notes what an answer that is not a stream holds. One for which there is no memory any more has failed: whoever waits for it is
+    /// told, and the client's leave of the other choices ends this one too.
+    fn note_held(&mut self, text_before: usize, logprobs_before: usize) {
+        let Destination::Whole(gathering) = &mut self.to else {
+            return;
+        };
+        let new = &self.logprobs[logprobs_before.min(self.logprobs.len())..];
+        let alternatives: usize = new.iter().map(|entry| entry.top.capacity()).sum();
+        let bytes = (self.text.len() - text_before)
+            + size_of_val(new)
+            + alternatives * size_of::<TopLogprob>();
+        if gathering
+            .as_mut()
+            .is_none_or(|whole| whole.held.grow(bytes))
+        {
+            return;
         }
-    }
-}
-
-impl Sink for Choice {
-    fn prompt(&mut self, cached_tokens: u32, logprobs: Option<Vec<TokenLogprobs>>) {
-        self.usage.cached = u64::from(cached_tokens);
-        let Some(echo) = self.echo.take() else { return };
-        if self.want_logprobs {
-            // The first token of a prompt follows nothing, so it has no probability.
-            let known = std::iter::once(None).chain(logprobs.into_iter().flatten().map(Some));
-            let known = known.chain(std::iter::repeat(None));
-            for (token, logprobs) in echo.tokens.iter().zip(known) {
-                self.add_logprobs(*token, logprobs);
-                let bytes = self.server.model.vocabulary.bytes(*token);
-                self.characters += String::from_utf8_lossy(bytes).chars().count();
-            }
+        if let Some(Gathering { to, .. }) = gathering.take() {
+            let message = format!(
+                "the answers under way that are not streams have this server's bound of {} bytes; try again, or ask for a stream",
+                self.server.limits.answers_bytes_max
+            );
+            let error = ApiError::new(ErrorKind::TooManyRequests, message);
+            // Whoever waited may have left.
+            let _ = to.send(Err(error));
         }
-        self.characters = echo.text.chars().count();
-        self.text.push_str(&echo.text);
+        self.text = String::new();
+        self.logprobs = Vec::new();
     }
 
-    fn tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
+    /// As [`Sink::tokens`].
+    fn add_tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
         let mut logprobs = logprobs.into_iter();
         for (i, token) in tokens.iter().enumerate() {
             self.usage.completion += 1;
             if self.want_logprobs {
                 let next = logprobs.next();
-                self.add_logprobs(*token, next);
+                let vocabulary = &self.server.model.vocabulary;
+                // A special token has no text here.
+                let broken = match vocabulary.special(*token) {
+                    true => 0,
+                    false => self.detokenizer.broken_before(vocabulary, *token),
+                };
+                self.add_logprobs(*token, next, self.characters + broken);
             }
             if stop && i + 1 == tokens.len() {
                 break;
@@ -153,6 +143,51 @@ impl Sink for Choice {
             }
         }
         false
+    }
+
+    fn add_logprobs(&mut self, token: u32, logprobs: Option<TokenLogprobs>, offset: usize) {
+        if self.want_logprobs {
+            let (logprob, top) = match logprobs {
+                Some(TokenLogprobs { logprob, top }) => (Some(logprob), top),
+                None => (None, Vec::new()),
+            };
+            self.logprobs.push(LogprobEntry {
+                token,
+                logprob,
+                top,
+                offset,
+            });
+        }
+    }
+}
+
+impl Sink for Choice {
+    fn prompt(&mut self, cached_tokens: u32, logprobs: Option<Vec<TokenLogprobs>>) {
+        self.usage.cached = u64::from(cached_tokens);
+        let Some(echo) = self.echo.take() else { return };
+        if self.want_logprobs {
+            // The first token of a prompt follows nothing, so it has no probability.
+            let known = std::iter::once(None).chain(logprobs.into_iter().flatten().map(Some));
+            let known = known.chain(std::iter::repeat(None));
+            let places = echo.tokens.iter().zip(&echo.offsets);
+            for ((token, offset), logprobs) in places.zip(known) {
+                self.add_logprobs(*token, logprobs, *offset);
+            }
+        }
+        self.characters = echo.characters;
+        self.text.push_str(&echo.text);
+        self.detokenizer = echo.detokenizer.clone();
+        self.note_held(0, 0);
+    }
+
+    fn tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
+        if matches!(self.to, Destination::Whole(None)) {
+            return false;
+        }
+        let (text_before, logprobs_before) = (self.text.len(), self.logprobs.len());
+        let stopped = self.add_tokens(tokens, logprobs, stop);
+        self.note_held(text_before, logprobs_before);
+        stopped
     }
 
     fn has_room(&self) -> bool {
@@ -200,6 +235,13 @@ impl Sink for Choice {
                 self.stops.finish(&mut self.text);
             }
         }
+        if let Destination::Whole(_) = self.to {
+            // Tokens of a stop string begin where the text ends.
+            let characters = self.text.chars().count();
+            for entry in &mut self.logprobs {
+                entry.offset = entry.offset.min(characters);
+            }
+        }
         self.flush();
         match (&mut self.to, end) {
             (Destination::Stream(share, shape), Ok(finish)) => {
@@ -219,16 +261,17 @@ impl Sink for Choice {
                     errors.with_label_values(&[label]).inc();
                 }
             }
-            (Destination::Whole(sender), end) => {
-                let whole = end.map(|finish| Whole {
-                    text: std::mem::take(&mut self.text),
-                    logprobs: std::mem::take(&mut self.logprobs),
-                    finish,
-                    usage: self.usage,
-                });
-                if let Some(sender) = sender.take() {
+            (Destination::Whole(gathering), end) => {
+                if let Some(Gathering { to, held }) = gathering.take() {
+                    let whole = end.map(|finish| Whole {
+                        text: std::mem::take(&mut self.text),
+                        logprobs: std::mem::take(&mut self.logprobs),
+                        finish,
+                        usage: self.usage,
+                        _held: held,
+                    });
                     // Whoever waited may have left.
-                    let _ = sender.send(whole);
+                    let _ = to.send(whole);
                 }
             }
         }

@@ -3,18 +3,23 @@
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use tokio::time::{Instant, timeout_at};
+use baton_protocol::PrefillReply;
+use tokio::time::Instant;
 
 use super::answer::{Prepared, answer};
 use super::authorize::Caller;
-use super::body::{self, Body, Room};
+use super::body::{self, Body};
+use super::presence::Presence;
 use super::respond::refuse;
 use super::status::unknown_model;
+use crate::admission::Place;
+use crate::echo::Echo;
 use crate::error::{ApiError, ErrorKind};
 use crate::inbox::Mailbox;
 use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt};
 use crate::server::Server;
-use crate::tokenizer::INLINE_BYTES_MAX;
+use crate::texts::Until;
+use crate::tokenizer::TextError;
 
 /// Output tokens of a text completion that names none: OpenAI's.
 const COMPLETION_TOKENS: u32 = 16;
@@ -51,6 +56,16 @@ fn respond(server: &Server, outcome: Result<HttpResponse, ApiError>) -> HttpResp
     outcome.unwrap_or_else(|error| refuse(server, &error))
 }
 
+/// A request gets no further than here without a place: not even its body is read.
+fn admit(server: &Server, request: &HttpRequest) -> Result<Presence, ApiError> {
+    if let Some(fault) = server.bus.gone(Instant::now()) {
+        let message = format!("{fault}: no worker can be asked; try again");
+        return Err(ApiError::new(ErrorKind::Bus, message));
+    }
+    let Caller(key) = Caller::of(request);
+    Ok(Presence::new(Place::take(&server.in_flight, key)?))
+}
+
 async fn try_chat(
     server: Arc<Server>,
     mailbox: Arc<Mailbox>,
@@ -58,27 +73,33 @@ async fn try_chat(
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
-    let caller = Caller::of(&request);
+    let client = admit(&server, &request)?;
     let deadline = arrived + server.request_budget;
     let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
-    let ChatRequest { params, messages } =
-        ChatRequest::parse(&bytes, &server.model.defaults, &server.limits)?;
-    check_model(&server, &params)?;
-    let large = bytes.len() > INLINE_BYTES_MAX;
-    drop(bytes);
-    let on_server = Arc::clone(&server);
-    let tokens = on_thread(room, large.then_some(deadline), move || {
-        let refused = |message| ApiError::param("messages", message);
-        let text = on_server.model.render_chat(&messages).map_err(refused)?;
-        on_server.model.encode(&text, false).map_err(refused)
-    })
-    .await?;
-    let generation = params.generation(&server.model, "messages", tokens.len(), None)?;
-    let prepared = Prepared {
-        tokens: tokens.into(),
-        generation,
-        echo: None,
+    let (on_server, place) = (Arc::clone(&server), client.place());
+    let size = bytes.len();
+    let work = move |until: &Until| {
+        let _room = room;
+        let model = &on_server.model;
+        let ChatRequest { params, messages } =
+            ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
+        drop(bytes);
+        check_model(&on_server, &params)?;
+        place.grow(params.n as usize - 1)?;
+        let refused = |error: TextError| error.of("messages", model);
+        let prompt = model.render_chat(messages, until).map_err(refused)?;
+        let tokens = model.encode_chat(&prompt, until).map_err(refused)?;
+        drop(prompt);
+        let generation = params.generation(model, "messages", tokens.len(), None)?;
+        let prepared = Prepared {
+            tokens: tokens.into(),
+            generation,
+            echo: None,
+        };
+        Ok((params, prepared))
     };
+    let until = client.until(deadline);
+    let (params, prepared) = server.texts.run(size, until, work).await?;
     answer(
         server,
         &mailbox,
@@ -86,7 +107,7 @@ async fn try_chat(
         params,
         vec![prepared],
         arrived,
-        caller,
+        client,
     )
     .await
 }
@@ -98,25 +119,29 @@ async fn try_text(
     payload: web::Payload,
 ) -> Result<HttpResponse, ApiError> {
     let arrived = Instant::now();
-    let caller = Caller::of(&request);
+    let client = admit(&server, &request)?;
     let deadline = arrived + server.request_budget;
     let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
-    let CompletionRequest {
-        params,
-        prompts,
-        echo,
-    } = CompletionRequest::parse(&bytes, &server.model.defaults, &server.limits)?;
-    check_model(&server, &params)?;
-    let large = bytes.len() > INLINE_BYTES_MAX;
-    drop(bytes);
-    let (on_server, wanted) = (Arc::clone(&server), params.clone());
-    let prepared = on_thread(room, large.then_some(deadline), move || {
-        prompts
+    let (on_server, place) = (Arc::clone(&server), client.place());
+    let size = bytes.len();
+    let work = move |until: &Until| {
+        let _room = room;
+        let CompletionRequest {
+            params,
+            prompts,
+            echo,
+        } = CompletionRequest::parse(&bytes, &on_server.model.defaults, &on_server.limits)?;
+        drop(bytes);
+        check_model(&on_server, &params)?;
+        place.grow(prompts.len() * params.n as usize - 1)?;
+        let prepared = prompts
             .into_iter()
-            .map(|prompt| prepare(&on_server, &wanted, prompt, echo))
-            .collect()
-    })
-    .await?;
+            .map(|prompt| prepare(&on_server, &params, prompt, echo, until))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok((params, prepared))
+    };
+    let until = client.until(deadline);
+    let (params, prepared) = server.texts.run(size, until, work).await?;
     answer(
         server,
         &mailbox,
@@ -124,7 +149,7 @@ async fn try_text(
         params,
         prepared,
         arrived,
-        caller,
+        client,
     )
     .await
 }
@@ -134,13 +159,15 @@ fn prepare(
     params: &Params,
     prompt: Prompt,
     echo: bool,
+    until: &Until,
 ) -> Result<Prepared, ApiError> {
     let model = &server.model;
-    let tokens = match &prompt {
-        Prompt::Text(text) => model
-            .encode(text, true)
-            .map_err(|message| ApiError::param("prompt", message))?,
-        Prompt::Tokens(tokens) => tokens.clone(),
+    let (tokens, text) = match prompt {
+        Prompt::Text(text) => {
+            let tokens = model.encode(&text, true, until);
+            (tokens.map_err(|e| e.of("prompt", model))?, Some(text))
+        }
+        Prompt::Tokens(tokens) => (tokens, None),
     };
     if tokens.is_empty() {
         return Err(ApiError::param("prompt", "prompt has no tokens"));
@@ -151,14 +178,42 @@ fn prepare(
         return Err(ApiError::param("prompt", message));
     }
     let generation = params.generation(model, "prompt", tokens.len(), Some(COMPLETION_TOKENS))?;
-    let echo = echo.then(|| match prompt {
-        Prompt::Text(text) => text,
-        Prompt::Tokens(_) => model.text(&tokens),
+    let tokens: Arc<[u32]> = tokens.into();
+    let logprobs = params.sampling.logprobs;
+    if let Some(top) = logprobs.filter(|_| echo) {
+        fits_the_bus(server, tokens.len(), top)?;
+    }
+    let echo = echo.then(|| match text {
+        Some(text) => {
+            let with_offsets = logprobs.is_some();
+            Echo::of_text(&model.vocabulary, text, Arc::clone(&tokens), with_offsets)
+        }
+        None => Echo::of_tokens(&model.vocabulary, Arc::clone(&tokens)),
     });
     Ok(Prepared {
-        tokens: tokens.into(),
+        tokens,
         generation,
-        echo,
+        echo: echo.map(Arc::new),
+    })
+}
+
+/// Whether the log-probabilities of a prompt that is repeated can come back over the bus.
+fn fits_the_bus(server: &Server, tokens: usize, top: u8) -> Result<(), ApiError> {
+    let vocabulary = server.model.vocabulary.count() as u32;
+    let bytes = PrefillReply::bytes_max(tokens, top, vocabulary);
+    let bytes_max = server.bus.bytes_max();
+    if bytes <= bytes_max {
+        return Ok(());
+    }
+    let message = format!(
+        "echo with the log-probabilities of {tokens} prompt tokens and {top} alternatives each makes an answer of up to \
+         {bytes} bytes, and the bus carries {bytes_max}: ask for fewer alternatives, repeat a shorter prompt, or leave echo \
+         or logprobs out"
+    );
+    let param = Some("logprobs".to_owned());
+    Err(ApiError {
+        param,
+        ..ApiError::new(ErrorKind::AnswerTooLarge, message)
     })
 }
 
@@ -167,58 +222,5 @@ fn check_model(server: &Server, params: &Params) -> Result<(), ApiError> {
         Some(name) if *name != server.model_name => Err(unknown_model(server, name)),
         Some(_) => Ok(()),
         None => Err(ApiError::param("model", "model is required")),
-    }
-}
-
-/// Runs what takes long for a large body on a thread of its own, waiting for it until the deadline, and the rest here. The body's
-/// room is free when the work is over, also where nobody waits for that any more.
-async fn on_thread<T: Send + 'static>(
-    room: Room,
-    large: Option<Instant>,
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    let work = move || {
-        let done = work();
-        drop(room);
-        done
-    };
-    let Some(deadline) = large else {
-        return work();
-    };
-    let outcome = timeout_at(deadline, web::block(work)).await;
-    let late = |_| {
-        let message = "the request's time ran out while its prompt was made into tokens";
-        ApiError::new(ErrorKind::Deadline, message)
-    };
-    outcome
-        .map_err(late)?
-        .unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "a thread was lost")))
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use tokio::sync::Semaphore;
-
-    use super::*;
-
-    #[tokio::test]
-    async fn a_body_has_its_room_until_its_thread_is_done() {
-        let all = Arc::new(Semaphore::new(3));
-        let taken = Arc::clone(&all).try_acquire_many_owned(2).unwrap();
-        let (go_on, going) = mpsc::channel();
-        let room = Room::of(taken);
-        let work = on_thread(room, Some(Instant::now()), move || {
-            going
-                .recv()
-                .map_err(|_| ApiError::new(ErrorKind::Internal, "nobody waits"))
-        });
-        assert_eq!(work.await.unwrap_err().kind, ErrorKind::Deadline);
-        assert_eq!(all.available_permits(), 1, "the thread is still at it");
-        go_on.send(()).unwrap();
-        let free = Arc::clone(&all).acquire_many_owned(3);
-        let free = tokio::time::timeout(std::time::Duration::from_secs(20), free).await;
-        assert!(free.is_ok(), "the room comes back");
     }
 }

@@ -5,9 +5,12 @@ mod authorize;
 mod body;
 mod choice;
 mod completions;
+mod outbox;
+mod presence;
 mod respond;
 mod sse;
 mod status;
+mod whole;
 
 use std::any::Any;
 use std::net::TcpListener;
@@ -17,9 +20,9 @@ use std::time::Duration;
 
 use actix_web::rt::net::TcpStream;
 
-use actix_web::body::BoxBody;
+use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{Server as HttpServerHandle, ServiceRequest, ServiceResponse};
-use actix_web::http::ConnectionType;
+use actix_web::http::{ConnectionType, Version};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{App, HttpServer, rt, web};
 
@@ -51,7 +54,7 @@ pub fn serve(
         rt::spawn(watch.show("HTTP thread"));
         App::new()
             .wrap(from_fn(authorize::authorize))
-            .wrap(from_fn(close_when_leaving))
+            .wrap(from_fn(close_after_answer))
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
             .service(only(
@@ -94,15 +97,22 @@ pub fn serve(
         .run())
 }
 
-/// A server that leaves closes each connection after its answer: a client's next request goes elsewhere, and is not cut off.
-async fn close_when_leaving(
+/// A server that leaves closes each connection after its answer: a client's next request goes elsewhere, and is not cut off. One of
+/// HTTP/1.0 knows no chunks: an answer whose length is not known ends with its connection.
+async fn close_after_answer(
     server: web::Data<Server>,
     request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
+    let knows_chunks = request.version() >= Version::HTTP_11;
     let mut response = next.call(request).await?;
+    let is_stream = response.response().body().size() == BodySize::Stream;
+    let head = response.response_mut().head_mut();
+    if is_stream && !knows_chunks {
+        head.no_chunking(true);
+        head.set_connection_type(ConnectionType::Close);
+    }
     if server.leaving.load(Ordering::Relaxed) {
-        let head = response.response_mut().head_mut();
         head.set_connection_type(ConnectionType::Close);
     }
     Ok(response)

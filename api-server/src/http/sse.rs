@@ -1,262 +1,39 @@
-//! Server-sent events: what the choices of one request write, and the response body that carries it.
-//! Both live on one HTTP thread. Whatever has gathered since the last write leaves in one piece.
+//! The response body of a stream: server-sent events.
 
-use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::future::Future;
-use std::ops::Deref;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use actix_web::body::{BodySize, MessageBody};
 use bytes::Bytes;
-use tokio::sync::Notify;
 
-use crate::error::{ApiError, ErrorKind};
-use crate::inbox::{Event, Inbox};
-use crate::keys::Place;
-use crate::openai::{Shape, Tally, Usage};
+use super::outbox::Outbox;
+use super::presence::Presence;
 
 /// A stream says something at least this often, also to notice that nobody listens any more.
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
 
-/// Bytes that may wait for a slow reader. With these written no more tokens are rendered; they wait as ids.
-const WAITING_BYTES_MAX: usize = 64 << 10;
-
-/// More than one event with a token takes.
-const EVENT_BYTES: usize = 1 << 10;
-
-/// The stream of one request, between its choices and its body.
-pub struct Outbox {
-    inner: RefCell<Inner>,
-    /// Told when what waited was taken.
-    taken: Notify,
-}
-
-/// One choice's part in the stream, which it ends. One that is dropped before, as when its driver breaks, ends it with an error:
-/// the client would wait for ever.
-pub struct Share {
-    outbox: Rc<Outbox>,
-    is_over: Cell<bool>,
-}
-
-struct Inner {
-    bytes: Vec<u8>,
-    waker: Option<Waker>,
-    open_choices: usize,
-    tally: Tally,
-    /// Something was written already, so a failure can only be told in the stream.
-    started: bool,
-    failure: Option<ApiError>,
-    ended: bool,
-    /// The body is gone: whoever writes will hear that the client left.
-    closed: bool,
-}
-
-impl Outbox {
-    /// An outbox for this many choices, whose tokens are counted here.
-    pub fn new(choices: usize, tally: Tally) -> Rc<Self> {
-        Rc::new(Self {
-            taken: Notify::new(),
-            inner: RefCell::new(Inner {
-                bytes: Vec::new(),
-                waker: None,
-                open_choices: choices,
-                tally,
-                started: false,
-                failure: None,
-                ended: false,
-                closed: false,
-            }),
-        })
-    }
-
-    /// Appends to the stream.
-    pub fn write(&self, write: impl FnOnce(&mut Vec<u8>)) {
-        let mut inner = self.inner.borrow_mut();
-        if inner.ended {
-            return;
-        }
-        inner.started = true;
-        write(&mut inner.bytes);
-        inner.wake();
-    }
-
-    /// Whether another `bytes` may be written.
-    pub fn has_room(&self, bytes: usize) -> bool {
-        let inner = self.inner.borrow();
-        // After a failure there is nothing more to write, and the body's end brings the news to the other choices.
-        inner.closed || !inner.ended && inner.bytes.len() + bytes < WAITING_BYTES_MAX
-    }
-
-    /// Waits until what was written has been taken.
-    pub async fn room(&self) {
-        while !self.has_room(0) {
-            self.taken.notified().await;
-        }
-    }
-
-    /// A choice's part in it. There are to be as many as choices.
-    pub fn share(self: &Rc<Self>) -> Share {
-        Share {
-            outbox: Rc::clone(self),
-            is_over: Cell::new(false),
-        }
-    }
-
-    /// A choice has ended; after the last one the stream does.
-    fn choice_done(&self, index: usize, usage: Usage, shape: &Shape) {
-        let mut inner = self.inner.borrow_mut();
-        inner.tally.add(index, usage);
-        inner.open_choices -= 1;
-        if inner.open_choices == 0 && !inner.ended {
-            let usage = inner.tally.usage();
-            shape.done(usage, &mut inner.bytes);
-            inner.ended = true;
-        }
-        inner.wake();
-    }
-
-    /// A choice failed, and with it the request. True if the stream itself tells it: it is no status any more.
-    fn fail(&self, error: ApiError) -> bool {
-        let mut inner = self.inner.borrow_mut();
-        if inner.ended {
-            return false;
-        }
-        if inner.started {
-            Shape::error_event(&error, &mut inner.bytes);
-        } else {
-            inner.failure = Some(error);
-        }
-        inner.ended = true;
-        inner.wake();
-        inner.started
-    }
-
-    /// The body is gone, or never came to be, and with it whoever read.
-    pub fn close(&self) {
-        let mut inner = self.inner.borrow_mut();
-        inner.ended = true;
-        inner.closed = true;
-        inner.bytes = Vec::new();
-        self.taken.notify_waiters();
-    }
-
-    /// Waits until the stream has begun, or has failed before it did, but not longer than `patience`.
-    ///
-    /// # Errors
-    /// The failure: it can still become a status.
-    pub async fn begun(&self, patience: Duration) -> Result<(), ApiError> {
-        let first = std::future::poll_fn(|cx| {
-            let mut inner = self.inner.borrow_mut();
-            if let Some(error) = inner.failure.take() {
-                return Poll::Ready(Err(error));
-            }
-            if inner.started {
-                return Poll::Ready(Ok(()));
-            }
-            inner.waker = Some(cx.waker().clone());
-            Poll::Pending
-        });
-        let outcome = tokio::time::timeout(patience, first)
-            .await
-            .unwrap_or(Ok(()));
-        // From here on the status is sent.
-        self.inner.borrow_mut().started = true;
-        outcome
-    }
-}
-
-impl Share {
-    /// The choice has ended; after the last one the stream does.
-    pub fn done(&self, index: usize, usage: Usage, shape: &Shape) {
-        self.is_over.set(true);
-        self.outbox.choice_done(index, usage, shape);
-    }
-
-    /// The choice failed, and with it the request. True if the stream itself tells it: it is no status any more.
-    pub fn fail(&self, error: ApiError) -> bool {
-        self.is_over.set(true);
-        self.outbox.fail(error)
-    }
-}
-
-impl Deref for Share {
-    type Target = Outbox;
-
-    fn deref(&self) -> &Outbox {
-        &self.outbox
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        if !self.is_over.get() {
-            let error = ApiError::new(ErrorKind::Internal, "a generation was dropped");
-            self.outbox.fail(error);
-        }
-    }
-}
-
-impl Inner {
-    /// What was written. An event is copied out, which is one allocation of its size where a buffer that begins
-    /// anew grows four times.
-    fn take(&mut self) -> Bytes {
-        if self.bytes.len() > EVENT_BYTES {
-            return std::mem::take(&mut self.bytes).into();
-        }
-        let bytes = Bytes::copy_from_slice(&self.bytes);
-        self.bytes.clear();
-        bytes
-    }
-
-    fn wake(&mut self) {
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
-    }
-}
-
-/// Tells the drivers of a request that its client left, when it is dropped. After the end nobody hears it.
-pub struct Presence(pub Vec<Arc<Inbox>>);
-
-impl Drop for Presence {
-    fn drop(&mut self) {
-        self.0
-            .iter()
-            .for_each(|inbox| inbox.push(Event::ClientLeft));
-    }
-}
-
 /// The body of a streamed response. Dropping it, as happens when the client leaves, ends the request.
 pub struct SseBody {
     outbox: Rc<Outbox>,
-    _presence: Presence,
-    _place: Option<Place>,
+    _client: Presence,
     timer: Pin<Box<tokio::time::Sleep>>,
     last_write: Instant,
 }
 
 impl SseBody {
-    /// The body that empties this outbox, and keeps the request's place in its key's bound.
-    pub fn new(outbox: Rc<Outbox>, presence: Presence, place: Option<Place>) -> Self {
+    /// The body that empties this outbox for this client.
+    pub fn new(outbox: Rc<Outbox>, client: Presence) -> Self {
         let timer = Box::pin(tokio::time::sleep(KEEP_ALIVE));
         Self {
             outbox,
-            _presence: presence,
-            _place: place,
+            _client: client,
             timer,
             last_write: Instant::now(),
         }
-    }
-}
-
-impl Drop for SseBody {
-    fn drop(&mut self) {
-        self.outbox.close();
     }
 }
 
@@ -272,24 +49,10 @@ impl MessageBody for SseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Bytes, Self::Error>>> {
         let this = self.get_mut();
-        let mut inner = this.outbox.inner.borrow_mut();
-        if !inner.bytes.is_empty() {
+        if let Poll::Ready(bytes) = this.outbox.poll_take(cx) {
             this.last_write = Instant::now();
-            let bytes = inner.take();
-            this.outbox.taken.notify_waiters();
-            return Poll::Ready(Some(Ok(bytes)));
+            return Poll::Ready(bytes.map(Ok));
         }
-        if inner.ended {
-            return Poll::Ready(None);
-        }
-        if !inner
-            .waker
-            .as_ref()
-            .is_some_and(|waker| waker.will_wake(cx.waker()))
-        {
-            inner.waker = Some(cx.waker().clone());
-        }
-        drop(inner);
         while this.timer.as_mut().poll(cx).is_ready() {
             // Writes do not touch the timer: it looks for itself how long the last one is ago.
             let due = this.last_write + KEEP_ALIVE;
@@ -302,41 +65,5 @@ impl MessageBody for SseBody {
             this.timer.as_mut().reset(due.into());
         }
         Poll::Pending
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use baton_protocol::FinishReason;
-
-    use super::*;
-    use crate::openai::ApiKind;
-
-    /// What a stream of two choices says, one of which ends.
-    fn stream(second: impl FnOnce(Share, &Shape)) -> String {
-        let shape = Shape::new(ApiKind::Completion, "1", "m", true, false, false);
-        let outbox = Outbox::new(2, Tally::new(1, 1, 2));
-        let (first, other) = (outbox.share(), outbox.share());
-        first.write(|out| shape.finish_chunk(0, FinishReason::Stop, out));
-        first.done(0, Usage::default(), &shape);
-        drop(first);
-        assert!(!outbox.inner.borrow().ended, "the other goes on");
-        second(other, &shape);
-        assert!(outbox.inner.borrow().ended);
-        let bytes = outbox.inner.borrow_mut().take();
-        String::from_utf8(bytes.to_vec()).unwrap()
-    }
-
-    #[test]
-    fn a_stream_ends_also_if_a_choice_breaks() {
-        let done = stream(|share, shape| share.done(1, Usage::default(), shape));
-        assert!(done.ends_with("data: [DONE]\n\n"), "{done}");
-        assert!(!done.contains("error"), "{done}");
-        let broken = stream(|share, _| drop(share));
-        assert!(!broken.contains("[DONE]"), "{broken}");
-        assert!(
-            broken.contains("event: error") && broken.contains("internal_error"),
-            "{broken}"
-        );
     }
 }

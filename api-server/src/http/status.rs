@@ -40,12 +40,18 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
 }
 
 fn model_object(server: &Server) -> Value {
+    let fleet = server.fleet();
+    let longest = fleet
+        .members
+        .longest_sequence(&server.model.fingerprint, Instant::now());
+    // While no pair of workers serves, what the model could do.
+    let held = longest.map_or(u32::MAX, |(held, _)| held);
     json!({
         "id": server.model_name,
         "object": "model",
         "created": server.started_unix,
         "owned_by": "baton",
-        "max_model_len": server.model.tokens_max,
+        "max_model_len": held.min(server.model.tokens_max),
     })
 }
 
@@ -59,7 +65,10 @@ pub async fn health(server: web::Data<Server>) -> HttpResponse {
         (true, false) => (StatusCode::OK, "degraded"),
         (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
     };
-    let body = json!({"status": word, "reasons": faults, "degraded": degraded, "in_flight": server.registry.len()});
+    // Requests whose body is still coming, and generations whose client has left and that are just being ended.
+    let in_flight = server.in_flight.taken().max(server.registry.len());
+    let body =
+        json!({"status": word, "reasons": faults, "degraded": degraded, "in_flight": in_flight});
     respond::json(status, body.to_string())
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use baton_protocol::{Failure, FailureCode, FinishReason, KvHandle, WorkerId};
 
+use super::room::Round;
 use super::{Action, Lifecycle, Phase, Target};
 use crate::error::{ApiError, ErrorKind};
 
@@ -44,6 +45,7 @@ impl Lifecycle {
         } else {
             let kind = match failure.code {
                 FailureCode::NoToken => ErrorKind::NoToken,
+                FailureCode::TooLarge => ErrorKind::AnswerTooLarge,
                 _ => ErrorKind::Deadline,
             };
             let error = ApiError::new(kind, failure.message);
@@ -109,11 +111,22 @@ impl Lifecycle {
         }
     }
 
+    /// The lease of the KV that waits for a decode worker has ended. It is prefilled again at once: that is nobody's fault
+    /// and no failed try, and each prefill brings a token.
+    pub(super) fn lease_lost(&mut self, out: &mut Vec<Action>) {
+        if let Phase::Staged { .. } = self.phase {
+            const REASON: &str = "lease ended";
+            self.abort_involved(REASON, out);
+            self.phase = Phase::Queued;
+            self.next_round();
+            out.push(Action::Retried(REASON));
+            out.push(Action::ChooseContext);
+        }
+    }
+
     pub(super) fn next_round(&mut self) {
         self.refused.clear();
-        self.busy_ms = None;
-        self.is_absent = false;
-        self.too_long = None;
+        self.round = Round::default();
         self.waiting = false;
     }
 
@@ -166,12 +179,15 @@ impl Lifecycle {
         }
     }
 
-    fn abort_involved(&self, reason: &'static str, out: &mut Vec<Action>) {
-        out.extend(
-            self.involved()
-                .into_iter()
-                .map(|target| Action::Abort { target, reason }),
-        );
+    fn abort_involved(&mut self, reason: &'static str, out: &mut Vec<Action>) {
+        let involved = self.involved();
+        let abort = |target: &Target| Action::Abort {
+            target: target.clone(),
+            reason,
+        };
+        out.extend(involved.iter().map(abort));
+        let is_told = |line: &Target| involved.iter().any(|told| told.worker == line.worker);
+        self.leave_lines(reason, is_told, out);
     }
 }
 

@@ -111,6 +111,15 @@ pub enum Input {
     WaitOver,
     /// A place became free on a decode worker, before that time was over.
     RoomMade,
+    /// The lease of the KV that waits for a decode worker has ended.
+    LeaseLost,
+    /// Before its prompt was sent: no decode worker would take it in time.
+    Overbooked {
+        /// How long it would wait for one.
+        wait: Duration,
+        /// When that may have become short enough.
+        retry_after: Duration,
+    },
     /// A stop string was found in the text.
     StopFound,
     /// The budget is used up.
@@ -119,6 +128,8 @@ pub enum Input {
     ClientLeft,
     /// This API server ends, and has waited for as long as it may.
     Leaving,
+    /// Another API server has this one's name.
+    NameLost,
     /// The client is there and reads nothing.
     ClientStalled,
 }

@@ -146,33 +146,80 @@ impl Shape {
         out.extend_from_slice(b",\"choices\":[");
     }
 
-    /// One choice of it.
-    pub fn choice(
+    /// The beginning of one choice of it, up to its text.
+    pub fn open_choice(&self, index: usize, out: &mut Vec<u8>) {
+        if index > 0 {
+            out.push(b',');
+        }
+        put(out, format_args!("{{\"index\":{index},"));
+        out.extend_from_slice(match self.kind {
+            ApiKind::Chat => b"\"message\":{\"role\":\"assistant\",\"content\":\"",
+            ApiKind::Completion => b"\"text\":\"",
+        });
+    }
+
+    /// A part of its text.
+    pub fn text(&self, text: &str, out: &mut Vec<u8>) {
+        escape(text, out);
+    }
+
+    /// From its text to its log-probabilities.
+    pub fn close_text(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(match self.kind {
+            ApiKind::Chat => b"\",\"refusal\":null},\"logprobs\":",
+            ApiKind::Completion => b"\",\"logprobs\":",
+        });
+    }
+
+    /// The beginning of one of the arrays that hold its log-probabilities, with the end of the one before. False after the last, of
+    /// which this is the end.
+    pub fn open_logprobs(&self, array: usize, out: &mut Vec<u8>) -> bool {
+        let begins: &[&str] = match self.kind {
+            _ if !self.logprobs => &[],
+            ApiKind::Chat => &["{\"content\":["],
+            ApiKind::Completion => &[
+                "{\"tokens\":[",
+                "],\"token_logprobs\":[",
+                "],\"top_logprobs\":[",
+                "],\"text_offset\":[",
+            ],
+        };
+        let end = match self.kind {
+            _ if !self.logprobs => "null",
+            ApiKind::Chat => "],\"refusal\":null}",
+            ApiKind::Completion => "]}",
+        };
+        let begin = begins.get(array);
+        out.extend_from_slice(begin.copied().unwrap_or(end).as_bytes());
+        begin.is_some()
+    }
+
+    /// One entry of such an array.
+    pub fn logprob(
         &self,
+        array: usize,
         index: usize,
-        text: &str,
-        logprobs: &[LogprobEntry],
-        finish: FinishReason,
+        entry: &LogprobEntry,
         model: &ModelText,
         out: &mut Vec<u8>,
     ) {
         if index > 0 {
             out.push(b',');
         }
-        put(out, format_args!("{{\"index\":{index},"));
-        match self.kind {
-            ApiKind::Chat => {
-                out.extend_from_slice(b"\"message\":{\"role\":\"assistant\",\"content\":\"");
-                escape(text, out);
-                out.extend_from_slice(b"\",\"refusal\":null},\"logprobs\":");
-            }
-            ApiKind::Completion => {
-                out.extend_from_slice(b"\"text\":\"");
-                escape(text, out);
-                out.extend_from_slice(b"\",\"logprobs\":");
-            }
+        match (self.kind, array) {
+            (ApiKind::Chat, _) => chat_logprob(entry, model, out),
+            (ApiKind::Completion, 0) => token_text(entry.token, model, out),
+            (ApiKind::Completion, 1) => match entry.logprob {
+                Some(logprob) => put(out, format_args!("{}", finite(logprob))),
+                None => out.extend_from_slice(b"null"),
+            },
+            (ApiKind::Completion, 2) => top_logprobs(entry, model, out),
+            (ApiKind::Completion, _) => put(out, format_args!("{}", entry.offset)),
         }
-        self.logprobs(logprobs, model, out);
+    }
+
+    /// The end of one choice.
+    pub fn close_choice(&self, finish: FinishReason, out: &mut Vec<u8>) {
         put(
             out,
             format_args!(",\"finish_reason\":\"{}\"}}", finish_label(finish)),
@@ -211,10 +258,12 @@ impl Shape {
     }
 
     fn logprobs(&self, entries: &[LogprobEntry], model: &ModelText, out: &mut Vec<u8>) {
-        match self.kind {
-            _ if !self.logprobs => out.extend_from_slice(b"null"),
-            ApiKind::Chat => chat_logprobs(entries, model, out),
-            ApiKind::Completion => completion_logprobs(entries, model, out),
+        let mut array = 0;
+        while self.open_logprobs(array, out) {
+            for (index, entry) in entries.iter().enumerate() {
+                self.logprob(array, index, entry, model, out);
+            }
+            array += 1;
         }
     }
 }
@@ -227,62 +276,44 @@ pub fn finish_label(finish: FinishReason) -> &'static str {
     }
 }
 
-fn chat_logprobs(entries: &[LogprobEntry], model: &ModelText, out: &mut Vec<u8>) {
+fn chat_logprob(entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
     let one = |token: u32, logprob: f32, out: &mut Vec<u8>| {
-        out.extend_from_slice(b"{\"token\":\"");
-        escape(&model.token_text(token), out);
+        out.extend_from_slice(b"{\"token\":");
+        token_text(token, model, out);
         put(
             out,
-            format_args!("\",\"logprob\":{},\"bytes\":[", finite(logprob)),
+            format_args!(",\"logprob\":{},\"bytes\":[", finite(logprob)),
         );
         separated(model.vocabulary.bytes(token), out, |byte, out| {
             put(out, format_args!("{byte}"))
         });
         out.push(b']');
     };
-    out.extend_from_slice(b"{\"content\":[");
-    separated(entries, out, |entry, out| {
-        one(entry.token, entry.logprob.unwrap_or(0.0), out);
-        out.extend_from_slice(b",\"top_logprobs\":[");
-        separated(&entry.top, out, |TopLogprob(token, logprob), out| {
-            one(*token, *logprob, out);
-            out.push(b'}');
-        });
-        out.extend_from_slice(b"]}");
-    });
-    out.extend_from_slice(b"],\"refusal\":null}");
-}
-
-fn completion_logprobs(entries: &[LogprobEntry], model: &ModelText, out: &mut Vec<u8>) {
-    let token = |token: u32, out: &mut Vec<u8>| {
-        out.push(b'"');
-        escape(&model.token_text(token), out);
-        out.push(b'"');
-    };
-    out.extend_from_slice(b"{\"tokens\":[");
-    separated(entries, out, |entry, out| token(entry.token, out));
-    out.extend_from_slice(b"],\"token_logprobs\":[");
-    separated(entries, out, |entry, out| match entry.logprob {
-        Some(logprob) => put(out, format_args!("{}", finite(logprob))),
-        None => out.extend_from_slice(b"null"),
-    });
-    out.extend_from_slice(b"],\"top_logprobs\":[");
-    separated(entries, out, |entry, out| {
-        if entry.top.is_empty() {
-            return out.extend_from_slice(b"null");
-        }
-        out.push(b'{');
-        separated(&entry.top, out, |TopLogprob(id, logprob), out| {
-            token(*id, out);
-            put(out, format_args!(":{}", finite(*logprob)));
-        });
+    one(entry.token, entry.logprob.unwrap_or(0.0), out);
+    out.extend_from_slice(b",\"top_logprobs\":[");
+    separated(&entry.top, out, |TopLogprob(token, logprob), out| {
+        one(*token, *logprob, out);
         out.push(b'}');
     });
-    out.extend_from_slice(b"],\"text_offset\":[");
-    separated(entries, out, |entry, out| {
-        put(out, format_args!("{}", entry.offset))
-    });
     out.extend_from_slice(b"]}");
+}
+
+fn top_logprobs(entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
+    if entry.top.is_empty() {
+        return out.extend_from_slice(b"null");
+    }
+    out.push(b'{');
+    separated(&entry.top, out, |TopLogprob(token, logprob), out| {
+        token_text(*token, model, out);
+        put(out, format_args!(":{}", finite(*logprob)));
+    });
+    out.push(b'}');
+}
+
+fn token_text(token: u32, model: &ModelText, out: &mut Vec<u8>) {
+    out.push(b'"');
+    escape(&model.token_text(token), out);
+    out.push(b'"');
 }
 
 fn write_usage(usage: Usage, out: &mut Vec<u8>) {

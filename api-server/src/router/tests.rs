@@ -1,3 +1,5 @@
+use std::time::Duration;
+
 use super::*;
 use crate::membership::tests::{beat, fingerprint};
 use baton_protocol::{
@@ -84,6 +86,7 @@ fn bursts_spread_between_beats() {
     let job = Outstanding {
         prefills: 1,
         prefill_tokens: 100,
+        staged: 0,
         decodes: 0,
     };
     let mut counts = HashMap::new();
@@ -111,6 +114,7 @@ fn a_known_prefix_attracts_until_the_queue_outweighs_it() {
     let heavy = Outstanding {
         prefills: 1,
         prefill_tokens: 1000,
+        staged: 0,
         decodes: 0,
     };
     s.router.begin(&worker("c2"), heavy);
@@ -125,6 +129,7 @@ fn own_jobs_in_a_beat_are_not_counted_twice() {
     let job = Outstanding {
         prefills: 1,
         prefill_tokens: 500,
+        staged: 0,
         decodes: 0,
     };
     s.router.begin(&worker("c1"), job);
@@ -216,6 +221,7 @@ fn several_api_servers_do_not_herd() {
                 api_server: ApiServerId::new(name).unwrap(),
                 incarnation: None,
                 in_flight: 0,
+                serving_ms: None,
             };
             server.members.api_beat(beat, server.now);
         }
@@ -281,4 +287,91 @@ fn a_load_beyond_all_numbers_is_only_a_large_one() {
     for _ in 0..3 {
         assert_eq!(setup.decode(&[], "c").as_deref(), Some("d1"));
     }
+}
+
+/// One pair; decode workers have eight places and a hundred blocks of 16 tokens.
+fn decode_wait(decode_ms: u32, running: u32, staged: usize, prompt_tokens: usize) -> Duration {
+    let mut s = Setup::new(&[("c1", Role::Context, &[])]);
+    let mut full = beat("d1", Role::Decode, &["c1"]);
+    full.decode_ms = decode_ms;
+    full.load.running = running;
+    full.load.blocks_used = 4 * running;
+    s.members.beat(full, s.now);
+    let waits = Outstanding {
+        staged,
+        ..Outstanding::default()
+    };
+    s.router.begin(&worker("c1"), waits);
+    s.router
+        .decode_wait(&s.members, &s.model, s.now, prompt_tokens)
+}
+
+#[test]
+fn a_prompt_waits_for_as_many_ends_as_places_are_missing() {
+    let seconds = Duration::from_secs;
+    assert_eq!(decode_wait(16_000, 7, 0, 10), seconds(0), "there is room");
+    // Eight generations of 16 s: one ends every 2 s.
+    assert_eq!(decode_wait(16_000, 8, 0, 10), seconds(2));
+    assert_eq!(
+        decode_wait(16_000, 8, 9, 10),
+        seconds(20),
+        "nine are before it"
+    );
+    assert_eq!(
+        decode_wait(0, 8, 9, 10),
+        seconds(0),
+        "nothing has ended yet"
+    );
+    // Blocks, too, are places: 68 are left.
+    assert_eq!(decode_wait(16_000, 8, 0, 1_000), seconds(2));
+    assert_eq!(decode_wait(16_000, 4, 0, 1_000), seconds(0));
+    assert_eq!(
+        decode_wait(16_000, 4, 1, 1_000),
+        seconds(4),
+        "only one fits"
+    );
+}
+
+#[test]
+fn what_others_have_under_way_is_waited_for_too_and_counts_once() {
+    let mut s = Setup::new(&[]);
+    let mut context = beat("c1", Role::Context, &[]);
+    (context.load.waiting, context.load.running) = (2, 1);
+    // Three wait for a decode worker, and two are being pulled.
+    context.load.leased = 5;
+    let mut decode = beat("d1", Role::Decode, &["c1"]);
+    decode.decode_ms = 8_000;
+    (decode.load.running, decode.load.pulling) = (6, 2);
+    // Of all that two prompts are ours.
+    let ours = Outstanding {
+        prefills: 2,
+        prefill_tokens: 20,
+        ..Outstanding::default()
+    };
+    s.router.begin(&worker("c1"), ours);
+    for told in [context, decode] {
+        s.router.beaten(&told.worker);
+        s.members.beat(told, s.now);
+    }
+    let wait = |s: &Setup| s.router.decode_wait(&s.members, &s.model, s.now, 10);
+    assert_eq!(wait(&s), Duration::from_secs(3 + 3 + 1));
+    s.router.end(&worker("c1"), ours);
+    assert_eq!(wait(&s), Duration::from_secs(1 + 3 + 1), "ours are done");
+}
+
+#[test]
+fn nonsense_in_a_beat_is_no_wait_and_no_panic() {
+    let mut s = Setup::new(&[]);
+    let mut worker = beat("b1", Role::Both, &[]);
+    worker.kv.block_tokens = 0;
+    worker.decode_ms = u32::MAX;
+    worker.capacity = baton_protocol::Capacity::default();
+    worker.load.leased = u32::MAX;
+    worker.load.pulling = u32::MAX;
+    worker.load.blocks_used = u32::MAX;
+    s.members.beat(worker, s.now);
+    let wait = s
+        .router
+        .decode_wait(&s.members, &s.model, s.now, usize::MAX - 1);
+    assert!(wait < Duration::from_secs(1 << 20), "{wait:?}");
 }

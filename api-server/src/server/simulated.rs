@@ -8,11 +8,16 @@ use std::time::Duration;
 use baton_bus::Wire;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, Generation, Incarnation, ModelFingerprint, RequestId};
+use prometheus::core::Collector;
+use prometheus::proto::MetricFamily;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::Instant;
 
 use super::Server;
+use super::name::Name;
+use crate::bound::Bound;
+
 use crate::bus::Bus;
 use crate::config::Limits;
 use crate::driver::{Job, Sink, drive};
@@ -21,6 +26,7 @@ use crate::inbox::{Event, Inbox, Mailbox, Registry};
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
 use crate::router::prefix_chain;
+use crate::texts::TextPool;
 use crate::tokenizer::ModelText;
 
 /// A running API server. Runs inside a `LocalSet` on one thread.
@@ -57,6 +63,7 @@ impl SimulatedServer {
         let registry = Arc::new(Registry::default());
         let metrics =
             Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
+        let own_name = Name::new(name.clone(), incarnation, false, Instant::now());
         let server = Arc::new(Server {
             cluster: cluster.name().to_owned(),
             bus: Bus::over(
@@ -73,14 +80,18 @@ impl SimulatedServer {
             model: ModelText::wordless("simulated", model, tokens_max)?,
             registry,
             metrics,
+            in_flight: Arc::new(Bound::new(0)),
+            answers: Arc::new(Bound::new(0)),
+            texts: TextPool::new(0),
             body_room: Arc::new(Semaphore::new(0)),
             limits: Limits::default(),
             keys: ApiKeys::default(),
             request_budget: Duration::ZERO,
             started_unix: 0,
-            decode_room: Notify::new(),
+            decode_room: Arc::default(),
             leaving: AtomicBool::new(false),
             fleet: super::Mutex::default(),
+            own_name: super::Mutex::new(own_name),
         });
         let mut tasks = server
             .bus
@@ -135,6 +146,17 @@ impl SimulatedServer {
     /// Why requests cannot be served now; empty if they can.
     pub fn faults(&self) -> Vec<String> {
         self.server.faults()
+    }
+
+    /// How many generations were begun anew, by reason.
+    pub fn retries(&self) -> Vec<(String, u64)> {
+        let families = self.server.metrics.retries_total.collect();
+        let metrics = families.iter().flat_map(MetricFamily::get_metric);
+        let retries = metrics.filter_map(|metric| {
+            let reason = metric.get_label().first()?.value().to_owned();
+            Some((reason, metric.get_counter().get_value() as u64))
+        });
+        retries.collect()
     }
 
     /// What is left of requests; `None` if nothing is.

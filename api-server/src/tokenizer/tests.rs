@@ -6,6 +6,7 @@ mod common;
 
 use baton_model_prep::{PrepareOptions, prepare};
 
+use super::fixtures::opened_with;
 use super::*;
 
 #[derive(Deserialize)]
@@ -35,39 +36,83 @@ fn smollm2_chats_and_texts_are_the_originals() {
     prepare(PrepareOptions::new(gguf.to_str().unwrap(), &directory)).unwrap();
     let model = ModelText::open(&directory).unwrap();
 
+    let forever = Until::forever();
     let chats: Vec<Chat> = golden("chat.json");
     assert!(!chats.is_empty());
     for chat in &chats {
-        let rendered = model.render_chat(&chat.messages).unwrap();
-        assert_eq!(rendered, chat.rendered, "of {:?}", chat.messages);
-        let ids = model.encode(&rendered, false).unwrap();
-        assert_eq!(ids, chat.ids, "of {rendered:?}");
+        let prompt = model.render_chat(chat.messages.clone(), &forever).unwrap();
+        assert_eq!(prompt.text(), chat.rendered, "of {:?}", chat.messages);
+        let ids = model.encode_chat(&prompt, &forever).unwrap();
+        assert_eq!(ids, chat.ids, "of {prompt:?}");
     }
 
     let texts: Vec<Text> = golden("tokens.json");
     assert!(!texts.is_empty());
     for Text { text, ids } in &texts {
-        assert_eq!(model.encode(text, false).unwrap(), *ids, "of {text:?}");
+        assert_eq!(
+            model.encode(text, false, &forever).unwrap(),
+            *ids,
+            "of {text:?}"
+        );
         // The table of the fast road against the tokenizer's own decoder, special tokens left out by both.
         let decoded = model.tokenizer.decode(ids, true).unwrap();
         assert_eq!(model.text(ids), decoded, "of {ids:?}");
     }
 }
 
-/// A directory of a model with this tokenizer and these defaults.
-fn opened_with(tokenizer: &str, defaults: &str) -> Result<ModelText, ApiServerError> {
-    let directory = tempfile::tempdir().unwrap();
-    let write = |file: &str, text: &str| std::fs::write(directory.path().join(file), text).unwrap();
-    let manifest =
-        serde_json::json!({"name": "m", "fingerprint": "ab".repeat(32), "tokens_max": 8});
-    write("manifest.json", &manifest.to_string());
-    write("tokenizer.json", tokenizer);
-    write("generation_config.json", defaults);
-    ModelText::open(directory.path())
+/// Every text of the golden ones, joined to a long one that is cut.
+#[test]
+fn a_long_text_in_pieces_has_the_tokens_of_the_whole() {
+    let temporary = tempfile::tempdir().unwrap();
+    let directory = temporary.path().join("smollm2");
+    let gguf = common::smollm2_gguf();
+    prepare(PrepareOptions::new(gguf.to_str().unwrap(), &directory)).unwrap();
+    let mut model = ModelText::open(&directory).unwrap();
+    model.tokens_max = u32::MAX;
+    assert!(!model.cuts.is_empty() && model.ends.are_known());
+    let texts: Vec<Text> = golden("tokens.json");
+    let mut long = String::new();
+    while long.len() < 3 * cuts::PIECE_BYTES {
+        texts.iter().for_each(|text| long += &text.text);
+        long += &"0123456789".repeat(100);
+    }
+    let forever = Until::forever();
+    for special in [true, false] {
+        let whole = model.tokenizer.encode_fast(long.as_str(), special).unwrap();
+        let pieces = model.encode(&long, special, &forever).unwrap();
+        assert_eq!(pieces, whole.get_ids(), "{special}");
+    }
+    // Where it cannot fit, no more is tokenised than shows that.
+    model.tokens_max = 1_000;
+    let refused = model.encode(&long, true, &forever).unwrap_err();
+    assert!(matches!(refused, TextError::TooLong(tokens) if tokens > 1_000));
+    let digits = "7".repeat(16 << 20);
+    let refused = model.encode(&digits, true, &forever).unwrap_err();
+    let TextError::TooLong(tokens) = refused else {
+        panic!("{refused:?}");
+    };
+    let bound = model.token_bytes.most().unwrap();
+    assert_eq!(
+        tokens,
+        digits.len().div_ceil(bound),
+        "from its length alone"
+    );
+    let refused = TextError::TooLong(tokens).of("prompt", &model);
+    assert_eq!(refused.kind, ErrorKind::ContextLength);
+    // A word without an end is not begun.
+    model.tokens_max = u32::MAX;
+    let word = "a".repeat(UNCUT_BYTES_MAX + 1);
+    let refused = model.encode(&word, true, &forever).unwrap_err();
+    assert!(matches!(refused, TextError::Uncut));
+    // Nor is one piece more, when the client has left.
+    let left = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(600);
+    let refused = model.encode(&long, true, &Until::new(deadline, left));
+    assert!(matches!(refused, Err(TextError::Ended(_))));
 }
 
 /// A tokenizer with one token of this id.
-fn opened(id: u32, defaults: &str) -> Result<ModelText, ApiServerError> {
+pub(crate) fn opened(id: u32, defaults: &str) -> Result<ModelText, ApiServerError> {
     let tokenizer = serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": null, "post_processor": null, "decoder": {"type": "Fuse"},
@@ -103,7 +148,8 @@ fn a_special_token_that_nobody_defines_is_named() {
         });
         opened_with(&tokenizer.to_string(), "{}")
     };
-    assert_eq!(around("<s>").unwrap().encode("a", true), Ok(vec![1, 1]));
+    let ids = around("<s>").unwrap().encode("a", true, &Until::forever());
+    assert_eq!(ids.unwrap(), [1, 1]);
     let error = around("</s>").err().unwrap().to_string();
     assert!(error.contains("adds \"<s>\""), "{error}");
 }

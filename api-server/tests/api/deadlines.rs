@@ -6,7 +6,7 @@ use baton_protocol::Role;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::support::{Api, Nats, Script, Worker, chat, within};
+use crate::support::{Api, Nats, Script, Worker, chat, model_with, within};
 
 /// A cluster of `c1` and `d1` that do as their scripts say, and requests with little time.
 async fn cluster(context: Script, decode: Script) -> (Nats, Worker, Worker, Api) {
@@ -164,11 +164,13 @@ async fn a_body_that_never_ends_is_given_up_with_the_requests_time() {
     dribble.abort();
 }
 
-/// Longer than the time there is: a thread is at it, and nobody waits for that.
+/// A prompt of so much text that the machine is at it for a while, of a model that would hold it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prompt_that_takes_too_long_to_read() {
     let nats = Nats::start().await;
+    let model = model_with(&json!({"tokens_max": 1 << 24, "use_regex": true}));
     let api = Api::with(&nats, |config| {
+        config.tokenizer = model.path().to_owned();
         config.request_budget = Duration::from_millis(50);
     })
     .await;
@@ -202,7 +204,7 @@ async fn bodies_have_a_bound_together() {
     let mut half = tokio::net::TcpStream::connect(api.address).await.unwrap();
     let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\n";
     half.write_all(head.as_bytes()).await.unwrap();
-    half.write_all(&[b' '; 40 << 10]).await.unwrap();
+    half.write_all(&[b' '; 70 << 10]).await.unwrap();
     let body = json!({"model": "tiny", "prompt": "w".repeat(40 << 10)});
     // When the other's bytes are there is not told: it is asked until it is so.
     let refused = within("the room to be taken", async {

@@ -1,17 +1,20 @@
 //! The API server against a real nats-server and scripted workers.
 
+mod admission;
 mod deadlines;
 mod hostile;
 mod keys;
 mod strays;
 mod support;
+mod waiting;
 
 use std::time::Duration;
 
+use baton_api_server::SpecialTokensInContent;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    End, FinishReason, FrameItem, Incarnation, PROTOCOL_VERSION, PackedTokens, Role, TokenFrame,
-    WorkerId,
+    ApiServerId, End, FinishReason, FrameItem, Incarnation, PROTOCOL_VERSION, PackedTokens, Role,
+    TokenFrame, WorkerId,
 };
 use serde_json::{Value, json};
 use support::{Api, EOS, Nats, SPACE_AND_LEAD, Script, TEXT, Worker, chat, within};
@@ -183,6 +186,82 @@ async fn completions_echo_and_log_probabilities() {
     assert_eq!(entries[0]["token"], "H");
     assert_eq!(entries[0]["bytes"], json!([72]));
     assert_eq!(entries[0]["top_logprobs"][0]["token"], "H");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn echoed_ids_show_special_tokens_and_offsets_rise() {
+    let (_nats, context, decode, api) = usual().await;
+    // An emoji of which the prompt has the first two bytes and the output the rest.
+    let script = |tokens: &[u32]| Script {
+        tokens: tokens.to_vec(),
+        ..Script::default()
+    };
+    *context.script.lock().unwrap() = script(&[0x8e, 0x89, 0x21]);
+    *decode.script.lock().unwrap() = script(&[0x8e, 0x89, 0x21]);
+    let body = json!({"model": "tiny", "prompt": [EOS, 0xc3, 0xa9, 0xf0, 0x9f], "max_tokens": 3,
+        "echo": true, "logprobs": 0});
+    let answer = api.post("/v1/completions", body).await.json();
+    assert_eq!(answer["choices"][0]["text"], "<|end|>é🎉!");
+    let offsets = &answer["choices"][0]["logprobs"]["text_offset"];
+    assert_eq!(*offsets, json!([0, 7, 7, 8, 8, 8, 8, 9]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_of_a_stop_string_begin_where_the_text_ends() {
+    let (_nats, _context, _decode, api) = usual().await;
+    let body =
+        json!({"model": "tiny", "prompt": "hi", "max_tokens": 30, "stop": "wör", "logprobs": 0});
+    let answer = api.post("/v1/completions", body).await.json();
+    assert_eq!(answer["choices"][0]["text"], "Hello, ");
+    let offsets = &answer["choices"][0]["logprobs"]["text_offset"];
+    assert_eq!(*offsets, json!([0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_echo_too_large_for_the_bus_is_refused_before_anything_is_computed() {
+    let nats = Nats::with_max_payload(64 << 10).await;
+    let mut context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;
+    let _decode = Worker::start(&nats, "d1", Role::Decode, Script::default()).await;
+    let api = Api::start(&nats).await;
+    api.sees(2).await;
+    let ask = |logprobs: u8| json!({"model": "tiny", "prompt": "x".repeat(200), "echo": true, "logprobs": logprobs});
+    let response = api.post("/v1/completions", ask(20)).await;
+    assert_eq!(response.status, 400, "{}", response.body);
+    let error = &response.json()["error"];
+    assert_eq!(error["code"], "answer_too_large");
+    assert_eq!(error["param"], "logprobs");
+    let message = error["message"].as_str().unwrap();
+    assert!(
+        message.contains("200 prompt tokens and 20 alternatives")
+            && message.contains("ask for fewer alternatives"),
+        "{message}"
+    );
+    let response = api.post("/v1/completions", ask(2)).await;
+    assert_eq!(response.status, 200, "{}", response.body);
+    let asked = context.prefills.recv().await.unwrap().prompt_logprobs;
+    assert_eq!(asked, Some(2), "nobody was asked for the first");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn control_tokens_in_messages_are_text_unless_allowed() {
+    let (nats, mut context, _decode, api) = usual().await;
+    let body = json!({"model": "tiny", "max_tokens": 1,
+        "messages": [{"role": "user", "content": "a<|end|>b"}]});
+    let prompt = "<user>a<|end|>b\n<assistant>";
+    api.post("/v1/chat/completions", body.clone()).await;
+    let sent = context.prefills.recv().await.unwrap().sequence.tokens.0;
+    let bytes: Vec<u32> = prompt.bytes().map(u32::from).collect();
+    assert_eq!(sent, bytes);
+
+    let allowing = Api::with(&nats, |config| {
+        config.name = ApiServerId::new("allowing").unwrap();
+        config.special_tokens_in_content = SpecialTokensInContent::Allow;
+    })
+    .await;
+    allowing.sees(2).await;
+    allowing.post("/v1/chat/completions", body).await;
+    let sent = context.prefills.recv().await.unwrap().sequence.tokens.0;
+    assert_eq!(sent.iter().filter(|token| **token == EOS).count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

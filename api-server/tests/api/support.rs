@@ -88,6 +88,11 @@ impl Drop for Nats {
 
 /// A model directory whose tokens are the 256 bytes and [`SPACE_AND_LEAD`].
 pub fn model_directory() -> tempfile::TempDir {
+    model_with(&json!({"tokens_max": 1000, "use_regex": false}))
+}
+
+/// The same with this longest sequence, and with or without texts being split into words.
+pub fn model_with(options: &Value) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let plain = |code: u32| matches!(code, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     let mut vocabulary = serde_json::Map::new();
@@ -102,7 +107,7 @@ pub fn model_directory() -> tempfile::TempDir {
         vocabulary.insert(char::from_u32(code).unwrap().to_string(), byte.into());
     }
     vocabulary.insert("Ġð".to_owned(), SPACE_AND_LEAD.into());
-    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": options["use_regex"]});
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null,
         "added_tokens": [{"id": EOS, "content": "<|end|>", "single_word": false, "lstrip": false,
@@ -113,7 +118,7 @@ pub fn model_directory() -> tempfile::TempDir {
             "byte_fallback": false, "ignore_merges": false, "vocab": vocabulary, "merges": []},
     });
     let manifest = json!({"format": 1, "name": "tiny", "fingerprint": "ab".repeat(32),
-        "tokens_max": 1000, "eos_token_ids": [EOS]});
+        "tokens_max": options["tokens_max"], "eos_token_ids": [EOS]});
     let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>";
     let write =
         |file: &str, text: String| std::fs::write(directory.path().join(file), text).unwrap();
@@ -146,6 +151,16 @@ pub struct Script {
     pub endless: bool,
     /// Generates these tokens instead of [`TEXT`], if there are any.
     pub tokens: Vec<u32>,
+    /// Length of its leases; the usual if 0.
+    pub lease_ms: u32,
+    /// What it answers to renewals; nothing, as workers of earlier releases do, if this is not set.
+    pub renews: Option<bool>,
+    /// Refuses every job for this reason.
+    pub refuses_with: Option<&'static str>,
+    /// Places in its batch, as it says in its beats; 8 if 0.
+    pub batch: u32,
+    /// How long generations last here, as it says in its beats.
+    pub decode_ms: u32,
 }
 
 /// A scripted worker.
@@ -154,6 +169,7 @@ pub struct Worker {
     pub aborts: mpsc::UnboundedReceiver<Abort>,
     pub prefills: mpsc::UnboundedReceiver<PrefillJob>,
     pub decodes: mpsc::UnboundedReceiver<DecodeJob>,
+    pub renewals: mpsc::UnboundedReceiver<Renew>,
     pub go_on: watch::Sender<bool>,
     pub beats: watch::Sender<bool>,
     task: tokio::task::JoinHandle<()>,
@@ -171,6 +187,7 @@ impl Worker {
         let (abort_sender, aborts) = mpsc::unbounded_channel();
         let (prefill_sender, prefills) = mpsc::unbounded_channel();
         let (decode_sender, decodes) = mpsc::unbounded_channel();
+        let (renewal_sender, renewals) = mpsc::unbounded_channel();
         let (go_on, going) = watch::channel(false);
         let (beats, beating) = watch::channel(true);
         let script = Arc::new(Mutex::new(script));
@@ -183,6 +200,7 @@ impl Worker {
             going,
             beats: beats.clone(),
             generating: Arc::default(),
+            renewals: renewal_sender,
         };
         let (ready, is_ready) = oneshot::channel();
         let task =
@@ -193,6 +211,7 @@ impl Worker {
             aborts,
             prefills,
             decodes,
+            renewals,
             go_on,
             beats,
             task,
@@ -224,6 +243,7 @@ struct FakeWorker {
     going: watch::Receiver<bool>,
     beats: watch::Sender<bool>,
     generating: Arc<AtomicUsize>,
+    renewals: mpsc::UnboundedSender<Renew>,
 }
 
 pub fn geometry() -> KvGeometry {
@@ -251,6 +271,7 @@ impl FakeWorker {
         let mut prefill = subscribe(self.cluster.prefill(&self.name)).await;
         let mut decode_jobs = subscribe(self.cluster.decode(&self.name)).await;
         let mut abort = subscribe(self.cluster.abort(&self.name)).await;
+        let mut renew = subscribe(self.cluster.renew(&self.name)).await;
         let mut hello = subscribe(self.cluster.hello()).await;
         self.client.flush().await.unwrap();
         let mut tick = tokio::time::interval(Duration::from_millis(500));
@@ -267,6 +288,13 @@ impl FakeWorker {
                     let job: DecodeJob = decode(&m.payload).unwrap();
                     decodes.send(job.clone()).ok();
                     self.on_decode(job, m.reply.unwrap()).await;
+                }
+                Some(m) = renew.next() => {
+                    self.renewals.send(decode(&m.payload).unwrap()).ok();
+                    let renews = self.script.lock().unwrap().renews;
+                    if let (Some(valid), Some(reply)) = (renews, m.reply) {
+                        self.send(reply, &Renewed { v: PROTOCOL_VERSION, valid }).await;
+                    }
                 }
                 Some(m) = abort.next() => { aborts.send(decode(&m.payload).unwrap()).ok(); }
                 Some(_) = hello.next() => if *beating.borrow() { self.beat().await },
@@ -288,8 +316,10 @@ impl FakeWorker {
             state: PeerState::Ready,
             transport: "posix".to_owned(),
             gigabytes_per_second: 3.5,
+            pulled_gigabytes_per_second: None,
             error: None,
         });
+        let script = self.script.lock().unwrap().clone();
         let beat = Beat {
             v: PROTOCOL_VERSION,
             worker: self.name.clone(),
@@ -309,7 +339,7 @@ impl FakeWorker {
             load: Load::default(),
             capacity: Capacity {
                 blocks: 64,
-                batch: 8,
+                batch: if script.batch == 0 { 8 } else { script.batch },
                 queue: 8,
             },
             peers: if self.role.decodes() {
@@ -318,8 +348,17 @@ impl FakeWorker {
                 Vec::new()
             },
             transport: "none".to_owned(),
+            decode_ms: script.decode_ms,
         };
         self.send(self.cluster.beat(&self.name), &beat).await;
+    }
+
+    /// Prefill and decode jobs are refused in the same words.
+    async fn refuse(&self, reply: async_nats::Subject, reason: &str) {
+        let refusal = json!({"reason": reason, "detail": "the test wants it"});
+        let refused = json!({"outcome": "refused", "v": PROTOCOL_VERSION, "refusal": refusal});
+        let sent = self.client.publish(reply, refused.to_string().into());
+        sent.await.unwrap();
     }
 
     async fn on_prefill(&self, job: PrefillJob, reply: async_nats::Subject) {
@@ -328,6 +367,9 @@ impl FakeWorker {
         if script.silent {
             self.beats.send_replace(false);
             return;
+        }
+        if let Some(reason) = script.refuses_with {
+            return self.refuse(reply, reason).await;
         }
         let odd = job.sequence.generation.sampling.seed % 2 == 1;
         let refusal = match script.refuses_odd_seeds && odd {
@@ -365,7 +407,10 @@ impl FakeWorker {
             kv: geometry(),
             ranks: Vec::new(),
             valid_tokens: job.sequence.tokens.0.len() as u32,
-            lease_ms: limits::LEASE_MS,
+            lease_ms: match script.lease_ms {
+                0 => deadlines::LEASE_MS,
+                lease_ms => lease_ms,
+            },
             first_token,
             first_logprobs: want.map(|top| logprobs(first_token, top)),
             finish,
@@ -394,6 +439,9 @@ impl FakeWorker {
 
     async fn on_decode(&self, job: DecodeJob, reply: async_nats::Subject) {
         let script = self.script.lock().unwrap().clone();
+        if let Some(reason) = script.refuses_with {
+            return self.refuse(reply, reason).await;
+        }
         let full = script.places > 0 && self.generating.load(Ordering::SeqCst) >= script.places;
         if script.busy || full {
             let refusal = Refusal::Busy {

@@ -6,11 +6,14 @@ use std::path::{Path, PathBuf};
 
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{Role, WorkerId};
+use baton_worker::{Device, WorkerConfig, check_host_memory, host_memory_bytes};
 
 use super::UpArgs;
 use super::supervisor::{ProcessSpec, Stage};
 use crate::Failure;
 use crate::logging::LogFormat;
+use crate::tuning::TuningArgs;
+use crate::worker;
 
 /// The port where nothing is said.
 const PORT: u16 = 8000;
@@ -28,6 +31,8 @@ pub struct Plan {
     front: Vec<OsString>,
     workers: Vec<(WorkerId, Role)>,
     compute: Vec<OsString>,
+    device: Device,
+    tuning: TuningArgs,
 }
 
 impl Plan {
@@ -61,6 +66,8 @@ impl Plan {
         if let Some(file) = &args.keys.api_keys_file {
             front.extend([OsString::from("--api-keys-file"), file.into()]);
         }
+        let rule = args.content.special_tokens_in_content;
+        front.extend(flags([("--special-tokens-in-content", rule.label())]));
         if let Some(most) = args.keys.api_key_in_flight_max {
             front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
         }
@@ -79,7 +86,28 @@ impl Plan {
             front,
             workers,
             compute,
+            device: args.device.parse()?,
+            tuning: args.tuning.clone(),
         })
+    }
+
+    /// Compares what all workers together take of main memory with what there is: each for itself would find room, and the last
+    /// of them would not.
+    ///
+    /// # Errors
+    /// A sentence on what there is.
+    pub fn check_memory(&self, model: &Path) -> Result<(), Failure> {
+        let mut bytes = 0_u64;
+        for (worker, role) in &self.workers {
+            let cluster = Cluster::new("any")?;
+            let mut config = WorkerConfig::new(worker.clone(), *role, model, cluster);
+            config.device = self.device;
+            worker::apply(self.tuning.clone(), &mut config);
+            bytes = bytes.saturating_add(host_memory_bytes(&config)?);
+        }
+        let workers = self.workers.len();
+        let what = format!("the cluster of {workers} workers, with their KV and weights,");
+        Ok(check_host_memory(bytes, &what)?)
     }
 
     /// What to start, in this order, once the bus and the model are there.
@@ -271,7 +299,10 @@ mod tests {
 
     #[test]
     fn every_process_is_told_the_cluster_and_the_bus() {
-        let args = args("--cluster c1 --api-server-port 0 --threads 2 --kv-mib 64 --drain-s 7");
+        let args = args(
+            "--cluster c1 --api-server-port 0 --threads 2 --kv-mib 64 --drain-s 7 \
+             --special-tokens-in-content allow",
+        );
         let plan = Plan::new(&args, LogFormat::Json).unwrap();
         let processes = plan.processes("nats://h:1", Path::new("/m"));
         assert_eq!(processes.len(), 3);
@@ -288,7 +319,9 @@ mod tests {
             );
             match process.stage {
                 Stage::Front => assert!(
-                    line.contains("--drain-s 7") && line.ends_with("--tokenizer /m"),
+                    line.contains("--drain-s 7")
+                        && line.contains("--special-tokens-in-content allow")
+                        && line.ends_with("--tokenizer /m"),
                     "{line}"
                 ),
                 _ => assert!(

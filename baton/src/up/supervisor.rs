@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -284,10 +284,8 @@ async fn show(pipe: impl AsyncRead + Unpin, label: String, tail: Arc<Mutex<VecDe
         }
         let text = String::from_utf8_lossy(&line);
         let text = text.trim_end_matches(['\n', '\r']);
-        // One write a line: lines of different processes do not mix. Nobody left to read is no fault.
-        let _ = io::stderr()
-            .lock()
-            .write_all(format!("{label} {text}\n").as_bytes());
+        // Nobody left to read is no fault, and nobody who reads slowly holds the children up.
+        baton_logs::line(&format!("{label} {text}"));
         if !text.is_empty() {
             let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
             if tail.len() == TAIL_LINES {

@@ -67,6 +67,7 @@ pub fn fleet(data: &[u8]) {
                         api_server,
                         incarnation: None,
                         in_flight,
+                        serving_ms: None,
                     },
                     now,
                 );
@@ -95,6 +96,7 @@ pub fn fleet(data: &[u8]) {
                     failed: &failed,
                     now,
                 };
+                let _ = router.decode_wait(&members, &model, now, prompt_tokens as usize);
                 let context =
                     router.choose_context(&members, rules, prompt_tokens as usize, &chain);
                 let Some(context) = context else { continue };
@@ -130,6 +132,7 @@ fn job(tokens: u32, decodes: u32) -> Outstanding {
     Outstanding {
         prefills: 1,
         prefill_tokens: tokens as usize,
+        staged: 1,
         decodes: decodes as usize,
     }
 }
@@ -201,10 +204,12 @@ fn beat(beaten: Beaten) -> Beat {
                 ][usize::from(state % 4)],
                 transport: String::new(),
                 gigabytes_per_second: f32::NAN,
+                pulled_gigabytes_per_second: None,
                 error: None,
             })
             .collect(),
         transport: String::new(),
+        decode_ms: waiting,
         reason: None,
     }
 }

@@ -1,7 +1,9 @@
 //! Bodies of `POST /v1/chat/completions` and `/v1/completions`.
 
 use baton_api_server::Limits;
-use baton_api_server::fuzzing::{ApiError, ChatRequest, CompletionRequest, Params, Prompt};
+use baton_api_server::fuzzing::{
+    ApiError, ChatRequest, CompletionRequest, Params, Prompt, TextError, Until,
+};
 use baton_protocol::{
     ApiServerId, PROTOCOL_VERSION, PrefillJob, RequestId, SequenceSpec, decode, encode,
 };
@@ -19,11 +21,21 @@ pub fn http_body(data: &[u8]) {
     match ChatRequest::parse(data, &model.defaults, &limits) {
         Err(error) => told(&error),
         Ok(ChatRequest { params, messages }) => {
-            let text = model
-                .render_chat(&messages)
-                .expect("this template takes every message that was checked");
-            let tokens = model.encode(&text, false).expect("bytes make every text");
-            runs(&params, tokens, None);
+            let turns = messages.len();
+            let prompt = fits(model.render_chat(messages, &Until::forever()));
+            let tokens =
+                prompt.and_then(|prompt| fits(model.encode_chat(&prompt, &Until::forever())));
+            if let Some(tokens) = tokens {
+                let special = tokens
+                    .iter()
+                    .filter(|token| model.vocabulary.special(**token));
+                assert_eq!(
+                    special.count(),
+                    turns,
+                    "each message ends, and none ends another"
+                );
+                runs(&params, tokens, None);
+            }
         }
     }
     match CompletionRequest::parse(data, &model.defaults, &limits) {
@@ -34,14 +46,24 @@ pub fn http_body(data: &[u8]) {
             assert!(prompts.len() * params.n as usize <= limits.choices_max);
             for prompt in prompts {
                 let tokens = match prompt {
-                    Prompt::Text(text) => model.encode(&text, true).expect("bytes make every text"),
-                    Prompt::Tokens(tokens) => tokens,
+                    Prompt::Text(text) => fits(model.encode(&text, true, &Until::forever())),
+                    Prompt::Tokens(tokens) => Some(tokens),
                 };
+                let Some(tokens) = tokens else { continue };
                 if tokens.iter().all(|token| *token < fixture::VOCAB) {
                     runs(&params, tokens, Some(16));
                 }
             }
         }
+    }
+}
+
+/// What came of a text. This model takes every text that is not too long for it.
+fn fits<T>(outcome: Result<T, TextError>) -> Option<T> {
+    match outcome {
+        Ok(done) => Some(done),
+        Err(TextError::TooLong(_) | TextError::Uncut) => None,
+        Err(error) => panic!("{error:?}"),
     }
 }
 

@@ -1,5 +1,7 @@
 //! The life of a generation among workers that say anything.
 
+use std::time::Duration;
+
 use arbitrary::{Arbitrary, Unstructured};
 use baton_api_server::fuzzing::{Action, Input, Lifecycle, NoReply, Rules, Target};
 use baton_protocol::{
@@ -51,6 +53,9 @@ enum Said {
     Deadline,
     ClientLeft,
     ClientStalled,
+    LeaseLost,
+    Overbooked(u32, u32),
+    NameLost,
 }
 
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -86,6 +91,8 @@ enum Why {
     TooLong(u32),
     Malformed,
     Unreachable,
+    WrongRole,
+    Unknown,
 }
 
 /// Tells the state machine all of it. It ends once or not at all; what it gives out is its output, and no more than was
@@ -206,6 +213,12 @@ fn input(said: Said, attempts: u32, output: usize) -> Input {
         Said::Deadline => Input::Deadline,
         Said::ClientLeft => Input::ClientLeft,
         Said::ClientStalled => Input::ClientStalled,
+        Said::LeaseLost => Input::LeaseLost,
+        Said::Overbooked(wait, retry_after) => Input::Overbooked {
+            wait: Duration::from_millis(wait.into()),
+            retry_after: Duration::from_millis(retry_after.into()),
+        },
+        Said::NameLost => Input::NameLost,
     }
 }
 
@@ -264,6 +277,8 @@ fn refusal(why: Why) -> Refusal {
         Why::TooLong(tokens_max) => Refusal::TooLong { tokens_max },
         Why::Malformed => Refusal::Malformed { detail },
         Why::Unreachable => Refusal::Unreachable { detail },
+        Why::WrongRole => Refusal::WrongRole { detail },
+        Why::Unknown => Refusal::Unknown,
     }
 }
 
@@ -276,7 +291,9 @@ fn failure(code: u8) -> Failure {
         FailureCode::NoToken,
         FailureCode::Deadline,
         FailureCode::Draining,
+        FailureCode::TooLarge,
         FailureCode::Internal,
+        FailureCode::Unknown,
     ];
     Failure::new(codes[usize::from(code) % codes.len()], "")
 }

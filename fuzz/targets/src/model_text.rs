@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use baton_api_server::fuzzing::{Detokenizer, ModelText};
+use baton_api_server::fuzzing::{Detokenizer, ModelText, Until};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -36,9 +36,11 @@ pub fn model_text(data: &[u8]) {
         };
         let bytes = next();
         let text = String::from_utf8_lossy(bytes);
-        let messages = [json!({"role": "user", "content": text})];
-        let _ = model.render_chat(&messages);
-        if let Ok(tokens) = model.encode(&text, true) {
+        let messages = vec![json!({"role": "user", "content": text})];
+        if let Ok(prompt) = model.render_chat(messages, &Until::forever()) {
+            let _ = model.encode_chat(&prompt, &Until::forever());
+        }
+        if let Ok(tokens) = model.encode(&text, true, &Until::forever()) {
             let _ = model.text(&tokens);
         }
         // Token ids that nobody promised to be in the vocabulary.

@@ -1,6 +1,6 @@
 //! Chat templates and the messages that they are given.
 
-use baton_api_server::fuzzing::ChatTemplate;
+use baton_api_server::fuzzing::{ChatPrompt, ChatTemplate, Until};
 use serde_json::{Value, json};
 
 /// What stands between template and messages: no byte of UTF-8.
@@ -33,10 +33,17 @@ pub fn template(data: &[u8]) {
     if let Ok(source) = std::str::from_utf8(source)
         && let Ok(template) = ChatTemplate::new(source, "<s>", "</s>")
     {
-        let _ = template.render(&messages);
+        render(&template, &messages);
     }
     for source in PUBLISHED {
         let template = ChatTemplate::new(source, "<s>", "</s>").expect("published and compiled");
-        let _ = template.render(&messages);
+        render(&template, &messages);
     }
+}
+
+fn render(template: &ChatTemplate, messages: &Value) {
+    let until = Until::forever();
+    let mut prompt = ChatPrompt::new(1 << 20, &<[u8]>::len, &until);
+    let _ = template.render(messages, &mut prompt);
+    let _ = prompt.into_text();
 }

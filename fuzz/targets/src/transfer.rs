@@ -1,8 +1,10 @@
-//! What decode workers read of others' KV: plans made of handles, and messages of the staged road.
+//! What decode workers read of others' KV: descriptors, plans made of handles, and messages of the staged road.
+
+use std::num::NonZeroU64;
 
 use arbitrary::{Arbitrary, Unstructured};
-use baton_protocol::{BlockRun, KvDtype, KvGeometry, RankRuns};
-use baton_transfer::plan_reads;
+use baton_protocol::{BlockRun, KvDtype, KvGeometry, MemoryType, RankRuns, UcxVersion};
+use baton_transfer::{fuzzing, plan_reads};
 
 #[derive(Arbitrary, Debug)]
 struct Case {
@@ -15,6 +17,19 @@ struct Case {
     head_dim: u8,
     ranks: Vec<Rank>,
     local: Vec<u16>,
+    arena: Arena,
+}
+
+/// As a context worker says it that means harm: whatever it likes, under whole seals.
+#[derive(Arbitrary, Debug)]
+struct Arena {
+    base: u64,
+    /// Small ones are what divisions trip over.
+    bytes: u64,
+    is_small: bool,
+    gpu: bool,
+    key: Option<Vec<u8>>,
+    address: Vec<u8>,
 }
 
 #[derive(Arbitrary, Debug)]
@@ -27,13 +42,15 @@ struct Rank {
     beyond: bool,
 }
 
-/// A handle against the layout of a worker: a plan that is made reads every byte of the wanted blocks once, into them and
+/// A descriptor that is taken has an arena with bytes, which lie in the address space, and what is read to try it lies in it. A
+/// handle against the layout of a worker: a plan that is made reads every byte of the wanted blocks once, into them and
 /// nowhere else. A message of the staged road asks for nothing outside of the arena.
 pub fn transfer(data: &[u8]) {
     let Ok(case) = Case::arbitrary(&mut Unstructured::new(data)) else {
         return;
     };
-    let asked = baton_transfer::fuzzing::ranges_asked(&case.head, &case.body, case.arena_bytes);
+    describe(&case.arena);
+    let asked = fuzzing::ranges_asked(&case.head, &case.body, case.arena_bytes);
     for range in asked.into_iter().flatten() {
         assert!(range.start < range.end && range.end <= case.arena_bytes);
     }
@@ -68,6 +85,30 @@ pub fn transfer(data: &[u8]) {
     for (from, to) in written {
         let blocks = from / block..to.div_ceil(block);
         assert!(blocks.into_iter().all(|id| local.contains(&(id as u32))));
+    }
+}
+
+fn describe(arena: &Arena) {
+    const UCX: UcxVersion = UcxVersion(1, 13, 1);
+    let memory = match arena.gpu {
+        true => MemoryType::Cuda,
+        false => MemoryType::Host,
+    };
+    let bytes = match arena.is_small {
+        true => arena.bytes % 8,
+        false => arena.bytes,
+    };
+    let key = arena.key.as_deref();
+    let place = (arena.base, bytes);
+    let descriptor = fuzzing::sealed(UCX, &arena.address, key, place, memory);
+    if fuzzing::descriptor(&descriptor, UCX).is_err() {
+        return;
+    }
+    let end = arena.base.checked_add(bytes);
+    assert!(end.is_some() && (arena.gpu || key.is_some()) && !arena.address.is_empty());
+    let length = NonZeroU64::new(bytes).expect("an arena without bytes was taken");
+    for range in fuzzing::probed(length, memory) {
+        assert!(range.start < range.end && range.end <= bytes);
     }
 }
 

@@ -6,15 +6,18 @@
 //! `engine` is decode as a worker runs it, with the next step submitted before the last is collected, and without that.
 //!
 //! Floors: decode reads every matrix and the batch's KV once, at the read bandwidth of a sum over 4 GiB; prefill does
-//! 2 · rows · weights + attention operations, at the rate of an 8192³ product of the same numbers.
+//! 2 · rows · weights + attention operations, at the rate of an 8192³ product of the same numbers. Both ceilings are the best of
+//! several rounds after a warm-up, for a GPU that was idle runs at a fraction of its clocks. A ceiling that cannot be one ends the
+//! run with a sentence: a read bandwidth under half or over all of what the memory's clock and width give, and any work that comes
+//! out faster than its ceiling allows.
 
+mod ceilings;
+
+use std::error::Error;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use baton_cuda::{
-    Blas, Buffer, Compiler, CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device,
-    Module, Numbers, Output, Product, Shape, launch, sources::Source,
-};
+use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device};
 use baton_engine::{
     Engine, EngineConfig, Executor, ExecutorError, ExecutorInfo, ResumedSequence, SampleRequest,
     SequenceStep, StepOutput, StepPlan, kv_geometry,
@@ -24,6 +27,8 @@ use baton_model::{
     WeightFormat, expected_tensors,
 };
 use baton_protocol::{Generation, SequenceSpec};
+
+use ceilings::{CODE_SCALE, codes, matmul_rate, middle, noise, read_bandwidth, share};
 
 const FORMATS: [(&str, WeightFormat); 3] = [
     ("bf16", WeightFormat::Bf16),
@@ -42,7 +47,7 @@ fn main() {
     }
 }
 
-fn run() -> Result<(), CudaError> {
+fn run() -> Result<(), Box<dyn Error>> {
     let parts: Vec<String> = std::env::args()
         .skip(1)
         .filter(|a| !a.starts_with('-'))
@@ -99,10 +104,10 @@ fn run() -> Result<(), CudaError> {
             fp8.unwrap_or(bf16)
         };
         if wants("decode") {
-            decode_table(&mut executor, bandwidth);
+            decode_table(&mut executor, bandwidth)?;
         }
         if wants("prefill") {
-            prefill_table(&mut executor, &spec, rate);
+            prefill_table(&mut executor, &spec, rate)?;
         }
         if wants("engine") {
             engine_table(executor);
@@ -111,28 +116,32 @@ fn run() -> Result<(), CudaError> {
     Ok(())
 }
 
-fn decode_table(executor: &mut CudaExecutor, bandwidth: f64) {
+fn decode_table(executor: &mut CudaExecutor, bandwidth: f64) -> Result<(), String> {
     println!("\ndecode, context {CONTEXT}: batch, ms per step, share of the read bandwidth");
     for batch in [1, 8, 32, 64, 128] {
         let time = decode(executor, batch);
         let kv = batch * CONTEXT * (executor.info().kv.block_bytes() / BLOCK_TOKENS as usize);
         let floor = (executor.streamed_bytes() + kv) as f64 / bandwidth;
-        println!("{batch:6} {:8.3} {:5.1}%", time * 1e3, floor / time * 100.0);
+        let share = share(floor, time, &format!("decode of {batch} against the reads"))?;
+        println!("{batch:6} {:8.3} {:5.1}%", time * 1e3, share * 100.0);
     }
+    Ok(())
 }
 
-fn prefill_table(executor: &mut CudaExecutor, spec: &ModelSpec, rate: f64) {
+fn prefill_table(executor: &mut CudaExecutor, spec: &ModelSpec, rate: f64) -> Result<(), String> {
     println!("\nprefill: prompts x tokens, ms, share of the product rate");
     for (prompts, tokens) in [(1, 512), (1, 2048), (1, 8192), (16, 1024), (64, 512)] {
         let time = prefill(executor, prompts, tokens);
         let floor = operations(spec, prompts, tokens) / rate;
         let label = format!("{prompts}x{tokens}");
-        println!(
-            "{label:>8} {:8.2} {:5.1}%",
-            time * 1e3,
-            floor / time * 100.0
-        );
+        let share = share(
+            floor,
+            time,
+            &format!("prefill of {label} against the products"),
+        )?;
+        println!("{label:>8} {:8.2} {:5.1}%", time * 1e3, share * 100.0);
     }
+    Ok(())
 }
 
 fn engine_table(executor: CudaExecutor) {
@@ -205,86 +214,6 @@ fn engine(executor: &Arc<Mutex<CudaExecutor>>, batch: usize, steps_in_flight: us
         last = Instant::now();
     }
     middle(times.split_off(5))
-}
-
-/// Bytes per second of a kernel that reads 4 GiB.
-fn read_bandwidth(device: &Arc<Device>) -> Result<f64, CudaError> {
-    const BYTES: usize = 4 << 30;
-    let source = Source {
-        name: "read.cu",
-        text: include_str!("read.cu"),
-    };
-    let image = Compiler::for_capability(device.capability())?.compile(&source, &[])?;
-    let kernel = Module::load(device, &image)?.kernel("read_sum", 0)?;
-    let mut data = Buffer::<u8>::uninitialized(device, BYTES, "4 GiB to read")?;
-    data.fill_bytes(0x5a)?;
-    let out = Buffer::<u32>::zeroed(device, 1, "a sum")?;
-    let shape = Shape::row(device.multiprocessors() as usize * 8, 512);
-    let time = median(device, 12, || {
-        // SAFETY: the kernel's arguments, by its file.
-        unsafe { launch!(kernel, shape, data.at(0), (BYTES / 16) as i64, out.at(0)) }
-    })?;
-    Ok(BYTES as f64 / time)
-}
-
-/// Operations per second of a product of 8192³ on random numbers, BF16 or e4m3 with scales.
-fn matmul_rate(device: &Arc<Device>, fp8: bool) -> Result<f64, CudaError> {
-    const N: usize = 8192;
-    let mut blas = Blas::new(device)?;
-    let numbers = match fp8 {
-        true => codes(N * N),
-        false => noise(2 * N * N),
-    };
-    let x = Buffer::<u8>::of(device, &numbers, "a matrix")?;
-    let w = Buffer::<u8>::of(device, &numbers, "a matrix")?;
-    let y = Buffer::<u16>::zeroed(device, N * N, "a matrix")?;
-    let scales = Buffer::<f32>::of(device, &[CODE_SCALE; N], "scales")?;
-    let product = Product {
-        x: x.at(0),
-        w: w.at(0),
-        y: y.at(0),
-        rows: N,
-        outputs: N,
-        inputs: N,
-        numbers: match fp8 {
-            true => Numbers::E4m3 {
-                w_scales: scales.at(0),
-                x_scales: scales.at(0),
-                blocks: false,
-            },
-            false => Numbers::Bf16,
-        },
-        output: Output::Bf16,
-    };
-    let time = median(device, 12, || {
-        // SAFETY: matrices of these sizes.
-        unsafe { blas.multiply(&product) }
-    })?;
-    Ok(2.0 * (N as f64).powi(3) / time)
-}
-
-/// Seconds of one run, the median of some, after two that do not count.
-fn median(
-    device: &Device,
-    runs: usize,
-    mut run: impl FnMut() -> Result<(), CudaError>,
-) -> Result<f64, CudaError> {
-    let mut times = Vec::new();
-    for i in 0..runs + 2 {
-        device.synchronize()?;
-        let started = Instant::now();
-        run()?;
-        device.synchronize()?;
-        if i >= 2 {
-            times.push(started.elapsed());
-        }
-    }
-    Ok(middle(times))
-}
-
-fn middle(mut times: Vec<Duration>) -> f64 {
-    times.sort();
-    times[times.len() / 2].as_secs_f64()
 }
 
 /// Seconds of a step of `batch` sequences with `CONTEXT` tokens each.
@@ -448,32 +377,6 @@ fn piece<'a>(noise: &'a [u8], name: &str, bytes: usize) -> &'a [u8] {
         .fold(0usize, |h, b| h.wrapping_mul(31).wrapping_add(b.into()));
     let at = seed % (noise.len() - bytes).max(1) / 2 * 2;
     &noise[at..at + bytes]
-}
-
-/// e4m3 numbers of either sign between 2^-3 and 2; times [`CODE_SCALE`] they are as large as [`noise`].
-fn codes(bytes: usize) -> Vec<u8> {
-    random(bytes, 0x9f9f_9f9f_9f9f_9f9f, 0x2020_2020_2020_2020)
-}
-
-const CODE_SCALE: f32 = 0.0625;
-
-/// BF16 numbers of either sign between 2^-7 and 2^-3.
-fn noise(bytes: usize) -> Vec<u8> {
-    random(bytes, 0x81ff_81ff_81ff_81ff, 0x3c00_3c00_3c00_3c00)
-}
-
-/// Random bytes, only the bits of `free` at random and those of `set` set.
-fn random(bytes: usize, free: u64, set: u64) -> Vec<u8> {
-    let mut state = 0x9e37_79b9_7f4a_7c15u64;
-    let mut out = Vec::with_capacity(bytes + 8);
-    while out.len() < bytes {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        out.extend_from_slice(&((state & free) | set).to_le_bytes());
-    }
-    out.truncate(bytes);
-    out
 }
 
 fn llama_8b() -> ModelSpec {

@@ -1,8 +1,9 @@
 //! The handle that the rest of a worker holds.
 
 use std::any::Any;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,9 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use tokio::sync::oneshot;
 
 use crate::arena::{Arena, GpuMemory, Source};
-use crate::peer::{PeerKey, PeerPlan};
+use crate::descriptor::PeerPlan;
+use crate::flow::STALL;
+use crate::peer::PeerKey;
 use crate::probe::PeerReport;
 use crate::pull::{PullStats, Read};
 use crate::thread::{Command, Ready};
@@ -35,6 +38,11 @@ fn start_timeout(arena_bytes: usize) -> Duration {
 
 /// The thread answers within the deadline of a command plus this, or is stuck.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// Whoever waits for an answer looks this often whether the thread still goes round, and waits no longer if it does not for
+/// [`STUCK_LOOKS`] in a row: as long as a connection may stall.
+const LOOK: Duration = Duration::from_secs(1);
+const STUCK_LOOKS: u32 = (STALL.as_millis() / LOOK.as_millis()) as u32;
 
 /// The thread is left to itself when it has not stopped within this time.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -94,6 +102,39 @@ pub(crate) struct Vitals {
     pub(crate) in_flight: AtomicUsize,
     pub(crate) requests: AtomicUsize,
     pub(crate) quarantined: AtomicUsize,
+    /// Bytes a second that pulls reach, of peers that were pulled from.
+    rates: Mutex<HashMap<PeerKey, f64>>,
+    /// Peers with a connection.
+    connected: Mutex<HashSet<PeerKey>>,
+}
+
+impl Vitals {
+    pub(crate) fn tell_rate(&self, peer: PeerKey, rate: f64) {
+        self.rates().insert(peer, rate);
+    }
+
+    pub(crate) fn forget_rate(&self, peer: PeerKey) {
+        self.rates().remove(&peer);
+    }
+
+    /// A connection was made, or is closed.
+    pub(crate) fn tell_connected(&self, peer: PeerKey, is_connected: bool) {
+        let mut connected = self.connected();
+        match is_connected {
+            true => connected.insert(peer),
+            false => connected.remove(&peer),
+        };
+    }
+
+    fn connected(&self) -> MutexGuard<'_, HashSet<PeerKey>> {
+        self.connected
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rates(&self) -> MutexGuard<'_, HashMap<PeerKey, f64>> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Agent {
@@ -103,6 +144,18 @@ impl Agent {
     /// [`TransferError::Library`] without a fitting UCX, [`TransferError::Arena`] without memory,
     /// [`TransferError::Ucx`] if UCX refuses to start.
     pub fn start(config: AgentConfig) -> Result<(Self, Arena), TransferError> {
+        Self::start_impatient(config, STALL)
+    }
+
+    /// As [`Agent::start`]; connections are broken when they stall for this long. For tests.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    #[doc(hidden)]
+    pub fn start_impatient(
+        config: AgentConfig,
+        stall_after: Duration,
+    ) -> Result<(Self, Arena), TransferError> {
         let (commands, receiver) = bounded(COMMANDS_MAX);
         let (ready_sender, ready) = bounded(1);
         let (ended_sender, ended) = bounded(0);
@@ -115,6 +168,8 @@ impl Agent {
             in_flight: AtomicUsize::new(0),
             requests: AtomicUsize::new(0),
             quarantined: AtomicUsize::new(0),
+            rates: Mutex::default(),
+            connected: Mutex::default(),
         });
         let source = match config.gpu {
             Some(gpu) => Source::Gpu(gpu),
@@ -128,6 +183,7 @@ impl Agent {
             commands: receiver,
             wake: wake.clone(),
             vitals: vitals.clone(),
+            stall_after,
         };
         let handle = std::thread::Builder::new()
             .name("baton-ucx".into())
@@ -178,7 +234,8 @@ impl Agent {
     ///
     /// # Errors
     /// [`TransferError::Version`] and [`TransferError::Descriptor`] before anything is tried; then
-    /// [`TransferError::PeerFailed`], [`TransferError::Ucx`] or [`TransferError::Deadline`].
+    /// [`TransferError::PeerFailed`], [`TransferError::Ucx`], [`TransferError::Staging`], [`TransferError::Stalled`] or
+    /// [`TransferError::Deadline`].
     pub async fn connect(
         &self,
         peer: PeerKey,
@@ -197,7 +254,7 @@ impl Agent {
         .await
     }
 
-    /// Reads ranges of a peer's arenas into our own.
+    /// Reads ranges of a peer's arenas into our own. Pulls over one connection take turns.
     ///
     /// `guard` owns the destination. It comes back with the success; otherwise the agent drops it, but
     /// not before UCX has ended every request that writes there: never, if UCX never does. The same holds
@@ -205,8 +262,8 @@ impl Agent {
     ///
     /// # Errors
     /// [`TransferError::NotConnected`], [`TransferError::Bounds`] and [`TransferError::Busy`] before
-    /// anything is read; [`TransferError::PeerFailed`] and [`TransferError::Deadline`] close the
-    /// connection, and with it fail the peer's other pulls.
+    /// anything is read. [`TransferError::Deadline`] and [`TransferError::Staging`] concern this pull alone.
+    /// [`TransferError::PeerFailed`] and [`TransferError::Stalled`] close the connection, and with it fail the peer's other pulls.
     pub async fn pull<G: Send + 'static>(
         &self,
         peer: PeerKey,
@@ -238,6 +295,18 @@ impl Agent {
         let _ = self
             .call(GRACE, |reply| Command::Disconnect { peer, reply })
             .await;
+    }
+
+    /// Whether there is a connection to this peer. It may break while nobody pulls, and nobody is told.
+    pub fn is_connected(&self, peer: PeerKey) -> bool {
+        self.shared.vitals.connected().contains(&peer)
+    }
+
+    /// The rate of pulls from this peer in 10⁹ bytes a second, while anything was outstanding; a moving average. `None` if nothing was
+    /// pulled over its connection.
+    pub fn pulled_rate(&self, peer: PeerKey) -> Option<f32> {
+        let rate = self.shared.vitals.rates().get(&peer).copied()?;
+        Some((rate / 1e9) as f32)
     }
 
     /// How the agent fares.
@@ -301,10 +370,23 @@ impl Agent {
                 TrySendError::Disconnected(_) => TransferError::Stopped,
             })?;
         self.shared.wake.ring();
-        match tokio::time::timeout(deadline + GRACE, answer).await {
-            Ok(Ok(outcome)) => outcome,
-            _ => Err(TransferError::Stopped),
+        let end = tokio::time::Instant::now() + deadline + GRACE;
+        let (mut answer, mut turn, mut stuck) = (answer, 0, 0);
+        while stuck < STUCK_LOOKS {
+            let now = tokio::time::Instant::now();
+            if now >= end {
+                break;
+            }
+            match tokio::time::timeout_at(end.min(now + LOOK), &mut answer).await {
+                Ok(outcome) => return outcome.unwrap_or(Err(TransferError::Stopped)),
+                Err(_) => {
+                    let before =
+                        std::mem::replace(&mut turn, self.shared.vitals.turn_micros.load(Relaxed));
+                    stuck = if turn == before { stuck + 1 } else { 0 };
+                }
+            }
         }
+        Err(TransferError::Stopped)
     }
 }
 

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use baton_protocol::{Base64Bytes, MemoryType, RankRegion};
 use ucx_sys::*;
 
-use crate::TransferError;
 use crate::context::{Context, check, status_text};
 use crate::probe::{self, scratch_bytes};
 use crate::seal::{Kind, seal};
 use crate::stage::MakeStaging;
+use crate::{TransferError, memory};
 
 /// Where an arena's memory comes from.
 pub(crate) enum Source {
@@ -139,6 +139,10 @@ impl Region {
             Some(gpu) => return Ok(Self::map_gpu(context, gpu, length)),
             None => gpu,
         };
+        memory::check(length as u64, "it").map_err(failed)?;
+        if context.has_system_v_arenas {
+            memory::check_segment(length as u64).map_err(failed)?;
+        }
         let params = ucp_mem_map_params_t {
             field_mask: UCP_MEM_MAP_PARAM_FIELD_LENGTH
                 | UCP_MEM_MAP_PARAM_FIELD_FLAGS
@@ -153,7 +157,15 @@ impl Region {
         // SAFETY: context and params are valid; `handle` is a place to write to.
         let status = unsafe { (ucp.ucp_mem_map)(context.handle, &params, &mut handle) };
         if status != UCS_OK {
-            return Err(failed(status_text(ucp, status)));
+            let status = status_text(ucp, status);
+            return Err(failed(match context.has_system_v_arenas {
+                true => format!(
+                    "a System V shared memory segment cannot be had ({status}): see the process's limits (ulimit -v, and -l \
+                     with RDMA), kernel.shmmax, kernel.shmall and vm.overcommit_memory; --ucx-tls tcp,self does without \
+                     shared memory"
+                ),
+                false => status,
+            }));
         }
         let mut attributes = ucp_mem_attr_t {
             field_mask: UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_LENGTH,
@@ -280,9 +292,21 @@ impl Region {
     }
 }
 
+/// Pages that the system gives at a time. Between them it is asked whether the rest is still there: others start too.
+const POPULATE_BYTES: usize = 256 << 20;
+
 /// Has the system give every page now. Where it cannot, the worker does not start; without this it would be killed by the
 /// first request that needs the page, and in shared memory that outgrew /dev/shm without a word.
 fn populate(base: *mut u8, bytes: usize) -> Result<(), String> {
+    for offset in (0..bytes).step_by(POPULATE_BYTES) {
+        let left = bytes - offset;
+        memory::check_mapped(left as u64, "the rest of it")?;
+        populate_piece(base.wrapping_add(offset), left.min(POPULATE_BYTES))?;
+    }
+    Ok(())
+}
+
+fn populate_piece(base: *mut u8, bytes: usize) -> Result<(), String> {
     // SAFETY: pages of a mapping of the caller's; they keep what they hold.
     let outcome = unsafe { libc::madvise(base.cast(), bytes, libc::MADV_POPULATE_WRITE) };
     if outcome == 0 {

@@ -21,7 +21,32 @@ struct Setting {
     transports: &'static [&'static str],
 }
 
-fn settings() -> [Setting; 6] {
+/// How UCX allocates an arena, by the transports that it may use (`UCX_TLS`). Peers on the host read it in place where it is a
+/// System V segment, and that vanishes with its last user, also after kill -9. UCX's own choice goes on to POSIX segments where
+/// a System V one cannot be had: those are filled while they are files in /dev/shm, and stay there if that kills the process.
+fn allocation(list: Option<&str>) -> &'static str {
+    match uses_system_v(list) {
+        true => SYSTEM_V,
+        false => "thp,mmap,heap",
+    }
+}
+
+/// System V segments or nothing.
+const SYSTEM_V: &str = "md:sysv";
+
+/// Whether a list of transports has System V shared memory.
+fn uses_system_v(list: Option<&str>) -> bool {
+    const NAMES: [&str; 5] = ["sysv", "mm", "shm", "sm", "all"];
+    let Some(list) = list else { return true };
+    let (excluded, names) = match list.strip_prefix('^') {
+        Some(names) => (true, names),
+        None => (false, list),
+    };
+    let is_named = names.split(',').any(|name| NAMES.contains(&name.trim()));
+    is_named != excluded
+}
+
+fn settings(list: Option<&str>) -> [Setting; 7] {
     let always = |name, value: &str| Setting {
         name,
         short: None,
@@ -41,6 +66,7 @@ fn settings() -> [Setting; 6] {
         always("KEEPALIVE_INTERVAL", "1s"),
         // The cache cannot cope with memory of cudaMalloc that it did not see allocated.
         always("MEMTYPE_CACHE", "n"),
+        always("ALLOC_PRIO", allocation(list)),
         // Error handling drops shared memory otherwise.
         Setting {
             name: "MM_ERROR_HANDLING",
@@ -85,6 +111,8 @@ impl Setting {
 pub(crate) struct Context {
     pub(crate) ucp: &'static Ucp,
     pub(crate) handle: ucp_context_h,
+    /// Whether what UCX allocates is System V shared memory.
+    pub(crate) has_system_v_arenas: bool,
 }
 
 // SAFETY: the context is created with `mt_workers_shared`, so UCX locks what threads share of it.
@@ -105,19 +133,29 @@ impl Context {
         let tls = tls.or(default_tls(ucp.version()).filter(|_| environment.is_none()));
         let chosen = tls.or(environment.as_deref());
         let mut outcome = Ok(());
-        for setting in settings().iter().filter(|setting| setting.applies(chosen)) {
+        for setting in settings(chosen)
+            .iter()
+            .filter(|setting| setting.applies(chosen))
+        {
             outcome = outcome.and_then(|()| setting.make(ucp, config));
         }
         if let Some(tls) = tls {
             outcome = outcome.and_then(|()| modify(ucp, config, "TLS", tls));
         }
-        let context = outcome.and_then(|()| Self::init(ucp, config));
+        let is_set = std::env::var("UCX_ALLOC_PRIO").ok();
+        let method = is_set.as_deref().unwrap_or(allocation(chosen));
+        let has_system_v_arenas = method == SYSTEM_V;
+        let context = outcome.and_then(|()| Self::init(ucp, config, has_system_v_arenas));
         // SAFETY: it was read above and is used no more.
         unsafe { (ucp.ucp_config_release)(config) };
         context
     }
 
-    fn init(ucp: &'static Ucp, config: *const c_void) -> Result<Self, TransferError> {
+    fn init(
+        ucp: &'static Ucp,
+        config: *const c_void,
+        has_system_v_arenas: bool,
+    ) -> Result<Self, TransferError> {
         let params = ucp_params_t {
             field_mask: UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_MT_WORKERS_SHARED,
             features: UCP_FEATURE_RMA | UCP_FEATURE_AM | UCP_FEATURE_WAKEUP,
@@ -129,7 +167,11 @@ impl Context {
         check(ucp, "ucp_init", unsafe {
             (ucp.ucp_init_version)(UCP_API_MAJOR, UCP_API_MINOR, &params, config, &mut handle)
         })?;
-        Ok(Self { ucp, handle })
+        Ok(Self {
+            ucp,
+            handle,
+            has_system_v_arenas,
+        })
     }
 }
 
@@ -200,14 +242,30 @@ mod tests {
     }
 
     #[test]
+    fn an_arena_is_a_system_v_segment_or_private_and_never_a_file() {
+        for list in [
+            None,
+            Some("all"),
+            Some("sm,self"),
+            Some("sysv,tcp"),
+            Some("^cma,xpmem"),
+        ] {
+            assert_eq!(allocation(list), SYSTEM_V, "{list:?}");
+        }
+        for list in ["tcp,self", "^sm", "posix,tcp", "^sysv", "cma"] {
+            assert!(!allocation(Some(list)).contains("md:"), "{list}");
+        }
+    }
+
+    #[test]
     fn settings_follow_the_transports() {
         let made = |list| {
-            let settings = settings();
+            let settings = settings(list);
             let made = settings.iter().filter(|setting| setting.applies(list));
             made.map(|setting| setting.name).collect::<Vec<_>>()
         };
-        assert_eq!(made(None).len(), settings().len());
-        assert_eq!(made(Some("^cma")).len(), settings().len());
+        assert_eq!(made(None).len(), settings(None).len());
+        assert_eq!(made(Some("^cma")).len(), settings(None).len());
         assert!(!made(Some("tcp,self")).contains(&"MM_ERROR_HANDLING"));
         assert!(!made(Some("shm,self")).contains(&"TCP_TX_SEG_SIZE"));
         assert!(made(Some("tcp,self")).contains(&"TCP_CONN_NB"));

@@ -47,7 +47,25 @@ pub enum TransferError {
         /// What UCX said.
         status: String,
     },
-    /// The transfer did not end in time. Its connection was closed; the peer has to be connected again.
+    /// Nothing of what was outstanding on the connection ended for too long, so it was closed. The peer has to be connected again.
+    Stalled {
+        /// Which peer.
+        peer: PeerKey,
+        /// What was being done.
+        doing: &'static str,
+        /// How long nothing ended.
+        after: Duration,
+        /// What was outstanding.
+        pending: usize,
+    },
+    /// KV could not be copied to or from host memory, here or at the peer. The connection stays.
+    Staging {
+        /// Which peer.
+        peer: PeerKey,
+        /// What was wrong.
+        detail: String,
+    },
+    /// The transfer did not end in time. A pull's connection stays; one that was being made is closed.
     Deadline {
         /// Which peer.
         peer: PeerKey,
@@ -111,6 +129,19 @@ impl fmt::Display for TransferError {
                     "the connection to peer {peer} failed during {doing}: {status}"
                 )
             }
+            Self::Stalled {
+                peer,
+                doing,
+                after,
+                pending,
+            } => write!(
+                f,
+                "the connection to peer {peer} delivered nothing for {} ms during {doing} ({pending} requests pending), so it is closed: see whether the hosts still reach each other",
+                after.as_millis()
+            ),
+            Self::Staging { peer, detail } => {
+                write!(f, "KV of peer {peer} was not staged: {detail}")
+            }
             Self::Deadline {
                 peer,
                 doing,
@@ -118,7 +149,7 @@ impl fmt::Display for TransferError {
                 pending,
             } => write!(
                 f,
-                "{doing} with peer {peer} did not end within {} ms ({pending} requests pending); its connection is closed",
+                "{doing} with peer {peer} did not end within {} ms ({pending} requests pending)",
                 after.as_millis()
             ),
             Self::Bounds {

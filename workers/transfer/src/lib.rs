@@ -7,23 +7,28 @@
 //! 1. A context worker sends its [`Agent::descriptor`] to decode workers, once per incarnation.
 //! 2. A decode worker calls [`Agent::connect`] before the first request needs it: the connection is made,
 //!    tried and measured.
-//! 3. For each request [`plan_reads`] turns block runs into ranges and [`Agent::pull`] reads them, with a
-//!    deadline.
+//! 3. For each request [`plan_reads`] turns block runs into ranges and [`Agent::pull`] reads them. A pull may take as long as
+//!    its request has time; its connection is given up when nothing of what is outstanding on it ends for
+//!    [`PULL_STALL_MS`](baton_protocol::deadlines::PULL_STALL_MS).
 //!
 //! What was read is not yet what was meant: only the release of the lease says so (see the protocol).
 //! What the agent promises is narrower: **destination memory is never given back while UCX may still write
 //! to it.** The `guard` of a pull owns the destination blocks; the agent returns it with the success or
 //! drops it when the last UCX request has ended, whatever became of the caller, the peer or the deadline.
 //!
-//! Files: `agent` is the handle, `thread` the loop behind it, `worker` the UCX worker that it turns, `peer`
-//! one connection, `pull` one set of reads, `context` UCX's configuration, `arena` the memory, `probe`
+//! Files: `agent` is the handle, `thread` the loop behind it, `worker` the UCX worker that it turns, `descriptor` what a peer says
+//! of itself, `peer` one connection, `flow` how it fares, `pull` one set of reads, `context` UCX's configuration, `arena` the memory, `memory` what
+//! there is of it, `probe`
 //! what is told of a connection, `stage` the road through host memory for GPUs that cannot be read in place, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
 //! bell, `plan` pure arithmetic.
 
 mod agent;
 mod arena;
 mod context;
+mod descriptor;
 mod error;
+mod flow;
+pub mod memory;
 mod peer;
 mod plan;
 mod probe;
@@ -46,11 +51,43 @@ pub use stage::{MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};
 /// What reads bytes that peers send, for the fuzz targets and for nobody else.
 #[doc(hidden)]
 pub mod fuzzing {
-    use baton_protocol::{TransferDescriptor, UcxVersion};
+    use std::num::NonZeroU64;
+    use std::ops::Range;
+
+    use baton_protocol::{Base64Bytes, MemoryType, RankRegion, TransferDescriptor, UcxVersion};
 
     use crate::TransferError;
-    use crate::peer::PeerPlan;
+    use crate::descriptor::PeerPlan;
+    use crate::probe::{scratch_bytes, walk};
+    use crate::seal::{Kind, seal};
     pub use crate::stage::ranges_asked;
+
+    /// One arena with fields of anybody's choice, under whole seals.
+    pub fn sealed(
+        ucx: UcxVersion,
+        address: &[u8],
+        key: Option<&[u8]>,
+        (base, bytes): (u64, u64),
+        memory: MemoryType,
+    ) -> TransferDescriptor {
+        let place = Kind::Key { base, bytes };
+        let rkey = key.map(|key| seal(place, key)).unwrap_or_default();
+        TransferDescriptor {
+            ucx,
+            address: Base64Bytes(seal(Kind::Address, address)),
+            ranks: vec![RankRegion {
+                rkey: Base64Bytes(rkey),
+                base,
+                bytes,
+                memory,
+            }],
+        }
+    }
+
+    /// What of an arena is read to try a connection to it.
+    pub fn probed(arena_bytes: NonZeroU64, memory: MemoryType) -> Vec<Range<u64>> {
+        walk(arena_bytes, scratch_bytes(memory) as u64).collect()
+    }
 
     /// Takes a descriptor apart as before a connection.
     ///

@@ -3,18 +3,21 @@
 use std::cell::Cell;
 use std::ffi::c_void;
 use std::fmt;
+use std::num::NonZeroU64;
 use std::ptr::null_mut;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
-use baton_protocol::{MemoryType, TransferDescriptor, UcxVersion};
+use baton_protocol::MemoryType;
 use libc::FILE;
 use ucx_sys::*;
 
 use crate::TransferError;
 use crate::agent::Vitals;
 use crate::context::{check, status_text};
-use crate::seal::{Kind, unseal};
+use crate::descriptor::{PeerPlan, RankPlan};
+use crate::flow::Flow;
 
 /// Names a peer: its incarnation number, so that a restarted worker is another peer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Hash)]
@@ -26,73 +29,12 @@ impl fmt::Display for PeerKey {
     }
 }
 
-/// A descriptor that was checked and taken apart.
-#[derive(Debug)]
-pub(crate) struct PeerPlan {
-    address: Vec<u8>,
-    ranks: Vec<RankPlan>,
-}
-
-#[derive(Debug)]
-struct RankPlan {
-    /// None where the peer's UCX does not know the arena.
-    rkey: Option<Vec<u8>>,
-    base: u64,
-    bytes: u64,
-    memory: MemoryType,
-}
-
-impl PeerPlan {
-    pub(crate) fn parse(
-        descriptor: &TransferDescriptor,
-        ours: UcxVersion,
-    ) -> Result<Self, TransferError> {
-        if !descriptor.ucx.compatible(ours) {
-            return Err(TransferError::Version {
-                theirs: descriptor.ucx,
-                ours,
-            });
-        }
-        let address = unseal(Kind::Address, &descriptor.address.0)?.to_vec();
-        let ranks = descriptor.ranks.iter().map(|rank| {
-            let place = Kind::Key {
-                base: rank.base,
-                bytes: rank.bytes,
-            };
-            let rkey = match rank.rkey.0.as_slice() {
-                [] if rank.memory == MemoryType::Cuda => None,
-                rkey => Some(unseal(place, rkey)?.to_vec()),
-            };
-            Ok(RankPlan {
-                rkey,
-                base: rank.base,
-                bytes: rank.bytes,
-                memory: rank.memory,
-            })
-        });
-        let ranks = ranks.collect::<Result<Vec<_>, TransferError>>()?;
-        if ranks.is_empty() {
-            return Err(TransferError::Descriptor("it names no arena".into()));
-        }
-        Ok(Self { address, ranks })
-    }
-
-    /// A reader, which is only written to: nothing of its memory is named.
-    pub(crate) fn reader(address: &[u8]) -> Result<Self, TransferError> {
-        let address = unseal(Kind::Address, address)?.to_vec();
-        Ok(Self {
-            address,
-            ranks: Vec::new(),
-        })
-    }
-}
-
 /// A rank's arena as seen from here.
 pub(crate) struct RemoteRegion {
     /// Null where the peer's UCX does not know the arena.
     pub(crate) rkey: ucp_rkey_h,
     pub(crate) base: u64,
-    pub(crate) bytes: u64,
+    pub(crate) bytes: NonZeroU64,
     pub(crate) memory: MemoryType,
 }
 
@@ -108,17 +50,17 @@ pub(crate) struct Link {
     ep: ucp_ep_h,
     regions: Vec<RemoteRegion>,
     failure: Rc<Cell<Option<ucs_status_t>>>,
+    /// Set when it failed because nothing came: how much was owed then.
+    stalled: Cell<Option<usize>>,
     /// Whether the peer has to answer reads with messages; assumed until it is known.
     pub(crate) emulated: Cell<bool>,
     /// Whether KV comes by way of host memory, asked for in messages.
     pub(crate) staged: Cell<bool>,
     /// Whether the peer answers such messages: none while it has not said.
     pub(crate) welcome: Cell<Option<bool>>,
-    /// Chunks asked for that have not come.
-    pub(crate) asked: Cell<usize>,
-    /// Requests that UCX holds, of all transfers.
-    pub(crate) in_flight: Rc<Cell<usize>>,
-    /// Where those of all links are counted.
+    /// What is outstanding, of all transfers, and how fast it comes.
+    pub(crate) flow: Rc<Flow>,
+    /// Where requests of all links are counted.
     pub(crate) vitals: Arc<Vitals>,
 }
 
@@ -132,6 +74,7 @@ impl Link {
         reader: u64,
         plan: &PeerPlan,
         vitals: Arc<Vitals>,
+        stall_after: Duration,
     ) -> Result<(Self, Result<(), TransferError>), TransferError> {
         let failure = Rc::new(Cell::new(None));
         let params = ucp_ep_params_t {
@@ -160,11 +103,11 @@ impl Link {
             ep,
             regions: Vec::with_capacity(plan.ranks.len()),
             failure,
+            stalled: Cell::new(None),
             emulated: Cell::new(true),
             staged: Cell::new(false),
             welcome: Cell::new(None),
-            asked: Cell::new(0),
-            in_flight: Rc::default(),
+            flow: Rc::new(Flow::new(stall_after)),
             vitals,
         };
         let outcome = plan.ranks.iter().try_for_each(|rank| link.unpack(rank));
@@ -211,6 +154,19 @@ impl Link {
     /// What UCX reported of the endpoint, once it has failed.
     pub(crate) fn failure(&self) -> Option<ucs_status_t> {
         self.failure.get()
+    }
+
+    /// What was owed when nothing had come for too long; `None` if it did not fail so.
+    pub(crate) fn stalled(&self) -> Option<usize> {
+        self.stalled.get()
+    }
+
+    /// The connection is broken: it owes something and delivers nothing. It is to be closed.
+    pub(crate) fn stall(&self) {
+        if self.failure.get().is_none() {
+            self.failure.set(Some(UCS_ERR_ENDPOINT_TIMEOUT));
+            self.stalled.set(Some(self.flow.owed()));
+        }
     }
 
     /// Begins to close the endpoint without waiting for the peer; afterwards no request may be posted.

@@ -1,5 +1,7 @@
 //! What UCX says of itself and of a connection.
 
+use std::num::NonZeroU64;
+use std::ops::Range;
 use std::ptr::null_mut;
 
 use baton_protocol::{MemoryType, UcxVersion};
@@ -39,7 +41,8 @@ const PROBE_WINDOW_READS: u64 = 4;
 pub struct PeerReport {
     /// Transports that carry the reads, as UCX names them, and how: `posix`, `tcp emulated`.
     pub transport: String,
-    /// Rate of reading, in 10⁹ bytes a second.
+    /// Rate of reading while it was tried, that of the fastest stretch, in 10⁹ bytes a second. See [`crate::Agent::pulled_rate`] for
+    /// that of pulls.
     pub gigabytes_per_second: f32,
 }
 
@@ -55,7 +58,7 @@ pub(crate) fn first_reads(link: &Link, region: &Region) -> Vec<Read> {
             rank: rank as u32,
             remote_offset: 0,
             local_offset: region.scratch(),
-            bytes: remote.bytes.min(bytes),
+            bytes: remote.bytes.get().min(bytes),
         })
         .collect()
 }
@@ -64,17 +67,30 @@ pub(crate) fn first_reads(link: &Link, region: &Region) -> Vec<Read> {
 pub(crate) fn probe_reads(link: &Link, region: &Region) -> Vec<Read> {
     let scratch = region.scratch();
     let longest = scratch_bytes(region.memory()) as u64;
-    let window = link.regions()[0].bytes.min(PROBE_WINDOW_READS * longest);
-    let length = window.min(longest);
-    // An arena shorter than a page or so gives no rate worth the time.
-    (0..(PROBE_READS * longest / length).min(1024))
-        .map(|i| Read {
+    let first = link.regions().first();
+    let ranges = first.into_iter().flat_map(|rank| walk(rank.bytes, longest));
+    ranges
+        .map(|range| Read {
             rank: 0,
-            remote_offset: i % (window / length) * length,
+            remote_offset: range.start,
             local_offset: scratch,
-            bytes: length,
+            bytes: range.end - range.start,
         })
         .collect()
+}
+
+/// Ranges of an arena to probe, none longer than `longest`.
+pub(crate) fn walk(
+    arena_bytes: NonZeroU64,
+    longest: u64,
+) -> impl Iterator<Item = Range<u64>> + use<> {
+    let window = arena_bytes.get().min(PROBE_WINDOW_READS * longest);
+    let length = window.min(longest);
+    // An arena shorter than a page or so gives no rate worth the time.
+    (0..(PROBE_READS * longest / length).min(1024)).map(move |i| {
+        let start = i % (window / length) * length;
+        start..start + length
+    })
 }
 
 /// Transports that UCX found on this host: `posix,cma,tcp`.

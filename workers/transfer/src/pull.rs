@@ -1,6 +1,7 @@
 //! A set of reads from one peer.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,9 +14,10 @@ use ucx_sys::*;
 use crate::TransferError;
 use crate::agent::Vitals;
 use crate::arena::Region;
+use crate::flow::Flow;
 use crate::peer::Link;
 
-/// How much is posted at once.
+/// How much is posted at once. On a slow link [`Flow`] allows less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     /// Longest single read.
@@ -114,19 +116,33 @@ pub(crate) enum Progress {
 /// Counts the requests that UCX holds. Callbacks write to it, so it lives until there are none.
 struct Tally {
     /// All of the peer's.
-    link_in_flight: Rc<Cell<usize>>,
+    flow: Rc<Flow>,
     /// All peers'.
     vitals: Arc<Vitals>,
     request_free: unsafe extern "C" fn(*mut c_void),
-    in_flight: Cell<usize>,
+    /// Lengths of the reads in flight. UCX does not say which one ended; counted off in the order of posting they add up.
+    in_flight: RefCell<VecDeque<u64>>,
     failure: Cell<Option<ucs_status_t>>,
 }
 
 impl Tally {
-    fn add(&self, requests: isize) {
-        for count in [&self.in_flight, &*self.link_in_flight] {
-            count.set(count.get().strict_add_signed(requests));
+    fn posted(&self, bytes: u64) {
+        self.in_flight.borrow_mut().push_back(bytes);
+        self.flow.read_posted(bytes);
+        self.count(1);
+    }
+
+    fn ended(&self, status: ucs_status_t) {
+        let bytes = self.in_flight.borrow_mut().pop_front().unwrap_or_default();
+        let came = if status == UCS_OK { bytes } else { 0 };
+        self.flow.read_ended(bytes, came);
+        self.count(-1);
+        if status != UCS_OK {
+            self.failure.set(Some(status));
         }
+    }
+
+    fn count(&self, requests: isize) {
         // Only this thread writes it.
         let count = self.vitals.requests.load(Relaxed);
         let count = count.strict_add_signed(requests);
@@ -143,10 +159,10 @@ impl Reading {
         allowed: Duration,
     ) -> Self {
         let tally = Tally {
-            link_in_flight: link.in_flight.clone(),
+            flow: link.flow.clone(),
             vitals: link.vitals.clone(),
             request_free: ucp.ucp_request_free,
-            in_flight: Cell::new(0),
+            in_flight: RefCell::default(),
             failure: Cell::new(None),
         };
         Self {
@@ -167,16 +183,27 @@ impl Reading {
             (false, MemoryType::Host) => DIRECT,
             (false, MemoryType::Cuda) => DIRECT_GPU,
         };
+        let flow = self.link.flow.clone();
         let turn_bytes = TURN_BYTES.max(window.read_bytes);
-        let mut turn = 0;
+        let (mut turn, mut at_once, mut began) = (0, 0, None);
         while turn < turn_bytes
-            && self.link.in_flight.get() < window.reads
+            && flow.reads() < window.reads
             && self.tally.failure.get().is_none()
             && self.link.failure().is_none()
-            && let Some(piece) = self.next_piece(window.read_bytes)
+            && let Some(bytes_max) = flow.read_bytes()
+            && let Some(piece) = self.next_piece(window.read_bytes.min(bytes_max))
         {
+            let began = *began.get_or_insert_with(Instant::now);
+            flow.begin(began);
             turn += piece.bytes;
-            self.post_one(ucp, region, piece);
+            if self.post_one(ucp, region, piece) {
+                at_once += piece.bytes;
+            }
+        }
+        if let Some(began) = began
+            && at_once > 0
+        {
+            flow.came_at_once(at_once, began.elapsed());
         }
         self.posted += turn;
         turn > 0
@@ -199,7 +226,8 @@ impl Reading {
         })
     }
 
-    fn post_one(&self, ucp: &Ucp, region: &Region, piece: Read) {
+    /// Whether it ended at once.
+    fn post_one(&self, ucp: &Ucp, region: &Region, piece: Read) -> bool {
         let remote = &self.link.regions()[piece.rank as usize];
         let mut param = ucp_request_param_t {
             op_attr_mask: UCP_OP_ATTR_FIELD_CALLBACK
@@ -232,10 +260,11 @@ impl Reading {
         };
         match status_of_pointer(pointer) {
             // Done, and no callback will come.
-            Ok(None) => {}
-            Ok(Some(_)) => self.tally.add(1),
+            Ok(None) => return true,
+            Ok(Some(_)) => self.tally.posted(piece.bytes),
             Err(status) => self.tally.failure.set(Some(status)),
         }
+        false
     }
 
     /// Posts no more; what is in flight ends by itself.
@@ -244,7 +273,7 @@ impl Reading {
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.tally.in_flight.get()
+        self.tally.in_flight.borrow().len()
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -277,7 +306,7 @@ impl Reading {
                     link.regions().len()
                 )));
             };
-            within("peer's", read.remote_offset, read.bytes, remote.bytes)?;
+            within("peer's", read.remote_offset, read.bytes, remote.bytes.get())?;
             within("own", read.local_offset, read.bytes, local_bytes)?;
         }
         Ok(())
@@ -305,10 +334,7 @@ unsafe extern "C" fn on_read_end(
     // SAFETY: `user_data` is the tally that `post_one` passed, alive while any request is in flight; UCX
     // calls from the agent's thread alone.
     let tally = unsafe { &*user_data.cast::<Tally>() };
-    tally.add(-1);
-    if status != UCS_OK {
-        tally.failure.set(Some(status));
-    }
+    tally.ended(status);
     // SAFETY: the request has ended and this is its only owner.
     unsafe { (tally.request_free)(request) };
 }

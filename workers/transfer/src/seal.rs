@@ -34,7 +34,7 @@ impl Kind {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Address => "worker address",
             Self::Key { .. } => "remote key",

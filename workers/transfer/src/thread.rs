@@ -21,7 +21,8 @@ use crate::TransferError;
 use crate::agent::{Vitals, version};
 use crate::arena::{Arena, Region, Source};
 use crate::context::Context;
-use crate::peer::{Link, PeerKey, PeerPlan};
+use crate::descriptor::PeerPlan;
+use crate::peer::{Link, PeerKey};
 use crate::probe;
 use crate::pull::{Read, Reading};
 use crate::seal::{Kind, seal};
@@ -114,6 +115,9 @@ struct Mover {
     wake: Arc<Wake>,
     vitals: Arc<Vitals>,
     stopping: bool,
+    /// How often transfers had their turn.
+    round: u64,
+    stall_after: Duration,
     /// When the last pull was under way.
     pulled: Option<Instant>,
 }
@@ -126,6 +130,7 @@ impl Mover {
             commands,
             wake,
             vitals,
+            stall_after,
         } = setup;
         if let Source::Gpu(gpu) = &source {
             (gpu.bind)().map_err(|detail| TransferError::Arena {
@@ -160,7 +165,7 @@ impl Mover {
             quarantine: Vec::new(),
             closing: Vec::new(),
             links: HashMap::new(),
-            serving: Serving::new(ucp, stage.clone(), vitals.clone()),
+            serving: Serving::new(ucp, stage.clone(), vitals.clone(), stall_after),
             worker,
             stage,
             region,
@@ -169,6 +174,8 @@ impl Mover {
             wake,
             vitals,
             stopping: false,
+            round: 0,
+            stall_after,
             pulled: None,
         };
         Ok((mover, ready))
@@ -196,6 +203,7 @@ impl Mover {
         let mut busy = self.worker.progress();
         busy |= self.take_commands();
         busy |= self.serve(now);
+        self.look();
         busy |= self.advance(now);
         self.close_failed();
         self.sweep();
@@ -233,10 +241,7 @@ impl Mover {
                     Ok(link) if link.has_keys() && self.region.handle().is_some() => {
                         let reads = probe::first_reads(&link, &self.region);
                         let reading = Reading::new(self.ucp, link, reads, started, allowed);
-                        self.transfers.push(Transfer {
-                            work: Work::Reads(reading),
-                            then: Then::Probe { reply },
-                        });
+                        self.begin(Work::Reads(reading), Then::Probe { reply });
                     }
                     Ok(link) => self.greet(link, started, allowed, None, reply),
                     Err(error) => drop(reply.send(Err(error))),
@@ -252,10 +257,7 @@ impl Mover {
             } => match self.admit(peer, &reads) {
                 Ok(link) => {
                     let work = self.pulling(link, reads, started, allowed);
-                    self.transfers.push(Transfer {
-                        work,
-                        then: Then::Pull { guard, reply },
-                    });
+                    self.begin(work, Then::Pull { guard, reply });
                 }
                 Err(error) => drop(reply.send(Err(error))),
             },
@@ -277,9 +279,11 @@ impl Mover {
             self.stage.id(),
             plan,
             self.vitals.clone(),
+            self.stall_after,
         )?;
         let link = Rc::new(link);
         self.links.insert(peer, link.clone());
+        self.vitals.tell_connected(peer, true);
         if outcome.is_err() {
             self.disconnect(peer);
         }
@@ -310,6 +314,20 @@ impl Mover {
         let turn = now.duration_since(self.vitals.epoch).as_micros() as u64;
         self.vitals.turn_micros.store(turn, Relaxed);
         self.count();
+    }
+
+    /// Breaks links that deliver nothing, and tells how fast the others do.
+    fn look(&self) {
+        // UCX may have copied for a while just now.
+        let now = Instant::now();
+        for link in self.links.values() {
+            if link.flow.look(now) {
+                link.stall();
+            }
+            if let Some(rate) = link.flow.news_of_rate() {
+                self.vitals.tell_rate(link.key, rate);
+            }
+        }
     }
 
     /// Whether something is under way, or soon will be, whose end is seen by looking alone: a thread that waits for UCX to wake it

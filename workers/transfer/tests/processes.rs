@@ -5,7 +5,8 @@ mod support;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_protocol::{TransferDescriptor, UcxVersion};
+use baton_protocol::{MemoryType, TransferDescriptor, UcxVersion};
+use baton_transfer::fuzzing;
 use baton_transfer::{Agent, Arena, PeerKey, Read, TransferError};
 use support::{ROADS, SERVER_TEST, STAGED, Server, config, fill, matches, until};
 
@@ -182,7 +183,7 @@ impl Drop for Watch {
 }
 
 #[test]
-fn a_stopped_peer_runs_into_the_deadline() {
+fn a_pull_from_a_stopped_peer_ends_at_its_deadline() {
     over_each_road(async |tls| {
         let server = Server::start(64 << 20, 1, tls);
         let (agent, arena) = agent(64 * MIB, tls);
@@ -398,6 +399,27 @@ fn shutdown_ends_what_is_under_way() {
     });
 }
 
+/// A peer's own address and key with arenas that cannot be, under whole seals.
+fn forged(good: &TransferDescriptor) -> Vec<TransferDescriptor> {
+    let arena = &good.ranks[0];
+    // A seal is 4 bytes of kind, for a key its place, and a checksum of 8.
+    let open = |sealed: &[u8], head: usize| sealed[head..sealed.len() - 8].to_vec();
+    let address = open(&good.address.0, 4);
+    let key = (!arena.rkey.0.is_empty()).then(|| open(&arena.rkey.0, 20));
+    let places = [(arena.base, 0), (0, 4096), (u64::MAX - 4095, 8192)];
+    let forged = places
+        .map(|place| fuzzing::sealed(good.ucx, &address, key.as_deref(), place, arena.memory));
+    let staged = fuzzing::sealed(good.ucx, &address, None, (arena.base, 0), MemoryType::Cuda);
+    let keyless = fuzzing::sealed(
+        good.ucx,
+        &address,
+        None,
+        (arena.base, 4096),
+        MemoryType::Host,
+    );
+    forged.into_iter().chain([staged, keyless]).collect()
+}
+
 #[test]
 fn damaged_and_foreign_descriptors_are_refused() {
     over_each_road(async |tls| {
@@ -441,6 +463,13 @@ fn damaged_and_foreign_descriptors_are_refused() {
             assert!(
                 matches!(outcome, Err(TransferError::Descriptor(_))),
                 "damage {index}: {outcome:?}"
+            );
+        }
+        for (index, descriptor) in forged(good).into_iter().enumerate() {
+            let outcome = agent.connect(PEER, descriptor, LONG).await;
+            assert!(
+                matches!(outcome, Err(TransferError::Descriptor(_))),
+                "forgery {index}: {outcome:?}"
             );
         }
         agent

@@ -17,13 +17,13 @@ use crate::api_servers::ApiServers;
 use crate::beat::SharedLoad;
 use crate::bus::Outbox;
 use crate::checks::Checks;
-use crate::context::Pace;
 use crate::desk::{Desk, Identity};
 use crate::engine_thread::EngineHandle;
 use crate::frames::TokenOutbox;
 use crate::leases::LeaseTable;
 use crate::line::Line;
 use crate::mover::Mover;
+use crate::pace::Pace;
 use crate::peers::Peers;
 use crate::pulls::Places;
 use crate::watch::Stuck;
@@ -93,7 +93,8 @@ impl Desk {
             next_key: 1,
             prefills: BTreeMap::new(),
             leases: LeaseTable::new(),
-            pace: Pace::default(),
+            prefill_pace: Pace::default(),
+            decode_pace: Pace::default(),
             decodes: BTreeMap::new(),
             line: Line::default(),
             pulls: JoinSet::new(),

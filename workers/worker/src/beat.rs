@@ -4,7 +4,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use baton_protocol::{Beat, Load, PROTOCOL_VERSION};
+use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth};
+use baton_transfer::PeerKey;
 
 use crate::desk::Desk;
 use crate::mover::Mover;
@@ -32,7 +33,7 @@ impl Desk {
         let beat = self.beat();
         self.shared_load.set(beat.load);
         if let Err(error) = self.outbox.send(self.cluster.beat(&self.me.worker), &beat) {
-            tracing::debug!(error, "a beat was not sent");
+            tracing::debug!(%error, "a beat was not sent");
         }
     }
 
@@ -50,9 +51,23 @@ impl Desk {
             weights: self.me.weights.label().to_owned(),
             load: self.load(),
             capacity: self.me.capacity,
-            peers: self.peers.health(),
+            peers: self.peer_health(),
             transport: self.transport(),
+            decode_ms: self.decode_pace.mean_ms(),
         }
+        .within_bounds()
+    }
+
+    /// Context workers, and how fast pulls from them are.
+    fn peer_health(&self) -> Vec<PeerHealth> {
+        let mut peers = self.peers.health();
+        if let Some(agent) = &self.agent {
+            for peer in &mut peers {
+                let key = PeerKey(peer.incarnation.0);
+                peer.pulled_gigabytes_per_second = agent.pulled_rate(key);
+            }
+        }
+        peers
     }
 
     /// How KV moves, or that it does not any more.

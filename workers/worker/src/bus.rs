@@ -1,5 +1,6 @@
 //! The NATS connection: subscriptions, and the one task that publishes.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,7 +9,8 @@ use baton_bus::{BusConfig, ConnectionLog, Intake, Seldom, Wire, mend_pause};
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    DecodeReply, Incarnation, PROTOCOL_VERSION, PrefillReply, Refusal, Versioned, WorkerId, encode,
+    DecodeReply, Incarnation, PROTOCOL_VERSION, PrefillReply, ProtocolError, Refusal, Versioned,
+    WorkerId, encode,
 };
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
@@ -203,24 +205,64 @@ impl Outbox {
     /// Hands a message to the publisher.
     ///
     /// # Errors
-    /// Why it cannot be sent: too large for the bus, or the bus has been away for too long.
+    /// Why it cannot be sent.
     pub(crate) fn send<M: Versioned>(
         &self,
         subject: impl Into<Subject>,
         message: &M,
-    ) -> Result<(), String> {
-        let bytes = encode(message).map_err(|error| error.to_string())?;
-        let bytes_max = bytes_max(&self.wire);
-        if bytes.len() > bytes_max {
-            let name = M::NAME;
-            return Err(format!(
-                "a {name} message of {} bytes is over the bus's bound of {bytes_max} bytes: raise max_payload",
-                bytes.len()
-            ));
+    ) -> Result<(), Unsent> {
+        let too_large = |bytes| Unsent::TooLarge {
+            message: M::NAME,
+            bytes,
+            bytes_max: self.bytes_max(),
+        };
+        let bytes = encode(message).map_err(|error| match error {
+            ProtocolError::TooLarge { bytes, .. } => too_large(bytes),
+            other => Unsent::Unwritable(other),
+        })?;
+        if bytes.len() > self.bytes_max() {
+            return Err(too_large(bytes.len()));
         }
         self.sender
             .try_send((subject.into(), bytes.into()))
-            .map_err(|_| "the bus takes no messages".to_owned())
+            .map_err(|_| Unsent::NoRoom)
+    }
+
+    /// Largest message that the bus carries, in bytes.
+    pub(crate) fn bytes_max(&self) -> usize {
+        bytes_max(&self.wire)
+    }
+}
+
+/// Why a message was not sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Unsent {
+    /// It is over the bus's bound, and would be again.
+    TooLarge {
+        message: &'static str,
+        bytes: usize,
+        bytes_max: usize,
+    },
+    /// The bus has been away for so long that no more messages may wait for it.
+    NoRoom,
+    /// It cannot be written as JSON.
+    Unwritable(ProtocolError),
+}
+
+impl fmt::Display for Unsent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLarge {
+                message,
+                bytes,
+                bytes_max,
+            } => write!(
+                f,
+                "a {message} message of {bytes} bytes is over the bus's bound of {bytes_max} bytes"
+            ),
+            Self::NoRoom => f.write_str("the bus takes no messages"),
+            Self::Unwritable(error) => write!(f, "{error}"),
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_bus::BusConfig;
 use baton_engine::FakeFaults;
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{KvGeometry, Role, WorkerId, limits};
+use baton_protocol::{KvGeometry, Role, WorkerId, deadlines};
 
 use crate::WorkerError;
 
@@ -86,7 +86,7 @@ impl WorkerConfig {
             batch: Device::Cpu.batch_default(),
             queue: 256,
             prefix_cache: true,
-            lease_ms: limits::LEASE_MS,
+            lease_ms: deadlines::LEASE_MS,
             drain_ms: DRAIN_MS_DEFAULT,
             ucx_tls: None,
             fake_faults: FakeFaults::default(),
@@ -209,8 +209,8 @@ impl Device {
     /// a large model's prompt, and has nothing in it that could hang.
     pub(crate) fn step_time_max(self) -> Duration {
         match self {
-            Self::Cuda(_) => Duration::from_secs(30),
-            Self::Cpu => Duration::from_secs(300),
+            Self::Cuda(_) => Duration::from_millis(deadlines::STEP_MAX_GPU_MS),
+            Self::Cpu => Duration::from_millis(deadlines::STEP_MAX_CPU_MS),
             Self::Fake { step_micros } => {
                 Duration::from_secs(5) + Duration::from_micros(step_micros)
             }

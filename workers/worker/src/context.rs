@@ -5,11 +5,12 @@ use std::time::Duration;
 use async_nats::{Message, Subject};
 use baton_protocol::{
     ApiServerId, Failure, FailureCode, HandleId, KvHandle, Nonce, PROTOCOL_VERSION, PrefillJob,
-    PrefillReply, PrefillTimings, RankRuns, Refusal, Release, Released, RequestId, TokenLogprobs,
-    WorkerState, decode,
+    PrefillReply, PrefillTimings, RankRuns, Refusal, Release, Released, Renew, Renewed, RequestId,
+    TokenLogprobs, WorkerState, decode,
 };
 use tokio::time::Instant;
 
+use crate::bus::Unsent;
 use crate::desk::Desk;
 use crate::engine_thread::{Command, HeldBlocks, Prefilled};
 use crate::random::random;
@@ -23,31 +24,6 @@ pub(crate) struct Prefilling {
     deadline: Instant,
     /// Where the answer goes; `None` once it was given or is not wanted, and the engine is yet to let go.
     reply: Option<Subject>,
-}
-
-/// How long a prompt takes, for the hint in `Busy`.
-#[derive(Default)]
-pub(crate) struct Pace {
-    mean_seconds: f32,
-}
-
-impl Pace {
-    /// Weight of the newest prompt in the running mean.
-    const NEWEST: f32 = 0.1;
-
-    fn record(&mut self, compute: Duration) {
-        let seconds = compute.as_secs_f32();
-        self.mean_seconds = match self.mean_seconds {
-            0.0 => seconds,
-            mean => mean + Self::NEWEST * (seconds - mean),
-        };
-    }
-
-    /// When a place may be free, with this many jobs before: a quarter of them done, at least one.
-    pub(crate) fn retry_after_ms(&self, jobs: usize) -> u32 {
-        let ms = self.mean_seconds * 1e3 * (jobs as f32 / 4.0).max(1.0);
-        ms.clamp(20.0, 10_000.0) as u32
-    }
 }
 
 impl Desk {
@@ -82,7 +58,7 @@ impl Desk {
             return Err(Refusal::Draining);
         }
         if !self.me.role.prefills() {
-            return Err(Refusal::Malformed {
+            return Err(Refusal::WrongRole {
                 detail: "this worker runs no prompts: its role is decode".to_owned(),
             });
         }
@@ -93,12 +69,16 @@ impl Desk {
                 detail: "too many prompt log-probabilities are asked for".to_owned(),
             });
         }
+        if let Some(failure) = self.reply_too_large(prompt_logprobs, sequence.prompt_tokens) {
+            self.fail_prefill(reply.clone(), failure);
+            return Ok(());
+        }
         if self.answer_there_instead(request, &api_server, sequence.tokens.0.len(), reply) {
             return Ok(());
         }
         if self.prefills.len() >= self.me.capacity.queue as usize {
             return Err(Refusal::Busy {
-                retry_after_ms: self.pace.retry_after_ms(self.prefills.len()),
+                retry_after_ms: self.prefill_pace.prefill_hint_ms(self.prefills.len()),
             });
         }
         // A request has one live try: what an earlier one left here ends.
@@ -114,7 +94,7 @@ impl Desk {
         }) {
             self.deadlines.remove(&(deadline, key));
             return Err(Refusal::Busy {
-                retry_after_ms: self.pace.retry_after_ms(self.prefills.len()),
+                retry_after_ms: self.prefill_pace.prefill_hint_ms(self.prefills.len()),
             });
         }
         tracing::debug!(%request, %api_server, tokens, budget_ms, "prefill queued");
@@ -129,6 +109,21 @@ impl Desk {
             },
         );
         Ok(())
+    }
+
+    /// Why the answer to a job could not be sent, where that is known before anything is computed.
+    fn reply_too_large(&self, prompt_logprobs: Option<u8>, prompt_tokens: u32) -> Option<Failure> {
+        let top = prompt_logprobs?;
+        let vocab = self.checks.model.vocab;
+        let bytes = PrefillReply::bytes_max(prompt_tokens as usize, top, vocab);
+        let bytes_max = self.outbox.bytes_max();
+        (bytes > bytes_max).then(|| {
+            let message = format!(
+                "the log-probabilities of {prompt_tokens} prompt tokens with {top} alternatives each make an answer of up to \
+                 {bytes} bytes, and the bus carries {bytes_max}: ask for fewer alternatives, a shorter prompt or none"
+            );
+            Failure::new(FailureCode::TooLarge, message)
+        })
     }
 
     /// Whether this prompt waits or runs here already. Its sender has not heard of it for a while and asks again.
@@ -172,7 +167,7 @@ impl Desk {
             return;
         };
         let Some(reply) = entry.reply else { return };
-        self.pace.record(compute);
+        self.prefill_pace.record(compute);
         let mut handle = KvHandle {
             worker: self.me.worker.clone(),
             incarnation: self.me.incarnation,
@@ -239,7 +234,11 @@ impl Desk {
         if let Err(error) = self.outbox.send(reply.clone(), &ready) {
             // Nobody will come for it.
             self.leases.abort(request);
-            self.fail_prefill(reply, Failure::new(FailureCode::Internal, error));
+            let code = match error {
+                Unsent::TooLarge { .. } => FailureCode::TooLarge,
+                Unsent::NoRoom | Unsent::Unwritable(_) => FailureCode::Internal,
+            };
+            self.fail_prefill(reply, Failure::new(code, error.to_string()));
         }
     }
 
@@ -254,6 +253,8 @@ impl Desk {
                     })
                     .flatten();
                 let valid = blocks.is_some();
+                // Another worker has it now: its place in this one's line is free.
+                self.line.leave(release.request);
                 tracing::debug!(request = %release.request, handle = %release.handle, by = %release.decode_worker, valid, "released");
                 valid
             }
@@ -270,6 +271,28 @@ impl Desk {
                     valid,
                 },
             );
+        }
+    }
+
+    /// Its API server still wants it: the lease begins again, if it is alive.
+    pub(crate) fn on_renew(&mut self, message: &Message) {
+        let valid = match decode::<Renew>(&message.payload) {
+            Ok(renew) => {
+                let valid = renew.incarnation == self.me.incarnation
+                    && self
+                        .leases
+                        .renew(Instant::now(), self.lease, renew.handle, renew.nonce);
+                tracing::debug!(request = %renew.request, handle = %renew.handle, valid, "renewed");
+                valid
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a renewal was not understood");
+                false
+            }
+        };
+        if let Some(reply) = message.reply.clone() {
+            let v = PROTOCOL_VERSION;
+            self.send(reply, &Renewed { v, valid });
         }
     }
 

@@ -13,7 +13,7 @@ use baton_transfer::{
 };
 
 use crate::device::{Arena, Backend};
-use crate::{WorkerConfig, WorkerError};
+use crate::{WorkerConfig, WorkerError, memory};
 
 impl Backend {
     /// Loads the model onto a GPU and takes its share of what is left for KV.
@@ -50,6 +50,7 @@ impl Backend {
         let kv = baton_engine::kv_geometry(model.spec(), config.block_tokens);
         let (free, _) = device.memory().map_err(failed)?;
         let blocks = config.kv_blocks_of_gpu(&kv, free as u64)?;
+        memory::serves_somebody(&kv, blocks, model.spec().tokens_max as u32)?;
         let bytes = kv.block_bytes() * blocks as usize;
         let memory = CudaMemory::new(&device, gpu_allocation_bytes(bytes)).map_err(failed)?;
         let memory = Arc::new(memory);

@@ -19,6 +19,7 @@ use crate::pulls::{Pull, PullFailure, Pulled};
 /// A try of a generation on this worker.
 pub(crate) struct Decoding {
     pub(crate) route: Route,
+    admitted: Instant,
     deadline: Instant,
     /// Output index of the next token.
     index: u32,
@@ -67,7 +68,7 @@ impl Desk {
             return Err(Refusal::Draining);
         }
         if !self.me.role.decodes() {
-            return Err(Refusal::Malformed {
+            return Err(Refusal::WrongRole {
                 detail: "this worker generates nothing: its role is context".to_owned(),
             });
         }
@@ -97,15 +98,12 @@ impl Desk {
             );
             return Err(Refusal::Malformed { detail });
         }
-        if self.decodes.len() >= self.me.capacity.batch as usize {
-            return Err(self.busy());
-        }
-        // Blocks for what is there and for the next token.
-        let blocks = self.checks.kv.blocks_for(job.sequence.tokens.0.len() + 1);
+        // Blocks for what is there and for the next token. A handle of this worker's own brings its own.
         let blocks = match local {
-            true => None,
-            false => Some(self.reserve(now, job.request, blocks)?),
+            true => 0,
+            false => self.checks.kv.blocks_for(job.sequence.tokens.0.len() + 1),
         };
+        let blocks = self.reserve(now, job.request, blocks)?;
         // A request has one live try.
         for (key, _) in earlier {
             self.end_decode(key, None);
@@ -117,7 +115,7 @@ impl Desk {
             incarnation: self.me.incarnation,
         };
         if let Err(error) = self.outbox.send(reply.clone(), &admitted) {
-            tracing::warn!(error, "an admission was not sent: the job is dropped");
+            tracing::warn!(%error, "an admission was not sent: the job is dropped");
             return Ok(());
         }
         tracing::debug!(request = %job.request, attempt = job.attempt, from = %job.handle.worker, "decode admitted");
@@ -139,31 +137,30 @@ impl Desk {
             .or_else(unreachable)
     }
 
-    /// Blocks for a request's KV, unless those are meant for others that wait longer.
+    /// A place in the batch and blocks for a request's KV, unless those are meant for others that wait longer. `None` if
+    /// it wants no blocks.
     fn reserve(
         &mut self,
         now: Instant,
         request: RequestId,
         blocks: usize,
-    ) -> Result<BlockTable, Refusal> {
+    ) -> Result<Option<BlockTable>, Refusal> {
         let before = self.line.before(request, now);
-        let fits = self.pool.stats().available() >= before + blocks;
-        match fits.then(|| self.pool.reserve(blocks)).flatten() {
-            Some(table) => {
-                self.line.leave(request);
-                Ok(table)
-            }
-            None => {
-                self.line.refused(request, blocks, now);
-                Err(self.busy())
-            }
+        let has_place = self.decodes.len() + before.jobs < self.me.capacity.batch as usize;
+        if has_place && blocks == 0 {
+            self.line.leave(request);
+            return Ok(None);
         }
-    }
-
-    fn busy(&self) -> Refusal {
-        Refusal::Busy {
-            retry_after_ms: self.pace.retry_after_ms(self.decodes.len()),
+        let fits = has_place && self.pool.stats().available() >= before.blocks + blocks;
+        if let Some(table) = fits.then(|| self.pool.reserve(blocks)).flatten() {
+            self.line.leave(request);
+            return Ok(Some(table));
         }
+        self.line.refused(request, blocks, now);
+        let ages = self.decodes.values().map(|entry| now - entry.admitted);
+        Err(Refusal::Busy {
+            retry_after_ms: self.decode_pace.decode_hint_ms(ages, before.jobs),
+        })
     }
 
     /// 2a. The KV is in this worker's own arena: the lease's blocks are taken over, which releases it.
@@ -198,6 +195,7 @@ impl Desk {
             key,
             Decoding {
                 route,
+                admitted: now,
                 deadline,
                 index,
                 phase: Phase::Running,
@@ -238,6 +236,7 @@ impl Desk {
             handle: handle.clone(),
             blocks,
             place: self.pull_places.place(handle.incarnation),
+            deadline,
         };
         let task = self.pulls.spawn(pull.run());
         let index = sequence.output_tokens() + 1;
@@ -255,6 +254,7 @@ impl Desk {
             key,
             Decoding {
                 route,
+                admitted: now,
                 deadline,
                 index,
                 phase,
@@ -296,6 +296,7 @@ impl Desk {
                 tracing::debug!(request = %route.request, %failure, "pull failed");
                 if let Some(error) = connection {
                     let handle = &pulling.handle;
+                    self.pull_places.lost(handle.incarnation);
                     self.peers.pull_failed(
                         Instant::now(),
                         &handle.worker,
@@ -350,7 +351,7 @@ impl Desk {
         match std::mem::replace(&mut entry.phase, Phase::Ending) {
             Phase::Pulling(pulling) => {
                 let (route, index) = (entry.route.clone(), entry.index);
-                self.decodes.remove(&key);
+                self.decode_left(key);
                 pulling.task.abort();
                 self.let_go(&route, &pulling.handle);
                 if let Some(failure) = failure {
@@ -365,7 +366,7 @@ impl Desk {
                 if !self.engine.send(command) {
                     // The engine, which would say how it ended, is gone.
                     let (route, index) = (entry.route.clone(), entry.index);
-                    self.decodes.remove(&key);
+                    self.decode_left(key);
                     if let Some(failure) = failure {
                         self.tell_failure(&route, index, failure);
                     }
@@ -403,7 +404,24 @@ impl Desk {
     pub(crate) fn decode_left(&mut self, key: u64) {
         if let Some(entry) = self.decodes.remove(&key) {
             self.deadlines.remove(&(entry.deadline, key));
+            // Whatever ended it: this is how soon places become free.
+            self.decode_pace.record(entry.admitted.elapsed());
         }
+    }
+
+    /// Says of each job that waits for its turn to pull, pulls, waits for its release, or generates that this worker is at it:
+    /// a pull takes as long as its link needs, a step may be long, and who hears nothing of a job gives this worker up.
+    pub(crate) fn report_jobs(&self) {
+        // Nobody hears it, and what waits to be said must not grow by it.
+        if !self.bus_is_up || !self.tokens.has_room() {
+            return;
+        }
+        let at_work = |entry: &&Decoding| !matches!(entry.phase, Phase::Ending);
+        let items = self.decodes.values().filter(at_work).map(|entry| {
+            let route = &entry.route;
+            (route.api_server.clone(), route.at_work(entry.index))
+        });
+        self.tokens.push(items.collect());
     }
 
     /// A pull task that ended without an outcome leaves its request waiting.

@@ -13,12 +13,13 @@ use async_nats::Message;
 use baton_bus::Wire;
 use baton_engine::BlockPool;
 use baton_model::WeightFormat;
-use baton_protocol::limits::BEAT_INTERVAL_MS;
+use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
     Abort, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, RequestId, Role,
     WorkerId, WorkerState, decode,
 };
+use baton_transfer::PeerKey;
 use baton_watchdog::Pulse;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
@@ -30,13 +31,14 @@ use crate::beat::SharedLoad;
 use crate::bus::{Heard, Outbox, Subscriptions};
 use crate::checks::Checks;
 use crate::connect::LinkOutcome;
-use crate::context::{Pace, Prefilling};
+use crate::context::Prefilling;
 use crate::decode::Decoding;
 use crate::engine_thread::{EngineEvent, EngineHandle, HeldBlocks};
 use crate::frames::TokenOutbox;
 use crate::leases::LeaseTable;
 use crate::line::Line;
 use crate::mover::Mover;
+use crate::pace::Pace;
 use crate::peers::Peers;
 use crate::pulls::{Places, Pulled};
 use crate::watch::Stuck;
@@ -82,11 +84,14 @@ pub(crate) struct Desk {
     pub(crate) prefills: BTreeMap<u64, Prefilling>,
     /// Staged KV.
     pub(crate) leases: LeaseTable<HeldBlocks>,
-    pub(crate) pace: Pace,
+    /// How long prompts take.
+    pub(crate) prefill_pace: Pace,
 
     /// Pulls and generations, by key.
     pub(crate) decodes: BTreeMap<u64, Decoding>,
-    /// Decode jobs that wait for blocks.
+    /// How long generations take, from admission to end.
+    pub(crate) decode_pace: Pace,
+    /// Decode jobs that wait for a place.
     pub(crate) line: Line,
     pub(crate) pulls: JoinSet<Pulled>,
     pub(crate) pull_places: Places,
@@ -212,6 +217,8 @@ impl Desk {
             self.on_decode(message);
         } else if subject == cluster.release(me) {
             self.on_release(&message);
+        } else if subject == cluster.renew(me) {
+            self.on_renew(&message);
         } else if subject == cluster.abort(me) {
             self.on_abort(&message);
         } else if subject == cluster.beat(me) {
@@ -317,6 +324,14 @@ impl Desk {
         }
     }
 
+    fn look_at_connections(&mut self, now: Instant) {
+        if let Some(agent) = &self.agent {
+            self.peers.look(now, |incarnation| {
+                agent.is_connected(PeerKey(incarnation.0))
+            });
+        }
+    }
+
     fn tick_peers(&mut self, now: Instant) {
         for action in self.peers.tick(now) {
             self.act(action);
@@ -342,11 +357,13 @@ impl Desk {
 
     fn on_beat_due(&mut self) {
         let now = Instant::now();
+        self.look_at_connections(now);
         if self.hears(now) {
             self.drop_gone_api_servers(now);
             self.tick_peers(now);
         }
         self.look_for_strays();
+        self.report_jobs();
         self.send_beat();
     }
 
@@ -381,7 +398,7 @@ impl Desk {
         message: &M,
     ) {
         if let Err(error) = self.outbox.send(subject, message) {
-            tracing::warn!(error, message = M::NAME, "not sent");
+            tracing::warn!(%error, message = M::NAME, "not sent");
         }
     }
 }

@@ -8,7 +8,7 @@ use baton_model::ModelDir;
 use baton_protocol::{KvGeometry, Role, TransferDescriptor};
 use baton_transfer::{Agent, AgentConfig, TransferError};
 
-use crate::{Device, WorkerConfig, WorkerError, fake_kv};
+use crate::{Device, WorkerConfig, WorkerError, fake_kv, memory};
 
 /// A device, ready.
 pub(crate) struct Backend {
@@ -24,12 +24,8 @@ impl Backend {
         if let Device::Cuda(ordinal) = config.device {
             return Self::start_cuda(config, model, ordinal);
         }
-        let spec = model.spec();
-        let kv = match config.device {
-            Device::Fake { .. } => fake_kv::geometry(config.block_tokens),
-            _ => kv_geometry(spec, config.block_tokens),
-        };
-        let blocks = config.kv_blocks(&kv, spec.tokens_max as u32)?;
+        let (kv, blocks) = host_arena(config, model)?;
+        memory::check(config, model, &kv, blocks)?;
         let Arena {
             memory,
             agent,
@@ -56,6 +52,25 @@ impl Backend {
     pub(crate) fn descriptor(&self) -> Option<TransferDescriptor> {
         self.agent.as_ref().map(Agent::descriptor)
     }
+}
+
+/// Geometry and blocks of an arena in main memory.
+///
+/// # Errors
+/// [`WorkerError::Config`] if it could serve nobody.
+pub(crate) fn host_arena(
+    config: &WorkerConfig,
+    model: &ModelDir,
+) -> Result<(KvGeometry, u32), WorkerError> {
+    let spec = model.spec();
+    let kv = match config.device {
+        Device::Fake { .. } => fake_kv::geometry(config.block_tokens),
+        _ => kv_geometry(spec, config.block_tokens),
+    };
+    let tokens_max = spec.tokens_max as u32;
+    let blocks = config.kv_blocks(&kv, tokens_max)?;
+    memory::serves_somebody(&kv, blocks, tokens_max)?;
+    Ok((kv, blocks))
 }
 
 fn cpu(

@@ -29,13 +29,21 @@ impl Route {
     /// An item that only says how this try ended; `index` is that of the next token had there been one.
     pub(crate) fn failed(&self, index: u32, failure: Failure) -> FrameItem {
         FrameItem {
+            end: Some(End::Failed(failure)),
+            ..self.at_work(index)
+        }
+    }
+
+    /// An item that only says that this worker is at it; `index` is that of a token that is yet to come, or came before.
+    pub(crate) fn at_work(&self, index: u32) -> FrameItem {
+        FrameItem {
             request: self.request,
             attempt: self.attempt,
             index,
             tokens: PackedTokens::default(),
             logprobs: Vec::new(),
             pulled: None,
-            end: Some(End::Failed(failure)),
+            end: None,
         }
     }
 }
@@ -215,16 +223,17 @@ fn halves(
         return (Some(vec![head]), Some(vec![tail]));
     }
     let said_so =
-        matches!(&head.end, Some(End::Failed(failure)) if failure.code == FailureCode::Internal);
+        matches!(&head.end, Some(End::Failed(failure)) if failure.code == FailureCode::TooLarge);
     if said_so {
         tracing::error!(request = %head.request, bytes_max, "the bus carries no message large enough for a failure");
         return (None, None);
     }
     head.tokens.0.clear();
     head.logprobs.clear();
-    let message =
-        format!("one token is larger than the bus's bound of {bytes_max} bytes: raise max_payload");
-    head.end = Some(End::Failed(Failure::new(FailureCode::Internal, message)));
+    let message = format!(
+        "one token with what is asked for beside it is over the bus's bound of {bytes_max} bytes: ask for fewer log-probabilities, or raise max_payload of nats-server"
+    );
+    head.end = Some(End::Failed(Failure::new(FailureCode::TooLarge, message)));
     (Some(vec![head]), None)
 }
 
@@ -336,7 +345,7 @@ mod tests {
         let messages = messages(&worker, Incarnation(1), vec![item(1, 0, &[7], true)], 450);
         let frame: TokenFrame = decode(&messages[0]).unwrap();
         assert!(
-            matches!(frame.items[0].end, Some(End::Failed(_))),
+            matches!(&frame.items[0].end, Some(End::Failed(failure)) if !failure.code.retryable()),
             "{frame:?}"
         );
     }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use async_nats::Message;
-use baton_protocol::limits::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
+use baton_protocol::deadlines::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
 use baton_protocol::subjects::speaker;
 use baton_protocol::{ApiBeat, ApiServerId, Refusal, decode};
 use tokio::time::Instant;
@@ -56,6 +56,8 @@ impl Desk {
             Ok(beat) if speaker(&message.subject) != beat.api_server.as_str() => {
                 tracing::warn!(subject = %message.subject, api_server = %beat.api_server, "a beat in another API server's name");
             }
+            // It serves nobody yet, and has no claim on the name.
+            Ok(beat) if beat.stands_by() => {}
             Ok(beat) => {
                 // One whose life is over has nothing more to say.
                 let _ = self.heard_api_server(Instant::now(), &beat.api_server, beat.incarnation);
@@ -73,13 +75,16 @@ impl Desk {
     ) -> Result<(), Refusal> {
         match self.api_servers.heard(now, api_server, life) {
             Heard::Alive => Ok(()),
-            Heard::Reborn => {
+            Heard::Restarted => {
                 self.end_requests_of(
                     api_server,
-                    "API server started anew: its former requests end",
+                    "API server restarted: requests of its previous incarnation end",
                 );
                 Ok(())
             }
+            Heard::Contested(wait) => Err(Refusal::Busy {
+                retry_after_ms: wait.as_millis() as u32,
+            }),
             Heard::Ended => Err(Refusal::Malformed {
                 detail: format!(
                     "another API server has joined as {api_server} since: give each a name of its own"

@@ -1,6 +1,7 @@
 //! Staged KV that waits for its release.
 //!
-//! A lease is alive from the moment its handle is made until the first of release, abort and deadline.
+//! A lease is alive from the moment its handle is made until the first of release, abort and deadline. Its API server may
+//! renew it as long as it is alive, which moves the deadline.
 //! What makes a pull safe is that this table, and nothing else, says whether a lease was alive without a
 //! break: a handle id is never used twice, and a lease that ended never comes back.
 
@@ -75,6 +76,27 @@ impl<B> LeaseTable<B> {
         let alive = now < lease.deadline;
         let lease = self.remove(handle)?;
         alive.then_some(lease.blocks)
+    }
+
+    /// Moves a lease's deadline to `ttl` from now, if it is alive and the nonce is its own. A lease that ended never comes
+    /// back.
+    pub(crate) fn renew(
+        &mut self,
+        now: Instant,
+        ttl: Duration,
+        handle: HandleId,
+        nonce: Nonce,
+    ) -> bool {
+        let Some(lease) = self.leases.get_mut(&handle) else {
+            return false;
+        };
+        if lease.nonce != nonce || now >= lease.deadline {
+            return false;
+        }
+        self.deadlines.remove(&(lease.deadline, handle));
+        lease.deadline = now + ttl;
+        self.deadlines.insert((lease.deadline, handle));
+        true
     }
 
     /// Ends the lease of an aborted request.
@@ -182,6 +204,24 @@ mod tests {
     }
 
     #[test]
+    fn a_renewed_lease_lives_on_and_one_that_ended_does_not_come_back() {
+        let (mut table, now) = (LeaseTable::new(), Instant::now());
+        let handle = grant(&mut table, now);
+        let later = now + TTL / 2;
+        assert!(!table.renew(later, TTL, handle, Nonce(8)), "a wrong nonce");
+        assert!(table.renew(later, TTL, handle, Nonce(9)));
+        assert_eq!(table.next_deadline(), Some(later + TTL));
+        assert_eq!(table.expire(now + TTL), []);
+        let over = later + TTL;
+        assert!(!table.renew(over, TTL, handle, Nonce(9)), "it is over");
+        assert_eq!(table.release(over, handle, Nonce(9)), None);
+        let handle = grant(&mut table, now);
+        assert!(table.release(now, handle, Nonce(9)).is_some());
+        assert!(!table.renew(now, TTL, handle, Nonce(9)), "it was released");
+        assert_eq!(table.next_deadline(), None);
+    }
+
+    #[test]
     fn a_new_lease_of_a_request_ends_its_old_one() {
         let (mut table, now) = (LeaseTable::new(), Instant::now());
         let old = grant(&mut table, now);
@@ -194,6 +234,7 @@ mod tests {
     enum Step {
         Grant(u8),
         Release(u8, bool),
+        Renew(u8, bool),
         Abort(u8),
         Abandon(u8),
         Wait(u8),
@@ -203,6 +244,7 @@ mod tests {
         prop_oneof![
             (0..6u8).prop_map(Step::Grant),
             (0..12u8, any::<bool>()).prop_map(|(nth, right)| Step::Release(nth, right)),
+            (0..12u8, any::<bool>()).prop_map(|(nth, right)| Step::Renew(nth, right)),
             (0..6u8).prop_map(Step::Abort),
             (0..2u8).prop_map(Step::Abandon),
             (0..60u8).prop_map(Step::Wait),
@@ -210,7 +252,7 @@ mod tests {
     }
 
     proptest! {
-        /// Against a plain list: a release is valid exactly when nothing ended the lease before, blocks
+        /// Against a plain list: a release or a renewal is valid exactly when nothing ended the lease before, blocks
         /// are held exactly by live leases, and nothing is left behind in the indices.
         #[test]
         fn agrees_with_a_plain_list(steps in prop::collection::vec(step(), 1..80)) {
@@ -239,6 +281,15 @@ mod tests {
                         prop_assert_eq!(valid, right && lease.4 && now < lease.3);
                         if right {
                             lease.4 = false;
+                        }
+                    }
+                    Step::Renew(nth, right) => {
+                        let Some(lease) = plain.get_mut(usize::from(nth)) else { continue };
+                        let nonce = if right { lease.2 } else { Nonce(0) };
+                        let valid = table.renew(now, TTL, lease.0, nonce);
+                        prop_assert_eq!(valid, right && lease.4 && now < lease.3);
+                        if valid {
+                            lease.3 = now + TTL;
                         }
                     }
                     Step::Abort(request) => {

@@ -13,7 +13,7 @@
 //! 7. An abort, a deadline, an API server that is gone, a drain or a broken executor end it in any phase:
 //!    all through `desk`'s `end_key`.
 //!
-//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `run` and `assemble` (start and end), `beat`, `service`, `drain`, `failing`, `hearing`, `watch`.
+//! Beside that road: `api_servers` (who asks, and which life of it), `config`, `device` (with `cuda` and `fake_kv`), `memory`, `run` and `assemble` (start and end), `beat`, `service`, `drain`, `failing`, `hearing`, `watch`.
 //!
 //! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
 //! engine thread; and the transfer agent's. No lock is held across an await.
@@ -40,7 +40,9 @@ mod frames;
 mod hearing;
 mod leases;
 mod line;
+mod memory;
 mod mover;
+mod pace;
 mod peers;
 mod pulls;
 mod random;
@@ -54,6 +56,7 @@ pub use config::{
     DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, WorkerConfig,
 };
 pub use error::WorkerError;
+pub use memory::{check_host_memory, host_memory_bytes};
 pub use run::run;
 
 /// What judges jobs from the bus, for the fuzz targets and for nobody else.

@@ -62,6 +62,24 @@ impl Mover {
         }
     }
 
+    /// As [`Agent::pulled_rate`]; a simulation measures none.
+    pub(crate) fn pulled_rate(&self, peer: PeerKey) -> Option<f32> {
+        match self {
+            Self::Ucx(agent) => agent.pulled_rate(peer),
+            #[cfg(feature = "simulation")]
+            Self::Simulated(_) => None,
+        }
+    }
+
+    /// As [`Agent::is_connected`].
+    pub(crate) fn is_connected(&self, peer: PeerKey) -> bool {
+        match self {
+            Self::Ucx(agent) => agent.is_connected(peer),
+            #[cfg(feature = "simulation")]
+            Self::Simulated(network) => network.is_connected(peer),
+        }
+    }
+
     /// As [`Agent::health`]; a simulation's is always well.
     pub(crate) fn health(&self) -> Option<AgentHealth> {
         match self {

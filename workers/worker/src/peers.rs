@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use baton_protocol::limits::GONE_AFTER_MS;
+use baton_protocol::deadlines::GONE_AFTER_MS;
 use baton_protocol::{
     Beat, Incarnation, KvGeometry, ModelInfo, PeerHealth, PeerState, WorkerId, WorkerState,
 };
@@ -221,6 +221,21 @@ impl Peers {
         peer.error = Some(error);
     }
 
+    /// Connections that broke while nobody pulled over them are made anew before the next pull needs them.
+    pub(crate) fn look(&mut self, now: Instant, is_connected: impl Fn(Incarnation) -> bool) {
+        let lost = |peer: &Peer| peer.state == State::Ready && !is_connected(peer.incarnation);
+        let lost: Vec<_> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| lost(peer))
+            .map(|(worker, peer)| (worker.clone(), peer.incarnation))
+            .collect();
+        for (worker, incarnation) in lost {
+            let error = "the connection broke while nothing was pulled over it".to_owned();
+            self.pull_failed(now, &worker, incarnation, error);
+        }
+    }
+
     /// Lets go of silent workers and tries broken ones again.
     pub(crate) fn tick(&mut self, now: Instant) -> Vec<Action> {
         let gone = Duration::from_millis(GONE_AFTER_MS);
@@ -309,6 +324,7 @@ impl Peers {
                 .link
                 .as_ref()
                 .map_or(0.0, |link| link.gigabytes_per_second),
+            pulled_gigabytes_per_second: None,
             error: peer.error.clone(),
         };
         let mut all: Vec<_> = self.peers.iter().map(health).collect();
@@ -380,6 +396,7 @@ mod tests {
             capacity: Capacity::default(),
             peers: Vec::new(),
             transport: String::new(),
+            decode_ms: 0,
         }
     }
 
@@ -401,6 +418,22 @@ mod tests {
             transport: "tcp".into(),
             gigabytes_per_second: 1.5,
         }
+    }
+
+    #[test]
+    fn a_connection_that_broke_while_nobody_pulled_is_made_anew() {
+        let (mut peers, now) = (peers(), Instant::now());
+        for (worker, incarnation) in [("broken", 1), ("whole", 2), ("connecting", 3)] {
+            peers.heard(now, &beat(worker, incarnation));
+        }
+        for (worker, incarnation) in [("broken", 1), ("whole", 2)] {
+            peers.connected(&name(worker), Incarnation(incarnation), link());
+        }
+        peers.look(now, |incarnation| incarnation == Incarnation(2));
+        assert!(peers.ready(&name("broken"), Incarnation(1)).is_err());
+        assert!(peers.ready(&name("whole"), Incarnation(2)).is_ok());
+        let again = peers.tick(now + RETRY_MIN);
+        assert_eq!(again, [connect("broken", 1)]);
     }
 
     #[test]

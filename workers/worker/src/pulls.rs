@@ -7,29 +7,24 @@ use std::time::Duration;
 
 use baton_bus::Wire;
 use baton_engine::BlockTable;
-use baton_protocol::limits::{CONTROL_TIMEOUT_MS, PULL_TIMEOUT_MS};
+use baton_protocol::deadlines::CONTROL_TIMEOUT_MS;
 use baton_protocol::{
     Failure, FailureCode, Incarnation, KvGeometry, KvHandle, PullReport, Release, Released, decode,
     encode,
 };
 use baton_transfer::{PeerKey, TransferError, plan_reads};
-use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use crate::engine_thread::HeldBlocks;
 use crate::mover::{Destination, Mover};
 
-/// Pulls that read at the same time; the rest wait their turn. A few fill any link, and with more each
-/// only takes longer.
-const PULLS_MAX: usize = 16;
+/// Pulls that read from one context worker at the same time; the rest wait, and who came first is first. A few fill any link,
+/// and with more each only takes longer. Others' links have places of their own: a slow one may keep its pulls for minutes.
+const PULLS_OF_ONE_MAX: usize = 8;
 
-/// Of these, from one context worker: should it not be reached any more, the others' are not kept waiting.
-const PULLS_OF_ONE_MAX: usize = PULLS_MAX / 2;
-
-/// Waiting for its turn, and then reading, may each take this long. A request's budget is not the pull's deadline:
-/// when it runs out the desk cancels the task, which ends the reads one by one, while a transfer's deadline closes
-/// the connection under everybody else's.
-const PULL_TIMEOUT: Duration = Duration::from_millis(PULL_TIMEOUT_MS);
+/// When a request's time runs out the desk cancels its task. This much later the agent gives the pull up by itself.
+const GRACE: Duration = Duration::from_secs(1);
 
 /// The release is answered within this time or taken as invalid.
 const CONTROL_TIMEOUT: Duration = Duration::from_millis(CONTROL_TIMEOUT_MS);
@@ -45,52 +40,38 @@ pub(crate) struct Pull {
     pub(crate) handle: KvHandle,
     pub(crate) blocks: HeldBlocks,
     pub(crate) place: Place,
+    /// When the request's time is over.
+    pub(crate) deadline: Instant,
 }
 
-/// Who may read now.
-pub(crate) struct Places {
-    all: Arc<Semaphore>,
-    /// Of context workers from which pulls are under way or wait.
-    of_one: BTreeMap<Incarnation, Arc<Semaphore>>,
-}
+/// Who may read now: the places at each context worker from which pulls are under way or wait.
+#[derive(Default)]
+pub(crate) struct Places(BTreeMap<Incarnation, Arc<Semaphore>>);
 
 /// A place that one pull is yet to get.
-pub(crate) struct Place {
-    all: Arc<Semaphore>,
-    of_one: Arc<Semaphore>,
-}
-
-impl Default for Places {
-    fn default() -> Self {
-        Self {
-            all: Arc::new(Semaphore::new(PULLS_MAX)),
-            of_one: BTreeMap::new(),
-        }
-    }
-}
+pub(crate) struct Place(Arc<Semaphore>);
 
 impl Places {
     /// For a pull from this context worker.
     pub(crate) fn place(&mut self, from: Incarnation) -> Place {
-        self.of_one
-            .retain(|_, places| Arc::strong_count(places) > 1);
-        let of_one = self.of_one.entry(from);
-        let of_one = of_one.or_insert_with(|| Arc::new(Semaphore::new(PULLS_OF_ONE_MAX)));
-        Place {
-            all: Arc::clone(&self.all),
-            of_one: Arc::clone(of_one),
+        self.0.retain(|_, places| Arc::strong_count(places) > 1);
+        let places = self.0.entry(from);
+        let places = places.or_insert_with(|| Arc::new(Semaphore::new(PULLS_OF_ONE_MAX)));
+        Place(Arc::clone(places))
+    }
+
+    /// The connection to this context worker is lost: nobody waits for it any longer.
+    pub(crate) fn lost(&mut self, from: Incarnation) {
+        if let Some(places) = self.0.remove(&from) {
+            places.close();
         }
     }
 }
 
 impl Place {
-    /// Waits for it; `None` if it did not become free in time. It is given back with the permits.
-    async fn get(self, within: Duration) -> Option<[OwnedSemaphorePermit; 2]> {
-        let both = async {
-            let of_one = self.of_one.acquire_owned().await?;
-            Ok::<_, AcquireError>([of_one, self.all.acquire_owned().await?])
-        };
-        timeout(within, both).await.ok()?.ok()
+    /// Waits for it, first come, first served; `None` once the connection is lost. It is given back with the permit.
+    async fn get(self) -> Option<OwnedSemaphorePermit> {
+        self.0.acquire_owned().await.ok()
     }
 }
 
@@ -135,11 +116,12 @@ impl Pull {
             handle,
             blocks,
             place,
+            deadline,
             ..
         } = self;
         let from = &handle.worker;
-        let Some(place) = place.get(PULL_TIMEOUT).await else {
-            let message = format!("other pulls kept one from {from} from beginning");
+        let Some(place) = place.get().await else {
+            let message = format!("the connection to {from} was lost before its KV was pulled");
             return Err(PullFailure::new(FailureCode::PullFailed, message));
         };
         let valid_blocks = kv.blocks_for(handle.valid_tokens as usize);
@@ -168,7 +150,7 @@ impl Pull {
                 PeerKey(handle.incarnation.0),
                 reads,
                 guard.blocks.clone(),
-                PULL_TIMEOUT,
+                deadline.saturating_duration_since(begun) + GRACE,
             )
             .await;
         let (bytes, read) = match stats {
@@ -222,11 +204,13 @@ impl Pull {
 fn is_connection_lost(error: &TransferError) -> bool {
     match error {
         TransferError::PeerFailed { .. }
-        | TransferError::Deadline { .. }
+        | TransferError::Stalled { .. }
         | TransferError::NotConnected(_)
         | TransferError::Ucx { .. }
         | TransferError::Stopped => true,
-        TransferError::Bounds { .. }
+        TransferError::Deadline { .. }
+        | TransferError::Staging { .. }
+        | TransferError::Bounds { .. }
         | TransferError::Plan(_)
         | TransferError::Busy { .. }
         | TransferError::Descriptor(_)
@@ -271,37 +255,54 @@ mod tests {
     use crate::engine_thread::EngineHandle;
     use crate::frames::TokenOutbox;
 
+    /// What a wait has come to by now.
+    async fn by_now<T>(wait: &mut (impl Future<Output = T> + Unpin)) -> Option<T> {
+        tokio::select! {
+            biased;
+            outcome = wait => Some(outcome),
+            () = tokio::task::yield_now() => None,
+        }
+    }
+
     #[tokio::test]
-    async fn one_context_worker_does_not_take_every_place() {
+    async fn who_comes_first_has_a_place_first_and_one_context_worker_does_not_take_anothers() {
         let mut places = Places::default();
-        let [dead, other, third] = [1, 2, 3].map(Incarnation);
+        let [slow, other] = [1, 2].map(Incarnation);
         let mut held = Vec::new();
-        let at_once = Duration::ZERO;
         for _ in 0..PULLS_OF_ONE_MAX {
-            held.push(
-                places
-                    .place(dead)
-                    .get(at_once)
-                    .await
-                    .expect("there is room"),
-            );
+            held.push(places.place(slow).get().await.expect("there is room"));
         }
-        assert!(
-            places.place(dead).get(at_once).await.is_none(),
-            "it has its share"
-        );
-        for _ in PULLS_OF_ONE_MAX..PULLS_MAX {
-            held.push(places.place(other).get(at_once).await.expect("not its own"));
+        let mut first = Box::pin(places.place(slow).get());
+        let mut second = Box::pin(places.place(slow).get());
+        assert!(by_now(&mut first).await.is_none(), "it has its share");
+        assert!(by_now(&mut second).await.is_none());
+        assert!(places.place(other).get().await.is_some(), "not its own");
+        held.pop();
+        assert!(by_now(&mut second).await.is_none(), "it came later");
+        assert!(by_now(&mut first).await.flatten().is_some());
+        drop((first, second, held));
+        let again = places.place(slow);
+        assert_eq!(again.0.available_permits(), PULLS_OF_ONE_MAX);
+        assert_eq!(places.0.len(), 1, "who is not read from is forgotten");
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_place_at_a_connection_that_is_lost() {
+        let mut places = Places::default();
+        let [lost, other] = [1, 2].map(Incarnation);
+        let mut held = Vec::new();
+        for _ in 0..PULLS_OF_ONE_MAX {
+            held.push(places.place(lost).get().await.expect("there is room"));
+            held.push(places.place(other).get().await.expect("there is room"));
         }
-        assert!(
-            places.place(third).get(at_once).await.is_none(),
-            "all are taken"
-        );
-        held.clear();
-        assert!(places.place(third).get(at_once).await.is_some());
-        let again = places.place(dead);
-        assert_eq!(again.of_one.available_permits(), PULLS_OF_ONE_MAX);
-        assert_eq!(places.of_one.len(), 1, "who is not read from is forgotten");
+        let mut waits = Box::pin(places.place(lost).get());
+        let mut waits_elsewhere = Box::pin(places.place(other).get());
+        assert!(by_now(&mut waits).await.is_none());
+        places.lost(lost);
+        assert!(waits.await.is_none(), "at once");
+        assert!(by_now(&mut waits_elsewhere).await.is_none());
+        let anew = places.place(lost).get().await;
+        assert!(anew.is_some(), "when it is connected again");
     }
 
     #[test]

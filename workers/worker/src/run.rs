@@ -7,6 +7,7 @@ use std::time::Duration;
 use baton_bus::Wire;
 use baton_engine::{Engine, EngineConfig};
 use baton_model::ModelDir;
+use baton_protocol::limits::SENTENCE_BYTES_MAX;
 use baton_protocol::{
     Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, Role, WorkerDescriptor,
 };
@@ -47,15 +48,20 @@ pub async fn run(
             detail,
         })?;
     let start = config.clone();
-    let (model, backend) = blocking("loading the model", move || {
+    let loading = blocking("loading the model", move || {
         let model = ModelDir::open(&start.model_dir).map_err(|error| WorkerError::Model {
             path: start.model_dir.clone(),
             detail: error.to_string(),
         })?;
         let backend = Backend::start(&start, &model)?;
         Ok((model, backend))
-    })
-    .await?;
+    });
+    // Both this and the first connection may take minutes, and nobody who asks to end waits for them. The thread that loads
+    // goes on until the process ends.
+    let (model, backend) = tokio::select! {
+        loaded = loading => loaded?,
+        () = &mut shutdown => return Ok(()),
+    };
     let info = backend.executor.info().clone();
     let weights = model.manifest.dtype;
     let model = model_info(&config, &model, &info)?;
@@ -226,6 +232,15 @@ fn model_info(
             detail: error.to_string(),
         }
     })?;
+    if manifest.name.len() > SENTENCE_BYTES_MAX {
+        return Err(WorkerError::Model {
+            path: config.model_dir.clone(),
+            detail: format!(
+                "its name has {} bytes, beats hold {SENTENCE_BYTES_MAX}: give it a shorter one (--model-name of model-prep)",
+                manifest.name.len()
+            ),
+        });
+    }
     Ok(ModelInfo {
         name: manifest.name.clone(),
         fingerprint,

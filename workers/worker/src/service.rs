@@ -9,11 +9,23 @@ use baton_protocol::subjects::Cluster;
 use baton_protocol::{WorkerDescriptor, encode};
 use bytes::Bytes;
 use futures::StreamExt;
+use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use crate::WorkerError;
 use crate::beat::SharedLoad;
+
+/// What `nats micro stats` shows beside its own counts: the load of the last beat, and log lines that were not written.
+fn stats(load: &SharedLoad) -> Value {
+    let mut stats = serde_json::to_value(load.load()).unwrap_or_default();
+    stats["log_lines_dropped"] = baton_logs::dropped()
+        .into_iter()
+        .map(|(reason, lines)| (reason.to_owned(), Value::from(lines)))
+        .collect::<Map<_, _>>()
+        .into();
+    stats
+}
 
 /// Peers that may wait for a description while the bus is slow.
 const QUESTIONS_MAX: usize = 1_024;
@@ -52,7 +64,7 @@ impl MicroService {
                 descriptor.worker, descriptor.model.name
             ))
             .metadata(metadata)
-            .stats_handler(move |_, _| serde_json::to_value(load.load()).unwrap_or_default())
+            .stats_handler(move |_, _| stats(&load))
             .start(format!("baton-{role}"), env!("CARGO_PKG_VERSION"))
             .await
             .map_err(|error| failed(error.to_string()))?;

@@ -50,6 +50,9 @@ pub trait KvNetwork: Send + Sync {
 
     /// Closes the connection.
     fn disconnect(&self, peer: PeerKey);
+
+    /// Whether there is a connection.
+    fn is_connected(&self, peer: PeerKey) -> bool;
 }
 
 /// What a simulated worker is told at start.

@@ -55,6 +55,8 @@ impl Greeting {
         if let Some(status) = self.sent.failure().or(self.link.failure()) {
             return Progress::Failed(Why::Ucx(status));
         }
+        // An answer of a few bytes: a peer that is there sends it sooner than a connection may stall.
+        let allowed = self.allowed.min(self.link.flow.stall_after());
         match self.link.welcome.get() {
             Some(true) => match self.stage.open() {
                 Ok(()) => Progress::Done,
@@ -63,7 +65,7 @@ impl Greeting {
             Some(false) => {
                 Progress::Failed(Why::Said("the peer stages no KV: its log says why".into()))
             }
-            None if now >= self.started + self.allowed => Progress::Late,
+            None if now >= self.started + allowed => Progress::Late,
             None => Progress::Pending,
         }
     }
@@ -117,26 +119,27 @@ impl Fetching {
         }
     }
 
-    /// Asks for what may be asked for, and goes on with what came. Returns whether that was anything.
+    /// Asks for what may be asked for. Returns whether that was anything.
     pub(crate) fn post(&mut self, ucp: &Ucp, now: Instant) -> bool {
-        let mut busy = self.take_in();
+        let mut busy = false;
         while self.failure.is_none()
             && self.sent.failure().is_none()
             && self.link.failure().is_none()
-            && self.link.asked.get() < ASKS_MAX
+            && self.link.flow.chunks() < ASKS_MAX
             && self.next.0 < self.reads.len()
+            && let Some(bytes_max) = self.link.flow.read_bytes()
         {
             let Some(slot) = self.stage.free.borrow_mut().pop() else {
                 break;
             };
             busy = true;
-            self.ask(ucp, slot, now);
+            self.ask(ucp, slot, bytes_max, now);
         }
         busy
     }
 
-    fn ask(&mut self, ucp: &Ucp, slot: usize, now: Instant) {
-        let (remote, ranges) = self.next_chunk();
+    fn ask(&mut self, ucp: &Ucp, slot: usize, bytes_max: u64, now: Instant) {
+        let (remote, ranges) = self.next_chunk(bytes_max.min(STAGING_SLOT_BYTES as u64));
         let bytes = ranges.iter().map(|range| range.end - range.start).sum();
         let id = self.stage.id();
         let arrival = Arrival {
@@ -144,9 +147,11 @@ impl Fetching {
             bytes: bytes as usize,
             got: 0,
             refused: false,
+            flow: self.link.flow.clone(),
         };
         self.stage.inbox.arrivals.borrow_mut().insert(id, arrival);
-        self.link.asked.set(self.link.asked.get() + 1);
+        self.link.flow.begin(now);
+        self.link.flow.chunk_asked(bytes);
         self.chunks.push(Chunk {
             id,
             slot,
@@ -165,10 +170,10 @@ impl Fetching {
         unsafe { send(ucp, &self.link, message, body, &self.sent) };
     }
 
-    /// The next ranges, the peer's and our own: a slot's worth, or as many as one message names.
-    fn next_chunk(&mut self) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
+    /// The next ranges, the peer's and our own: so many bytes, or as many ranges as one message names.
+    fn next_chunk(&mut self, bytes_max: u64) -> (Vec<Range<u64>>, Vec<Range<u64>>) {
         let (mut remote, mut local) = (Vec::new(), Vec::new());
-        let mut room = STAGING_SLOT_BYTES as u64;
+        let mut room = bytes_max;
         while room > 0
             && remote.len() < RANGES_MAX
             && let Some(read) = self.reads.get(self.next.0)
@@ -187,15 +192,15 @@ impl Fetching {
         (remote, local)
     }
 
-    /// Stores chunks that came, and lets go of those that are stored.
-    fn take_in(&mut self) -> bool {
+    /// Stores chunks that came, and lets go of those that are stored. Returns whether that was anything.
+    pub(crate) fn take_in(&mut self) -> bool {
         let mut busy = false;
         let mut index = 0;
         while let Some(chunk) = self.chunks.get_mut(index) {
             match chunk.go_on(&self.stage) {
                 Ok(Step::Waits) => index += 1,
                 Ok(Step::Came) => {
-                    self.link.asked.set(self.link.asked.get() - 1);
+                    self.link.flow.chunk_ended(chunk.bytes);
                     busy = true;
                     index += 1;
                 }
@@ -219,27 +224,34 @@ impl Fetching {
         self.next = (self.reads.len(), 0);
     }
 
-    /// Copies that still write to our arena.
+    /// Chunks that are to come, or whose copies write to our arena.
     pub(crate) fn in_flight(&self) -> usize {
-        self.chunks.iter().filter(|chunk| chunk.is_storing).count()
+        self.chunks.len()
     }
 
-    /// Forgets what has not come, and what copies have ended.
+    /// After it was given up: lets go of what has ended. The peer sends what it was asked for all the same, unless it is gone, and
+    /// until then is asked for that much less.
     pub(crate) fn settle(&mut self) {
         let (stage, link) = (&self.stage, &self.link);
         self.chunks.retain(|chunk| {
-            if chunk.is_storing {
+            let ended = match chunk.is_storing {
                 // Where asking fails nobody knows: then it is never let go of.
-                let ended = stage.has_ended(chunk.slot).unwrap_or(false);
-                if ended {
-                    stage.free.borrow_mut().push(chunk.slot);
+                true => stage.has_ended(chunk.slot).unwrap_or(false),
+                false => {
+                    let mut arrivals = stage.inbox.arrivals.borrow_mut();
+                    let has_come = arrivals.get(&chunk.id).is_none_or(Arrival::has_ended);
+                    let ended = has_come || link.failure().is_some();
+                    if ended {
+                        arrivals.remove(&chunk.id);
+                        link.flow.chunk_ended(chunk.bytes);
+                    }
+                    ended
                 }
-                return !ended;
+            };
+            if ended {
+                stage.free.borrow_mut().push(chunk.slot);
             }
-            stage.inbox.arrivals.borrow_mut().remove(&chunk.id);
-            stage.free.borrow_mut().push(chunk.slot);
-            link.asked.set(link.asked.get() - 1);
-            false
+            !ended
         });
     }
 

@@ -11,6 +11,7 @@ use super::Staging;
 use super::message::{AM_ID, Message};
 use crate::TransferError;
 use crate::context::check;
+use crate::flow::Flow;
 
 /// Most letters that wait. The thread reads them each time round, so more are a peer's fault; they are dropped.
 const LETTERS_MAX: usize = 4096;
@@ -29,8 +30,17 @@ pub(super) struct Arrival {
     pub(super) bytes: usize,
     /// How much of it came.
     pub(super) got: usize,
-    /// Whether the peer said that it will not come.
+    /// Whether the peer said that it will not come, or sent what was not asked for.
     pub(super) refused: bool,
+    /// Of the connection that it comes over.
+    pub(super) flow: Rc<Flow>,
+}
+
+impl Arrival {
+    /// Whether nothing more of it will come.
+    pub(super) fn has_ended(&self) -> bool {
+        self.refused || self.got == self.bytes
+    }
 }
 
 /// Bytes go straight to their slots, if somebody still waits for them; everything else becomes a letter.
@@ -77,10 +87,13 @@ impl Inbox {
                 let end = at
                     .checked_add(body.len())
                     .filter(|end| *end <= arrival.bytes);
+                // Twice the same piece would leave a gap elsewhere.
+                let fits = arrival.got + body.len() <= arrival.bytes && !body.is_empty();
                 match (end, &mut *self.staging.borrow_mut()) {
-                    (Some(end), Some(staging)) => {
+                    (Some(end), Some(staging)) if fits && !arrival.refused => {
                         staging.slot(arrival.slot)[at..end].copy_from_slice(body);
                         arrival.got += body.len();
+                        arrival.flow.delivered(body.len() as u64);
                     }
                     _ => arrival.refused = true,
                 }
@@ -88,6 +101,7 @@ impl Inbox {
             Message::Refused { chunk } => {
                 if let Some(arrival) = arrivals.get_mut(&chunk) {
                     arrival.refused = true;
+                    arrival.flow.delivered(0);
                 }
             }
             Message::Hello { .. } | Message::Welcome { .. } | Message::Ask { .. } => {
@@ -138,6 +152,7 @@ unsafe extern "C" fn on_message(
 mod tests {
     use super::super::{HostStaging, SERVING_SLOTS};
     use super::*;
+    use crate::flow::STALL;
 
     #[test]
     fn bytes_go_to_their_slot_while_somebody_waits_for_them() {
@@ -151,6 +166,7 @@ mod tests {
             bytes: 4,
             got: 0,
             refused: false,
+            flow: Rc::new(Flow::new(STALL)),
         };
         inbox.arrivals.borrow_mut().insert(7, arrival);
         let first = || {

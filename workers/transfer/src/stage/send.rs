@@ -7,6 +7,7 @@ use std::rc::Rc;
 use ucx_sys::*;
 
 use super::message::{AM_ID, Head, Message};
+use crate::flow::Flow;
 use crate::peer::Link;
 
 /// Counts messages that UCX has not ended.
@@ -40,6 +41,7 @@ struct Sending {
     head: Head,
     body: Body,
     sent: Rc<Sent>,
+    flow: Rc<Flow>,
     request_free: unsafe extern "C" fn(*mut c_void),
 }
 
@@ -56,6 +58,7 @@ pub(super) unsafe fn send(ucp: &Ucp, link: &Link, message: Message, body: Body, 
         head: message.head(),
         body,
         sent: sent.clone(),
+        flow: link.flow.clone(),
         request_free: ucp.ucp_request_free,
     }));
     let param = ucp_request_param_t {
@@ -90,7 +93,10 @@ pub(super) unsafe fn send(ucp: &Ucp, link: &Link, message: Message, body: Body, 
         )
     };
     match status_of_pointer(pointer) {
-        Ok(Some(_)) => sent.in_flight.set(sent.in_flight.get() + 1),
+        Ok(Some(_)) => {
+            sent.in_flight.set(sent.in_flight.get() + 1);
+            link.flow.message_posted();
+        }
         ended => {
             if let Err(status) = ended {
                 sent.failure.set(Some(status));
@@ -106,6 +112,7 @@ unsafe extern "C" fn on_sent(request: *mut c_void, status: ucs_status_t, user_da
     // SAFETY: `user_data` is the message that `send` passed, and it has ended.
     let sending = unsafe { Box::from_raw(user_data.cast::<Sending>()) };
     sending.sent.in_flight.set(sending.sent.in_flight.get() - 1);
+    sending.flow.message_ended();
     if status != UCS_OK {
         sending.sent.failure.set(Some(status));
     }

@@ -13,7 +13,8 @@ use super::message::{Message, ranges};
 use super::send::{Body, Sent, send};
 use super::{ASKS_MAX, RANGES_MAX, SERVING_SLOTS, STAGING_SLOT_BYTES, Stage};
 use crate::agent::Vitals;
-use crate::peer::{Link, PeerKey, PeerPlan};
+use crate::descriptor::PeerPlan;
+use crate::peer::{Link, PeerKey};
 use crate::pull::EMULATED_READ_BYTES;
 
 /// Most readers at once.
@@ -27,6 +28,8 @@ pub(crate) struct Serving {
     ucp: &'static Ucp,
     stage: Rc<Stage>,
     vitals: Arc<Vitals>,
+    /// A reader that takes nothing of what it is sent for this long is cut off.
+    stall_after: Duration,
     readers: HashMap<u64, Rc<Link>>,
     queue: VecDeque<Ask>,
     under_way: Vec<Parcel>,
@@ -53,11 +56,17 @@ struct Parcel {
 }
 
 impl Serving {
-    pub(crate) fn new(ucp: &'static Ucp, stage: Rc<Stage>, vitals: Arc<Vitals>) -> Self {
+    pub(crate) fn new(
+        ucp: &'static Ucp,
+        stage: Rc<Stage>,
+        vitals: Arc<Vitals>,
+        stall_after: Duration,
+    ) -> Self {
         Self {
             ucp,
             stage,
             vitals,
+            stall_after,
             readers: HashMap::new(),
             queue: VecDeque::new(),
             under_way: Vec::new(),
@@ -114,6 +123,7 @@ impl Serving {
                         reader,
                         &plan,
                         self.vitals.clone(),
+                        self.stall_after,
                     )
                 });
                 match opened {
@@ -149,43 +159,47 @@ impl Serving {
             self.read(worker, letter, arena_bytes, now);
         }
         busy |= self.begin(now);
-        let mut broken = Vec::new();
         let mut index = 0;
         while let Some(parcel) = self.under_way.get_mut(index) {
             let before = (parcel.is_copied, parcel.sent.in_flight());
             let ended = parcel.go_on(self.ucp, &self.stage, now);
             busy |= before != (parcel.is_copied, parcel.sent.in_flight());
             match ended {
-                Ok(false) => {
-                    if now >= parcel.ask.until {
-                        broken.push(parcel.ask.reader);
-                    }
-                    index += 1;
-                }
-                Ok(true) => {
-                    let parcel = self.under_way.swap_remove(index);
+                Ok(Step::Pending) => index += 1,
+                Ok(Step::Ended { sent }) => {
+                    let parcel = self.under_way.remove(index);
                     self.free.push(parcel.slot);
                     busy = true;
+                    if !sent {
+                        let chunk = parcel.ask.chunk;
+                        self.note(&parcel.link, Message::Refused { chunk });
+                    }
                 }
                 Err(error) => {
                     // The slot stays out of use: a copy may still write to it.
                     tracing::error!("staging KV: {error}");
-                    let parcel = self.under_way.swap_remove(index);
+                    let parcel = self.under_way.remove(index);
                     let chunk = parcel.ask.chunk;
                     self.note(&parcel.link, Message::Refused { chunk });
                 }
             }
         }
-        let failed = self.readers.iter();
-        let failed = failed.filter(|(_, link)| link.failure().is_some());
-        broken.extend(failed.map(|(reader, _)| *reader));
-        // Each once: afterwards nobody finds it here.
-        let closed = broken.into_iter().filter_map(|reader| {
-            self.queue.retain(|ask| ask.reader != reader);
-            self.readers.remove(&reader)
+        let closed = self.readers.extract_if(|_, link| {
+            if link.flow.look(now) {
+                tracing::warn!(
+                    "a reader took nothing of the KV that it asked for for {} ms: it is cut off",
+                    self.stall_after.as_millis()
+                );
+                link.stall();
+            }
+            link.failure().is_some()
         });
-        let closed = closed.collect();
-        (busy, closed)
+        let closed: Vec<_> = closed.collect();
+        if !closed.is_empty() {
+            let (queue, readers) = (&mut self.queue, &self.readers);
+            queue.retain(|ask| readers.contains_key(&ask.reader));
+        }
+        (busy, closed.into_iter().map(|(_, link)| link).collect())
     }
 
     /// Takes asks as long as there are slots.
@@ -200,6 +214,9 @@ impl Serving {
                 continue;
             };
             if now >= ask.until {
+                // Nobody waits for it any more, but the reader counts what it asked for.
+                let chunk = ask.chunk;
+                self.note(&link, Message::Refused { chunk });
                 continue;
             }
             match self.stage.with(|staging| staging.fetch(slot, &ask.ranges)) {
@@ -256,19 +273,31 @@ impl Serving {
     }
 }
 
+/// How far a parcel is.
+enum Step {
+    Pending,
+    /// It is sent, or is not to be sent any more.
+    Ended {
+        sent: bool,
+    },
+}
+
 impl Parcel {
-    /// Whether it has ended: sent, or not to be sent any more.
-    fn go_on(&mut self, ucp: &Ucp, stage: &Stage, now: Instant) -> Result<bool, String> {
+    fn go_on(&mut self, ucp: &Ucp, stage: &Stage, now: Instant) -> Result<Step, String> {
         if !self.is_copied {
             if !stage.has_ended(self.slot)? {
-                return Ok(false);
+                return Ok(Step::Pending);
             }
             self.is_copied = true;
-            if self.link.failure().is_none() && now < self.ask.until {
-                self.send(ucp, stage)?;
+            if self.link.failure().is_some() || now >= self.ask.until {
+                return Ok(Step::Ended { sent: false });
             }
+            self.send(ucp, stage)?;
         }
-        Ok(self.sent.in_flight() == 0)
+        Ok(match self.sent.in_flight() {
+            0 => Step::Ended { sent: true },
+            _ => Step::Pending,
+        })
     }
 
     fn send(&self, ucp: &Ucp, stage: &Stage) -> Result<(), String> {

@@ -11,7 +11,8 @@ use tokio::sync::oneshot;
 use crate::TransferError;
 use crate::agent::Vitals;
 use crate::arena::{Arena, Source};
-use crate::peer::{PeerKey, PeerPlan};
+use crate::descriptor::PeerPlan;
+use crate::peer::PeerKey;
 use crate::probe::PeerReport;
 use crate::pull::{PullStats, Read};
 use crate::wake::Wake;
@@ -49,6 +50,7 @@ pub(crate) struct Setup {
     pub(crate) commands: Receiver<Command>,
     pub(crate) wake: Arc<Wake>,
     pub(crate) vitals: Arc<Vitals>,
+    pub(crate) stall_after: Duration,
 }
 
 /// What the handle learns when the thread is up.

@@ -1,4 +1,4 @@
-//! What UCX has yet to let go of: failed transfers in quarantine, endpoints that are being closed.
+//! What UCX has yet to let go of: transfers that failed or were given up, in quarantine, and endpoints that are being closed.
 
 use std::ffi::c_void;
 use std::rc::Rc;
@@ -14,7 +14,7 @@ use crate::peer::{Link, PeerKey};
 /// At shutdown UCX gets this long to end what it has in flight.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
 
-/// A failed transfer whose requests have not all ended.
+/// A transfer that failed or was given up, and whose requests have not all ended.
 pub(super) struct Quarantined {
     pub(super) work: Work,
     /// Dropped with this value, when UCX writes no more.
@@ -42,6 +42,8 @@ impl Mover {
             .is_some_and(|current| Rc::ptr_eq(current, link))
         {
             self.links.remove(&link.key);
+            self.vitals.forget_rate(link.key);
+            self.vitals.tell_connected(link.key, false);
             let request = link.close();
             self.closing.push(Closing {
                 link: link.clone(),
@@ -67,7 +69,12 @@ impl Mover {
             .cloned()
             .collect();
         for link in failed {
-            tracing::warn!(peer = %link.key, "the connection failed");
+            match link.stalled() {
+                Some(owed) => {
+                    tracing::warn!(peer = %link.key, owed, "the connection delivered nothing for too long")
+                }
+                None => tracing::warn!(peer = %link.key, "the connection failed"),
+            }
             self.close(&link);
         }
     }
@@ -96,7 +103,7 @@ impl Mover {
     /// Ends everything, as far as UCX lets it.
     pub(super) fn drain(&mut self) {
         for transfer in std::mem::take(&mut self.transfers) {
-            self.fail(transfer, |_, _, _| TransferError::Stopped);
+            self.fail(transfer, TransferError::Stopped);
         }
         for link in self.links.values().cloned().collect::<Vec<_>>() {
             self.close(&link);

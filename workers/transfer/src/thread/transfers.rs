@@ -1,4 +1,7 @@
 //! Transfers under way: reads are posted, and what is to follow them follows.
+//!
+//! Whoever has waited longest goes first, and stands behind all others when it has posted a turn's worth. So several pulls over a
+//! link that takes one read at a time are served in turn: between two reads of one pull each of the others has at most one.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -12,7 +15,7 @@ use crate::TransferError;
 use crate::agent::version;
 use crate::arena::Region;
 use crate::context::status_text;
-use crate::peer::{Link, PeerKey};
+use crate::peer::Link;
 use crate::probe::{self, PeerReport};
 use crate::pull::{Progress, PullStats, Read, Reading, Why};
 use crate::stage::{Fetching, Greeting};
@@ -28,6 +31,8 @@ const IN_PLACE_MIN: f32 = 4.0;
 pub(super) struct Transfer {
     pub(super) work: Work,
     pub(super) then: Then,
+    /// The round in which it last posted something, or came.
+    turn: u64,
 }
 
 /// How a transfer is made.
@@ -72,6 +77,14 @@ impl Work {
         }
     }
 
+    /// Stores what came. Before anybody posts, or whoever stores would post in the stead of those that wait longer.
+    fn take_in(&mut self) -> bool {
+        match self {
+            Self::Chunks(fetching) => fetching.take_in(),
+            Self::Reads(_) | Self::Greeting(_) => false,
+        }
+    }
+
     fn post(&mut self, ucp: &Ucp, region: &Region, now: Instant) -> bool {
         match self {
             Self::Reads(reading) => reading.post(ucp, region),
@@ -96,7 +109,7 @@ impl Work {
         }
     }
 
-    /// What still may write to the arena.
+    /// What has not ended, and may still write to the arena.
     pub(super) fn in_flight(&self) -> usize {
         match self {
             Self::Reads(reading) => reading.in_flight(),
@@ -105,7 +118,7 @@ impl Work {
         }
     }
 
-    /// When it has failed: lets go of what has ended.
+    /// When it has failed or was given up: lets go of what has ended.
     pub(super) fn settle(&mut self) {
         if let Self::Chunks(fetching) = self {
             fetching.settle();
@@ -158,49 +171,79 @@ impl Then {
 }
 
 impl Mover {
+    /// Stands behind all others.
+    pub(super) fn begin(&mut self, work: Work, then: Then) {
+        let turn = self.round;
+        self.transfers.push(Transfer { work, then, turn });
+    }
+
     /// Posts reads and ends transfers.
     pub(super) fn advance(&mut self, now: Instant) -> bool {
-        let mut busy = false;
+        let (mut posted, mut busy) = (false, false);
+        for transfer in &mut self.transfers {
+            busy |= transfer.work.take_in();
+        }
         let mut index = 0;
+        self.round += 1;
         while let Some(transfer) = self.transfers.get_mut(index) {
             if transfer.then.enough(now) {
                 transfer.work.cut();
             }
-            busy |= transfer.work.post(self.ucp, &self.region, now);
+            if transfer.work.post(self.ucp, &self.region, now) {
+                transfer.turn = self.round;
+                posted = true;
+            }
             let progress = transfer.work.progress(now);
             if progress == Progress::Pending {
                 index += 1;
                 continue;
             }
             busy = true;
-            let transfer = self.transfers.swap_remove(index);
+            // In order: whoever stands behind it is next.
+            let transfer = self.transfers.remove(index);
             self.count();
             match progress {
-                Progress::Pending => unreachable!("it was skipped above"),
                 Progress::Done => self.succeed(transfer, now),
                 Progress::Failed(why) => {
-                    let status = match why {
-                        Why::Ucx(status) => status_text(self.ucp, status),
-                        Why::Said(sentence) => sentence,
-                    };
-                    self.fail(transfer, |peer, doing, _| TransferError::PeerFailed {
-                        peer,
-                        doing,
-                        status,
-                    });
+                    let error = self.failure(&transfer, why);
+                    self.fail(transfer, error);
                 }
-                Progress::Late => {
-                    let (_, after) = transfer.work.time();
-                    self.fail(transfer, |peer, doing, pending| TransferError::Deadline {
-                        peer,
-                        doing,
-                        after,
-                        pending,
-                    });
+                // Its time is up, and it was pending.
+                Progress::Late | Progress::Pending => {
+                    let error = TransferError::Deadline {
+                        peer: transfer.work.link().key,
+                        doing: transfer.then.name(),
+                        after: transfer.work.time().1,
+                        pending: transfer.work.in_flight(),
+                    };
+                    self.fail(transfer, error);
                 }
             }
         }
-        busy
+        if posted {
+            // Stable, and in order but for those that posted.
+            self.transfers.sort_by_key(|transfer| transfer.turn);
+        }
+        posted || busy
+    }
+
+    fn failure(&self, transfer: &Transfer, why: Why) -> TransferError {
+        let link = transfer.work.link();
+        let (peer, doing) = (link.key, transfer.then.name());
+        match (why, link.stalled()) {
+            (Why::Said(detail), _) => TransferError::Staging { peer, detail },
+            (Why::Ucx(_), Some(pending)) => TransferError::Stalled {
+                peer,
+                doing,
+                after: link.flow.stall_after(),
+                pending,
+            },
+            (Why::Ucx(status), None) => TransferError::PeerFailed {
+                peer,
+                doing,
+                status: status_text(self.ucp, status),
+            },
+        }
     }
 
     /// A pull over the road that was found when the peer was connected.
@@ -235,14 +278,11 @@ impl Mover {
             return self.close(&link);
         }
         let greeting = Greeting::new(self.stage.clone(), link, started, allowed);
-        self.transfers.push(Transfer {
-            work: Work::Greeting(greeting),
-            then: Then::Greet { in_place, reply },
-        });
+        self.begin(Work::Greeting(greeting), Then::Greet { in_place, reply });
     }
 
     fn succeed(&mut self, transfer: Transfer, now: Instant) {
-        let Transfer { work, then } = transfer;
+        let Transfer { work, then, .. } = transfer;
         let (started, allowed) = work.time();
         let (seconds, bytes) = (started.elapsed().as_secs_f32(), work.bytes());
         let left = (started + allowed).saturating_duration_since(now);
@@ -270,9 +310,10 @@ impl Mover {
                 reply,
                 ..
             } => {
+                let rate = link.flow.end_probe();
                 let report = PeerReport {
                     transport,
-                    gigabytes_per_second: bytes as f32 / seconds / 1e9,
+                    gigabytes_per_second: rate.map_or(0.0, |rate| (rate / 1e9) as f32),
                 };
                 let rate = report.gigabytes_per_second;
                 let is_gpu = link.is_gpu(self.region.memory());
@@ -301,27 +342,33 @@ impl Mover {
         reply: ConnectReply,
     ) {
         let reads = probe::probe_reads(&link, &self.region);
-        self.transfers.push(Transfer {
-            work: self.pulling(link, reads, now, left),
-            then: Then::Report {
-                transport,
-                until: now + PROBE_TIME,
-                in_place,
-                reply,
-            },
-        });
+        link.flow.begin_probe();
+        let work = self.pulling(link, reads, now, left);
+        let then = Then::Report {
+            transport,
+            until: now + PROBE_TIME,
+            in_place,
+            reply,
+        };
+        self.begin(work, then);
     }
 
-    pub(super) fn fail(
-        &mut self,
-        transfer: Transfer,
-        error: impl FnOnce(PeerKey, &'static str, usize) -> TransferError,
-    ) {
-        let Transfer { work, then } = transfer;
-        let peer = work.link().key;
-        let error = error(peer, then.name(), work.in_flight());
+    /// Ends a transfer with an error. A pull that ran out of time, or whose KV could not be staged, posts no more, and what it has
+    /// outstanding is left to end: others read over its link. Any other failure is the link's.
+    pub(super) fn fail(&mut self, transfer: Transfer, error: TransferError) {
+        let Transfer { mut work, then, .. } = transfer;
+        let link_is_well = matches!(
+            (&then, &error),
+            (
+                Then::Pull { .. },
+                TransferError::Deadline { .. } | TransferError::Staging { .. }
+            )
+        );
         tracing::warn!("{error}");
-        self.close(&work.link().clone());
+        match link_is_well {
+            true => work.cut(),
+            false => self.close(&work.link().clone()),
+        }
         let guard = match then {
             Then::Pull { guard, reply } => {
                 let _ = reply.send(Err(error));

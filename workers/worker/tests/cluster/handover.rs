@@ -2,7 +2,7 @@
 //! holds the release back for as long as a test wants.
 
 use async_nats::{Message, Subscriber};
-use baton_protocol::limits::CONTROL_TIMEOUT_MS;
+use baton_protocol::deadlines::CONTROL_TIMEOUT_MS;
 use baton_protocol::{FailureCode, KvHandle, Released, RequestId, Role, SequenceSpec, decode};
 use futures::StreamExt;
 use std::time::Duration;
@@ -150,6 +150,24 @@ async fn a_release_without_an_answer_is_a_no() {
     assert_eq!(beat.load.leased, 1);
     assert!(held.pass_on(&release).await);
     assert!(!held.pass_on(&release).await, "a second time");
+    held.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_api_server_hears_of_a_pull_that_is_not_over() {
+    let mut held = Held::new(60_000).await;
+    // Nobody answers the first release, for as long as three reports take.
+    let (request, _, first) = held.read(&prompt(1, 50, 10)).await;
+    let stream = held.api.stream(request, 0).await;
+    assert_eq!(stream.failure(), FailureCode::HandleInvalid);
+    assert!(stream.reports >= 1, "{stream:?}");
+    assert!(held.pass_on(&first).await);
+
+    // What is over in time costs no message.
+    let sequence = prompt(2, 50, 10);
+    let (request, handle, release) = held.read(&sequence).await;
+    assert!(held.pass_on(&release).await);
+    assert_whole(&held.api.stream(request, 0).await, &sequence, &handle);
     held.stop().await;
 }
 

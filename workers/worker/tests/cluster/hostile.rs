@@ -112,6 +112,7 @@ async fn altered_messages_break_nothing_and_hold_nothing() {
             api_server: api.id.clone(),
             incarnation: None,
             in_flight: 0,
+            serving_ms: None,
         };
         let jobs = [
             value(&prefill),

@@ -1,8 +1,10 @@
 //! Staged KV, and everything that ends it: release, expiry, abort.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use baton_protocol::{FailureCode, Incarnation, KvHandle, Nonce, Release, Role};
+use baton_protocol::{
+    FailureCode, Incarnation, KvHandle, Nonce, PROTOCOL_VERSION, Release, Renew, Renewed, Role,
+};
 use baton_worker::Device;
 
 use crate::support::*;
@@ -117,6 +119,52 @@ async fn a_lease_ends_by_itself_and_its_handle_is_worth_nothing() {
     api.until_empty(&decode.id).await;
     api.until_empty(&context.id).await;
     decode.stop().await;
+    context.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lease_lives_for_as_long_as_it_is_renewed() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let mut config = house.config("ctx", Role::Context);
+    config.lease_ms = 2_000;
+    let context = Worker::start(config);
+    api.until(&context.id, "at all", |_| true).await;
+    let request = new_request();
+    let handle = api.staged(&context.id, request, &prompt(1, 50, 10)).await;
+    let renewed = async |api: &Api, handle: &KvHandle, change: fn(&mut Renew)| {
+        let mut renew = Renew {
+            v: PROTOCOL_VERSION,
+            request,
+            incarnation: handle.incarnation,
+            handle: handle.handle,
+            nonce: handle.nonce,
+        };
+        change(&mut renew);
+        let subject = house.cluster.renew(&context.id);
+        api.request::<_, Renewed>(subject, &renew).await.valid
+    };
+    assert!(
+        !renewed(&api, &handle, |renew| renew.nonce.0 ^= 1).await,
+        "a wrong nonce"
+    );
+    assert!(!renewed(&api, &handle, |renew| renew.incarnation.0 ^= 1).await);
+    assert!(!renewed(&api, &handle, |renew| renew.handle.0 += 1_000).await);
+    let staged = Instant::now();
+    while staged.elapsed() < Duration::from_secs(3) {
+        assert!(
+            renewed(&api, &handle, |_| {}).await,
+            "after {:?}",
+            staged.elapsed()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(api.release(&handle, |_| {}).await);
+    assert!(!renewed(&api, &handle, |_| {}).await, "it was released");
+    let handle = api.staged(&context.id, request, &prompt(1, 50, 10)).await;
+    api.until_empty(&context.id).await;
+    assert!(!renewed(&api, &handle, |_| {}).await, "its time was over");
+    assert!(!api.release(&handle, |_| {}).await);
     context.stop().await;
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use baton_protocol::limits::GONE_AFTER_MS;
+use baton_protocol::deadlines::{GONE_AFTER_MS, NAME_FREE_AFTER_MS};
 use baton_protocol::{
     Beat, DecodeJob, FailureCode, Incarnation, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
 };
@@ -145,7 +145,21 @@ async fn an_api_server_that_starts_anew_ends_what_its_former_life_asked_for() {
     now.staged(&both.id, new_request(), &sequence).await;
     now.heart.abort();
     let third = now.reborn(Incarnation(3));
-    let kept = third.staged(&both.id, new_request(), &sequence).await;
+    // The one before it may beat again, as far as the worker knows: it waits for that a little longer than a beat.
+    let kept = loop {
+        let job = third.prefill_job(new_request(), &sequence);
+        match third.prefill(&both.id, &job).await {
+            PrefillReply::Ready { handle, .. } => break *handle,
+            PrefillReply::Refused {
+                refusal: Refusal::Busy { retry_after_ms },
+                ..
+            } => {
+                assert!(u64::from(retry_after_ms) <= NAME_FREE_AFTER_MS);
+                tokio::time::sleep(Duration::from_millis(retry_after_ms.into())).await;
+            }
+            other => panic!("not staged: {other:?}"),
+        }
+    };
     other
         .until(&both.id, "only the newest lease", |beat| {
             beat.load.leased == 1
@@ -153,6 +167,32 @@ async fn an_api_server_that_starts_anew_ends_what_its_former_life_asked_for() {
         .await;
     assert!(third.release(&kept, |_| {}).await);
     other.until_empty(&both.id).await;
+    both.stop().await;
+}
+
+/// Two processes have one name, and both beat: what the first one asked for stays, and the newcomer is refused.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newcomer_takes_nothing_from_an_api_server_that_still_beats() {
+    let house = House::new().await;
+    let first = Api::new(&house, "api").await;
+    let mut other = Api::new(&house, "other").await;
+    let both = Worker::start(house.config("both", Role::Both));
+    other.until(&both.id, "at all", |_| true).await;
+    let sequence = prompt(1, 10, 2_000);
+    let kept = first.staged(&both.id, new_request(), &sequence).await;
+    let newcomer = Api::in_life(&house, "api", Incarnation(2)).await;
+    // Longer than a dead one would be waited for.
+    let begun = Instant::now();
+    while begun.elapsed().as_millis() < (2 * NAME_FREE_AFTER_MS).into() {
+        let job = newcomer.prefill_job(new_request(), &sequence);
+        let reply = newcomer.prefill(&both.id, &job).await;
+        let PrefillReply::Refused { refusal, .. } = reply else {
+            panic!("it was taken: {reply:?}")
+        };
+        assert!(matches!(refusal, Refusal::Busy { .. }), "{refusal}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert!(first.release(&kept, |_| {}).await);
     both.stop().await;
 }
 

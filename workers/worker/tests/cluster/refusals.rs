@@ -9,6 +9,11 @@ use baton_worker::Device;
 
 use crate::support::*;
 
+async fn within_patience(future: impl Future<Output = ()>) {
+    let outcome = tokio::time::timeout(PATIENCE, future).await;
+    outcome.expect("it does not take so long");
+}
+
 fn refusal(reply: PrefillReply) -> Refusal {
     match reply {
         PrefillReply::Refused { refusal, .. } => refusal,
@@ -195,7 +200,7 @@ async fn what_does_not_fit_is_told_apart() {
     assert!(matches!(refusal, Refusal::WrongModel { .. }), "{refusal}");
     let refusal = api.refused(&context.id, &job).await;
     assert!(
-        matches!(refusal, Refusal::Malformed { .. }),
+        matches!(refusal, Refusal::WrongRole { .. }),
         "a context worker generates nothing: {refusal}"
     );
     assert!(
@@ -204,6 +209,35 @@ async fn what_does_not_fit_is_told_apart() {
     );
     other_model.stop().await;
     other_blocks.stop().await;
+    context.stop().await;
+}
+
+/// 900 prompt tokens with 20 alternatives each are some 500 KB. Known before they are computed, and nobody asks again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_over_the_buss_bound_is_not_computed() {
+    let house = House::with_bus("max_payload: 262144").await;
+    let mut api = Api::new(&house, "api").await;
+    let mut config = house.config("ctx", Role::Context);
+    // A prompt takes minutes.
+    config.device = Device::Fake {
+        step_micros: 100_000_000,
+    };
+    let context = Worker::start(config);
+    api.until(&context.id, "at all", |_| true).await;
+    let mut job = api.prefill_job(new_request(), &prompt(1, 900, 10));
+    job.prompt_logprobs = Some(20);
+    let PrefillReply::Failed { failure, .. } = api.prefill(&context.id, &job).await else {
+        panic!("it failed")
+    };
+    assert_eq!(failure.code, FailureCode::TooLarge);
+    assert!(!failure.code.retryable());
+    assert!(
+        failure
+            .message
+            .contains("900 prompt tokens with 20 alternatives")
+            && failure.message.contains("the bus carries 262144"),
+        "{failure}"
+    );
     context.stop().await;
 }
 
@@ -384,5 +418,74 @@ async fn a_job_that_is_sent_again_is_answered_once_and_run_once() {
     api.until_empty(&context.id).await;
     let nothing = futures::FutureExt::now_or_never(futures::StreamExt::next(&mut first));
     assert!(nothing.is_none(), "answered twice: {nothing:?}");
+    context.stop().await;
+}
+
+/// The batch has one place. Whoever was refused it and asks again has it before those that come later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_in_the_batch_goes_to_whoever_asked_for_it_first() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let context = Worker::start(house.config("ctx", Role::Context));
+    let mut config = house.config("dec", Role::Decode);
+    config.batch = 1;
+    config.device = Device::Fake {
+        step_micros: 10_000,
+    };
+    let decode = Worker::start(config);
+    api.until_ready(&decode.id, &context.id).await;
+    let mut jobs = Vec::new();
+    for seed in 0..3 {
+        let (request, sequence) = (new_request(), prompt(seed, 10, 1_000));
+        let handle = api.staged(&context.id, request, &sequence).await;
+        jobs.push(api.decode_job(request, &sequence, &handle));
+    }
+    let [running, first, later] = &jobs[..] else {
+        unreachable!("three were made")
+    };
+    let is_busy = async |job: &DecodeJob| {
+        let refusal = api.refused(&decode.id, job).await;
+        let Refusal::Busy { retry_after_ms } = refusal else {
+            panic!("{refusal}")
+        };
+        retry_after_ms
+    };
+    api.admitted(&decode.id, running).await;
+    is_busy(first).await;
+    let hint = is_busy(first).await;
+    assert!(is_busy(later).await > hint, "it is behind the first");
+    api.abort(&decode.id, running.request).await;
+    // While the first keeps asking the place is its own.
+    is_busy(later).await;
+    within_patience(async {
+        while matches!(
+            api.decode(&decode.id, first).await,
+            DecodeReply::Refused { .. }
+        ) {
+            is_busy(later).await;
+        }
+    })
+    .await;
+    // One that found room elsewhere is aborted here, and keeps nobody out.
+    is_busy(later).await;
+    is_busy(later).await;
+    for worker in [&decode.id, &context.id] {
+        api.abort(worker, later.request).await;
+    }
+    api.abort(&decode.id, first.request).await;
+    let (request, sequence) = (new_request(), prompt(9, 10, 5));
+    let handle = api.staged(&context.id, request, &sequence).await;
+    let newest = api.decode_job(request, &sequence, &handle);
+    within_patience(async {
+        while matches!(
+            api.decode(&decode.id, &newest).await,
+            DecodeReply::Refused { .. }
+        ) {}
+    })
+    .await;
+    assert_whole(&api.stream(request, 0).await, &sequence, &handle);
+    let beat = api.until(&decode.id, "idle", |beat| beat.load.running == 0);
+    assert!(beat.await.decode_ms > 0, "it knows how long they take");
+    decode.stop().await;
     context.stop().await;
 }

@@ -10,7 +10,7 @@ use async_nats::{Client, Subscriber};
 use baton_engine::{
     Engine, EngineConfig, Event, FakeConfig, FakeExecutor, NewSequence, ResumedSequence,
 };
-use baton_protocol::limits::BEAT_INTERVAL_MS;
+use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, End, FinishReason, FrameItem,
@@ -227,6 +227,7 @@ impl Api {
             api_server: id.clone(),
             incarnation: Some(incarnation),
             in_flight: 0,
+            serving_ms: None,
         };
         let (heart_client, subject) = (client.clone(), cluster.api_beat(&id));
         let heart = tokio::spawn(async move {
@@ -348,6 +349,7 @@ impl Api {
             api_server: self.id.clone(),
             incarnation: Some(self.incarnation),
             in_flight: 0,
+            serving_ms: None,
         };
         self.publish(self.cluster.api_beat(&self.id), &beat).await;
     }
@@ -481,7 +483,17 @@ impl Api {
             tokens: Vec::new(),
             pulled: None,
             end: None,
+            reports: 0,
         };
+        let is_report = |item: &FrameItem| {
+            item.tokens.0.is_empty() && item.pulled.is_none() && item.end.is_none()
+        };
+        let (reports, items): (Vec<_>, Vec<_>) = items.into_iter().partition(is_report);
+        stream.reports = reports.len();
+        assert!(
+            reports.iter().all(|item| item.index == stream.first_index),
+            "reports are of a pull that is not over: {reports:?}"
+        );
         for (i, item) in items.into_iter().enumerate() {
             let next = stream.first_index as usize + stream.tokens.len();
             // A worker whose engine hangs ends a try without knowing how far it was.
@@ -504,7 +516,9 @@ impl Api {
     /// Waits for the next tokens of a try and leaves them for [`Self::stream`].
     pub async fn first_tokens(&mut self, request: RequestId) {
         let waiting = async {
-            while !self.streams.contains_key(&(request, 0)) {
+            let has_tokens =
+                |items: &Vec<FrameItem>| items.iter().any(|item| !item.tokens.0.is_empty());
+            while !self.streams.get(&(request, 0)).is_some_and(has_tokens) {
                 self.take_frame().await;
             }
         };
@@ -527,6 +541,8 @@ pub struct Stream {
     pub tokens: Vec<u32>,
     pub pulled: Option<PullReport>,
     pub end: Option<End>,
+    /// Items that only said that the worker is at it.
+    pub reports: usize,
 }
 
 impl Stream {

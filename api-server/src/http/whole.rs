@@ -1,0 +1,326 @@
+//! Answers that are not streams: gathered whole, rendered in pieces. A large one takes gigabytes of JSON and a second of work, so
+//! neither is done at once: between pieces the thread's other requests have their turn.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use actix_web::HttpResponse;
+use actix_web::body::{BodySize, MessageBody};
+use actix_web::http::{StatusCode, header};
+use baton_protocol::FinishReason;
+use bytes::Bytes;
+
+use super::presence::Presence;
+use super::respond;
+use crate::bound::Bound;
+use crate::openai::{LogprobEntry, Shape, Tally, Usage};
+use crate::server::Server;
+use crate::tokenizer::ModelText;
+
+/// Bytes that are rendered at once: a fraction of a millisecond.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// More than one step of rendering writes, but for a token of many bytes.
+const STEP_BYTES: usize = 4 << 10;
+
+/// A finished choice.
+pub struct Whole {
+    /// Its text.
+    pub text: String,
+    /// Log-probabilities, if asked for.
+    pub logprobs: Vec<LogprobEntry>,
+    /// Why it ended.
+    pub finish: FinishReason,
+    /// Output tokens, and prompt tokens that were cached.
+    pub usage: Usage,
+    /// Memory of the above, given back with it.
+    pub _held: Held,
+}
+
+/// A part of the memory that all answers may hold together, until it is dropped.
+#[derive(Debug)]
+pub struct Held {
+    all: Arc<Bound>,
+    bytes: usize,
+}
+
+impl Held {
+    /// Nothing yet.
+    pub fn nothing(all: &Arc<Bound>) -> Self {
+        Self {
+            all: Arc::clone(all),
+            bytes: 0,
+        }
+    }
+
+    /// Takes so many bytes more, if there are.
+    pub fn grow(&mut self, bytes: usize) -> bool {
+        let taken = self.all.take(bytes);
+        if taken {
+            self.bytes += bytes;
+        }
+        taken
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.all.give(self.bytes);
+    }
+}
+
+/// The response with these choices. `client` is kept until all of it is written.
+pub fn response(
+    server: Arc<Server>,
+    shape: Arc<Shape>,
+    tally: Tally,
+    choices: Vec<Whole>,
+    client: Presence,
+) -> HttpResponse {
+    let mut answer = Answer::new(shape, tally, choices);
+    let mut first = Vec::with_capacity(1 << 10);
+    answer.render(&server.model, &mut first);
+    if answer.is_over() {
+        return respond::json(StatusCode::OK, first);
+    }
+    HttpResponse::Ok()
+        .insert_header((header::CONTENT_TYPE, "application/json"))
+        .body(WholeBody {
+            server,
+            answer,
+            ready: Some(first),
+            _client: client,
+        })
+}
+
+/// The body of a large answer.
+struct WholeBody {
+    server: Arc<Server>,
+    answer: Answer,
+    /// The first piece, until it is taken.
+    ready: Option<Vec<u8>>,
+    _client: Presence,
+}
+
+impl MessageBody for WholeBody {
+    type Error = Infallible;
+
+    fn size(&self) -> BodySize {
+        BodySize::Stream
+    }
+
+    fn poll_next(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, Self::Error>>> {
+        let this = self.get_mut();
+        if let Some(piece) = this.ready.take() {
+            return Poll::Ready(Some(Ok(piece.into())));
+        }
+        if this.answer.is_over() {
+            return Poll::Ready(None);
+        }
+        // A reader that takes all there is would keep the thread: after each piece it is everybody's turn.
+        let mut piece = Vec::with_capacity(PIECE_BYTES + STEP_BYTES);
+        this.answer.render(&this.server.model, &mut piece);
+        this.ready = Some(piece);
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+/// An answer and how far it is rendered.
+struct Answer {
+    shape: Arc<Shape>,
+    tally: Tally,
+    choices: std::iter::Enumerate<std::vec::IntoIter<Whole>>,
+    step: Step,
+}
+
+/// What is written next.
+enum Step {
+    Open,
+    Choice,
+    /// Of a choice, its text from this byte on.
+    Text(Whole, usize),
+    /// Of a choice, this entry in this array of its log-probabilities.
+    Logprobs(Whole, usize, usize),
+    Finish(Whole),
+    Over,
+}
+
+impl Answer {
+    fn new(shape: Arc<Shape>, tally: Tally, choices: Vec<Whole>) -> Self {
+        Self {
+            shape,
+            tally,
+            choices: choices.into_iter().enumerate(),
+            step: Step::Open,
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.step, Step::Over)
+    }
+
+    /// Appends the next piece.
+    fn render(&mut self, model: &ModelText, out: &mut Vec<u8>) {
+        while out.len() < PIECE_BYTES && !self.is_over() {
+            let step = std::mem::replace(&mut self.step, Step::Over);
+            self.step = self.take(step, model, out);
+        }
+    }
+
+    /// Takes one step and gives back the next. A choice is dropped with its last.
+    fn take(&mut self, step: Step, model: &ModelText, out: &mut Vec<u8>) -> Step {
+        let shape = &self.shape;
+        match step {
+            Step::Open => {
+                shape.open_answer(out);
+                Step::Choice
+            }
+            Step::Choice => match self.choices.next() {
+                Some((index, whole)) => {
+                    self.tally.add(index, whole.usage);
+                    shape.open_choice(index, out);
+                    Step::Text(whole, 0)
+                }
+                None => {
+                    shape.close_answer(self.tally.usage(), out);
+                    Step::Over
+                }
+            },
+            Step::Text(whole, from) => {
+                let to = whole.text.floor_char_boundary(from + STEP_BYTES);
+                shape.text(&whole.text[from..to], out);
+                match to == whole.text.len() {
+                    true => {
+                        shape.close_text(out);
+                        Step::Logprobs(whole, 0, 0)
+                    }
+                    false => Step::Text(whole, to),
+                }
+            }
+            Step::Logprobs(whole, array, entry) => {
+                if entry == 0 && !shape.open_logprobs(array, out) {
+                    return Step::Finish(whole);
+                }
+                if let Some(logprob) = whole.logprobs.get(entry) {
+                    shape.logprob(array, entry, logprob, model, out);
+                }
+                match entry + 1 < whole.logprobs.len() {
+                    true => Step::Logprobs(whole, array, entry + 1),
+                    false => Step::Logprobs(whole, array + 1, 0),
+                }
+            }
+            Step::Finish(whole) => {
+                shape.close_choice(whole.finish, out);
+                Step::Choice
+            }
+            Step::Over => Step::Over,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_protocol::TopLogprob;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::openai::ApiKind;
+    use crate::tokenizer::tests::opened;
+
+    /// Choices of much text and many log-probabilities.
+    fn choices(all: &Arc<Bound>, count: usize, tokens: usize) -> Vec<Whole> {
+        let entry = |offset: usize| LogprobEntry {
+            token: 7,
+            logprob: (offset > 0).then_some(-0.5),
+            top: (0..20).map(|i| TopLogprob(7, -0.5 - i as f32)).collect(),
+            offset,
+        };
+        let whole = |_| {
+            let mut held = Held::nothing(all);
+            assert!(held.grow(tokens));
+            Whole {
+                text: "ü\"\n".repeat(tokens),
+                logprobs: (0..tokens).map(entry).collect(),
+                finish: FinishReason::Length,
+                usage: Usage {
+                    completion: tokens as u64,
+                    ..Usage::default()
+                },
+                _held: held,
+            }
+        };
+        (0..count).map(whole).collect()
+    }
+
+    #[test]
+    fn an_answer_is_rendered_in_small_pieces_that_make_one_document() {
+        let model = opened(7, "{}").unwrap();
+        for kind in [ApiKind::Chat, ApiKind::Completion] {
+            let all = Arc::new(Bound::new(1 << 20));
+            let shape = Arc::new(Shape::new(kind, "1", "m", false, false, true));
+            let tally = Tally::new(1, 1, 3);
+            let mut answer = Answer::new(shape, tally, choices(&all, 3, 3_000));
+            let mut document = Vec::new();
+            let mut held = Vec::new();
+            while !answer.is_over() {
+                let mut piece = Vec::new();
+                answer.render(&model, &mut piece);
+                assert!(
+                    piece.len() < PIECE_BYTES + 2 * STEP_BYTES,
+                    "{}",
+                    piece.len()
+                );
+                document.extend(piece);
+                held.push(all.taken());
+            }
+            assert!(held.len() > 5, "{held:?}");
+            assert!(
+                held.is_sorted_by(|a, b| a >= b) && held.contains(&3_000),
+                "{held:?}"
+            );
+            assert_eq!(all.taken(), 0);
+            let document: Value = serde_json::from_slice(&document).unwrap();
+            assert_eq!(document["usage"]["completion_tokens"], 9_000);
+            for index in 0..3 {
+                let choice = &document["choices"][index];
+                assert_eq!(choice["index"], index);
+                assert_eq!(choice["finish_reason"], "length");
+                let (text, count) = match kind {
+                    ApiKind::Chat => {
+                        let entries = &choice["logprobs"]["content"];
+                        assert_eq!(entries[1]["top_logprobs"][19]["logprob"], -19.5);
+                        (
+                            &choice["message"]["content"],
+                            entries.as_array().unwrap().len(),
+                        )
+                    }
+                    ApiKind::Completion => {
+                        let logprobs = &choice["logprobs"];
+                        assert_eq!(logprobs["token_logprobs"][0], Value::Null);
+                        let lengths = ["tokens", "token_logprobs", "top_logprobs", "text_offset"]
+                            .map(|array| logprobs[array].as_array().unwrap().len());
+                        assert_eq!(lengths, [3_000; 4]);
+                        (&choice["text"], lengths[0])
+                    }
+                };
+                assert_eq!((text.as_str().unwrap().len(), count), (4 * 3_000, 3_000));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_held_has_a_bound() {
+        let all = Arc::new(Bound::new(10));
+        let mut one = Held::nothing(&all);
+        let mut other = Held::nothing(&all);
+        assert!(one.grow(7) && !other.grow(4) && other.grow(3));
+        drop(one);
+        assert!(other.grow(7));
+    }
+}

@@ -1,0 +1,273 @@
+//! Reads along on the bus of a run in which nothing goes wrong, and says what must not be: pulls that are not served in
+//! their turn, admissions that are wasted, and processes whose waits contradict each other.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use baton_protocol::deadlines::ASK_AGAIN_MAX_MS;
+use baton_protocol::{
+    Abort, DecodeJob, DecodeReply, Release, Released, RequestId, TokenFrame, Versioned, WorkerId,
+    decode,
+};
+use tokio::time::Instant;
+
+use crate::links::Links;
+use crate::weather::Kind;
+
+/// As many pulls share a link, each with an equal part of it (`PULLS_OF_ONE_MAX` in the worker).
+const SHARING_MAX: u32 = 8;
+
+/// So many that came later may be admitted while a request waits for room: it asks again within half a second, and meanwhile
+/// others pass as long as there is room for it too.
+const OVERTAKERS_MAX: usize = 20;
+
+/// Who still waits has asked again within this time, many times over.
+const ASKS_WITHIN: Duration = Duration::from_millis(10 * ASK_AGAIN_MAX_MS);
+
+/// A pull may take this much longer than it must: messages under way, and the release.
+const SLACK: Duration = Duration::from_secs(2);
+
+/// What was seen on the bus.
+#[derive(Default)]
+pub struct Witness {
+    links: Links,
+    /// For so long a link that is dead keeps its pulls, if one may be.
+    stall: Duration,
+    /// Requests whose answers are under way, by the subject of the answer.
+    asked: BTreeMap<String, Asked>,
+    /// Pulls that were admitted and have not ended, by decode worker and request.
+    pulls: BTreeMap<(WorkerId, RequestId), Pull>,
+    /// Requests that these workers were told to end: what is admitted of them is wasted by intent.
+    aborted: BTreeSet<(WorkerId, RequestId)>,
+    /// Requests that a decode worker refused, and that ask it again.
+    waiting: BTreeMap<(WorkerId, RequestId), Waiting>,
+    /// Decode jobs so far.
+    jobs: u64,
+    wrong: Vec<String>,
+}
+
+enum Asked {
+    Decode {
+        by: WorkerId,
+        job: Box<DecodeJob>,
+    },
+    Release {
+        from: WorkerId,
+        release: Box<Release>,
+    },
+}
+
+/// A request that waits for room on one decode worker.
+struct Waiting {
+    /// When it was refused last.
+    asked: Instant,
+    /// The number of the first decode job that the worker refused.
+    first: u64,
+    /// How often it was refused.
+    refusals: u32,
+    /// Who came later, and was admitted before it.
+    overtakers: BTreeSet<RequestId>,
+}
+
+struct Pull {
+    from: WorkerId,
+    since: Instant,
+    /// What its bytes take if it has the link alone.
+    link_time: Duration,
+    /// Had it its turn, it has ended by then.
+    by: Instant,
+}
+
+impl Witness {
+    /// Of a cluster with these links, of which one may die: then pulls may wait for as long as `stall`.
+    pub fn new(links: Links, stall: Duration) -> Self {
+        Self {
+            links,
+            stall,
+            ..Self::default()
+        }
+    }
+
+    /// A message was sent.
+    pub fn saw(&mut self, kind: Kind, subject: &str, reply: Option<&str>, payload: &[u8]) {
+        let to = || WorkerId::new(subject.rsplit('.').next().unwrap_or_default()).ok();
+        match kind {
+            Kind::Decode => {
+                if let (Some(reply), Some(by), Some(job)) =
+                    (reply, to(), read::<DecodeJob>(payload))
+                {
+                    // A later try: what it has was not aborted.
+                    self.aborted.remove(&(by.clone(), job.request));
+                    self.aborted
+                        .remove(&(job.handle.worker.clone(), job.request));
+                    let asked = Asked::Decode { by, job };
+                    self.asked.insert(reply.to_owned(), asked);
+                }
+            }
+            Kind::Release => {
+                let Some(release) = read::<Release>(payload) else {
+                    return;
+                };
+                self.ended(&release.decode_worker, release.request);
+                if let (Some(reply), Some(from)) = (reply, to()) {
+                    let asked = Asked::Release { from, release };
+                    self.asked.insert(reply.to_owned(), asked);
+                }
+            }
+            Kind::Answer => match self.asked.remove(subject) {
+                Some(Asked::Decode { by, job }) => self.decode_answered(by, &job, payload),
+                Some(Asked::Release { from, release }) => {
+                    self.release_answered(from, &release, payload);
+                }
+                None => {}
+            },
+            Kind::Abort => {
+                if let (Some(worker), Some(abort)) = (to(), read::<Abort>(payload)) {
+                    self.abort(worker, &abort);
+                }
+            }
+            // What it says of a pull is that it failed, or that it is over.
+            Kind::Tokens if !self.pulls.is_empty() => {
+                if let Some(frame) = read::<TokenFrame>(payload) {
+                    for item in frame.items.iter().filter(|item| item.end.is_some()) {
+                        self.ended(&frame.worker, item.request);
+                    }
+                }
+            }
+            Kind::Tokens | Kind::Prefill | Kind::Renew | Kind::Beat | Kind::Describe => {}
+        }
+    }
+
+    /// What must not be and was seen until now.
+    pub fn take_wrong(&mut self) -> Vec<String> {
+        let now = Instant::now();
+        let late: Vec<_> = self
+            .pulls
+            .iter()
+            .filter(|(_, pull)| pull.by < now)
+            .map(|(key, _)| key.clone())
+            .collect();
+        for (worker, request) in late {
+            self.ended(&worker, request);
+        }
+        std::mem::take(&mut self.wrong)
+    }
+
+    fn decode_answered(&mut self, by: WorkerId, job: &DecodeJob, payload: &[u8]) {
+        let from = job.handle.worker.clone();
+        let answer = read::<DecodeReply>(payload);
+        let is_admitted = matches!(answer.as_deref(), Some(DecodeReply::Admitted { .. }));
+        self.jobs += 1;
+        if !is_admitted {
+            return self.refused(by, job.request);
+        }
+        self.admitted(&by, job.request);
+        // A worker that does both takes its own KV over.
+        if from == by {
+            return;
+        }
+        let now = Instant::now();
+        let block = u64::from(job.handle.kv.block_tokens);
+        let tokens = u64::from(job.handle.valid_tokens).div_ceil(block) * block;
+        let link_time = self.links.time(by.as_str(), from.as_str(), tokens);
+        let pulls = self.pulls.iter();
+        let before = pulls.filter(|((worker, _), pull)| *worker == by && pull.from == from);
+        let before: Duration = before.map(|(_, pull)| pull.link_time).sum();
+        let takes = before + SHARING_MAX * link_time;
+        let pull = Pull {
+            from,
+            since: now,
+            link_time,
+            by: now + takes + takes / 4 + self.stall + SLACK,
+        };
+        self.pulls.insert((by, job.request), pull);
+    }
+
+    fn refused(&mut self, by: WorkerId, request: RequestId) {
+        let (number, now) = (self.jobs, Instant::now());
+        let waiting = self.waiting.entry((by, request)).or_insert(Waiting {
+            asked: now,
+            first: number,
+            refusals: 0,
+            overtakers: BTreeSet::new(),
+        });
+        waiting.asked = now;
+        waiting.refusals += 1;
+    }
+
+    /// Who asked this worker first, and again and again, should have had the place.
+    fn admitted(&mut self, by: &WorkerId, request: RequestId) {
+        let number = self.jobs;
+        let first = self.waiting.get(&(by.clone(), request));
+        let first = first.map_or(number, |waiting| waiting.first);
+        self.waiting
+            .retain(|(_, of), waiting| *of != request && waiting.asked.elapsed() < ASKS_WITHIN);
+        for ((worker, of), waiting) in &mut self.waiting {
+            // A place in the line counts once its job has come back.
+            if worker == by && waiting.first < first && waiting.refusals > 1 {
+                waiting.overtakers.insert(request);
+                if waiting.overtakers.len() == OVERTAKERS_MAX {
+                    self.wrong.push(format!(
+                        "{of} waits for room on {worker}, and {OVERTAKERS_MAX} that came later were admitted there"
+                    ));
+                }
+            }
+        }
+    }
+
+    fn release_answered(&mut self, from: WorkerId, release: &Release, payload: &[u8]) {
+        let is_valid = read::<Released>(payload).is_some_and(|released| released.valid);
+        let Release {
+            request,
+            decode_worker,
+            ..
+        } = release;
+        let workers = [from, decode_worker.clone()];
+        let mut told = workers.into_iter().map(|worker| (worker, *request));
+        if !is_valid && !told.any(|told| self.aborted.contains(&told)) {
+            self.wrong.push(format!(
+                "{decode_worker} admitted and read {request} for nothing: the lease of its handle had ended"
+            ));
+        }
+    }
+
+    fn abort(&mut self, worker: WorkerId, abort: &Abort) {
+        let key = (worker.clone(), abort.request);
+        // Told to a worker that did not refuse it, it is not about a place in a line: the request, or its try, has ended.
+        if self.waiting.remove(&key).is_none() {
+            self.waiting.retain(|(_, of), _| *of != abort.request);
+        }
+        let pull = self.pulls.remove(&key);
+        self.aborted.insert(key);
+        if let Some(pull) = pull
+            && abort.reason.contains("silent")
+        {
+            let seconds = pull.since.elapsed().as_secs_f32();
+            self.wrong.push(format!(
+                "an API server gave up the pull of {} after {seconds:.1} s ({}), and {worker} was still at it",
+                abort.request, abort.reason
+            ));
+        }
+    }
+
+    /// A pull is over, or its time is.
+    fn ended(&mut self, worker: &WorkerId, request: RequestId) {
+        let Some(pull) = self.pulls.remove(&(worker.clone(), request)) else {
+            return;
+        };
+        let now = Instant::now();
+        if pull.by < now {
+            let seconds = pull.since.elapsed().as_secs_f32();
+            let due = (pull.by - pull.since).as_secs_f32();
+            let from = &pull.from;
+            self.wrong.push(format!(
+                "the pull of {request} from {from} by {worker} had no turn: {seconds:.1} s after its admission it goes \
+                 on, and {due:.1} s would have been enough for all that came before it and its share of the link"
+            ));
+        }
+    }
+}
+
+fn read<M: Versioned>(payload: &[u8]) -> Option<Box<M>> {
+    decode(payload).ok().map(Box::new)
+}
