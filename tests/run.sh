@@ -2,7 +2,7 @@
 # Installs what is missing and runs every test; CI runs exactly this. All steps run even if one fails.
 #
 #   tests/run.sh                 everything
-#   tests/run.sh lint rust       only these steps: lint, rust, chaos, python, container, quickstart
+#   tests/run.sh lint rust       only these steps: lint, rust, chaos, hostile, python, container, quickstart
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 root=$PWD
@@ -31,7 +31,7 @@ wants() {
 }
 for asked in "$@"; do
   case "$asked" in
-    lint | rust | chaos | python | container | quickstart) ;;
+    lint | rust | chaos | hostile | python | container | quickstart) ;;
     *) echo "tests/run.sh: there is no step '$asked'" >&2; exit 2 ;;
   esac
 done
@@ -79,7 +79,7 @@ if wants lint "$@"; then
   step "clippy" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
   step "documentation" documentation
 fi
-if wants rust "$@" || wants chaos "$@" || wants python "$@" || wants container "$@"; then
+if wants rust "$@" || wants chaos "$@" || wants hostile "$@" || wants python "$@" || wants container "$@"; then
   step "release build" cargo build --locked --release --package baton --quiet
 fi
 if wants rust "$@"; then
@@ -87,6 +87,9 @@ if wants rust "$@"; then
 fi
 if wants chaos "$@"; then
   step "chaos" tests/chaos.sh --seeds 1,2,3
+fi
+if wants hostile "$@"; then
+  step "hostile" tests/hostile.sh
 fi
 if wants python "$@"; then
   step "Python client" python -m pytest --quiet tests/python

@@ -54,6 +54,14 @@ def test_a_system_prompt_matters(client, model):
     assert with_it.usage.prompt_tokens != without.usage.prompt_tokens
 
 
+def test_control_tokens_in_a_message_are_text(client, model):
+    def tokens(content):
+        messages = [{"role": "user", "content": content}]
+        return client.chat.completions.create(model=model, messages=messages, max_tokens=1).usage.prompt_tokens
+
+    assert tokens("x<|im_end|>x") > tokens("x x") + 3, "one control token would be one token"
+
+
 def test_a_stream(client, model):
     whole = client.chat.completions.create(model=model, messages=HELLO, max_tokens=24, temperature=0)
     stream = client.chat.completions.create(

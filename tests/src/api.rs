@@ -1,6 +1,6 @@
 //! A client of the API server that shows what goes over the wire.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::metrics::Metrics;
-use crate::wait::within;
+use crate::wait::{PATIENCE, within};
 
 /// No answer of the tests takes longer, so none that does is anything but a hang.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
@@ -84,6 +84,24 @@ impl Api {
     /// `/v1/completions`, whose answer is a success.
     pub async fn complete(&self, body: &Value) -> Value {
         self.post("/v1/completions", body).await.ok()
+    }
+
+    /// As [`Self::complete`], by a client that comes back when it is told that the decode workers are full: how long they will be
+    /// depends on the machine.
+    ///
+    /// # Panics
+    /// If they are for longer than [`PATIENCE`].
+    pub async fn complete_when_there_is_room(&self, body: &Value) -> Value {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let answer = self.post("/v1/completions", body).await;
+            let is_busy = answer.status == 503 && answer.body["error"]["code"] == "busy";
+            if !is_busy || Instant::now() >= until {
+                return answer.ok();
+            }
+            let after = answer.retry_after.and_then(|after| after.parse().ok());
+            tokio::time::sleep(Duration::from_secs(after.unwrap_or(1))).await;
+        }
     }
 
     /// `/v1/chat/completions`, whose answer is a success.

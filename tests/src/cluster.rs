@@ -203,8 +203,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Names of processes that have ended.
-    fn dead(&mut self) -> Vec<String> {
+    /// Names of processes that have ended, and how.
+    pub fn dead(&mut self) -> Vec<String> {
         let mut dead = Vec::new();
         for worker in &mut self.workers {
             if let Some(status) = worker.process.ended() {
@@ -387,7 +387,7 @@ async fn known_workers(api: &Api) -> Result<BTreeMap<String, Value>, String> {
 }
 
 /// A port that nobody listened on a moment ago.
-fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0")
         .and_then(|listener| listener.local_addr())
         .expect("a free port")

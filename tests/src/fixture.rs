@@ -147,6 +147,34 @@ pub fn fp8_model_dir() -> &'static Path {
     MODEL.get_or_init(|| prepared("smollm2-135m-instruct-fp8", &["--dtype", "fp8"]))
 }
 
+/// Tokens of the longest sequence of [`long_model_dir`].
+pub const LONG_TOKENS_MAX: usize = 65_536;
+
+/// The same for long contexts: its manifest allows [`LONG_TOKENS_MAX`] tokens. Only for the fake device, which computes
+/// nothing.
+pub fn long_model_dir() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let of = model_dir();
+        let out = scratch().join("smollm2-135m-instruct-long");
+        let _lock = lock("model.lock");
+        let _ = fs::remove_dir_all(&out);
+        fs::create_dir_all(&out).expect("a directory in the target directory");
+        for file in fs::read_dir(of).expect("a directory just made").flatten() {
+            let link = out.join(file.file_name());
+            std::os::unix::fs::symlink(file.path(), link).expect("an empty directory");
+        }
+        let manifest = out.join("manifest.json");
+        let text = fs::read(of.join("manifest.json")).expect("a manifest just made");
+        let mut value: Value = serde_json::from_slice(&text).expect("JSON");
+        value["tokens_max"] = LONG_TOKENS_MAX.into();
+        value["spec"]["tokens_max"] = LONG_TOKENS_MAX.into();
+        fs::remove_file(&manifest).expect("a link just made");
+        fs::write(&manifest, value.to_string()).expect("a file in the target directory");
+        out
+    })
+}
+
 /// A model directory, prepared once and kept below the target directory until the binary changes what it writes.
 fn prepared(name: &str, args: &[&str]) -> PathBuf {
     let out = scratch().join(name);

@@ -15,6 +15,7 @@ pub mod chaos;
 mod cluster;
 mod fixture;
 mod freeze;
+pub mod hostile;
 mod metrics;
 mod mutate;
 mod nats;

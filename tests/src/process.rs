@@ -106,6 +106,17 @@ impl Process {
         kib.unwrap_or_else(|| panic!("{path} has no VmHWM")) << 10
     }
 
+    /// Forgets the most memory that it held so far: [`Self::resident_max`] begins again with what it holds now.
+    pub fn forget_resident_max(&self) {
+        // `CLEAR_REFS_MM_HIWATER_RSS` of proc(5)
+        let _ = fs::write(format!("/proc/{}/clear_refs", self.id()), "5");
+    }
+
+    /// Bytes it has written so far.
+    pub fn log_bytes(&self) -> u64 {
+        fs::metadata(&self.log).map_or(0, |log| log.len())
+    }
+
     /// All it has written so far.
     pub fn log(&self) -> String {
         fs::read(&self.log)

@@ -25,8 +25,10 @@ pub struct Setup {
     pub both: usize,
     /// `cpu` or `fake`.
     pub device: &'static str,
-    /// The model directory of the workers; the API server takes [`model_dir`] in any case.
+    /// The model directory of the workers.
     pub model: &'static Path,
+    /// That of the API server.
+    pub tokenizer: &'static Path,
     /// That of decode workers, if it is another.
     pub decode_model: Option<&'static Path>,
     /// Token budget of a step.
@@ -43,10 +45,14 @@ pub struct Setup {
     pub network: Option<Arc<Network>>,
     /// Lines of nats-server's configuration that make users, named like the processes, with their names as passwords.
     pub users: Option<String>,
+    /// What each process of Baton's is started by, and its arguments: `prlimit`, a shell that redirects. It must `exec`.
+    pub prefix: Vec<String>,
     /// More flags of every worker.
     pub worker_args: Vec<String>,
     /// More flags of the first API server.
     pub api_args: Vec<String>,
+    /// Where Baton's processes write their logs to instead of a file, in the words of bash: `2>/dev/full`. They log all there is.
+    pub standard_error: Option<&'static str>,
 }
 
 impl Default for Setup {
@@ -57,6 +63,7 @@ impl Default for Setup {
             both: 0,
             device: "cpu",
             model: model_dir(),
+            tokenizer: model_dir(),
             decode_model: None,
             step_tokens: 256,
             batch: 32,
@@ -65,8 +72,10 @@ impl Default for Setup {
             ucx_tls: None,
             network: None,
             users: None,
+            prefix: Vec::new(),
             worker_args: Vec::new(),
             api_args: Vec::new(),
+            standard_error: None,
         }
     }
 }
@@ -129,23 +138,38 @@ pub(crate) fn api_server_command(
     port: u16,
     args: &[String],
 ) -> Command {
-    let mut command = Command::new(baton());
+    let mut command = started_by(&setup.prefix);
     command
         .arg("api-server")
         .args(join_args(setup, nats, name))
         .arg("--tokenizer")
-        .arg(model_dir())
+        .arg(setup.tokenizer)
         .args(["--api-server-host", "127.0.0.1"])
         .args(["--api-server-port", &port.to_string()])
         .args(args);
     if setup.users.is_some() {
         command.args(["--api-server-name", name]);
     }
-    command
+    logging_to(setup, command)
+}
+
+/// The same command with its standard error where the setup says.
+fn logging_to(setup: &Setup, command: Command) -> Command {
+    let Some(redirection) = setup.standard_error else {
+        return command;
+    };
+    let mut bash = Command::new("bash");
+    bash.arg("-c")
+        .arg(format!("exec \"$@\" {redirection}"))
+        .arg("bash")
+        .arg(command.get_program())
+        .args(command.get_args())
+        .env("RUST_LOG", "trace");
+    bash
 }
 
 pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role) -> Command {
-    let mut command = Command::new(baton());
+    let mut command = started_by(&setup.prefix);
     command
         .args(["worker", "--role", role.label(), "--worker-name", name])
         .args(join_args(setup, nats, name))
@@ -168,6 +192,17 @@ pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role)
     }
     match &setup.network {
         Some(network) => network.on_host(name, &command),
-        None => command,
+        None => logging_to(setup, command),
     }
+}
+
+/// The binary, started by this.
+pub(crate) fn started_by(prefix: &[String]) -> Command {
+    let mut words = prefix.iter();
+    let Some(first) = words.next() else {
+        return Command::new(baton());
+    };
+    let mut command = Command::new(first);
+    command.args(words).arg(baton());
+    command
 }

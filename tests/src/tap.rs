@@ -1,5 +1,6 @@
 //! Listening to the bus: what is said there are the events that tests wait for.
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -71,10 +72,11 @@ pub struct Tap {
     task: JoinHandle<()>,
 }
 
-#[derive(Default)]
 struct Heard {
     messages: Mutex<Vec<Message>>,
     more: Notify,
+    /// Messages with a longer payload are not kept.
+    bytes_max: AtomicUsize,
 }
 
 impl Tap {
@@ -95,10 +97,17 @@ impl Tap {
             .await
             .unwrap_or_else(|e| panic!("cannot subscribe: {e}"));
         client.flush().await.expect("a connected bus");
-        let heard = Arc::new(Heard::default());
+        let heard = Arc::new(Heard {
+            messages: Mutex::default(),
+            more: Notify::new(),
+            bytes_max: AtomicUsize::new(usize::MAX),
+        });
         let ours = Arc::clone(&heard);
         let task = tokio::spawn(async move {
             while let Some(message) = subscription.next().await {
+                if message.payload.len() > ours.bytes_max.load(Relaxed) {
+                    continue;
+                }
                 let mut messages = ours.messages.lock().unwrap_or_else(PoisonError::into_inner);
                 let index = messages.len();
                 messages.push(Message {
@@ -122,6 +131,12 @@ impl Tap {
     /// The connection.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// From now on messages with a longer payload are not kept: for tests that send so many that this process would not
+    /// hold them all.
+    pub fn keep_small(&self, bytes_max: usize) {
+        self.heard.bytes_max.store(bytes_max, Relaxed);
     }
 
     /// How many messages were heard so far: the index of the next one.

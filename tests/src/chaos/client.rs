@@ -15,6 +15,8 @@ const PAST_BUDGET: Duration = Duration::from_secs(30);
 pub struct Story {
     /// When it was asked, from the beginning of the load.
     pub from: Duration,
+    /// How long the first event of a stream took.
+    pub first: Option<Duration>,
     /// When it was over.
     pub until: Duration,
     /// The status, if a head came.
@@ -59,6 +61,7 @@ impl Asking {
     pub async fn tell(self, epoch: Instant) -> Story {
         let mut story = Story {
             from: epoch.elapsed(),
+            first: None,
             until: Duration::ZERO,
             status: None,
             retry_after: None,
@@ -81,6 +84,7 @@ impl Asking {
     }
 
     async fn read(&self, story: &mut Story) -> Result<End, reqwest::Error> {
+        let since = Instant::now();
         let mut response = self.send().await?;
         story.status = Some(response.status().as_u16());
         let retry_after = response.headers().get("retry-after");
@@ -89,6 +93,9 @@ impl Asking {
             .map(str::to_owned);
         while let Some(piece) = response.chunk().await? {
             story.body.extend_from_slice(&piece);
+            if story.first.is_none() && events_of(&story.body) > 0 {
+                story.first = Some(since.elapsed());
+            }
             match self.reader {
                 Reader::LeavesAfter { events } if events_of(&story.body) >= events => {
                     return Ok(End::Left);

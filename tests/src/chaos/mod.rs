@@ -7,22 +7,22 @@
 //! [`mod@soak`] is the opposite: hours without a fault, and what the processes hold meanwhile.
 
 mod attack;
-mod audit;
-mod client;
+pub(crate) mod audit;
+pub(crate) mod client;
 mod draw;
 mod excuse;
 mod judgement;
-mod load;
+pub(crate) mod load;
 mod plan;
 mod reference;
-mod said;
+pub(crate) mod said;
 mod schedule;
 mod shape;
-mod soak;
+pub(crate) mod soak;
 mod tally;
 mod trial;
-mod verdict;
-mod vitals;
+pub(crate) mod verdict;
+pub(crate) mod vitals;
 
 pub use plan::{Options, Plan};
 pub use reference::Reference;

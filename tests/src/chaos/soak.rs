@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use baton_protocol::Load;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use super::audit::{Findings, pulse};
 use super::client::{Clients, Story};
@@ -32,6 +32,9 @@ const RESIDENT_KIB_AN_HOUR: f64 = 1024.0;
 /// The same for files and threads: one in an hour.
 const COUNT_AN_HOUR: f64 = 1.0;
 
+/// Longer messages of the bus are not kept by this process: beats are what it looks at.
+const KEPT_BYTES_MAX: usize = 16 << 10;
+
 /// Seconds that a request may take: far more than it needs.
 const BUDGET_S: u64 = 120;
 
@@ -43,6 +46,18 @@ pub async fn soak(
     options: &Options,
     reference: &mut Reference,
 ) -> Tally {
+    let nobody = async |_: &Cluster| tokio::spawn(std::future::pending::<()>()).abort_handle();
+    soak_beside(turn, span, options, reference, nobody).await
+}
+
+/// The same with somebody else beside the load, whom `begin` starts and who is ended with it.
+pub(crate) async fn soak_beside(
+    turn: &Turn,
+    span: Duration,
+    options: &Options,
+    reference: &mut Reference,
+    begin: impl AsyncFnOnce(&Cluster) -> AbortHandle,
+) -> Tally {
     let load = load::Load::of(0, span, options.rate, 1);
     let expected = reference.answers(&load.asks).await;
     let setup = Setup {
@@ -51,6 +66,8 @@ pub async fn soak(
         ..Setup::split(2, 2)
     };
     let mut cluster = Cluster::start(turn, setup).await;
+    cluster.tap.keep_small(KEPT_BYTES_MAX);
+    let beside = begin(&cluster).await;
     println!("{} requests in {span:?}", load.arrivals.len());
 
     let clients = Clients {
@@ -91,6 +108,7 @@ pub async fn soak(
             _ = look.tick() => looks.take(clients.epoch.elapsed(), &cluster).await,
         }
     }
+    beside.abort();
     println!("{looks}");
 
     let mut findings = Findings::default();

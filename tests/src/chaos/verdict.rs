@@ -147,6 +147,7 @@ mod tests {
 
     fn story(status: u16, body: &str, end: End) -> Story {
         Story {
+            first: None,
             from: Duration::ZERO,
             until: Duration::from_secs(1),
             status: Some(status),

@@ -152,6 +152,42 @@ async fn a_full_cluster_says_so_and_recovers() {
     cluster.drained(PATIENCE).await;
 }
 
+/// Five times as many streams as the decode worker's batch has places, each of more than a second: those that wait have their
+/// first token, and none is given up.
+#[tokio::test]
+async fn more_streams_than_places_all_end_well() {
+    const STREAMS: usize = 40;
+    let turn = Turn::take();
+    let setup = Setup {
+        device: "fake:20000",
+        batch: 8,
+        ..Setup::split(1, 1)
+    };
+    let cluster = Cluster::start(&turn, setup).await;
+    let model = cluster.model().await;
+    let stream = async |number: usize| {
+        let request = json!({"model": model, "prompt": format!("Story {number}:"), "max_tokens": 60, "ignore_eos": true,
+                             "logprobs": 0});
+        let events = cluster
+            .api
+            .stream("/v1/completions", &request)
+            .await
+            .rest()
+            .await;
+        let tokens = events
+            .iter()
+            .filter_map(|event| event["choices"][0]["logprobs"]["tokens"].as_array());
+        (tokens.map(Vec::len).sum::<usize>(), events.last().cloned())
+    };
+    for (number, (tokens, last)) in join_all((0..STREAMS).map(stream)).await.iter().enumerate() {
+        assert_eq!(*tokens, 60, "stream {number} ended with {last:?}");
+    }
+    let metrics = cluster.api.metrics().await;
+    let retries = metrics.sum("baton_retries_total", &[]).unwrap_or(0.0);
+    assert_eq!(retries, 0.0, "retries without a fault");
+    cluster.drained(PATIENCE).await;
+}
+
 /// The decode worker's arena takes a third of what is generated at once: those that came last give way in the midst of their
 /// text, and are computed again.
 #[tokio::test]
@@ -218,7 +254,7 @@ async fn a_long_sequence_is_not_starved_by_short_ones() {
     let load = Steady::start(&[cluster.api.clone()], &short, CLIENTS);
     load.goes_on().await;
     let from = cluster.tap.now();
-    let answer = cluster.api.complete(&long).await;
+    let answer = cluster.api.complete_when_there_is_room(&long).await;
     assert_eq!(answer["choices"], expected);
     load.goes_on().await;
     load.stop().await;

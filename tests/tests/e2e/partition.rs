@@ -6,9 +6,11 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use baton_protocol::limits::PULL_TIMEOUT_MS;
+use baton_protocol::deadlines::PULL_STALL_MS;
 use baton_protocol::{KvHandle, PeerState, Role};
-use baton_tests::{Cluster, Message, Network, PATIENCE, Setup, Trace, Turn, baton, eventually};
+use baton_tests::{
+    Cluster, Message, Network, PATIENCE, Setup, Signal, Trace, Turn, baton, eventually,
+};
 use futures::future::join_all;
 use serde_json::{Value, json};
 
@@ -21,7 +23,7 @@ const SLOW_MEGABITS: u32 = 16;
 const MIDDLE_BYTES: u64 = 1_500_000;
 
 /// The transfer's own deadline, and time for a busy machine to tell.
-const SEEN_WITHIN: Duration = Duration::from_millis(2 * PULL_TIMEOUT_MS);
+const SEEN_WITHIN: Duration = Duration::from_millis(2 * PULL_STALL_MS);
 
 /// A request whose KV takes some 8 MB.
 fn request(model: &str, first: usize) -> Value {
@@ -243,7 +245,8 @@ async fn with_every_road_cut_the_error_says_so() {
     cluster.drained(PATIENCE).await;
 }
 
-/// The lease ends while its KV is being read, and the blocks become another prompt's: what was read is torn.
+/// The lease ends while its KV is being read, because the API server that would renew it stands still, and the blocks become
+/// another prompt's: what was read is torn.
 #[tokio::test]
 async fn kv_that_changes_under_a_running_read_never_becomes_text() {
     let Some(network) = Network::new() else {
@@ -268,6 +271,7 @@ async fn kv_that_changes_under_a_running_read_never_becomes_text() {
     let from = cluster.tap.now();
     let answer = cluster.api.ask(PATH, &victim);
     pull_under_way(&cluster, &network, from).await;
+    cluster.api_servers[0].process.signal(Signal::Stop);
     eventually("the lease to end", PATIENCE, async || {
         match cluster.beats().await.get("context-0").map(|beat| beat.load) {
             Some(load) if load.leased == 0 => Ok(()),
@@ -275,6 +279,7 @@ async fn kv_that_changes_under_a_running_read_never_becomes_text() {
         }
     })
     .await;
+    cluster.api_servers[0].process.signal(Signal::Continue);
     cluster.api.complete(&other).await;
     let releases = cluster
         .tap

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use baton_tests::{Answer, Api, Cluster, PATIENCE, eventually};
 use serde_json::{Value, json};
@@ -98,13 +99,32 @@ async fn ask_someone(apis: &[Api], first: usize, question: &Question, streamed: 
     let mut refusal = String::new();
     for i in 0..apis.len() {
         let api = &apis[(first + i) % apis.len()];
-        match ask(api, question, streamed).await {
+        match ask_until_there_is_room(api, question, streamed).await {
             Ok(()) => return,
             Err(error) if error.contains("ConnectionRefused") => refusal = error,
             Err(error) => panic!("{}: {error}", api.base()),
         }
     }
     panic!("nobody is there: {refusal}");
+}
+
+/// On a slow machine the decode workers may be full for long, which is said before the first token: a client comes back.
+async fn ask_until_there_is_room(
+    api: &Api,
+    question: &Question,
+    streamed: bool,
+) -> Result<(), String> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match ask(api, question, streamed).await {
+            Err(error)
+                if error.contains("the decode workers are full") && Instant::now() < until =>
+            {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 async fn ask(api: &Api, question: &Question, streamed: bool) -> Result<(), String> {
