@@ -6,7 +6,7 @@
 # and the exit status is 0 only with these zeros. `others` are the good clients; `ttft_ratio` is the highest ratio of their
 # median time to the first token, during an attack to undisturbed: it is told, and depends on the machine.
 #
-#   tests/hostile.sh                        every attack but those that still do harm, some two minutes
+#   tests/hostile.sh                        every attack, some two minutes
 #   tests/hostile.sh --list                 what they are
 #   tests/hostile.sh --only digits,echo     some of them
 #   tests/hostile.sh --soak --minutes 20    hostile clients among good ones: what do memory, files, threads and blocks do?

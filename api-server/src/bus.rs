@@ -250,25 +250,39 @@ impl Bus {
     /// Tells a worker to drop a request. Does not wait: it works from a destructor too. Whatever is sent
     /// after this call reaches the worker after the abort; a job sent anew would be dropped otherwise.
     pub fn abort(&self, target: &Target, request: RequestId, reason: &str) {
+        // It ends at the first poll unless the connection's queue is full. Then order is lost, and a job
+        // that is dropped for it comes back as failed.
+        let mut send = Box::pin(self.send_abort(target, request, reason));
+        if send.as_mut().now_or_never().is_none() {
+            self.runtime.spawn(send);
+        }
+    }
+
+    /// Tells a worker to drop a request that it should not have any more. Where the connection's queue is full, it is not told: its
+    /// next frame names the request again. So what others send does not make messages wait without bound.
+    pub fn abort_stray(&self, target: &Target, request: RequestId, reason: &str) {
+        let _ = self.send_abort(target, request, reason).now_or_never();
+    }
+
+    fn send_abort(
+        &self,
+        target: &Target,
+        request: RequestId,
+        reason: &str,
+    ) -> impl Future<Output = ()> + Send + use<> {
         let subject = self.cluster.abort(&target.worker);
         let abort = Abort {
             v: PROTOCOL_VERSION,
             request,
             reason: reason.to_owned(),
         };
-        let Ok(payload) = encode(&abort) else { return };
         let wire = self.wire.clone();
-        let send = async move {
+        tokio::task::unconstrained(async move {
+            let Ok(payload) = encode(&abort) else { return };
             if let Err(error) = wire.publish(subject.clone(), payload.into()).await {
                 tracing::warn!(subject, %error, "abort not sent");
             }
-        };
-        // It ends at the first poll unless the connection's queue is full. Then order is lost, and a job
-        // that is dropped for it comes back as failed.
-        let mut send = Box::pin(tokio::task::unconstrained(send));
-        if send.as_mut().now_or_never().is_none() {
-            self.runtime.spawn(send);
-        }
+        })
     }
 
     async fn hello(&self) {

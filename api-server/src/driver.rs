@@ -28,6 +28,9 @@ use self::placed::Placed;
 /// After the bus lost messages: the news of the end may have been among them.
 const SILENCE_AFTER_LOSS: Duration = Duration::from_millis(SILENCE_AFTER_LOSS_MS);
 
+/// Time between two words to a worker that generates what it should not have any more.
+const DISOWN_INTERVAL: Duration = Duration::from_millis(100);
+
 /// One generation to carry out.
 pub struct Job {
     /// Its id.
@@ -93,6 +96,7 @@ pub async fn drive(
         wait_until: None,
         heard: now,
         stall_by: None,
+        disown_next: now,
         last_token: None,
         full_since: None,
         stop_found: false,
@@ -117,6 +121,8 @@ struct Driver<S: Sink> {
     heard: Instant,
     /// Set after a loss on the bus: something must be heard until then.
     stall_by: Option<Instant>,
+    /// When a worker may be told again that this generation was taken from it.
+    disown_next: Instant,
     last_token: Option<Instant>,
     /// The client has left the sink full since then.
     full_since: Option<Instant>,
@@ -201,17 +207,19 @@ impl<S: Sink> Driver<S> {
         }
     }
 
-    /// A worker still generates what was taken from it: it was deaf when it was told, or the telling was lost.
-    fn disown(&self, worker: &Target) {
-        if self.lifecycle.ended() {
+    /// A worker still generates what was taken from it: it was deaf when it was told, or the telling was lost. It names the request
+    /// again with each step until it has heard, so that it is told now and then, not each time.
+    fn disown(&mut self, worker: &Target) {
+        let now = Instant::now();
+        if self.lifecycle.ended() || now < self.disown_next {
             return;
         }
+        self.disown_next = now + DISOWN_INTERVAL;
         let involved = self.lifecycle.involved();
         // An abort ends whatever its receiver has of the request, a later try too.
         if !involved.iter().any(|other| other.worker == worker.worker) {
-            self.server
-                .bus
-                .abort(worker, self.job.request, "another worker has it now");
+            let bus = &self.server.bus;
+            bus.abort_stray(worker, self.job.request, "another worker has it now");
         }
     }
 

@@ -5,7 +5,7 @@
 //! workers go on sending. What finds no room is dropped, and in its place the generation is told once that it lost something
 //! ([`Event::FramesLost`]): it asks for it again.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -71,6 +71,9 @@ const INBOX_BYTES_MAX: usize = 4 << 20;
 /// Bytes of events that may wait for one HTTP thread, which takes them at once unless it stands still: what a thread of 4,096
 /// generations gets in some 10 s.
 const MAILBOX_BYTES_MAX: usize = 16 << 20;
+
+/// Strays of one frame that are acted on: a frame may name thousands, and each is a message.
+pub const STRAYS_MAX: usize = 64;
 
 /// Events on their way to one generation's driver.
 #[derive(Debug, Default)]
@@ -210,8 +213,8 @@ pub struct Dispatched {
     /// Who sent it.
     pub from: Arc<Target>,
     /// Requests that are not over there and are known to nobody here any more: the sender was deaf when it was told, or the
-    /// telling was lost.
-    pub strays: Vec<RequestId>,
+    /// telling was lost. Each once, [`STRAYS_MAX`] of them at most; the sender's later frames name the others.
+    pub strays: BTreeSet<RequestId>,
     /// Items that found no room, because their HTTP thread stands still.
     pub dropped: usize,
 }
@@ -266,14 +269,14 @@ impl Registry {
             worker: frame.worker,
             incarnation: frame.incarnation,
         });
-        let mut strays = Vec::new();
+        let mut strays = BTreeSet::new();
         let places = lock(&self.places);
         for item in frame.items {
             if let Some(place) = places.get(&item.request) {
                 let from = Arc::clone(&from);
                 delivery.put(place, Event::Item { from, item });
-            } else if item.end.is_none() {
-                strays.push(item.request);
+            } else if item.end.is_none() && strays.len() < STRAYS_MAX {
+                strays.insert(item.request);
             }
         }
         Dispatched {
@@ -390,6 +393,22 @@ mod tests {
         // And there is room again, also to tell of the next loss.
         assert_eq!(registry.dispatch(frame(inboxes[0].0, 0)).dropped, 0);
         assert!(!inboxes[0].1.lost.load(Relaxed));
+    }
+
+    #[test]
+    fn strays_of_a_frame_are_few_and_each_is_named_once() {
+        let registry = Arc::new(Registry::default());
+        let mut forged = frame(RequestId(1), 0);
+        let item = forged.items.remove(0);
+        let named = |request| FrameItem {
+            request: RequestId(request),
+            ..item.clone()
+        };
+        forged.items = (0..3).flat_map(|_| (0..3).map(named)).collect();
+        let strays = registry.dispatch(forged.clone()).strays;
+        assert_eq!(strays, (0..3).map(RequestId).collect());
+        forged.items = (0..5_000).map(named).collect();
+        assert_eq!(registry.dispatch(forged).strays.len(), STRAYS_MAX);
     }
 
     #[tokio::test]

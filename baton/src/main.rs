@@ -2,8 +2,9 @@
 //!
 //! Each subcommand is one file. Here are only the table of them, the logging they share and the rule by which an
 //! error ends the process: one sentence on standard error, exit status 1.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+mod allocator;
 mod api_key;
 mod api_server;
 mod bench;
@@ -68,10 +69,6 @@ enum Command {
     #[command(hide = true)]
     Tether(tether::TetherArgs),
 }
-
-/// Gives memory back to the system soon after it was freed, whichever thread it was for.
-#[global_allocator]
-static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// What a subcommand ends with when it fails: a sentence for the person who ran it.
 type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use async_nats::Message;
+use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -49,13 +50,15 @@ impl Intake {
                     }
                     message = subscription.next() => message,
                 };
-                let Some(message) = message else { return };
+                let Some(mut message) = message else { return };
                 let bytes = bytes_of(&message);
                 if of_pump.load(Relaxed) + bytes > bytes_max {
                     on_overflow(&message);
                     continue;
                 }
                 of_pump.fetch_add(bytes, Relaxed);
+                // As it came it is a slice of what was read at once, of which it would keep all, a megabyte or more.
+                message.payload = Bytes::copy_from_slice(&message.payload);
                 if sender.send(message).is_err() {
                     return;
                 }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::{Bus, FAULT_INTERVAL};
 use crate::error::ApiServerError;
-use crate::inbox::{Event, Registry, lock};
+use crate::inbox::{Event, Registry, STRAYS_MAX, lock};
 use crate::membership::{GONE_AFTER, SUSPECT_AFTER};
 
 /// Bytes of token frames that may wait. Some are dropped beyond it, which their numbers tell.
@@ -20,6 +20,9 @@ const FRAMES_BYTES_MAX: usize = 64 << 20;
 
 /// Bytes of beats, and of hellos, that may wait. They are repeated.
 const BEATS_BYTES_MAX: usize = 4 << 20;
+
+/// Workers are told of [`STRAYS_MAX`] strays in this time.
+const STRAYS_INTERVAL: Duration = Duration::from_millis(10);
 
 /// How often it is looked who fell silent.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(250);
@@ -95,7 +98,8 @@ async fn take_tokens<W: Watcher>(
     registry: Arc<Registry>,
     faults: Arc<Faults<W>>,
 ) {
-    let take = |message: Message| match decode::<TokenFrame>(&message.payload) {
+    let mut strays = Strays::default();
+    let mut take = |message: Message| match decode::<TokenFrame>(&message.payload) {
         // NATS may let a worker send on its own subjects alone.
         Ok(frame) if speaker(&message.subject) == frame.worker.as_str() => {
             let dispatched = registry.dispatch(frame);
@@ -107,7 +111,9 @@ async fn take_tokens<W: Watcher>(
                 return;
             }
             for request in dispatched.strays {
-                bus.abort(&dispatched.from, request, "it is over");
+                if strays.pass(Instant::now()) {
+                    bus.abort_stray(&dispatched.from, request, "it is over");
+                }
             }
         }
         Ok(_) => faults.note("frame_forged", &message),
@@ -122,6 +128,28 @@ async fn take_tokens<W: Watcher>(
         {
             take(message);
         }
+        // A queue that is never empty would not let go of the thread, on which the connection is read too.
+        tokio::task::yield_now().await;
+    }
+}
+
+/// How often workers are told of requests that are over. A worker names what it still runs with each step, so nothing is lost by
+/// telling it later; whoever forges frames gets no flood of messages for them.
+#[derive(Default)]
+struct Strays {
+    since: Option<Instant>,
+    told: usize,
+}
+
+impl Strays {
+    /// Whether another one may be told of now.
+    fn pass(&mut self, now: Instant) -> bool {
+        let is_over = |since: Instant| now.duration_since(since) >= STRAYS_INTERVAL;
+        if self.since.is_none_or(is_over) {
+            (self.since, self.told) = (Some(now), 0);
+        }
+        self.told += 1;
+        self.told <= STRAYS_MAX
     }
 }
 

@@ -29,10 +29,6 @@ macro_rules! attack {
     };
 }
 
-/// Attacks that still do harm. They are carried out by name alone (`--only`) until what they show is mended: an API server whose
-/// bus thread is stopped keeps a flood on the bus without bound, and streams under way then hear nothing more.
-pub const OPEN: &[&str] = &["stopped-thread"];
-
 /// All of them.
 pub const ATTACKS: &[Attack] = &[
     attack!(

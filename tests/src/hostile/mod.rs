@@ -28,6 +28,6 @@ mod suite;
 mod target;
 mod text;
 
-pub use attacks::{ATTACKS, Attack, OPEN};
+pub use attacks::{ATTACKS, Attack};
 pub use soak::soak;
 pub use suite::{Summary, run};
