@@ -84,6 +84,8 @@ if wants rust "$@" || wants chaos "$@" || wants hostile "$@" || wants python "$@
 fi
 if wants rust "$@"; then
   step "Rust tests" cargo test --locked --workspace --quiet --no-fail-fast
+  # Built for them too: chaos and hostile are not built once more.
+  export BATON_TEST_PROGRAMS="$target/debug"
 fi
 if wants chaos "$@"; then
   step "chaos" tests/chaos.sh --seeds 1,2,3

@@ -33,7 +33,6 @@ async fn over_a_slow_link_every_pull_arrives_and_nothing_is_called_broken() {
         network: Some(network.clone()),
         kv_mib: 320,
         step_tokens: 512,
-        worker_args: vec!["--lease-ms".to_owned(), "120000".to_owned()],
         ..Setup::split(1, 1)
     };
     let cluster = Cluster::start(&turn, setup).await;

@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use baton_tests::{
-    Cluster, PATIENCE, Process, Setup, Signal, Turn, baton, eventually, model_dir, within,
+    Cluster, Nats, PATIENCE, Process, Setup, Signal, Turn, baton, eventually, model_dir, within,
 };
 use serde_json::json;
 use tempfile::TempDir;
@@ -148,6 +148,62 @@ async fn who_waits_for_the_bus_ends_at_once_when_asked_to() {
         let status = process.end(PATIENCE).await;
         assert!(status.success(), "{}: {status}", args[0]);
     }
+}
+
+/// Shared memory that a process has taken so far, in bytes.
+fn shared_bytes(pid: u32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssShmem:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<usize>().ok());
+    kib.unwrap_or(0) << 10
+}
+
+/// Names in /dev/shm, and System V segments that this process made.
+fn left_by(pid: u32) -> (Vec<String>, usize) {
+    let names = std::fs::read_dir("/dev/shm").expect("readable");
+    let names = names
+        .flatten()
+        .map(|file| file.file_name().to_string_lossy().into_owned());
+    let segments = std::fs::read_to_string("/proc/sysvipc/shm").expect("readable");
+    let maker = |line: &str| line.split_whitespace().nth(4)?.parse::<u32>().ok();
+    let made = segments.lines().filter(|line| maker(line) == Some(pid));
+    let mut names: Vec<String> = names.collect();
+    names.sort();
+    (names, made.count())
+}
+
+#[tokio::test]
+async fn a_worker_that_is_killed_while_it_takes_its_arena_leaves_nothing() {
+    const MIB: usize = 1_500;
+    let _turn = Turn::take();
+    let dir = TempDir::new().expect("a temporary directory");
+    let nats = Nats::start(dir.path(), "").await;
+    let (before, _) = left_by(0);
+    let mut command = Command::new(baton());
+    command.args(["worker", "--role", "context", "--device", "fake", "--model"]);
+    command
+        .arg(model_dir())
+        .arg("--kv-mib")
+        .arg(MIB.to_string());
+    command.args(["--request-plane-uri", &nats.uri()]);
+    let mut process = Process::start("context-0", &command, dir.path());
+    let pid = process.id();
+    eventually("some of its arena", PATIENCE, async || {
+        match shared_bytes(pid) {
+            taken if taken > 100 << 20 => Ok(()),
+            taken => Err(format!("{} MiB: {}", taken >> 20, process.log())),
+        }
+    })
+    .await;
+    // An arena in a file would be there now, and stay.
+    process.kill();
+    eventually("nothing of it", PATIENCE, async || match left_by(pid) {
+        (after, 0) if after == before => Ok(()),
+        left => Err(format!("{before:?} before, {left:?} after")),
+    })
+    .await;
 }
 
 #[tokio::test]

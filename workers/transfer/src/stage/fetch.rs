@@ -13,6 +13,8 @@ use super::{ASKS_MAX, RANGES_MAX, STAGING_SLOT_BYTES, Stage};
 use crate::peer::Link;
 use crate::pull::{Progress, Read, Why};
 
+const MILLISECOND: Duration = Duration::from_millis(1);
+
 /// Introduces this agent to a peer, and waits to be welcome.
 pub(crate) struct Greeting {
     pub(crate) link: Rc<Link>,
@@ -159,7 +161,8 @@ impl Fetching {
             ranges,
             is_storing: false,
         });
-        let left = (self.started + self.allowed).saturating_duration_since(now);
+        // In whole milliseconds, none cut off: the peer does not give it up before we do.
+        let left = (self.started + self.allowed).saturating_duration_since(now) + MILLISECOND;
         let message = Message::Ask {
             reader: self.link.reader,
             chunk: id,
@@ -256,14 +259,15 @@ impl Fetching {
     }
 
     pub(crate) fn progress(&self, now: Instant) -> Progress {
-        if let Some(failure) = &self.failure {
-            Progress::Failed(Why::Said(failure.clone()))
-        } else if let Some(status) = self.sent.failure().or(self.link.failure()) {
+        if let Some(status) = self.sent.failure().or(self.link.failure()) {
             Progress::Failed(Why::Ucx(status))
         } else if self.next.0 == self.reads.len() && self.chunks.is_empty() {
             Progress::Done
         } else if now >= self.started + self.allowed {
+            // The peer refuses what is too late, which is no other reason.
             Progress::Late
+        } else if let Some(failure) = &self.failure {
+            Progress::Failed(Why::Said(failure.clone()))
         } else {
             Progress::Pending
         }
