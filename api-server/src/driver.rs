@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_protocol::deadlines::SILENCE_AFTER_LOSS_MS;
-use baton_protocol::{DecodeReply, FinishReason, Generation, RequestId, TokenLogprobs};
+use baton_protocol::{CacheSalt, DecodeReply, FinishReason, Generation, RequestId, TokenLogprobs};
 use tokio::time::Instant;
 
 use crate::decode_room::Ticket;
@@ -39,6 +39,8 @@ pub struct Job {
     pub prompt: Arc<[u32]>,
     /// The prompt's hash chain.
     pub chain: Arc<[u64]>,
+    /// Whose KV it may use.
+    pub cache_salt: CacheSalt,
     /// The rules.
     pub generation: Generation,
     /// Report the prompt's log-probabilities.

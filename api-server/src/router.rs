@@ -13,7 +13,7 @@ mod wait;
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
 
-use baton_protocol::{KvHandle, ModelFingerprint, Role, WorkerId};
+use baton_protocol::{CacheSalt, KvHandle, ModelFingerprint, Role, WorkerId};
 use tokio::time::Instant;
 
 use crate::lifecycle::Target;
@@ -31,10 +31,10 @@ const HOLDERS_MAX: usize = 4;
 /// What one more job ahead costs, in prompt tokens: decides between workers with equal queues.
 const JOB_COST_TOKENS: usize = 16;
 
-/// Hash of every full block of a prompt together with all before it.
-pub fn prefix_chain(prompt: &[u32]) -> Vec<u64> {
-    let state = foldless();
-    let mut link = 0;
+/// Hash of every full block of a prompt together with all before it, and with whose KV it may use.
+pub fn prefix_chain(CacheSalt(salt): CacheSalt, prompt: &[u32]) -> Vec<u64> {
+    let state = same_hasher();
+    let mut link = salt as u64 ^ (salt >> 64) as u64;
     prompt
         .chunks_exact(PREFIX_BLOCK_TOKENS)
         .map(|block| {
@@ -48,7 +48,7 @@ pub fn prefix_chain(prompt: &[u32]) -> Vec<u64> {
 }
 
 /// A hasher that is the same for the life of the process.
-fn foldless() -> std::hash::BuildHasherDefault<std::collections::hash_map::DefaultHasher> {
+fn same_hasher() -> std::hash::BuildHasherDefault<std::collections::hash_map::DefaultHasher> {
     std::hash::BuildHasherDefault::default()
 }
 

@@ -121,8 +121,8 @@ struct Header {
 }
 
 fn version_stands_first(bytes: &[u8]) -> bool {
-    const PREFIX: &str = "{\"v\":1,";
-    const { assert!(PROTOCOL_VERSION == 1) };
+    const PREFIX: &str = "{\"v\":2,";
+    const { assert!(PROTOCOL_VERSION == 2) };
     bytes.starts_with(PREFIX.as_bytes())
 }
 

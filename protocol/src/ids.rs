@@ -72,8 +72,8 @@ name_id!(
 );
 
 macro_rules! hex_id {
-    ($(#[$doc:meta])* $name:ident, $inner:ty, $digits:literal) => {
-        $(#[$doc])*
+    ($(#[$attribute:meta])* $name:ident, $inner:ty, $digits:literal) => {
+        $(#[$attribute])*
         #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub struct $name(pub $inner);
 
@@ -156,6 +156,25 @@ hex_id!(
     u128,
     "32"
 );
+
+hex_id!(
+    /// Whose KV may be shared: sequences with different salts never use each other's KV, also where their tokens are the same. A
+    /// tenant has one, or whatever else sets prompts of equal tokens apart. 0, [`CacheSalt::NONE`], is shared by all that have none.
+    #[derive(Default)]
+    CacheSalt,
+    u128,
+    "32"
+);
+
+impl CacheSalt {
+    /// Shared with everybody who has no salt.
+    pub const NONE: Self = Self(0);
+
+    /// Whether there is none.
+    pub fn is_none(&self) -> bool {
+        *self == Self::NONE
+    }
+}
 
 /// SHA-256 over everything that decides a model's output: configuration, tokenizer and weights.
 /// `model-prep` writes it into the manifest. 64 lower-case hexadecimal digits.

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ApiServerId, Failure, Generation, HandleId, Incarnation, KvHandle, ModelFingerprint, Nonce,
-    PackedTokens, Refusal, RequestId, TokenLogprobs, WorkerId,
+    ApiServerId, CacheSalt, Failure, Generation, HandleId, Incarnation, KvHandle, ModelFingerprint,
+    Nonce, PackedTokens, Refusal, RequestId, TokenLogprobs, WorkerId,
 };
 
 /// A sequence as it stands: the prompt, the output so far, and how to go on. A retry carries more
@@ -17,6 +17,9 @@ pub struct SequenceSpec {
     pub prompt_tokens: u32,
     /// How to choose tokens and when to stop.
     pub generation: Generation,
+    /// Whose KV it may use, and who may use its KV.
+    #[serde(default, skip_serializing_if = "CacheSalt::is_none")]
+    pub cache_salt: CacheSalt,
 }
 
 impl SequenceSpec {

@@ -36,8 +36,8 @@ pub use handle::{
     TransferDescriptor, UcxVersion,
 };
 pub use ids::{
-    ApiServerId, HandleId, Incarnation, ModelFingerprint, NAME_BYTES_MAX, Nonce, RequestId,
-    WorkerId,
+    ApiServerId, CacheSalt, HandleId, Incarnation, ModelFingerprint, NAME_BYTES_MAX, Nonce,
+    RequestId, WorkerId,
 };
 pub use job::{
     Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, Renew, Renewed,
@@ -52,4 +52,4 @@ pub use sampling::{FinishReason, Generation, Sampling, TokenLogprobs, TopLogprob
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
 
 /// Version of the contract. Raised when an old receiver would misread a new message.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;

@@ -1,4 +1,4 @@
-//! The contract as bytes: one sample of every message, checked against the files under `messages/v1`,
+//! The contract as bytes: one sample of every message, checked against the files under `messages/v2`,
 //! and what a receiver does with messages it should not trust.
 
 use std::fmt::Debug;
@@ -56,6 +56,7 @@ fn sequence() -> SequenceSpec {
             min_tokens: 0,
             max_tokens: 64,
         },
+        cache_salt: CacheSalt(0x5a17),
     }
 }
 
@@ -139,7 +140,7 @@ fn beat() -> Beat {
 /// The sample equals the file, byte for byte after formatting, and the file reads back as the sample.
 fn golden<M: Versioned + PartialEq + Debug>(file: &str, message: &M) {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("messages/v1")
+        .join("messages/v2")
         .join(file);
     let compact = encode(message).expect("encodes");
     let value: serde_json::Value = serde_json::from_slice(&compact).expect("is JSON");
@@ -373,7 +374,7 @@ fn a_missing_or_wrong_version_is_told_apart_from_bad_json() {
         "{}",
         "[]",
         "null",
-        "{\"v\":1}",
+        "{\"v\":2}",
         "{\"v\":\"1\",\"valid\":true}",
         "\u{feff}{}",
     ] {
@@ -395,7 +396,7 @@ fn a_missing_or_wrong_version_is_told_apart_from_bad_json() {
 /// reads the rest.
 #[test]
 fn an_api_server_of_old_says_no_incarnation() {
-    let old = br#"{"v":1,"api_server":"api-0","in_flight":4}"#;
+    let old = br#"{"v":2,"api_server":"api-0","in_flight":4}"#;
     let beat: ApiBeat = decode(old).expect("an old beat");
     assert_eq!((beat.incarnation, beat.in_flight), (None, 4));
     let again = encode(&beat).expect("encodes");
@@ -403,7 +404,7 @@ fn an_api_server_of_old_says_no_incarnation() {
 
     for file in ["prefill_job.json", "decode_job.json"] {
         let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-            .join("messages/v1")
+            .join("messages/v2")
             .join(file);
         let text = std::fs::read_to_string(path).expect("a sample");
         let mut job: serde_json::Value = serde_json::from_str(&text).expect("JSON");
@@ -425,13 +426,13 @@ fn an_api_server_of_old_says_no_incarnation() {
 /// A newer worker refuses for a reason of its own: the answer is a refusal all the same, and not unreadable.
 #[test]
 fn a_reason_of_a_later_release_is_a_refusal_for_an_unknown_reason() {
-    let later = br#"{"outcome":"refused","v":1,"refusal":{"reason":"too_hot","celsius":[90,"C"]}}"#;
+    let later = br#"{"outcome":"refused","v":2,"refusal":{"reason":"too_hot","celsius":[90,"C"]}}"#;
     let v = V;
     let refusal = Refusal::Unknown;
     assert_eq!(decode(later), Ok(PrefillReply::Refused { v, refusal }));
     let refusal = Refusal::Unknown;
     assert_eq!(decode(later), Ok(DecodeReply::Refused { v, refusal }));
-    let known = br#"{"outcome":"refused","v":1,"refusal":{"reason":"busy","retry_after_ms":7}}"#;
+    let known = br#"{"outcome":"refused","v":2,"refusal":{"reason":"busy","retry_after_ms":7}}"#;
     let refusal = Refusal::Busy { retry_after_ms: 7 };
     assert_eq!(decode(known), Ok(DecodeReply::Refused { v, refusal }));
 }
@@ -444,10 +445,10 @@ fn beats_of_old_say_neither_pace_nor_age() {
     let beat: Beat = decode(old.to_string().as_bytes()).expect("an old beat");
     assert_eq!(beat.decode_ms, 0);
     assert_eq!(serde_json::to_value(&beat).expect("encodes"), old);
-    let old = br#"{"v":1,"api_server":"api-0","in_flight":4}"#;
+    let old = br#"{"v":2,"api_server":"api-0","in_flight":4}"#;
     let beat: ApiBeat = decode(old).expect("an old beat");
     assert!(!beat.stands_by());
-    let newcomer = br#"{"v":1,"api_server":"api-0","in_flight":0,"serving_ms":0}"#;
+    let newcomer = br#"{"v":2,"api_server":"api-0","in_flight":0,"serving_ms":0}"#;
     assert!(decode::<ApiBeat>(newcomer).expect("a beat").stands_by());
 }
 
@@ -455,10 +456,10 @@ fn beats_of_old_say_neither_pace_nor_age() {
 fn what_is_wrong_with_a_long_message_is_a_short_sentence() {
     let name = "x".repeat(1 << 20);
     for message in [
-        format!(r#"{{"v":1,"worker":"w","incarnation":"0000000000000001","items":"{name}"}}"#),
-        format!(r#"{{"v":1,"worker":{name:?},"incarnation":"0000000000000001","items":[]}}"#),
+        format!(r#"{{"v":2,"worker":"w","incarnation":"0000000000000001","items":"{name}"}}"#),
+        format!(r#"{{"v":2,"worker":{name:?},"incarnation":"0000000000000001","items":[]}}"#),
         format!(
-            r#"{{"v":1,"worker":"w","incarnation":"0000000000000001","items":[],"v":"{}"}}"#,
+            r#"{{"v":2,"worker":"w","incarnation":"0000000000000001","items":[],"v":"{}"}}"#,
             "漢".repeat(1 << 18)
         ),
     ] {
@@ -549,7 +550,7 @@ fn names_cannot_leave_their_subject() {
     for bad in ["", "a.b", "*", ">", "a b", "é", "a\n", &"x".repeat(65)] {
         assert!(WorkerId::new(bad).is_err(), "{bad:?}");
         assert!(subjects::Cluster::new(bad).is_err(), "{bad:?}");
-        let beat = serde_json::json!({"v": 1, "api_server": bad, "in_flight": 0}).to_string();
+        let beat = serde_json::json!({"v": 2, "api_server": bad, "in_flight": 0}).to_string();
         assert!(decode::<ApiBeat>(beat.as_bytes()).is_err(), "{bad:?}");
     }
     let cluster = subjects::Cluster::new("default").expect("a plain name");
@@ -594,7 +595,7 @@ fn geometries_name_their_difference() {
 fn a_failure_of_a_newer_release_is_read() {
     let reply = |code: &str| {
         let text =
-            format!(r#"{{"outcome":"failed","v":1,"failure":{{"code":"{code}","message":"m"}}}}"#);
+            format!(r#"{{"outcome":"failed","v":2,"failure":{{"code":"{code}","message":"m"}}}}"#);
         match decode::<PrefillReply>(text.as_bytes()) {
             Ok(PrefillReply::Failed { failure, .. }) => failure.code,
             other => panic!("{other:?}"),

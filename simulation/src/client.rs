@@ -9,7 +9,7 @@ use baton_engine::{
     Engine, EngineConfig, Event, FakeConfig, FakeExecutor, NewSequence, ResumedSequence,
 };
 use baton_protocol::{
-    FinishReason, Generation, PackedTokens, Sampling, SequenceSpec, TokenLogprobs,
+    CacheSalt, FinishReason, Generation, PackedTokens, Sampling, SequenceSpec, TokenLogprobs,
 };
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -75,12 +75,18 @@ impl Ask {
         }
     }
 
+    /// One of two tenants asks: the one whose numbers are drawn low has no salt.
+    pub fn cache_salt(&self) -> CacheSalt {
+        CacheSalt(u128::from(self.generation.sampling.seed / 3))
+    }
+
     /// The text it has alone, on an engine with room for everything, and how that ends.
     pub fn expected(&self, block_tokens: u32, tokens_max: u32) -> (Vec<u32>, FinishReason) {
         let spec = SequenceSpec {
             tokens: PackedTokens(self.prompt.clone()),
             prompt_tokens: self.prompt.len() as u32,
             generation: self.generation.clone(),
+            cache_salt: self.cache_salt(),
         };
         let (mut tokens, mut finish) = alone(spec, block_tokens, tokens_max);
         if let Some(stop) = self.stop_after.filter(|stop| *stop <= tokens.len()) {

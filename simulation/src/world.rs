@@ -458,9 +458,13 @@ impl World {
         let tokens_max = TOKENS_MAX.min(setup.blocks * setup.block_tokens);
         let (ear, heard) = Ear::new(ask.clone(), setup.block_tokens, tokens_max);
         let generation = ask.generation.clone();
-        let generation = life
-            .server
-            .generate(request, &ask.prompt, generation, ask.budget, ear);
+        let generation = life.server.generate(
+            request,
+            (ask.cache_salt(), &ask.prompt),
+            generation,
+            ask.budget,
+            ear,
+        );
         let must_be_answered = self.plan.must_answer(ask.budget, self.asked.len());
         self.owed += u64::from(must_be_answered);
         self.asked.push(Asked {

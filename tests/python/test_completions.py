@@ -79,6 +79,19 @@ def test_echo_says_the_same_whatever_is_cached(client, model):
     assert first == again
 
 
+def test_a_cache_salt_sets_prompts_apart(client, model):
+    def cached(salt):
+        ask = dict(model=model, prompt="Salt and pepper stand on the table. " * 20, max_tokens=1, temperature=0)
+        answer = client.completions.create(**ask, extra_body={"cache_salt": salt} if salt else None)
+        return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
+
+    text, _ = cached(None)
+    assert cached(None)[1] > 0
+    assert cached("anna") == (text, 0), "what others sent is not hers"
+    assert cached("anna")[1] > 0
+    assert cached("bert") == (text, 0)
+
+
 def test_stop_across_tokens(client, model):
     ask = dict(model=model, prompt="def fibonacci(n):\n    ", max_tokens=40, temperature=0)
     free = client.completions.create(**ask, logprobs=0).choices[0]

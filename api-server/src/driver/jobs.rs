@@ -145,6 +145,7 @@ impl<S: Sink> Driver<S> {
             tokens: PackedTokens(tokens),
             prompt_tokens: self.job.prompt.len() as u32,
             generation: self.job.generation.clone(),
+            cache_salt: self.job.cache_salt,
         }
     }
 

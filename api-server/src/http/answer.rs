@@ -133,7 +133,8 @@ impl Request<'_> {
             random_seed()?
         };
         for prompt in prompts {
-            let chain: Arc<[u64]> = prefix_chain(&prompt.tokens).into();
+            let salt = self.params.cache_salt;
+            let chain: Arc<[u64]> = prefix_chain(salt, &prompt.tokens).into();
             for i in 0..self.params.n {
                 let index = client.choices();
                 let request = if index == 0 { self.id } else { random_id()? };
@@ -144,6 +145,7 @@ impl Request<'_> {
                     request,
                     prompt: Arc::clone(&prompt.tokens),
                     chain: Arc::clone(&chain),
+                    cache_salt: salt,
                     prompt_logprobs: self.params.sampling.logprobs.filter(|_| echo.is_some()),
                     arrived: self.arrived,
                     deadline,

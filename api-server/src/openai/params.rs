@@ -1,8 +1,9 @@
 //! Parameters that chat and text completions share.
 
 use baton_protocol::limits::TOP_LOGPROBS_MAX;
-use baton_protocol::{Generation, Sampling};
+use baton_protocol::{CacheSalt, Generation, Sampling};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::fields::{Fields, whole, wrong_type};
 use crate::config::Limits;
@@ -40,6 +41,8 @@ pub struct Params {
     pub sampling: Sampling,
     /// Whether the client gave a seed.
     pub seeded: bool,
+    /// Whose KV the prompt may use.
+    pub cache_salt: CacheSalt,
 }
 
 impl Params {
@@ -70,6 +73,7 @@ impl Params {
             stop_token_ids: stop_token_ids(fields)?,
             sampling: sampling(fields, defaults, seed)?,
             seeded: seed.is_some(),
+            cache_salt: cache_salt(fields)?,
         })
     }
 
@@ -135,6 +139,21 @@ impl Params {
             max_tokens,
         })
     }
+}
+
+/// The salt of a text: equal texts, and no others, share KV.
+fn cache_salt(fields: &Fields) -> Result<CacheSalt, ApiError> {
+    let Some(text) = fields.string("cache_salt")? else {
+        return Ok(CacheSalt::NONE);
+    };
+    if text.is_empty() {
+        let message =
+            "cache_salt must not be empty: leave it out to share KV with everybody who does";
+        return Err(ApiError::param("cache_salt", message.to_owned()));
+    }
+    let digest: [u8; 32] = Sha256::digest(text).into();
+    let (half, _) = digest.as_chunks::<16>();
+    Ok(CacheSalt(u128::from_be_bytes(half[0])))
 }
 
 fn too_long(param: &str, message: String) -> ApiError {
@@ -296,6 +315,19 @@ mod tests {
     fn read(body: Value) -> Result<Params, ApiError> {
         let fields = Fields::parse(body.to_string().as_bytes()).unwrap();
         Params::read(&fields, &GenerationDefaults::default(), &Limits::default())
+    }
+
+    #[test]
+    fn equal_salts_and_no_others_share() {
+        let salt = |text: &str| read(json!({"cache_salt": text})).unwrap().cache_salt;
+        assert_eq!(salt("anna"), salt("anna"));
+        assert_ne!(salt("anna"), salt("bert"));
+        assert!(!salt("anna").is_none());
+        assert!(read(json!({})).unwrap().cache_salt.is_none());
+        for wrong in [json!(""), json!(7), json!(["a"])] {
+            let error = read(json!({"cache_salt": wrong})).unwrap_err();
+            assert_eq!(error.param.as_deref(), Some("cache_salt"));
+        }
     }
 
     #[test]

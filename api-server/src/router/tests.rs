@@ -103,14 +103,17 @@ fn bursts_spread_between_beats() {
 fn a_known_prefix_attracts_until_the_queue_outweighs_it() {
     let mut s = Setup::new(TWO_AND_TWO);
     let prompt: Vec<u32> = (0..256).collect();
-    let chain = prefix_chain(&prompt);
+    let chain = prefix_chain(CacheSalt::NONE, &prompt);
     assert_eq!(chain.len(), 8);
     s.router.remember(&worker("c2"), &chain);
     for _ in 0..4 {
         assert_eq!(s.context(&[], 256, &chain).unwrap(), "c2");
     }
     let other: Vec<u32> = (7..263).collect();
-    assert_ne!(prefix_chain(&other)[0], chain[0]);
+    assert_ne!(prefix_chain(CacheSalt::NONE, &other)[0], chain[0]);
+    // Workers would share nothing of it.
+    assert_ne!(prefix_chain(CacheSalt(1), &prompt)[0], chain[0]);
+    assert_ne!(prefix_chain(CacheSalt(1 << 64), &prompt)[0], chain[0]);
     let heavy = Outstanding {
         prefills: 1,
         prefill_tokens: 1000,

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use baton_bus::Wire;
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{ApiServerId, Generation, Incarnation, ModelFingerprint, RequestId};
+use baton_protocol::{
+    ApiServerId, CacheSalt, Generation, Incarnation, ModelFingerprint, RequestId,
+};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use tokio::sync::{Notify, Semaphore};
@@ -112,7 +114,7 @@ impl SimulatedServer {
     pub fn generate(
         &self,
         request: RequestId,
-        prompt: &[u32],
+        (cache_salt, prompt): (CacheSalt, &[u32]),
         generation: Generation,
         budget: Duration,
         sink: impl Sink + 'static,
@@ -121,7 +123,8 @@ impl SimulatedServer {
         let job = Job {
             request,
             prompt: prompt.into(),
-            chain: prefix_chain(prompt).into(),
+            chain: prefix_chain(cache_salt, prompt).into(),
+            cache_salt,
             generation,
             prompt_logprobs: None,
             arrived,

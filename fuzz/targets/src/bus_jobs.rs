@@ -6,7 +6,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use baton_engine::{
     BlockTable, Engine, EngineConfig, Event, FakeConfig, FakeExecutor, NewSequence, ResumedSequence,
 };
-use baton_protocol::{Generation, Sampling, SequenceSpec};
+use baton_protocol::{CacheSalt, Generation, Sampling, SequenceSpec};
 
 use crate::fixture;
 
@@ -76,6 +76,7 @@ impl Job {
                 min_tokens: self.min_tokens,
                 max_tokens: self.max_tokens,
             },
+            cache_salt: CacheSalt::NONE,
         }
     }
 }

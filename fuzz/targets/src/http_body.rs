@@ -87,6 +87,7 @@ fn runs(params: &Params, tokens: Vec<u32>, max_tokens: Option<u32>) {
             prompt_tokens: tokens.len() as u32,
             tokens: tokens.into(),
             generation,
+            cache_salt: params.cache_salt,
         },
         prompt_logprobs: None,
     };

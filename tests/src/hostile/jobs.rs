@@ -35,7 +35,7 @@ pub async fn wrong_role(scene: &mut Scene<'_>) -> Vec<String> {
         ("prefill_job.json", subjects.prefill(&name("decode-0"))),
         ("decode_job.json", subjects.decode(&name("context-0"))),
     ] {
-        let path = repository().join("protocol/messages/v1").join(file);
+        let path = repository().join("protocol/messages/v2").join(file);
         let text = std::fs::read(&path).expect("a sample message");
         let mut job: Value = serde_json::from_slice(&text).expect("JSON");
         job["model"] = json!(beat.model.fingerprint);
@@ -125,7 +125,7 @@ pub async fn liar(scene: &mut Scene<'_>) -> Vec<String> {
         beat.incarnation = Incarnation(77 + number as u64);
         beat.load = Load::default();
         let answer =
-            Bytes::from(json!({"outcome": "refused", "v": 1, "refusal": refusal}).to_string());
+            Bytes::from(json!({"outcome": "refused", "v": 2, "refusal": refusal}).to_string());
         let answers = move |kind: &str| (kind == "decode").then(|| answer.clone());
         liars.push(Forged::join(&client, &scene.subjects(), &beat, answers).await);
     }

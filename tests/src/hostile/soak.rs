@@ -66,7 +66,7 @@ async fn rounds(target: Target) {
             (Role::Decode, "abort"),
         ] {
             let subject = format!("baton.test.{kind}.{}-0", role.label());
-            let said = format!("{{\"v\":1,\"request\":[{round}]}}");
+            let said = format!("{{\"v\":2,\"request\":[{round}]}}");
             let reply = format!("_INBOX.nobody.{round}");
             let _ = client.publish_with_reply(subject, reply, said.into()).await;
         }

@@ -167,7 +167,7 @@ async fn a_flooded_bus() {
         runtime.block_on(async {
             let client = async_nats::connect(uri).await.expect("a connection");
             let large = bytes::Bytes::from(vec![b'['; 1 << 20]);
-            let small = bytes::Bytes::from_static(b"{\"v\":1,\"request\":[]}");
+            let small = bytes::Bytes::from_static(b"{\"v\":2,\"request\":[]}");
             let mut pace = tokio::time::interval(PACE);
             while !is_over.load(Relaxed) {
                 pace.tick().await;

@@ -26,7 +26,7 @@ use baton_model::{
     Fp8Matrix, Fp8Scales, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource,
     WeightFormat, expected_tensors,
 };
-use baton_protocol::{Generation, SequenceSpec};
+use baton_protocol::{CacheSalt, Generation, SequenceSpec};
 
 use ceilings::{CODE_SCALE, codes, matmul_rate, middle, noise, read_bandwidth, share};
 
@@ -199,6 +199,7 @@ fn engine(executor: &Arc<Mutex<CudaExecutor>>, batch: usize, steps_in_flight: us
                     max_tokens: STEPS as u32,
                     ..Generation::default()
                 },
+                cache_salt: CacheSalt::NONE,
             },
             next: 2,
             blocks: blocks.expect("the arena holds them"),

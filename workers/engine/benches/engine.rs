@@ -12,7 +12,7 @@ use baton_engine::{
     NewSequence, ResumedSequence, SampleRequest, SampleState, Sampled, SequenceOutput, StepOutput,
     StepPlan, sample, uniform,
 };
-use baton_protocol::{Generation, PackedTokens, Sampling, SequenceSpec};
+use baton_protocol::{CacheSalt, Generation, PackedTokens, Sampling, SequenceSpec};
 
 const ROUNDS: usize = 9;
 const PROMPT_TOKENS: usize = 130;
@@ -168,6 +168,7 @@ fn spec(seed: u32) -> SequenceSpec {
             max_tokens: OUTPUT_TOKENS,
             ..Generation::default()
         },
+        cache_salt: CacheSalt::NONE,
     }
 }
 

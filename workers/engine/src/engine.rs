@@ -398,7 +398,8 @@ impl Engine {
                 && sequence.computed % block_tokens == 0
                 && sequence.blocks.indexed() + 1 == full
             {
-                let given_up = sequence.blocks.index(&sequence.tokens[..sequence.computed]);
+                let known = &sequence.tokens[..sequence.computed];
+                let given_up = sequence.blocks.index(sequence.cache_salt, known);
                 self.flights.give_back(given_up);
             }
             let finish = sequence.finish_with(sampled.token, self.tokens_max);
@@ -442,7 +443,8 @@ impl Engine {
             sequence.prompt.logprobs.extend(output.target_logprobs);
             if *prefix_cache {
                 // A step that may be in flight already has no row of this sequence.
-                drop(sequence.blocks.index(&sequence.tokens[..sequence.computed]));
+                let known = &sequence.tokens[..sequence.computed];
+                drop(sequence.blocks.index(sequence.cache_salt, known));
             }
             done.extend(output.sampled.map(|sampled| (at, Ok(sampled))));
         }

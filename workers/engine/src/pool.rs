@@ -14,9 +14,11 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use baton_protocol::CacheSalt;
+
 use crate::evictable::EvictionList;
 use crate::free_list::FreeList;
-use crate::prefix::{Inserted, PrefixIndex, ROOT};
+use crate::prefix::{Inserted, Parent, PrefixIndex};
 use crate::table::BlockTable;
 
 /// Handle to the blocks of one arena. Cheap to clone; blocks come back from any thread.
@@ -99,29 +101,29 @@ impl BlockPool {
         Some(BlockTable::new(self.clone(), ids, 0))
     }
 
-    /// Blocks for all of `tokens`, of which the first are shared if `reuse` and their KV is known. At least the last
+    /// Blocks for all of `tokens`, of which the first are shared if there is a salt to `reuse` KV of and their KV is known. At least the last
     /// token is left to compute, and never into a shared block. `keep_free` blocks stay available beyond those
     /// taken. `None` if there are not enough; then nothing is taken.
     pub(crate) fn admit(
         &self,
         tokens: &[u32],
-        reuse: bool,
+        reuse: Option<CacheSalt>,
         keep_free: usize,
     ) -> Option<BlockTable> {
         let block_tokens = self.block_tokens();
         let total = tokens.len().div_ceil(block_tokens);
         let mut ids = Vec::with_capacity(total + 1);
         let mut state = self.state();
-        if reuse {
+        if let Some(salt) = reuse {
             let reusable = tokens.len().saturating_sub(1) / block_tokens;
-            let mut parent = ROOT;
+            let mut parent = Parent::Root(salt);
             for chunk in tokens.chunks_exact(block_tokens).take(reusable) {
                 let Some(block) = state.index.find(parent, chunk) else {
                     break;
                 };
                 state.hold(block);
                 ids.push(block);
-                parent = block;
+                parent = Parent::Block(block);
             }
         }
         let shared = ids.len();
@@ -153,13 +155,17 @@ impl BlockPool {
         &self,
         ids: &mut [u32],
         indexed: usize,
+        salt: CacheSalt,
         tokens: &[u32],
         given_up: &mut Vec<u32>,
     ) -> usize {
         let mut state = self.state();
         let block_tokens = self.block_tokens();
         for (i, chunk) in tokens.chunks_exact(block_tokens).enumerate().skip(indexed) {
-            let parent = if i == 0 { ROOT } else { ids[i - 1] };
+            let parent = match i.checked_sub(1) {
+                None => Parent::Root(salt),
+                Some(before) => Parent::Block(ids[before]),
+            };
             match state.index.insert(ids[i], parent, chunk) {
                 Inserted::New => {}
                 Inserted::Exists(block) => {
@@ -306,8 +312,9 @@ impl State {
         let cached: Vec<u32> = self.cached.iter().collect();
         let own = doomed.len();
         for block in cached.into_iter().rev() {
-            let parent = self.index.parent(block);
-            if parent.is_some_and(|parent| doomed.contains(&parent)) {
+            if let Some(Parent::Block(parent)) = self.index.parent(block)
+                && doomed.contains(&parent)
+            {
                 doomed.push(block);
             }
         }
@@ -370,8 +377,7 @@ impl State {
                     "block {block} has {holders} holders and is not indexed"
                 ));
             }
-            if let Some(parent) = self.index.parent(block)
-                && parent != ROOT
+            if let Some(Parent::Block(parent)) = self.index.parent(block)
                 && self.holders[parent as usize] < holders
             {
                 return Err(format!(
@@ -391,8 +397,7 @@ impl State {
     fn check_eviction_order(&self) -> Result<(), String> {
         let mut gone = vec![false; self.holders.len()];
         for block in self.cached.iter() {
-            if let Some(parent) = self.index.parent(block)
-                && parent != ROOT
+            if let Some(Parent::Block(parent)) = self.index.parent(block)
                 && gone[parent as usize]
             {
                 return Err(format!(

@@ -1,17 +1,25 @@
 //! The prefix index: which full blocks hold the KV of which tokens after which prefix.
 //!
-//! A block's key is its parent block and its own tokens. The parent is itself in the index as long as the
-//! child is, so by induction a match is a match of the whole prefix. Tokens and parent are
+//! A block's key is its parent and its own tokens; a first block's parent is the salt of its sequence. The parent is itself in
+//! the index as long as the child is, so by induction a match is a match of salt and prefix. Tokens and parent are
 //! compared exactly: the 64-bit hash only finds the candidate, and two prompts whose hashes collide can never see
 //! each other's KV. Of two blocks with one hash only the first is indexed.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
 
+use baton_protocol::CacheSalt;
+
 use crate::sampling::mix;
 
-/// Parent of a sequence's first block.
-pub const ROOT: u32 = u32::MAX;
+/// What a block's tokens come after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parent {
+    /// Nothing: it is the first block of sequences with this salt.
+    Root(CacheSalt),
+    /// This block.
+    Block(u32),
+}
 
 /// Index over the blocks of one arena. Knows nothing of who uses them.
 #[derive(Debug)]
@@ -29,7 +37,7 @@ pub struct PrefixIndex {
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     hash: u64,
-    parent: u32,
+    parent: Parent,
 }
 
 /// Outcome of [`PrefixIndex::insert`].
@@ -61,22 +69,22 @@ impl PrefixIndex {
     }
 
     /// The block's parent, if it is indexed.
-    pub fn parent(&self, block: u32) -> Option<u32> {
+    pub fn parent(&self, block: u32) -> Option<Parent> {
         self.entries[block as usize].map(|entry| entry.parent)
     }
 
     /// The block that holds the KV of `tokens` (one block of them) after the prefix that ends in `parent`.
-    pub fn find(&self, parent: u32, tokens: &[u32]) -> Option<u32> {
+    pub fn find(&self, parent: Parent, tokens: &[u32]) -> Option<u32> {
         let block = *self.by_hash.get(&self.hash(parent, tokens))?;
         self.is(block, parent, tokens).then_some(block)
     }
 
     /// Index a block whose KV is complete.
-    pub fn insert(&mut self, block: u32, parent: u32, tokens: &[u32]) -> Inserted {
+    pub fn insert(&mut self, block: u32, parent: Parent, tokens: &[u32]) -> Inserted {
         assert!(!self.contains(block), "block {block} is indexed twice");
         assert!(
-            parent == ROOT || self.contains(parent),
-            "parent {parent} of {block} is not indexed"
+            self.has(parent),
+            "parent {parent:?} of {block} is not indexed"
         );
         let hash = self.hash(parent, tokens);
         if let Some(other) = self.by_hash.get(&hash).copied() {
@@ -100,16 +108,30 @@ impl PrefixIndex {
         self.by_hash.remove(&entry.hash);
     }
 
-    fn is(&self, block: u32, parent: u32, tokens: &[u32]) -> bool {
+    fn has(&self, parent: Parent) -> bool {
+        match parent {
+            Parent::Root(_) => true,
+            Parent::Block(block) => self.contains(block),
+        }
+    }
+
+    fn is(&self, block: u32, parent: Parent, tokens: &[u32]) -> bool {
         let first = block as usize * self.block_tokens;
         self.parent(block) == Some(parent)
             && self.tokens[first..first + self.block_tokens] == *tokens
     }
 
-    fn hash(&self, parent: u32, tokens: &[u32]) -> u64 {
+    fn hash(&self, parent: Parent, tokens: &[u32]) -> u64 {
         debug_assert_eq!(tokens.len(), self.block_tokens);
         let (pairs, last) = tokens.as_chunks::<2>();
-        let mut hash = mix(self.seed ^ u64::from(parent));
+        let mut hash = match parent {
+            Parent::Block(block) => mix(self.seed ^ u64::from(block)),
+            Parent::Root(CacheSalt(salt)) => {
+                // No block has this number.
+                let root = mix(self.seed ^ u64::MAX);
+                mix(mix(root ^ salt as u64) ^ (salt >> 64) as u64)
+            }
+        };
         for [a, b] in pairs {
             hash = mix(hash ^ (u64::from(*a) << 32 | u64::from(*b)));
         }
@@ -128,9 +150,9 @@ impl PrefixIndex {
             if self.by_hash.get(&hash) != Some(&(block as u32)) {
                 return Err(format!("indexed block {block} is not under its hash"));
             }
-            if parent != ROOT && !self.contains(parent) {
+            if !self.has(parent) {
                 return Err(format!(
-                    "indexed block {block} has lost its parent {parent}"
+                    "indexed block {block} has lost its parent {parent:?}"
                 ));
             }
         }
@@ -166,19 +188,21 @@ impl Hasher for Identity {
 mod tests {
     use super::*;
 
+    const ROOT: Parent = Parent::Root(CacheSalt::NONE);
+
     #[test]
     fn tells_prefixes_apart() {
         let mut index = PrefixIndex::new(8, 2);
         assert_eq!(index.insert(5, ROOT, &[1, 2]), Inserted::New);
-        assert_eq!(index.insert(3, 5, &[1, 2]), Inserted::New);
+        assert_eq!(index.insert(3, Parent::Block(5), &[1, 2]), Inserted::New);
         assert_eq!(index.find(ROOT, &[1, 2]), Some(5));
-        assert_eq!(index.find(5, &[1, 2]), Some(3));
-        assert_eq!(index.find(3, &[1, 2]), None);
+        assert_eq!(index.find(Parent::Block(5), &[1, 2]), Some(3));
+        assert_eq!(index.find(Parent::Block(3), &[1, 2]), None);
         assert_eq!(index.find(ROOT, &[2, 1]), None);
         assert_eq!(index.insert(4, ROOT, &[1, 2]), Inserted::Exists(5));
         index.check().expect("sound");
         index.remove(3);
-        assert_eq!(index.find(5, &[1, 2]), None);
+        assert_eq!(index.find(Parent::Block(5), &[1, 2]), None);
         index.check().expect("sound");
     }
 
@@ -193,9 +217,30 @@ mod tests {
         assert_eq!(index.insert(6, ROOT, &[9, 9]), Inserted::Collision);
         assert!(!index.contains(6));
         // The same tokens after another prefix.
-        let hash = index.hash(5, &[1, 2]);
+        let hash = index.hash(Parent::Block(5), &[1, 2]);
         index.by_hash.insert(hash, 5);
-        assert_eq!(index.find(5, &[1, 2]), None);
-        assert_eq!(index.insert(6, 5, &[1, 2]), Inserted::Collision);
+        assert_eq!(index.find(Parent::Block(5), &[1, 2]), None);
+        assert_eq!(
+            index.insert(6, Parent::Block(5), &[1, 2]),
+            Inserted::Collision
+        );
+    }
+
+    #[test]
+    fn a_salt_sets_equal_tokens_apart() {
+        let mut index = PrefixIndex::new(8, 2);
+        // Each half of a salt counts.
+        let salts = [0, 1, 1 << 64, u128::MAX].map(|salt| Parent::Root(CacheSalt(salt)));
+        for (block, salt) in salts.into_iter().enumerate() {
+            assert_eq!(index.find(salt, &[1, 2]), None);
+            assert_eq!(index.insert(block as u32, salt, &[1, 2]), Inserted::New);
+        }
+        for (block, salt) in salts.into_iter().enumerate() {
+            assert_eq!(index.find(salt, &[1, 2]), Some(block as u32));
+        }
+        // A hash that collides finds the block of another salt, and it is no match.
+        let hash = index.hash(Parent::Root(CacheSalt(7)), &[1, 2]);
+        index.by_hash.insert(hash, 0);
+        assert_eq!(index.find(Parent::Root(CacheSalt(7)), &[1, 2]), None);
     }
 }

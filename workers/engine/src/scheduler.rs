@@ -185,7 +185,8 @@ impl Scheduler {
         };
         let front = &self.waiting[at];
         // Log-probabilities of the prompt need every position computed.
-        let reuse = self.prefix_cache && front.prompt.logprobs_top.is_none();
+        let reuses = self.prefix_cache && front.prompt.logprobs_top.is_none();
+        let reuse = reuses.then_some(front.cache_salt);
         // A block for each generating sequence stays, or they would soon throw each other out.
         let keep_free = self.decoding.len();
         let Some(blocks) = self.pool.admit(&front.tokens, reuse, keep_free) else {

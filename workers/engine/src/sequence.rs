@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use baton_protocol::{FinishReason, SequenceSpec, TokenLogprobs};
+use baton_protocol::{CacheSalt, FinishReason, SequenceSpec, TokenLogprobs};
 
 use crate::{BlockTable, SampleRequest, SampleState, TokenCount};
 
@@ -12,6 +12,8 @@ pub struct Sequence {
     pub key: u64,
     /// Order of arrival in this engine.
     pub arrival: u64,
+    /// Whose KV it may use.
+    pub cache_salt: CacheSalt,
     /// Prompt and output.
     pub tokens: Vec<u32>,
     pub prompt_tokens: usize,
@@ -61,6 +63,7 @@ impl Sequence {
         Self {
             key,
             arrival,
+            cache_salt: spec.cache_salt,
             tokens,
             prompt_tokens,
             computed: 0,
@@ -170,6 +173,7 @@ mod tests {
             tokens: PackedTokens(vec![7, 3, 7, 9]),
             prompt_tokens: 3,
             generation,
+            cache_salt: CacheSalt::NONE,
         };
         let blocks = BlockPool::new(1, 4).reserve(1).expect("room");
         Sequence::new(1, 0, spec, blocks, Instant::now())

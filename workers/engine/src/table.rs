@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use baton_protocol::BlockRun;
+use baton_protocol::{BlockRun, CacheSalt};
 
 use crate::BlockPool;
 
@@ -73,15 +73,15 @@ impl BlockTable {
         self.pool.grow(&mut self.ids)
     }
 
-    /// The KV of all of `tokens`, counted from the start of the sequence, is in place: index their full
+    /// The KV of all of `tokens`, counted from the start of the sequence with this salt, is in place: index their full
     /// blocks, which may exchange blocks for equal ones that others share. Those given up for them come back: a step in
     /// flight may still read them.
-    pub(crate) fn index(&mut self, tokens: &[u32]) -> BlockTable {
+    pub(crate) fn index(&mut self, salt: CacheSalt, tokens: &[u32]) -> BlockTable {
         let mut given_up = Vec::new();
         if tokens.len() / self.pool.block_tokens() > self.indexed {
-            self.indexed = self
-                .pool
-                .index(&mut self.ids, self.indexed, tokens, &mut given_up);
+            self.indexed =
+                self.pool
+                    .index(&mut self.ids, self.indexed, salt, tokens, &mut given_up);
         }
         Self::new(self.pool.clone(), given_up, 0)
     }

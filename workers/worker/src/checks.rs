@@ -162,7 +162,7 @@ impl Checks {
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::{Generation, KvDtype};
+    use baton_protocol::{CacheSalt, Generation, KvDtype};
 
     use super::*;
 
@@ -195,6 +195,7 @@ mod tests {
                 stop_token_ids: vec![2, 50],
                 ..Generation::default()
             },
+            cache_salt: CacheSalt::NONE,
         }
     }
 

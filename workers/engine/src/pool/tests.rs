@@ -4,13 +4,16 @@ use super::*;
 
 const BLOCK_TOKENS: usize = 4;
 
+/// KV without a salt may be used.
+const ANYBODYS: Option<CacheSalt> = Some(CacheSalt::NONE);
+
 fn tokens(seed: u32, count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| seed * 1000 + i).collect()
 }
 
 fn written(pool: &BlockPool, tokens: &[u32]) -> BlockTable {
-    let mut table = pool.admit(tokens, true, 0).expect("room");
-    drop(table.index(tokens));
+    let mut table = pool.admit(tokens, ANYBODYS, 0).expect("room");
+    drop(table.index(CacheSalt::NONE, tokens));
     table
 }
 
@@ -41,15 +44,15 @@ fn a_prefix_is_shared_and_outlives_its_sequence() {
     let prompt = tokens(1, 10);
     let first = written(&pool, &prompt);
     assert_eq!(first.indexed(), 2);
-    let second = pool.admit(&prompt, true, 0).expect("room");
+    let second = pool.admit(&prompt, ANYBODYS, 0).expect("room");
     assert_eq!(second.ids()[..2], first.ids()[..2]);
     assert_ne!(second.ids()[2], first.ids()[2]);
     assert!(!pool.is_private(second.ids()[0]));
     drop((first, second));
     let stats = pool.stats();
     assert_eq!((stats.used, stats.cached, stats.free), (0, 2, 14));
-    assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 2);
-    assert_eq!(pool.admit(&prompt, false, 0).expect("room").indexed(), 0);
+    assert_eq!(pool.admit(&prompt, ANYBODYS, 0).expect("room").indexed(), 2);
+    assert_eq!(pool.admit(&prompt, None, 0).expect("room").indexed(), 0);
     pool.check().expect("sound");
 }
 
@@ -58,15 +61,21 @@ fn the_last_token_is_always_left_to_compute() {
     let pool = BlockPool::new(16, 4);
     drop(written(&pool, &tokens(1, 8)));
     assert_eq!(
-        pool.admit(&tokens(1, 8), true, 0).expect("room").indexed(),
+        pool.admit(&tokens(1, 8), ANYBODYS, 0)
+            .expect("room")
+            .indexed(),
         1
     );
     assert_eq!(
-        pool.admit(&tokens(1, 9), true, 0).expect("room").indexed(),
+        pool.admit(&tokens(1, 9), ANYBODYS, 0)
+            .expect("room")
+            .indexed(),
         2
     );
     assert_eq!(
-        pool.admit(&tokens(1, 4), true, 0).expect("room").indexed(),
+        pool.admit(&tokens(1, 4), ANYBODYS, 0)
+            .expect("room")
+            .indexed(),
         0
     );
 }
@@ -75,21 +84,21 @@ fn the_last_token_is_always_left_to_compute() {
 fn blocks_being_written_are_not_shared() {
     let pool = BlockPool::new(16, 4);
     let prompt = tokens(1, 9);
-    let mut writing = pool.admit(&prompt, true, 0).expect("room");
-    assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 0);
-    drop(writing.index(&prompt[..5]));
-    assert_eq!(pool.admit(&prompt, true, 0).expect("room").indexed(), 1);
+    let mut writing = pool.admit(&prompt, ANYBODYS, 0).expect("room");
+    assert_eq!(pool.admit(&prompt, ANYBODYS, 0).expect("room").indexed(), 0);
+    drop(writing.index(CacheSalt::NONE, &prompt[..5]));
+    assert_eq!(pool.admit(&prompt, ANYBODYS, 0).expect("room").indexed(), 1);
 }
 
 #[test]
 fn equal_blocks_written_twice_become_one() {
     let pool = BlockPool::new(16, 4);
     let prompt = tokens(1, 9);
-    let mut a = pool.admit(&prompt, true, 0).expect("room");
-    let mut b = pool.admit(&prompt, true, 0).expect("room");
+    let mut a = pool.admit(&prompt, ANYBODYS, 0).expect("room");
+    let mut b = pool.admit(&prompt, ANYBODYS, 0).expect("room");
     assert_eq!(pool.stats().used, 6);
-    drop(a.index(&prompt));
-    drop(b.index(&prompt));
+    drop(a.index(CacheSalt::NONE, &prompt));
+    drop(b.index(CacheSalt::NONE, &prompt));
     assert_eq!(a.ids()[..2], b.ids()[..2]);
     assert_eq!(pool.stats().used, 4);
     pool.check().expect("sound");
@@ -106,11 +115,15 @@ fn leaves_go_first_and_the_oldest_of_them() {
     drop(hog);
     // Of the older prompt the two deepest blocks went, its first stayed.
     assert_eq!(
-        pool.admit(&tokens(1, 13), true, 0).expect("room").indexed(),
+        pool.admit(&tokens(1, 13), ANYBODYS, 0)
+            .expect("room")
+            .indexed(),
         1
     );
     assert_eq!(
-        pool.admit(&tokens(2, 9), true, 0).expect("room").indexed(),
+        pool.admit(&tokens(2, 9), ANYBODYS, 0)
+            .expect("room")
+            .indexed(),
         2
     );
 }
@@ -120,10 +133,13 @@ fn a_refused_admission_takes_nothing() {
     let pool = BlockPool::new(4, 4);
     drop(written(&pool, &tokens(1, 8)));
     let before = pool.stats();
-    assert!(pool.admit(&tokens(1, 17), true, 0).is_none());
-    assert!(pool.admit(&tokens(1, 13), true, 1).is_none());
+    assert!(pool.admit(&tokens(1, 17), ANYBODYS, 0).is_none());
+    assert!(pool.admit(&tokens(1, 13), ANYBODYS, 1).is_none());
     assert_eq!(pool.stats(), before);
-    assert_eq!(pool.admit(&tokens(1, 13), true, 0).expect("room").len(), 4);
+    assert_eq!(
+        pool.admit(&tokens(1, 13), ANYBODYS, 0).expect("room").len(),
+        4
+    );
 }
 
 #[test]
@@ -140,21 +156,39 @@ fn quarantine_lasts_until_the_drop() {
     assert_eq!(pool.stats().free, 8);
 }
 
+/// Two of them differ in one half of their salts each.
+const TENANTS: [CacheSalt; 3] = [CacheSalt::NONE, CacheSalt(1), CacheSalt(1 << 64)];
+
 #[derive(Clone, Debug)]
 enum Action {
     Reserve(usize),
-    Admit { prompt: u32, tokens: usize },
-    Write { table: usize },
-    Grow { table: usize },
-    Quarantine { table: usize },
-    Forget { table: usize },
-    Drop { table: usize },
+    Admit {
+        salt: CacheSalt,
+        prompt: u32,
+        tokens: usize,
+    },
+    Write {
+        table: usize,
+    },
+    Grow {
+        table: usize,
+    },
+    Quarantine {
+        table: usize,
+    },
+    Forget {
+        table: usize,
+    },
+    Drop {
+        table: usize,
+    },
 }
 
 fn action() -> impl Strategy<Value = Action> {
     prop_oneof![
         2 => (0usize..8).prop_map(Action::Reserve),
-        4 => (0u32..3, 1usize..40).prop_map(|(prompt, tokens)| Action::Admit { prompt, tokens }),
+        4 => (0usize..3, 0u32..3, 1usize..40)
+            .prop_map(|(tenant, prompt, tokens)| Action::Admit { salt: TENANTS[tenant], prompt, tokens }),
         4 => (0usize..16).prop_map(|table| Action::Write { table }),
         3 => (0usize..16).prop_map(|table| Action::Grow { table }),
         1 => (0usize..16).prop_map(|table| Action::Quarantine { table }),
@@ -165,46 +199,48 @@ fn action() -> impl Strategy<Value = Action> {
 
 proptest! {
     /// Whatever happens: the books agree, no block has two owners that may write it, a prefix is found
-    /// only for its own tokens, and in the end every block is back.
+    /// only for its own salt and tokens, and in the end every block is back.
     #[test]
     fn no_block_is_lost_or_owned_twice(actions in prop::collection::vec(action(), 1..80)) {
         let pool = BlockPool::new(24, BLOCK_TOKENS as u32);
-        // What each block of the arena holds: the tokens up to its end.
-        let mut contents: Vec<Vec<u32>> = vec![Vec::new(); 24];
-        let mut tables: Vec<(BlockTable, Vec<u32>)> = Vec::new();
+        // What each block of the arena holds: whose it is, and the tokens up to its end.
+        let mut contents: Vec<(CacheSalt, Vec<u32>)> = vec![Default::default(); 24];
+        let mut tables: Vec<(BlockTable, CacheSalt, Vec<u32>)> = Vec::new();
         for action in actions {
             let available = pool.stats().available();
             match action {
                 Action::Reserve(blocks) => {
                     let table = pool.reserve(blocks);
                     prop_assert_eq!(table.is_some(), blocks <= available);
-                    tables.extend(table.map(|table| (table, Vec::new())));
+                    tables.extend(table.map(|table| (table, CacheSalt::NONE, Vec::new())));
                 }
-                Action::Admit { prompt, tokens: count } => {
+                Action::Admit { salt, prompt, tokens: count } => {
                     // Prompts share beginnings of different lengths.
                     let mut prompt_tokens = tokens(0, count.min(6 * prompt as usize + 5));
                     prompt_tokens.extend(tokens(prompt + 1, count - prompt_tokens.len()));
-                    if let Some(table) = pool.admit(&prompt_tokens, true, 0) {
+                    if let Some(table) = pool.admit(&prompt_tokens, Some(salt), 0) {
                         for (i, block) in table.ids()[..table.indexed()].iter().enumerate() {
-                            prop_assert_eq!(&contents[*block as usize], &prompt_tokens[..(i + 1) * BLOCK_TOKENS]);
+                            let (of, held) = &contents[*block as usize];
+                            prop_assert_eq!(*of, salt);
+                            prop_assert_eq!(held, &prompt_tokens[..(i + 1) * BLOCK_TOKENS]);
                         }
                         prop_assert!(table.indexed() * BLOCK_TOKENS < count);
-                        tables.push((table, prompt_tokens));
+                        tables.push((table, salt, prompt_tokens));
                     } else {
                         prop_assert!(count.div_ceil(BLOCK_TOKENS) > available);
                     }
                 }
                 Action::Write { table } if !tables.is_empty() => {
                     let at = table % tables.len();
-                    let (table, tokens) = &mut tables[at];
+                    let (table, salt, tokens) = &mut tables[at];
                     for (i, block) in table.ids().iter().enumerate().skip(table.indexed()) {
                         prop_assert!(pool.is_private(*block));
                         let end = ((i + 1) * BLOCK_TOKENS).min(tokens.len());
-                        contents[*block as usize] = tokens[..end].to_vec();
+                        contents[*block as usize] = (*salt, tokens[..end].to_vec());
                     }
                     let private = !table.is_empty() && pool.state().quarantined[table.ids()[table.len() - 1] as usize];
                     if !private {
-                        drop(table.index(tokens));
+                        drop(table.index(*salt, tokens));
                     }
                 }
                 Action::Grow { table } if !tables.is_empty() => {
@@ -214,13 +250,13 @@ proptest! {
                 }
                 Action::Quarantine { table } if !tables.is_empty() => {
                     let at = table % tables.len();
-                    if tables[at].1.is_empty() {
+                    if tables[at].2.is_empty() {
                         tables[at].0.quarantine();
                     }
                 }
                 Action::Forget { table } if !tables.is_empty() => {
                     let at = table % tables.len();
-                    let (table, _) = tables.swap_remove(at);
+                    let (table, ..) = tables.swap_remove(at);
                     table.forget();
                     let shared = |block: u32| pool.state().holders[block as usize] > 1;
                     prop_assert!(table.ids().iter().all(|block| pool.is_private(*block) || shared(*block)));
@@ -235,7 +271,7 @@ proptest! {
             let checked = pool.check();
             prop_assert!(checked.is_ok(), "{:?}", checked);
             let mut writers = [0; 24];
-            for (table, _) in &tables {
+            for (table, ..) in &tables {
                 for block in &table.ids()[table.indexed()..] {
                     writers[*block as usize] += 1;
                 }

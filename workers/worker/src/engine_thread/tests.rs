@@ -2,7 +2,7 @@ use baton_engine::{
     EngineConfig, Executor, ExecutorError, ExecutorInfo, FakeConfig, FakeExecutor, StepOutput,
     StepPlan,
 };
-use baton_protocol::{Generation, RequestId, SequenceSpec};
+use baton_protocol::{CacheSalt, Generation, RequestId, SequenceSpec};
 
 use super::*;
 
@@ -68,6 +68,7 @@ fn spec(max_tokens: u32) -> SequenceSpec {
             max_tokens,
             ..Generation::default()
         },
+        cache_salt: CacheSalt::NONE,
     }
 }
 

@@ -156,9 +156,9 @@ async fn what_does_not_fit_is_told_apart() {
             tokens_max: TOKENS_MAX
         }
     );
-    let version = refused(&|job| job.v = 2).await;
+    let version = refused(&|job| job.v = 1).await;
     assert!(
-        version.to_string().contains("protocol version 2"),
+        version.to_string().contains("protocol version 1"),
         "{version}"
     );
     for (what, change) in [
@@ -339,7 +339,7 @@ async fn malformed_bytes_do_no_harm() {
         vec![0xff; 100],
         b"{".to_vec(),
         b"null".to_vec(),
-        b"{\"v\":1,\"request\":\"zz\"}".to_vec(),
+        b"{\"v\":2,\"request\":\"zz\"}".to_vec(),
         b"{\"v\":65535}".to_vec(),
         b"[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[".repeat(200),
         valid[..valid.len() / 2].to_vec(),
@@ -360,7 +360,7 @@ async fn malformed_bytes_do_no_harm() {
     for subject in &subjects[..2] {
         let answer = api
             .client
-            .request(subject.clone(), "{\"v\":1}".into())
+            .request(subject.clone(), "{\"v\":2}".into())
             .await
             .unwrap();
         assert!(
@@ -370,7 +370,7 @@ async fn malformed_bytes_do_no_harm() {
     }
     let answer = api
         .client
-        .request(cluster.release(&both.id), "{\"v\":1}".into())
+        .request(cluster.release(&both.id), "{\"v\":2}".into())
         .await
         .unwrap();
     assert!(

@@ -13,8 +13,8 @@ use baton_engine::{
 use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, DecodeReply, End, FinishReason, FrameItem,
-    Generation, Hello, Incarnation, KvHandle, PROTOCOL_VERSION, PackedTokens, PeerState,
+    Abort, ApiBeat, ApiServerId, Beat, CacheSalt, DecodeJob, DecodeReply, End, FinishReason,
+    FrameItem, Generation, Hello, Incarnation, KvHandle, PROTOCOL_VERSION, PackedTokens, PeerState,
     PrefillJob, PrefillReply, PullReport, Refusal, Release, Released, RequestId, Role, Sampling,
     SequenceSpec, TokenFrame, Versioned, WorkerId, decode, encode,
 };
@@ -567,6 +567,7 @@ pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
             min_tokens: 0,
             max_tokens,
         },
+        cache_salt: CacheSalt::NONE,
     }
 }
 

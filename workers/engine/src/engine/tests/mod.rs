@@ -1,6 +1,6 @@
 use std::collections::HashMap;
 
-use baton_protocol::{FinishReason, Generation, PackedTokens};
+use baton_protocol::{CacheSalt, FinishReason, Generation, PackedTokens};
 
 use super::*;
 use crate::{FakeConfig, FakeExecutor};
@@ -73,6 +73,7 @@ fn spec(prompt: &[u32], max_tokens: u32) -> SequenceSpec {
             max_tokens,
             ..Generation::default()
         },
+        cache_salt: CacheSalt::NONE,
     }
 }
 

@@ -1,6 +1,6 @@
 //! What holds whatever happens.
 
-use baton_protocol::Sampling;
+use baton_protocol::{CacheSalt, Sampling};
 use proptest::prelude::*;
 
 use super::*;
@@ -34,6 +34,8 @@ impl Job {
         tokens.extend(prompt(100 + key as u32, self.own));
         SequenceSpec {
             generation: self.generation.clone(),
+            // One tenant of two, by who it is.
+            cache_salt: CacheSalt(u128::from(key % 2)),
             ..spec(&tokens, 1)
         }
     }
