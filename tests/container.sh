@@ -22,6 +22,11 @@ inside() { container/run.sh --engine buildah --image "$image" "$@"; }
 [[ $(inside -- --version) == "baton "* ]] || fail "baton --version"
 uid=$(buildah inspect --type image --format '{{.Docker.Config.User}}' "$image")
 [ "$uid" = 10001:10001 ] || fail "the image runs as '$uid'"
+container=$(buildah from --pull-never "$image")
+# shellcheck disable=SC2016  # expanded inside
+bytes=$(buildah run --isolation chroot "$container" -- sh -c 'stat -c %s "$(command -v baton)"')
+buildah rm "$container" >/dev/null
+[ "$bytes" -lt 64000000 ] || fail "baton has $bytes bytes in the image: is it stripped?"
 health=$(buildah inspect --type image --format '{{.Docker.Config.Healthcheck}}' "$image")
 [[ $health == *status* ]] || fail "the image has no health check"
 

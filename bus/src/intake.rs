@@ -59,6 +59,8 @@ impl Intake {
                 of_pump.fetch_add(bytes, Relaxed);
                 // As it came it is a slice of what was read at once, of which it would keep all, a megabyte or more.
                 message.payload = Bytes::copy_from_slice(&message.payload);
+                // Nobody reads them, and they may be as large as a payload.
+                message.headers = None;
                 if sender.send(message).is_err() {
                     return;
                 }

@@ -46,8 +46,12 @@ async fn what_nobody_takes_is_bounded_in_bytes_and_the_rest_is_answered_for() {
             "in the order they were sent"
         );
     }
-    // There is room again.
-    client.publish("flood", "more".into()).await.unwrap();
+    // There is room again. What is not counted is not kept.
+    let mut headers = async_nats::HeaderMap::new();
+    headers.insert("large", "x".repeat(PAYLOAD));
+    let sent = client.publish_with_headers("flood", headers, "more".into());
+    sent.await.unwrap();
     let more = tokio::time::timeout(Duration::from_secs(20), intake.next()).await;
-    assert_eq!(more.unwrap().unwrap().payload.as_ref(), b"more");
+    let more = more.unwrap().unwrap();
+    assert_eq!((more.payload.as_ref(), more.headers), (&b"more"[..], None));
 }

@@ -106,6 +106,12 @@ impl Process {
         kib.unwrap_or_else(|| panic!("{path} has no VmHWM")) << 10
     }
 
+    /// How much more it has held at once than `before`, which [`Self::resident_max`] was then. The kernel's figure may shrink: what was given
+    /// back between two looks is not always counted.
+    pub fn grown_since(&self, before: usize) -> usize {
+        self.resident_max().saturating_sub(before)
+    }
+
     /// Forgets the most memory that it held so far: [`Self::resident_max`] begins again with what it holds now.
     pub fn forget_resident_max(&self) {
         // `CLEAR_REFS_MM_HIWATER_RSS` of proc(5)

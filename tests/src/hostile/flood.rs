@@ -223,9 +223,10 @@ pub async fn behind_stopped_threads(scene: &mut Scene<'_>) -> Vec<String> {
     let mut wrong: Vec<String> = scene
         .processes()
         .zip(before)
-        .filter(|(process, before)| process.resident_max() > before + GROWTH_MAX)
-        .map(|(process, before)| {
-            let grown = (process.resident_max() - before) >> 20;
+        .map(|(process, before)| (process, process.grown_since(before)))
+        .filter(|(_, grown)| *grown > GROWTH_MAX)
+        .map(|(process, grown)| {
+            let grown = grown >> 20;
             format!(
                 "{} grew by {grown} MiB behind a stopped thread",
                 process.name()

@@ -200,7 +200,7 @@ async fn forged_beats_fill_neither_the_log_nor_cluster_nor_the_memory() {
     let server = &cluster.api_servers[0].process;
     let log = server.log();
     assert!(log.len() < 100_000, "{} bytes of log", log.len());
-    let grown = server.resident_max().saturating_sub(before);
+    let grown = server.grown_since(before);
     assert!(grown < GROWTH_MAX, "it grew by {} MiB", grown >> 20);
     let model = cluster.model().await;
     cluster.api.complete(&request(&model, 0)).await;

@@ -86,7 +86,7 @@ impl Watch {
 
     fn end(&self, cluster: &Cluster) {
         for (process, before) in processes(cluster).zip(&self.resident) {
-            let grown = process.resident_max().saturating_sub(*before);
+            let grown = process.grown_since(*before);
             eprintln!("{} grew by {} KiB", process.name(), grown >> 10);
             assert!(
                 grown < GROWTH_MAX,
