@@ -8,7 +8,7 @@ use baton_protocol::{
     DecodeJob, DecodeReply, Failure, FailureCode, KvHandle, PROTOCOL_VERSION, PullReport, Refusal,
     Release, RequestId, SequenceSpec, WorkerState, decode,
 };
-use tokio::task::{AbortHandle, JoinError};
+use tokio::task::{self, AbortHandle, JoinError};
 use tokio::time::Instant;
 
 use crate::desk::{Desk, task_outcome};
@@ -264,8 +264,9 @@ impl Desk {
 
     /// 3. The pull is over: the engine goes on from its KV, or the API server is told to try again.
     pub(crate) fn on_pulled(&mut self, pulled: Result<Pulled, JoinError>) {
+        let lost = pulled.as_ref().err().map(JoinError::id);
         let Some(Pulled { key, outcome }) = task_outcome("pull", pulled) else {
-            self.end_lost_pulls();
+            lost.into_iter().for_each(|task| self.end_lost_pull(task));
             return;
         };
         let Some(entry) = self.decodes.get_mut(&key) else {
@@ -424,23 +425,14 @@ impl Desk {
         self.tokens.push(items.collect());
     }
 
-    /// A pull task that ended without an outcome leaves its request waiting.
-    fn end_lost_pulls(&mut self) {
-        let lost = |entry: &Decoding| matches!(&entry.phase, Phase::Pulling(pulling) if pulling.task.is_finished());
-        let lost: Vec<_> = self
-            .decodes
-            .iter()
-            .filter(|(_, entry)| lost(entry))
-            .map(|(key, _)| *key)
-            .collect();
-        for key in lost {
-            self.end_decode(
-                key,
-                Some(Failure::new(
-                    FailureCode::Internal,
-                    "the pull task panicked",
-                )),
-            );
+    /// A pull task that ended without an outcome leaves its request waiting, unless that has ended already and cancelled it. Other
+    /// tasks that have ended have an outcome, which is yet to be taken.
+    fn end_lost_pull(&mut self, task: task::Id) {
+        let is_its = |entry: &Decoding| matches!(&entry.phase, Phase::Pulling(pulling) if pulling.task.id() == task);
+        let lost = self.decodes.iter().find(|(_, entry)| is_its(entry));
+        if let Some(key) = lost.map(|(key, _)| *key) {
+            let failure = Failure::new(FailureCode::Internal, "the pull task panicked");
+            self.end_decode(key, Some(failure));
         }
     }
 
