@@ -253,10 +253,13 @@ mod tests {
     fn a_flush_ends_when_all_is_written_or_its_time_is_over() {
         let queue = queue();
         queue.flush(Duration::from_secs(600));
+        static WRITTEN: AtomicU64 = AtomicU64::new(0);
         let (go, gone) = std::sync::mpsc::channel::<()>();
         thread::spawn(move || {
             queue.write_all(|bytes| {
                 let _ = gone.recv();
+                thread::sleep(Duration::from_millis(20));
+                WRITTEN.fetch_add(1, Relaxed);
                 Ok(bytes.len())
             })
         });
@@ -269,5 +272,6 @@ mod tests {
         drop(go);
         queue.flush(Duration::from_secs(600));
         assert!(queue.lock().lines.is_empty());
+        assert_eq!(WRITTEN.load(Relaxed), 1);
     }
 }

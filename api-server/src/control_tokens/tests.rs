@@ -146,6 +146,25 @@ fn strings_that_meet_make_no_control_token() {
     }
 }
 
+/// The rest of a control token, or its beginning, may be the template's own.
+#[test]
+fn a_string_and_the_template_beside_it_make_no_control_token() {
+    let tokenizer = byte_level(&["<|im_end|>"], &[]);
+    for (template, content) in [
+        ("{{ messages[0].content }}end|>", "<|im_"),
+        ("<|im_{{ messages[0].content }}", "end|>"),
+        ("<|{{ messages[0].content }}|>", "im_end"),
+    ] {
+        let model = with_template(&tokenizer, template);
+        let prompt = model
+            .render_chat(vec![user(content)], &Until::forever())
+            .unwrap();
+        let ids = model.encode_chat(&prompt, &Until::forever()).unwrap();
+        let read: Vec<u32> = "<|im_end|>".bytes().map(u32::from).collect();
+        assert_eq!(ids, read, "{template}");
+    }
+}
+
 #[test]
 fn words_that_are_no_control_tokens_stay_what_they_are() {
     let family = families()

@@ -245,7 +245,8 @@ mod tests {
             let mut held = Held::nothing(all);
             assert!(held.grow(tokens));
             Whole {
-                text: "ü\"\n".repeat(tokens),
+                // Whose characters lie across the ends of steps.
+                text: "aü\"\n".repeat(20 * tokens),
                 logprobs: (0..tokens).map(entry).collect(),
                 finish: FinishReason::Length,
                 usage: Usage {
@@ -309,7 +310,8 @@ mod tests {
                         (&choice["text"], lengths[0])
                     }
                 };
-                assert_eq!((text.as_str().unwrap().len(), count), (4 * 3_000, 3_000));
+                assert_eq!(text.as_str().unwrap(), "aü\"\n".repeat(20 * 3_000));
+                assert_eq!(count, 3_000);
             }
         }
     }

@@ -61,7 +61,10 @@ mod tests {
         assert!(!is_watched(&line));
         let waits = tokio::net::TcpListener::from_std(listener).unwrap();
         assert!(is_watched(&line));
-        drop(waits);
+        tokio::spawn(async move {
+            sleep(20 * LOOK_INTERVAL).await;
+            drop(waits);
+        });
         unwatched(&door).await;
         assert!(!is_watched(&line));
     }

@@ -107,6 +107,8 @@ fn every_family_has_cuts_that_texts_have() {
             let first = if text.contains(' ') { vec![1] } else { vec![] };
             assert_eq!(cuts_of(&cuts, text), first, "{family}: {text}");
         }
+        let behind_a_marker = cuts_of(&cuts, "a\u{fdd0} b\u{fdd0},c");
+        assert_eq!(behind_a_marker, [] as [usize; 0], "{family}");
         let digits = cuts_of(&cuts, "1234567");
         let single = ["smollm2", "qwen2"].contains(&family);
         assert_eq!(digits.is_empty(), !single, "{family}");
@@ -123,9 +125,12 @@ fn where_nothing_is_known_nothing_is_cut() {
     for pattern in [
         r"(?<=a)\s+|\S+",
         r"\S++\s|\s+",
+        r"\S+|\s++",
+        r"\S+|\s+(?!\S)",
         r"\b\w+|\s+",
         r"\S+(?!x)|\s+",
         r"x*",
+        r",?",
         r".+",
     ] {
         assert!(with(split(pattern)), "{pattern}");
