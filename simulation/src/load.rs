@@ -26,13 +26,21 @@ const SLACK: u32 = 3;
 
 impl Plan {
     pub(super) fn draw_load(dice: &mut Dice) -> Self {
-        let workers = draw_workers(dice);
+        let is_crowd = dice.chance(100);
+        let workers = draw_workers(dice, is_crowd);
         let links = Links::draw(dice, &names(&workers));
         let api_servers = dice.pick(&[1, 1, 2]);
-        let count = dice.pick(&[2, 8, 20, 40]);
-        let prompt_max = dice.pick(&[10, 40, 100]);
+        let (counts, prompts) = match is_crowd {
+            true => (&[40][..], &[10][..]),
+            false => (&[2, 8, 20, 40][..], &[10, 40, 100][..]),
+        };
+        let count = dice.pick(counts);
+        let prompt_max = dice.pick(prompts);
         let output_max = dice.pick(&[3, 15, 60]).min(119 - prompt_max);
-        let spread_ms = dice.pick(&[1, 1_000, 10_000, 30_000]);
+        let spread_ms = match is_crowd {
+            true => 1,
+            false => dice.pick(&[1, 1_000, 10_000, 30_000]),
+        };
         let budgets = dice.pick(&[&[2, 8, 30][..], &[30, 120], &[120, 600]]);
         let asks: Vec<_> = (0..count)
             .map(|_| {
@@ -89,20 +97,31 @@ impl Plan {
     }
 }
 
-fn draw_workers(dice: &mut Dice) -> Vec<WorkerSetup> {
-    let mut roles = vec![Role::Context; dice.pick(&[1, 1, 2, 3])];
-    roles.extend(vec![Role::Decode; dice.pick(&[1, 1, 2, 3])]);
-    if dice.chance(100) {
+/// A crowd meets one worker of each role, and a decode worker with room for most of it at once: many more pulls than may
+/// read beside each other wait for their turn on one link.
+fn draw_workers(dice: &mut Dice, is_crowd: bool) -> Vec<WorkerSetup> {
+    let (numbers, batches, tokens, queues) = match is_crowd {
+        true => (&[1][..], &[32][..], &[1_200][..], &[64][..]),
+        false => (
+            &[1, 1, 2, 3][..],
+            &[1, 2, 4, 16, 32][..],
+            &[120, 240, 1_200][..],
+            &[8, 64][..],
+        ),
+    };
+    let mut roles = vec![Role::Context; dice.pick(numbers)];
+    roles.extend(vec![Role::Decode; dice.pick(numbers)]);
+    if !is_crowd && dice.chance(100) {
         roles.fill(Role::Both);
     }
     let lease = Duration::from_millis(dice.pick(&[300, 1_000, 5_000, u64::from(LEASE_MS)]));
-    let batch = dice.pick(&[1, 2, 4, 16, 32]);
+    let batch = dice.pick(batches);
     let step_max_ms = dice.pick(&[5, 40, 150, 400]);
-    let queue = dice.pick(&[8, 64]);
+    let queue = dice.pick(queues);
     let setup = |(i, role): (usize, Role)| WorkerSetup {
         name: format!("{}{i}", &role.label()[..3]),
         role,
-        blocks: dice.pick(&[120, 240, 1_200]) / BLOCK_TOKENS,
+        blocks: dice.pick(tokens) / BLOCK_TOKENS,
         block_tokens: BLOCK_TOKENS,
         batch,
         step_tokens: dice.pick(&[16, 64]),

@@ -19,13 +19,16 @@ const SHARING_MAX: u32 = 8;
 
 /// So many that came later may be admitted while a request waits for room: it asks again within half a second, and meanwhile
 /// others pass as long as there is room for it too.
-const OVERTAKERS_MAX: usize = 20;
+const OVERTAKERS_MAX: usize = 12;
 
 /// Who still waits has asked again within this time, many times over.
 const ASKS_WITHIN: Duration = Duration::from_millis(10 * ASK_AGAIN_MAX_MS);
 
 /// A pull may take this much longer than it must: messages under way, and the release.
 const SLACK: Duration = Duration::from_secs(2);
+
+/// So much of the link later pulls may have beyond their share: pauses between reads are not the same for all.
+const PASSED_SLACK: Duration = Duration::from_millis(500);
 
 /// What was seen on the bus.
 #[derive(Default)]
@@ -76,6 +79,10 @@ struct Pull {
     link_time: Duration,
     /// Had it its turn, it has ended by then.
     by: Instant,
+    /// The number of its job.
+    number: u64,
+    /// What those take that were admitted after it and read before it.
+    passed_by: Duration,
 }
 
 impl Witness {
@@ -108,6 +115,10 @@ impl Witness {
                 let Some(release) = read::<Release>(payload) else {
                     return;
                 };
+                // Who gives a pull up waits for no answer.
+                if reply.is_some() {
+                    self.has_read(&release.decode_worker, release.request);
+                }
                 self.ended(&release.decode_worker, release.request);
                 if let (Some(reply), Some(from)) = (reply, to()) {
                     let asked = Asked::Release { from, release };
@@ -179,6 +190,8 @@ impl Witness {
             since: now,
             link_time,
             by: now + takes + takes / 4 + self.stall + SLACK,
+            number: self.jobs,
+            passed_by: Duration::ZERO,
         };
         self.pulls.insert((by, job.request), pull);
     }
@@ -247,6 +260,33 @@ impl Witness {
                 "an API server gave up the pull of {} after {seconds:.1} s ({}), and {worker} was still at it",
                 abort.request, abort.reason
             ));
+        }
+    }
+
+    /// A pull has read its KV, and so passes those from the same worker that were admitted earlier and have not. A pull that
+    /// reads has an eighth of the link: those that pass it meanwhile take no more than seven times what it takes.
+    fn has_read(&mut self, worker: &WorkerId, request: RequestId) {
+        let Some(pull) = self.pulls.get(&(worker.clone(), request)) else {
+            return;
+        };
+        let (from, number, link_time) = (pull.from.clone(), pull.number, pull.link_time);
+        let earlier = self
+            .pulls
+            .iter_mut()
+            .filter(|((by, _), pull)| by == worker && pull.from == from && pull.number < number);
+        for ((_, of), pull) in earlier {
+            let most = SHARING_MAX * pull.link_time;
+            let most = most + most / 4 + PASSED_SLACK;
+            let before = pull.passed_by;
+            pull.passed_by += link_time;
+            if before <= most && pull.passed_by > most {
+                let seconds = pull.passed_by.as_secs_f32();
+                let own = pull.link_time.as_secs_f32();
+                self.wrong.push(format!(
+                    "the pull of {of} from {from} by {worker} takes {own:.1} s of the link, and later ones that take \
+                     {seconds:.1} s of it were read before it"
+                ));
+            }
         }
     }
 

@@ -202,9 +202,11 @@ impl World {
                 let (_, fault) = faults.remove(0);
                 self.strike(fault).await;
             }
-            while asks.first().is_some_and(|(at, ..)| *at <= now) {
+            let mut due = asks.iter().take_while(|(at, ..)| *at <= now).count();
+            while due > 0 {
+                due -= 1;
                 let (_, api_server, ask) = asks.remove(0);
-                self.ask(api_server, ask);
+                self.ask(api_server, ask, due);
             }
             self.tick().await;
         }
@@ -310,7 +312,7 @@ impl World {
             ask.reads = None;
             ask.budget = Duration::from_secs(20);
             let by = Instant::now() + ask.budget + SETTLES_WITHIN;
-            self.ask(at, ask);
+            self.ask(at, ask, 0);
             // One after the other: a queue of one has no room for two.
             while (!self.asked.is_empty() || self.held().is_some()) && Instant::now() < by {
                 self.tick().await;
@@ -441,7 +443,8 @@ impl World {
         }
     }
 
-    fn ask(&mut self, api_server: usize, ask: Ask) {
+    /// So many more are asked in the same moment, and may overtake it on the bus.
+    fn ask(&mut self, api_server: usize, ask: Ask, beside: usize) {
         let Some(life) = &self.api_servers[api_server] else {
             *self.errors.entry("not reached").or_default() += 1;
             return;
@@ -465,7 +468,8 @@ impl World {
             ask.budget,
             ear,
         );
-        let must_be_answered = self.plan.must_answer(ask.budget, self.asked.len());
+        let in_flight = self.asked.len() + beside;
+        let must_be_answered = self.plan.must_answer(ask.budget, in_flight);
         self.owed += u64::from(must_be_answered);
         self.asked.push(Asked {
             must_be_answered,
