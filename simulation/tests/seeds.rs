@@ -85,6 +85,15 @@ fn fourth_quarter_under_load() {
     load_quarter(3);
 }
 
+/// Seeds beyond these that were red once. 2758: a pull ended in the moment in which another's request was aborted.
+#[test]
+fn seeds_that_were_red_are_green() {
+    for seed in [2758] {
+        let report = run(Scenario::Load, seed, false);
+        assert!(report.wrong.is_empty(), "seed {seed}: {:#?}", report.wrong);
+    }
+}
+
 /// The same seed is the same run: the same events at the same times.
 #[test]
 fn a_run_is_a_function_of_its_seed() {
