@@ -97,7 +97,7 @@ def test_stop_across_tokens(client, model):
     free = client.completions.create(**ask, logprobs=0).choices[0]
     # Which text it is depends on the CPU's instructions: the first token is nearly a tie.
     word = "".join(free.logprobs.tokens[20:23])
-    assert free.text.startswith("".join(free.logprobs.tokens[:23])) and len(word) > 3
+    assert word in free.text
     cut = client.completions.create(**ask, stop=word).choices[0]
     assert cut.text == free.text[: free.text.index(word)]
     assert cut.finish_reason == "stop"
