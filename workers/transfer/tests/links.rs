@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_transfer::{Agent, Arena, PeerKey, Read, TransferError};
-use support::{ROADS, SERVER_TEST, STAGED, Server, config, matches, until};
+use support::{ROADS, SERVER_TEST, STAGED, Server, config, matches, range, until};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
@@ -47,16 +47,6 @@ fn over(
         });
         agent.shutdown();
     }
-}
-
-/// One read that is the same range on both sides.
-fn range(offset: u64, bytes: u64) -> Vec<Read> {
-    vec![Read {
-        rank: 0,
-        remote_offset: offset,
-        local_offset: offset,
-        bytes,
-    }]
 }
 
 /// More than can be read while a test runs: seventeen terabytes, into the upper half.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_protocol::{MemoryType, TransferDescriptor, UcxVersion};
 use baton_transfer::fuzzing;
 use baton_transfer::{Agent, Arena, PeerKey, Read, TransferError};
-use support::{ROADS, SERVER_TEST, STAGED, Server, config, fill, matches, until};
+use support::{ROADS, SERVER_TEST, STAGED, Server, config, fill, matches, range, until};
 
 const MIB: u64 = 1 << 20;
 /// Long enough for a machine under load; nothing waits for it unless something is wrong.
@@ -36,16 +36,6 @@ fn over_each_road(test: impl AsyncFn(Option<&'static str>)) {
         println!("UCX_TLS {tls:?}");
         runtime.block_on(test(tls));
     }
-}
-
-/// One read that is the same range on both sides.
-fn range(offset: u64, bytes: u64) -> Vec<Read> {
-    vec![Read {
-        rank: 0,
-        remote_offset: offset,
-        local_offset: offset,
-        bytes,
-    }]
 }
 
 /// More than can be read while a test runs: seventeen terabytes.

@@ -305,6 +305,16 @@ pub fn fill(arena: &Arena, seed: u64) {
     }
 }
 
+/// One read that is the same range on both sides.
+pub fn range(offset: u64, bytes: u64) -> Vec<Read> {
+    vec![Read {
+        rank: 0,
+        remote_offset: offset,
+        local_offset: offset,
+        bytes,
+    }]
+}
+
 /// Whether `bytes` at `local` of our arena are those at `remote` of one filled with `seed`.
 pub fn matches(arena: &Arena, local: u64, seed: u64, remote: u64, bytes: u64) -> bool {
     assert!(local + bytes <= arena.len() as u64);
