@@ -4,7 +4,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use baton_bus::{RequestError, Wire};
-use baton_tests::{Nats, PATIENCE};
+use baton_tests::{Nats, PATIENCE, settled};
 use bytes::Bytes;
 use futures::StreamExt;
 use tempfile::TempDir;
@@ -21,7 +21,7 @@ async fn a_request_that_was_given_up_leaves_nothing_behind() {
     let nats = Nats::start(directory.path(), "").await;
     let deaf = async_nats::connect(nats.uri()).await.unwrap();
     let mut heard = deaf.subscribe("deaf").await.unwrap();
-    deaf.flush().await.unwrap();
+    settled(&deaf).await;
     let wire: Wire = async_nats::connect(nats.uri()).await.unwrap().into();
     let mut before = 0;
     for number in 0..REQUESTS {
@@ -64,7 +64,7 @@ async fn requests_that_wait_have_one_subscription_and_each_has_its_own_answer() 
     let nats = Nats::start(directory.path(), &monitor).await;
     let echo = async_nats::connect(nats.uri()).await.unwrap();
     let mut heard = echo.subscribe("echo").await.unwrap();
-    echo.flush().await.unwrap();
+    settled(&echo).await;
     let before = subscriptions(port);
     let wire: Wire = async_nats::connect(nats.uri()).await.unwrap().into();
     let ask = |number: usize| {

@@ -33,7 +33,7 @@ pub use fixture::{baton, command, fp8_model_dir, golden, model_dir, repository, 
 pub use freeze::Frozen;
 pub use metrics::Metrics;
 pub use mutate::Mutator;
-pub use nats::Nats;
+pub use nats::{Nats, settled};
 pub use netns::Network;
 pub use process::{Process, Signal};
 pub use setup::Setup;

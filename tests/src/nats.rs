@@ -6,11 +6,28 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
+use bytes::Bytes;
+use futures::StreamExt;
 use serde_json::Value;
 
 use crate::fixture::command;
 use crate::process::{Process, Signal};
-use crate::wait::{PATIENCE, eventually};
+use crate::wait::{PATIENCE, eventually, within};
+
+/// Waits until the server has taken what this client said so far, subscriptions above all. `flush` alone only hands it to
+/// the network: another client may still be heard first.
+///
+/// # Panics
+/// If the server does not answer.
+pub async fn settled(client: &async_nats::Client) {
+    let inbox = client.new_inbox();
+    let mut answers = client.subscribe(inbox.clone()).await.expect("a bus");
+    // The server forgets the subscription as it delivers the message.
+    answers.unsubscribe_after(1).await.expect("a bus");
+    client.publish(inbox, Bytes::new()).await.expect("a bus");
+    let answer = within("the server's answer", PATIENCE, answers.next()).await;
+    assert!(answer.is_some(), "the connection was closed");
+}
 
 /// A nats-server on a port that it chose itself.
 pub struct Nats {

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use crate::nats::settled;
 use crate::wait::{PATIENCE, within};
 
 /// One message, as it passed.
@@ -96,7 +97,7 @@ impl Tap {
             .subscribe(">")
             .await
             .unwrap_or_else(|e| panic!("cannot subscribe: {e}"));
-        client.flush().await.expect("a connected bus");
+        settled(&client).await;
         let heard = Arc::new(Heard {
             messages: Mutex::default(),
             more: Notify::new(),

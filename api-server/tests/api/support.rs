@@ -273,7 +273,7 @@ impl FakeWorker {
         let mut abort = subscribe(self.cluster.abort(&self.name)).await;
         let mut renew = subscribe(self.cluster.renew(&self.name)).await;
         let mut hello = subscribe(self.cluster.hello()).await;
-        self.client.flush().await.unwrap();
+        baton_tests::settled(&self.client).await;
         let mut tick = tokio::time::interval(Duration::from_millis(500));
         self.beat().await;
         ready.send(()).unwrap();

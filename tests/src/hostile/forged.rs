@@ -11,6 +11,8 @@ use bytes::Bytes;
 use futures::StreamExt;
 use tokio::task::JoinHandle;
 
+use crate::nats::settled;
+
 /// It beats this often.
 const BEAT_EVERY: Duration = Duration::from_millis(500);
 
@@ -32,7 +34,7 @@ impl Forged {
     ) -> Self {
         let inbox = subjects.inbox(&beat.worker);
         let mut inbox = client.subscribe(inbox).await.expect("a connected bus");
-        client.flush().await.expect("a connected bus");
+        settled(client).await;
         let asked = Arc::new(Mutex::new(BTreeMap::new()));
         let (counts, to) = (Arc::clone(&asked), client.clone());
         let answers = tokio::spawn(async move {

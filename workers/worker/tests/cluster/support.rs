@@ -210,7 +210,7 @@ impl Api {
         let id = ApiServerId::new(name).unwrap();
         let tokens = client.subscribe(cluster.all_tokens(&id)).await.unwrap();
         let mut worker_beats = client.subscribe(cluster.beats()).await.unwrap();
-        client.flush().await.unwrap();
+        baton_tests::settled(&client).await;
         let (sender, beats) = watch::channel(HashMap::new());
         tokio::spawn(async move {
             while let Some(message) = worker_beats.next().await {
