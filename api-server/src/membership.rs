@@ -299,7 +299,7 @@ impl Membership {
 pub(crate) mod tests {
     use super::*;
     use baton_protocol::{
-        Capacity, KvDtype, KvGeometry, Load, ModelInfo, PROTOCOL_VERSION, PeerHealth,
+        Capacity, KvGeometry, KvGroup, Load, ModelInfo, PROTOCOL_VERSION, PeerHealth,
     };
 
     pub(crate) fn fingerprint() -> ModelFingerprint {
@@ -320,14 +320,14 @@ pub(crate) mod tests {
                 tokens_max: 2048,
                 vocab: 100,
             },
-            kv: KvGeometry {
-                layout: KvGeometry::LAYOUT,
-                dtype: KvDtype::Bf16,
-                block_tokens: 16,
-                kv_heads: 1,
-                layers: 1,
-                head_dim: 2,
-            },
+            kv: KvGeometry::bf16(
+                16,
+                vec![KvGroup {
+                    layers: 1,
+                    kv_heads: 1,
+                    head_dim: 2,
+                }],
+            ),
             device: "test".to_owned(),
             weights: "bf16".to_owned(),
             load: Load::default(),

@@ -22,19 +22,18 @@ mod error;
 mod handle;
 mod ids;
 mod job;
+mod kv;
 pub mod limits;
 mod membership;
 mod packed;
 mod sampling;
 pub mod subjects;
 mod token_frame;
+mod transfer;
 
 pub use codec::{Versioned, cut, decode, encode};
 pub use error::{Failure, FailureCode, ProtocolError, Refusal};
-pub use handle::{
-    BlockRun, KvDtype, KvGeometry, KvHandle, MemoryType, PrefillTimings, RankRegion, RankRuns,
-    TransferDescriptor, UcxVersion,
-};
+pub use handle::{KvHandle, PrefillTimings};
 pub use ids::{
     ApiServerId, CacheSalt, HandleId, Incarnation, ModelFingerprint, NAME_BYTES_MAX, Nonce,
     RequestId, WorkerId,
@@ -43,6 +42,7 @@ pub use job::{
     Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, Renew, Renewed,
     SequenceSpec,
 };
+pub use kv::{BlockRun, KvDtype, KvGeometry, KvGroup, KvShare, KvShares};
 pub use membership::{
     ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, PeerHealth, PeerState, Role, WorkerDescriptor,
     WorkerState,
@@ -50,6 +50,7 @@ pub use membership::{
 pub use packed::{Base64Bytes, PackedTokens};
 pub use sampling::{FinishReason, Generation, Sampling, TokenLogprobs, TopLogprob};
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
+pub use transfer::{MemoryType, RankRegion, TransferDescriptor, UcxVersion};
 
 /// Version of the contract. Raised when an old receiver would misread a new message.
 pub const PROTOCOL_VERSION: u16 = 2;

@@ -4,7 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{PEERS_MAX, SENTENCE_BYTES_MAX};
 use crate::{
-    ApiServerId, Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerId, cut,
+    ApiServerId, Incarnation, KvGeometry, KvShares, ModelFingerprint, TransferDescriptor, WorkerId,
+    cut,
 };
 
 /// What a worker does.
@@ -268,7 +269,9 @@ pub struct WorkerDescriptor {
     pub model: ModelInfo,
     /// How its KV is laid out.
     pub kv: KvGeometry,
-    /// How to read its arena; `None` if it moves no KV.
+    /// What each of its ranks holds of the KV: as many ranks as `transfer` names arenas.
+    pub shares: KvShares,
+    /// How to read its arenas; `None` if it moves no KV.
     pub transfer: Option<TransferDescriptor>,
 }
 

@@ -22,14 +22,12 @@ fn api_server() -> ApiServerId {
 }
 
 fn kv() -> KvGeometry {
-    KvGeometry {
-        layout: KvGeometry::LAYOUT,
-        dtype: KvDtype::Bf16,
-        block_tokens: 32,
-        kv_heads: 3,
+    let group = KvGroup {
         layers: 30,
+        kv_heads: 3,
         head_dim: 64,
-    }
+    };
+    KvGeometry::bf16(32, vec![group])
 }
 
 fn model() -> ModelInfo {
@@ -75,15 +73,9 @@ fn handle() -> KvHandle {
         nonce: Nonce(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
         model: fingerprint(),
         kv: kv(),
-        ranks: vec![RankRuns {
-            head_first: 0,
-            head_count: 3,
-            layer_first: 0,
-            layer_count: 30,
-            runs: vec![BlockRun {
-                first: 17,
-                count: 1,
-            }],
+        runs: vec![BlockRun {
+            first: 17,
+            count: 1,
         }],
         valid_tokens: 5,
         lease_ms: 30_000,
@@ -208,6 +200,7 @@ fn every_message_is_as_its_file_says() {
             role: Role::Context,
             model: model(),
             kv: kv(),
+            shares: KvShares::whole(&kv()),
             transfer: Some(TransferDescriptor {
                 ucx: UcxVersion(1, 13, 1),
                 address: Base64Bytes(vec![1, 2, 3]),
@@ -618,11 +611,10 @@ proptest! {
             TokenLogprobs { logprob: next(), top: (0..top).map(|_| TopLogprob(vocab - 1, next())).collect() }
         };
         let runs = (0..tokens.div_ceil(4)).map(|_| BlockRun { first: u32::MAX, count: 1 }).collect();
-        let rank = RankRuns { runs, ..handle().ranks[0].clone() };
         let reply = PrefillReply::Ready {
             v: V,
             handle: Box::new(KvHandle {
-                worker: worker(&"w".repeat(64)), ranks: vec![rank], first_logprobs: Some(one()), ..handle()
+                worker: worker(&"w".repeat(64)), runs, first_logprobs: Some(one()), ..handle()
             }),
             prompt_logprobs: Some((1..tokens).map(|_| one()).collect()),
         };

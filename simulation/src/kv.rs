@@ -4,10 +4,11 @@
 mod agent;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_engine::{FakeKv, FakeMemory};
+use baton_engine::{FakeCells, RankWords};
 use baton_transfer::Read;
 use tokio::time::sleep;
 
@@ -42,7 +43,8 @@ struct State {
     weather: KvWeather,
     links: Links,
     dice: Dice,
-    block_tokens: u32,
+    /// Digests of one token.
+    cells: u64,
     arenas: BTreeMap<u64, Arena>,
     /// Pairs of workers that cannot reach each other.
     walls: BTreeSet<(String, String)>,
@@ -51,18 +53,21 @@ struct State {
 #[derive(Clone)]
 struct Arena {
     worker: String,
-    memory: Arc<FakeMemory>,
+    memory: Arc<Memory>,
     port: Arc<Port>,
 }
 
+/// A worker's arenas.
+type Memory = FakeCells<Vec<Vec<AtomicU64>>>;
+
 impl KvFabric {
-    /// Without arenas.
-    pub fn new(weather: KvWeather, links: Links, dice: Dice, block_tokens: u32) -> Arc<Self> {
+    /// Without arenas. A token has a digest in each of so many `cells`, wherever they lie.
+    pub fn new(weather: KvWeather, links: Links, dice: Dice, cells: u64) -> Arc<Self> {
         let state = State {
             weather,
             links,
             dice,
-            block_tokens,
+            cells,
             arenas: BTreeMap::new(),
             walls: BTreeSet::new(),
         };
@@ -75,7 +80,7 @@ impl KvFabric {
         self: &Arc<Self>,
         worker: &str,
         incarnation: u64,
-        memory: Arc<FakeMemory>,
+        memory: Arc<Memory>,
         port: Arc<Port>,
     ) -> Arc<KvAgent> {
         let arena = Arena {
@@ -145,7 +150,8 @@ impl KvFabric {
         let (Some(from), Some(to)) = (name(from), name(to)) else {
             return Duration::ZERO;
         };
-        state.links.time(from, to, piece.bytes / DIGEST_BYTES)
+        let digests = piece.bytes / DIGEST_BYTES;
+        state.links.time(from, to, digests) / state.cells as u32
     }
 
     /// Copies one piece and takes a pause: `None` when the way broke, or does not open and nobody waits for that any more.
@@ -165,20 +171,17 @@ impl KvFabric {
             }
         }
         let pause = self.pause();
-        let (from, to, block_tokens) = {
+        let (from, to) = {
             let state = self.lock();
             let memory = |of: u64| state.arenas.get(&of).map(|arena| arena.memory.clone());
-            (memory(peer)?, memory(own)?, state.block_tokens)
+            (memory(peer)?, memory(own)?)
         };
-        let place = |digest: u64| {
-            let tokens = u64::from(block_tokens);
-            ((digest / tokens) as u32, (digest % tokens) as u32)
-        };
-        for i in 0..read.bytes / DIGEST_BYTES {
-            let (block, slot) = place(read.remote_offset / DIGEST_BYTES + i);
-            let digest = from.read(block, slot);
-            let (block, slot) = place(read.local_offset / DIGEST_BYTES + i);
-            to.write(block, slot, digest);
+        for at in (0..read.bytes).step_by(DIGEST_BYTES as usize) {
+            let from = from.words();
+            let from = from.word(read.source as usize, read.remote_offset + at);
+            let to = to.words();
+            let to = to.word(read.destination as usize, read.local_offset + at);
+            to.store(from.load(Relaxed), Relaxed);
         }
         if !pause.is_zero() {
             sleep(pause).await;

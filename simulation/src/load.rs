@@ -72,7 +72,6 @@ impl Plan {
             },
             links,
             has_dying_link: faults.iter().any(|(from, _)| *from > Duration::ZERO),
-            block_tokens: BLOCK_TOKENS,
             asks,
             faults,
         }
@@ -123,6 +122,8 @@ fn draw_workers(dice: &mut Dice, is_crowd: bool) -> Vec<WorkerSetup> {
         role,
         blocks: dice.pick(tokens) / BLOCK_TOKENS,
         block_tokens: BLOCK_TOKENS,
+        kv_heads: 1,
+        ranks: 0,
         batch,
         step_tokens: dice.pick(&[16, 64]),
         steps_in_flight: dice.pick(&[1, 2]),

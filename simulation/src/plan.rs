@@ -45,14 +45,19 @@ pub struct Plan {
     pub links: Links,
     /// One of them dies while requests are under way.
     pub has_dying_link: bool,
-    /// Tokens of a block.
-    pub block_tokens: u32,
     /// Who asks what of which API server when.
     pub asks: Vec<(Duration, usize, Ask)>,
     /// What goes wrong, and when it is over, in order.
     pub faults: Vec<(Duration, Fault)>,
     /// Longer than all that is asked can take once nothing goes wrong any more.
     pub work: Duration,
+}
+
+impl Plan {
+    /// Key/value heads of the model.
+    pub fn kv_heads(&self) -> u32 {
+        self.workers.first().map_or(1, |worker| worker.kv_heads)
+    }
 }
 
 /// What goes wrong, or right again. Numbers are places in [`Plan::workers`] and among API servers.
@@ -97,7 +102,7 @@ impl Plan {
 
     fn draw_storm(dice: &mut Dice) -> Self {
         let block_tokens = dice.pick(&[2, 4, 8]);
-        let workers = draw_workers(dice, block_tokens);
+        let mut workers = draw_workers(dice, block_tokens);
         let api_servers = dice.pick(&[1, 1, 2]);
         let (weather, in_order) = match dice.range(0..10) {
             0..4 => (Weather::fair(), true),
@@ -129,6 +134,8 @@ impl Plan {
             |(_, fault): &(Duration, Fault)| matches!(fault, Fault::Cut(_) | Fault::ApiCut(_));
         let breaks = |worker: &WorkerSetup| worker.breaks_per_mille > 0;
         let links = Links::draw(dice, &names(&workers));
+        // The last that is drawn, so that seeds without ranks are what they were before there were any.
+        draw_ranks(dice, &mut workers);
         Self {
             scenario: Scenario::Faults,
             links,
@@ -143,7 +150,6 @@ impl Plan {
             api_servers,
             weather,
             kv_weather,
-            block_tokens,
             asks,
             faults,
         }
@@ -197,6 +203,8 @@ fn draw_workers(dice: &mut Dice, block_tokens: u32) -> Vec<WorkerSetup> {
         role,
         blocks: tokens / block_tokens,
         block_tokens,
+        kv_heads: 1,
+        ranks: 0,
         batch: dice.pick(&[1, 2, 4, 8]),
         step_tokens: dice.pick(&[8, 16, 64]),
         steps_in_flight: dice.pick(&[1, 2, 2]),
@@ -208,6 +216,18 @@ fn draw_workers(dice: &mut Dice, block_tokens: u32) -> Vec<WorkerSetup> {
         breaks_per_mille,
     };
     roles.into_iter().enumerate().map(setup).collect()
+}
+
+/// In one world of four the model has several heads, and workers have ranks that share them out, each as many as it likes.
+fn draw_ranks(dice: &mut Dice, workers: &mut [WorkerSetup]) {
+    if !dice.chance(250) {
+        return;
+    }
+    let kv_heads = dice.pick(&[2, 3, 4]);
+    for worker in workers {
+        worker.kv_heads = kv_heads;
+        worker.ranks = dice.pick(&[1, 2, 3, 4]);
+    }
 }
 
 fn draw_faults(

@@ -11,12 +11,12 @@ use std::time::Duration;
 
 use baton_api_server::SimulatedServer;
 use baton_engine::{
-    BlockPool, Executor, ExecutorError, ExecutorInfo, FakeConfig, FakeExecutor, FakeMemory,
-    StepOutput, StepPlan,
+    BlockPool, Executor, ExecutorError, ExecutorInfo, FakeCells, FakeConfig, FakeExecutor,
+    StepOutput, StepPlan, fake_geometry,
 };
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    ApiServerId, Incarnation, KvDtype, KvGeometry, ModelFingerprint, ModelInfo, Role, WorkerId,
+    ApiServerId, Incarnation, KvGeometry, KvShares, ModelFingerprint, ModelInfo, Role, WorkerId,
 };
 use baton_worker::{SimulatedConfig, SimulatedWorker, WorkerError};
 use tokio::sync::{Notify, watch};
@@ -30,6 +30,9 @@ use crate::network::{Link, Network, Port};
 
 /// Longest sequence of the simulated model.
 pub const TOKENS_MAX: u32 = 120;
+
+/// Most ranks of a worker.
+pub const RANKS_MAX: u32 = 4;
 
 /// What an executor says that was to break.
 const BROKEN: &str = "the simulated device is gone";
@@ -45,6 +48,10 @@ pub struct WorkerSetup {
     pub blocks: u32,
     /// Tokens of a block.
     pub block_tokens: u32,
+    /// Key/value heads of the model: the same for all workers.
+    pub kv_heads: u32,
+    /// Ranks among which its first life shares out the heads; 0 where every life has one rank.
+    pub ranks: u32,
     /// Sequences of a step.
     pub batch: usize,
     /// Tokens of a step.
@@ -63,6 +70,22 @@ pub struct WorkerSetup {
     pub drain: Duration,
     /// Of a thousand lives, so many end with a broken executor.
     pub breaks_per_mille: u64,
+}
+
+impl WorkerSetup {
+    /// How KV is laid out.
+    pub fn kv(&self) -> KvGeometry {
+        fake_geometry(self.block_tokens, self.kv_heads, 1)
+    }
+
+    /// What the ranks of a life hold: another life has another number of them.
+    fn shares(&self, incarnation: u64) -> KvShares {
+        let ranks = match self.ranks {
+            0 => 1,
+            ranks => 1 + (ranks + incarnation as u32) % RANKS_MAX,
+        };
+        KvShares::parallel(&self.kv(), ranks, 1)
+    }
 }
 
 /// One life of a worker.
@@ -107,21 +130,14 @@ impl WorkerLife {
     pub async fn start(ground: &Ground, setup: &WorkerSetup, dice: &mut Dice) -> Self {
         let incarnation = ground.next_life();
         let port = ground.network.port(&setup.name);
-        let memory = Arc::new(FakeMemory::new(setup.blocks, setup.block_tokens));
+        let (kv, shares) = (setup.kv(), setup.shares(incarnation));
+        let memory = Arc::new(FakeCells::in_memory(&kv, &shares, setup.blocks));
         let agent = ground.fabric.join(
             &setup.name,
             incarnation,
             Arc::clone(&memory),
             Arc::clone(&port),
         );
-        let kv = KvGeometry {
-            layout: KvGeometry::LAYOUT,
-            dtype: KvDtype::Bf16,
-            block_tokens: setup.block_tokens,
-            kv_heads: 1,
-            layers: 1,
-            head_dim: 2,
-        };
         let fake = FakeConfig {
             kv,
             blocks: setup.blocks,
@@ -150,6 +166,7 @@ impl WorkerLife {
                 tokens_max: TOKENS_MAX,
                 vocab: VOCAB,
             },
+            shares,
             lease: setup.lease,
             drain: setup.drain,
             queue: setup.queue,

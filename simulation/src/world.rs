@@ -141,7 +141,7 @@ impl World {
             plan.kv_weather,
             plan.links.clone(),
             dice.fork(),
-            plan.block_tokens,
+            plan.kv_heads().into(),
         );
         let ground = Ground {
             network,

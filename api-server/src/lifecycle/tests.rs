@@ -26,7 +26,7 @@ pub(crate) fn handle(worker: &str, first_token: u32) -> Box<KvHandle> {
         nonce: Nonce(2),
         model: ModelFingerprint::new("0".repeat(64)).unwrap(),
         kv: beat("x", Role::Both, &[]).kv,
-        ranks: Vec::new(),
+        runs: Vec::new(),
         valid_tokens: 3,
         lease_ms: 1000,
         first_token,

@@ -59,7 +59,7 @@ impl Setup {
             nonce: Nonce(1),
             model: self.model.clone(),
             kv: beat("x", Role::Both, &[]).kv,
-            ranks: Vec::new(),
+            runs: Vec::new(),
             valid_tokens: 1,
             lease_ms: 1,
             first_token: 1,

@@ -247,14 +247,14 @@ struct FakeWorker {
 }
 
 pub fn geometry() -> KvGeometry {
-    KvGeometry {
-        layout: KvGeometry::LAYOUT,
-        dtype: KvDtype::Bf16,
-        block_tokens: 16,
-        kv_heads: 1,
-        layers: 1,
-        head_dim: 2,
-    }
+    KvGeometry::bf16(
+        16,
+        vec![KvGroup {
+            layers: 1,
+            kv_heads: 1,
+            head_dim: 2,
+        }],
+    )
 }
 
 impl FakeWorker {
@@ -405,7 +405,7 @@ impl FakeWorker {
             nonce: Nonce(2),
             model: job.model,
             kv: geometry(),
-            ranks: Vec::new(),
+            runs: Vec::new(),
             valid_tokens: job.sequence.tokens.0.len() as u32,
             lease_ms: match script.lease_ms {
                 0 => deadlines::LEASE_MS,

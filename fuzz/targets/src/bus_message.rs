@@ -5,10 +5,11 @@ use tokio::time::Instant;
 
 use baton_api_server::fuzzing::Membership;
 use baton_protocol::{
-    Abort, ApiBeat, Beat, BlockRun, DecodeJob, DecodeReply, Hello, PrefillJob, PrefillReply,
-    Release, Released, TokenFrame, UcxVersion, Versioned, WorkerDescriptor, decode, encode,
+    Abort, ApiBeat, Beat, BlockRun, DecodeJob, DecodeReply, Hello, KvShares, PrefillJob,
+    PrefillReply, Release, Released, TokenFrame, UcxVersion, Versioned, WorkerDescriptor, decode,
+    encode,
 };
-use baton_transfer::plan_reads;
+use baton_transfer::{BlockMap, plan_reads};
 
 use crate::fixture;
 
@@ -76,18 +77,19 @@ fn decode_job(mut job: DecodeJob) {
     if checks.handle(&mut job).is_ok() {
         let blocks = checks.kv.blocks_for(job.handle.valid_tokens as usize);
         let local: Vec<u32> = (0..blocks as u32).collect();
-        if let Ok(reads) = plan_reads(&checks.kv, &job.handle.ranks, &local) {
+        let whole = KvShares::whole(&checks.kv);
+        if let Ok(reads) = plan_reads(&checks.kv, &whole, &whole, &job.handle.runs, &local) {
             let bytes: u64 = reads.iter().map(|read| read.bytes).sum();
             assert_eq!(bytes, (blocks * checks.kv.block_bytes()) as u64);
         }
     }
-    for rank in &mut job.handle.ranks {
-        rank.runs.push(BlockRun {
-            first: u32::MAX,
-            count: u32::MAX,
-        });
-    }
-    let _ = plan_reads(&checks.kv, &job.handle.ranks, &[0, 1]);
+    job.handle.runs.push(BlockRun {
+        first: u32::MAX,
+        count: u32::MAX,
+    });
+    let halves = KvShares::parallel(&checks.kv, 2, 1);
+    let whole = KvShares::whole(&checks.kv);
+    let _ = plan_reads(&checks.kv, &halves, &whole, &job.handle.runs, &[0, 1]);
 }
 
 fn beat(beat: Beat) {
@@ -100,6 +102,14 @@ fn beat(beat: Beat) {
 }
 
 fn descriptor(descriptor: WorkerDescriptor) {
+    let kv = fixture::kv();
+    let ours = KvShares::parallel(&kv, 2, 1);
+    if let Ok(map) = BlockMap::new(&kv, &descriptor.shares, &ours) {
+        let run = BlockRun { first: 5, count: 3 };
+        let reads = map.reads(&[run], &[1, 2, 0]).expect("three blocks");
+        let bytes: u64 = reads.iter().map(|read| read.bytes).sum();
+        assert_eq!(bytes, (3 * kv.block_bytes()) as u64);
+    }
     if let Some(transfer) = descriptor.transfer {
         let ours = UcxVersion(1, 13, 1);
         if baton_transfer::fuzzing::descriptor(&transfer, ours).is_ok() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use baton_api_server::fuzzing::ModelText;
-use baton_protocol::{KvDtype, KvGeometry, ModelFingerprint, ModelInfo};
+use baton_protocol::{KvGeometry, KvGroup, ModelFingerprint, ModelInfo};
 use baton_worker::fuzzing::Checks;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -110,14 +110,14 @@ pub(crate) fn model() -> &'static ModelText {
 
 /// How the KV of the small model is laid out.
 pub(crate) fn kv() -> KvGeometry {
-    KvGeometry {
-        layout: KvGeometry::LAYOUT,
-        dtype: KvDtype::Bf16,
-        block_tokens: BLOCK_TOKENS,
-        kv_heads: 4,
-        layers: 3,
-        head_dim: 2,
-    }
+    KvGeometry::bf16(
+        BLOCK_TOKENS,
+        vec![KvGroup {
+            layers: 3,
+            kv_heads: 4,
+            head_dim: 2,
+        }],
+    )
 }
 
 /// What its workers can take.

@@ -150,7 +150,7 @@ fn beat(beaten: Beaten) -> Beat {
     ] = beaten.load;
     let [blocks, batch, queue] = beaten.capacity;
     let mut kv = fixture::kv();
-    kv.head_dim += u32::from(beaten.other_kv);
+    kv.groups[0].head_dim += u32::from(beaten.other_kv);
     let fingerprint = match beaten.other_model {
         true => baton_protocol::ModelFingerprint::new("cd".repeat(32)).expect("64 digits"),
         false => fixture::fingerprint(),
@@ -222,7 +222,7 @@ fn handle(context: &Target) -> KvHandle {
         nonce: Nonce(1),
         model: fixture::fingerprint(),
         kv: fixture::kv(),
-        ranks: Vec::new(),
+        runs: Vec::new(),
         valid_tokens: 1,
         lease_ms: 1,
         first_token: 1,

@@ -241,7 +241,7 @@ fn handle(who: Who, token: u8, finish: Option<bool>, logprobs: u8) -> KvHandle {
         nonce: Nonce(1),
         model: fixture::fingerprint(),
         kv: fixture::kv(),
-        ranks: Vec::new(),
+        runs: Vec::new(),
         valid_tokens: u32::MAX,
         lease_ms: 0,
         first_token: token.into(),

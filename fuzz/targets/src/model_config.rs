@@ -37,7 +37,7 @@ pub fn model_config(data: &[u8]) {
         }
         for block_tokens in [1, 32, 1 << 16] {
             let kv = baton_engine::kv_geometry(&spec, block_tokens);
-            let _ = baton_engine::arena_blocks(&spec, &kv, 1 << 40);
+            let _ = baton_engine::uniform_arena(&spec, &kv, 1 << 40);
         }
     }
     DIRECTORY.with_borrow(|directory| {

@@ -3,7 +3,7 @@
 use std::num::NonZeroU64;
 
 use arbitrary::{Arbitrary, Unstructured};
-use baton_protocol::{BlockRun, KvDtype, KvGeometry, MemoryType, RankRuns, UcxVersion};
+use baton_protocol::{BlockRun, KvGeometry, KvGroup, KvShare, KvShares, MemoryType, UcxVersion};
 use baton_transfer::{fuzzing, plan_reads};
 
 #[derive(Arbitrary, Debug)]
@@ -16,6 +16,11 @@ struct Case {
     layers: u8,
     head_dim: u8,
     ranks: Vec<Rank>,
+    /// Ours: a split that a worker makes of itself.
+    own: (u8, u8),
+    /// Numbers are as small as those of a sound handle, or any.
+    runs: Vec<(u16, u8)>,
+    odd: Option<(u32, u32)>,
     local: Vec<u16>,
     arena: Arena,
 }
@@ -36,9 +41,6 @@ struct Arena {
 struct Rank {
     heads: (u8, u8),
     layers: (u8, u8),
-    /// Numbers are as small as those of a sound handle, or any.
-    runs: Vec<(u16, u8)>,
-    odd: Option<(u32, u32)>,
     beyond: bool,
 }
 
@@ -55,36 +57,46 @@ pub fn transfer(data: &[u8]) {
         assert!(range.start < range.end && range.end <= case.arena_bytes);
     }
 
-    let kv = KvGeometry {
-        layout: KvGeometry::LAYOUT,
-        dtype: KvDtype::Bf16,
-        block_tokens: u32::from(case.block_tokens % 4) + 1,
+    let group = KvGroup {
         kv_heads: u32::from(case.kv_heads % 8) + 1,
         layers: u32::from(case.layers % 8) + 1,
         head_dim: u32::from(case.head_dim % 4) + 1,
     };
-    let ranks: Vec<RankRuns> = case.ranks.iter().map(|rank| runs(rank, &kv)).collect();
+    let kv = KvGeometry::bf16(u32::from(case.block_tokens % 4) + 1, vec![group]);
+    let source = KvShares(
+        case.ranks
+            .iter()
+            .map(|rank| vec![share(rank, &group)])
+            .collect(),
+    );
+    let tensor = u32::from(case.own.0 % 8) + 1;
+    let pipeline = u32::from(case.own.1).min(group.layers - 1) + 1;
+    let own = KvShares::parallel(&kv, tensor, pipeline);
     let mut local: Vec<u32> = case.local.iter().map(|id| u32::from(*id)).collect();
     local.sort_unstable();
     local.dedup();
-    let Ok(reads) = plan_reads(&kv, &ranks, &local) else {
+    let Ok(reads) = plan_reads(&kv, &source, &own, &runs(&case), &local) else {
         return;
     };
-    let block = kv.block_bytes() as u64;
-    let mut written: Vec<(u64, u64)> = reads
-        .iter()
-        .map(|read| (read.local_offset, read.local_offset + read.bytes))
-        .collect();
-    written.sort_unstable();
-    assert!(
-        written.windows(2).all(|pair| pair[0].1 <= pair[1].0),
-        "twice"
-    );
-    let bytes: u64 = written.iter().map(|(from, to)| to - from).sum();
-    assert_eq!(bytes, local.len() as u64 * block);
-    for (from, to) in written {
-        let blocks = from / block..to.div_ceil(block);
-        assert!(blocks.into_iter().all(|id| local.contains(&(id as u32))));
+    for rank in 0..own.ranks() {
+        let block = own.block_bytes(&kv, rank);
+        let to_rank = reads
+            .iter()
+            .filter(|read| read.destination as usize == rank);
+        let mut written: Vec<(u64, u64)> = to_rank
+            .map(|read| (read.local_offset, read.local_offset + read.bytes))
+            .collect();
+        written.sort_unstable();
+        assert!(
+            written.windows(2).all(|pair| pair[0].1 <= pair[1].0),
+            "twice"
+        );
+        let bytes: u64 = written.iter().map(|(from, to)| to - from).sum();
+        assert_eq!(bytes, local.len() as u64 * block);
+        for (from, to) in written {
+            let blocks = from / block..to.div_ceil(block);
+            assert!(blocks.into_iter().all(|id| local.contains(&(id as u32))));
+        }
     }
 }
 
@@ -112,23 +124,26 @@ fn describe(arena: &Arena) {
     }
 }
 
-fn runs(rank: &Rank, kv: &KvGeometry) -> RankRuns {
+fn share(rank: &Rank, group: &KvGroup) -> KvShare {
     let wide = |(first, count): (u8, u8), limit: u32| match rank.beyond {
         true => (u32::from(first) << 24, u32::from(count) << 24),
         false => (u32::from(first) % limit, u32::from(count) % limit + 1),
     };
-    let (head_first, head_count) = wide(rank.heads, kv.kv_heads);
-    let (layer_first, layer_count) = wide(rank.layers, kv.layers);
-    let small = rank.runs.iter().map(|(first, count)| BlockRun {
-        first: u32::from(*first),
-        count: u32::from(*count),
-    });
-    let odd = rank.odd.map(|(first, count)| BlockRun { first, count });
-    RankRuns {
+    let (head_first, head_count) = wide(rank.heads, group.kv_heads);
+    let (layer_first, layer_count) = wide(rank.layers, group.layers);
+    KvShare {
         head_first,
         head_count,
         layer_first,
         layer_count,
-        runs: small.chain(odd).collect(),
     }
+}
+
+fn runs(case: &Case) -> Vec<BlockRun> {
+    let small = case.runs.iter().map(|(first, count)| BlockRun {
+        first: u32::from(*first),
+        count: u32::from(*count),
+    });
+    let odd = case.odd.map(|(first, count)| BlockRun { first, count });
+    small.chain(odd).collect()
 }

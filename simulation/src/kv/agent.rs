@@ -90,7 +90,8 @@ impl KvNetwork for KvAgent {
         };
         let bytes = reads.iter().map(|read| read.bytes).sum();
         let begun = Instant::now();
-        let mut pieces: Vec<Read> = pieces(&reads).collect();
+        let cells = fabric.lock().cells;
+        let mut pieces: Vec<Read> = pieces(&reads, cells).collect();
         // As gets do, they come in any order.
         fabric.lock().dice.shuffle(&mut pieces);
         let is_given_up = Arc::<AtomicBool>::default();
@@ -306,12 +307,13 @@ impl Copying {
     }
 }
 
-/// Ranges as pieces of two digests: small enough that something can happen in between.
-fn pieces(reads: &[Read]) -> impl Iterator<Item = Read> + '_ {
-    let piece = 2 * DIGEST_BYTES;
+/// Ranges as pieces of two tokens: small enough that something can happen in between.
+fn pieces(reads: &[Read], cells: u64) -> impl Iterator<Item = Read> {
+    let piece = 2 * cells * DIGEST_BYTES;
     reads.iter().flat_map(move |read| {
         (0..read.bytes).step_by(piece as usize).map(move |at| Read {
-            rank: read.rank,
+            source: read.source,
+            destination: read.destination,
             remote_offset: read.remote_offset + at,
             local_offset: read.local_offset + at,
             bytes: piece.min(read.bytes - at),

@@ -55,9 +55,11 @@ const FORGED: &[(&str, Forge)] = &[
     ("random-key", |it| {
         transfer(it).ranks[0].rkey = Base64Bytes(vec![0xa5; 80])
     }),
-    ("no-layers", |it| it.kv.layers = 0),
+    ("no-layers", |it| it.kv.groups[0].layers = 0),
+    ("no-shares", |it| it.shares.0.clear()),
+    ("more-heads", |it| it.shares.0[0][0].head_count = u32::MAX),
     ("endless-blocks", |it| {
-        it.kv.layers = u32::MAX;
+        it.kv.groups[0].layers = u32::MAX;
         it.kv.block_tokens = u32::MAX;
     }),
 ];

@@ -11,7 +11,6 @@
 use std::ops::Range;
 
 use baton_engine::Rows;
-use baton_protocol::KvGeometry;
 
 use crate::gemm::{Tile, fetch};
 use crate::math::{LANES, bf16_of, exp2, f32_of, sum_lanes};
@@ -49,7 +48,12 @@ unsafe impl Sync for Attention<'_> {}
 /// Heads and their sizes, and how far they see.
 #[derive(Clone, Debug)]
 pub struct Shape {
-    pub kv: KvGeometry,
+    /// Tokens of a block.
+    pub block_tokens: usize,
+    /// Bytes of a block: all heads of all layers.
+    pub block_bytes: usize,
+    /// Bytes of one head of all layers.
+    pub head_bytes: usize,
     pub kv_heads: usize,
     /// Query heads per KV head.
     pub group: usize,
@@ -63,8 +67,8 @@ impl Shape {
     /// Bytes from the arena's base to a token's key; its value stands `value_offset` further on.
     #[inline(always)]
     pub fn key_offset(&self, block: u32, slot: usize, head: usize, layer: usize) -> usize {
-        block as usize * self.kv.block_bytes()
-            + head * self.kv.head_bytes()
+        block as usize * self.block_bytes
+            + head * self.head_bytes
             + 2 * layer * self.value_offset()
             + slot * self.head_dim * 2
     }
@@ -79,7 +83,7 @@ impl Shape {
     /// Bytes from a token's key to its value: one block's keys of one head and layer.
     #[inline(always)]
     pub fn value_offset(&self) -> usize {
-        self.kv.block_tokens as usize * self.head_dim * 2
+        self.block_tokens * self.head_dim * 2
     }
 }
 
@@ -277,7 +281,7 @@ unsafe fn load_step<T: Tile>(
 ) {
     let shape = job.shape;
     let blocks = job.rows.blocks(piece.sequence);
-    let block_tokens = shape.kv.block_tokens as usize;
+    let block_tokens = shape.block_tokens;
     let mut keys = [[scratch.zeros.as_ptr(); PANEL]; STEP / PANEL];
     let mut values = keys;
     let mut token = 0;
@@ -332,7 +336,7 @@ unsafe fn load_step<T: Tile>(
 fn fetch_tokens(job: &Attention<'_>, piece: &Piece, tokens: Range<usize>) {
     let shape = job.shape;
     let blocks = job.rows.blocks(piece.sequence);
-    let block_tokens = shape.kv.block_tokens as usize;
+    let block_tokens = shape.block_tokens;
     let mut at = tokens.start;
     while at < tokens.end {
         let (block, slot) = (at / block_tokens, at % block_tokens);

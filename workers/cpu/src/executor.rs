@@ -5,9 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SequenceOutput, StepOutput, StepPlan,
-    Want, What, answer, arena_blocks, count_followed, wants,
+    Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan, Want, What,
+    answer, count_followed, uniform_arena, wants,
 };
+use baton_kv_memory::{Address, KvMemory};
 use baton_model::{ModelSpec, TensorSource, Weights};
 use baton_protocol::KvGeometry;
 
@@ -106,7 +107,11 @@ impl CpuExecutor {
         options: CpuOptions,
     ) -> Result<Self, CpuError> {
         check(spec)?;
-        let blocks = arena_blocks(spec, &kv, memory.len()).map_err(CpuError::Arena)?;
+        let (group, blocks) = uniform_arena(spec, &kv, memory.len()).map_err(CpuError::Arena)?;
+        if memory.address().host().is_none() {
+            let told = "it is on a GPU, and a CPU cannot compute there";
+            return Err(CpuError::Arena(told.to_owned()));
+        }
         let kernel = options.kernel.unwrap_or_else(Kernel::best);
         if !kernel.available() {
             return Err(CpuError::Kernel(kernel.to_string()));
@@ -115,7 +120,9 @@ impl CpuExecutor {
         let mut pool = Pool::new(threads);
         let weights = ModelWeights::load(spec, weights, &mut pool)?;
         let shape = Shape {
-            kv: kv.clone(),
+            block_tokens: kv.block_tokens as usize,
+            block_bytes: kv.block_bytes(),
+            head_bytes: (u64::from(group.layers) * kv.cell_bytes(&group)) as usize,
             kv_heads: spec.kv_heads,
             group: spec.heads / spec.kv_heads,
             head_dim: spec.head_dim,
@@ -245,6 +252,10 @@ impl CpuExecutor {
             ..
         } = layer;
         let (x, hidden) = (buffers.x.as_mut_ptr(), output.panels * PANEL);
+        let arena = match memory.address() {
+            Address::Host(base) => base.as_ptr(),
+            Address::Device(_) => unreachable!("refused at load"),
+        };
 
         let normed = norm(
             pool,
@@ -272,7 +283,7 @@ impl CpuExecutor {
             sin: &buffers.sin,
             norms: layer.qk_norm.as_ref().map(|(q, k)| (&q[..], &k[..])),
             eps: spec.rms_eps,
-            arena: memory.base(),
+            arena,
             layer: index,
             q: buffers.q.as_mut_ptr(),
             q_rows: buffers.rows,
@@ -287,7 +298,7 @@ impl CpuExecutor {
         let job = Attention {
             shape,
             rows,
-            arena: memory.base(),
+            arena,
             layer: index,
             q: buffers.q.as_ptr(),
             q_rows: buffers.rows,

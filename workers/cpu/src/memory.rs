@@ -1,9 +1,10 @@
 //! Memory from the operating system: zeroed, page-aligned, on huge pages where there are any.
 
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
-use baton_engine::KvMemory;
+use baton_kv_memory::{Address, KvMemory};
 
 /// A KV arena in plain memory: for tests, and for a worker that hands its KV to nobody.
 pub struct HeapMemory(Pages<u8>);
@@ -18,9 +19,14 @@ impl HeapMemory {
     }
 }
 
-impl KvMemory for HeapMemory {
-    fn base(&self) -> *mut u8 {
-        self.0.base
+// SAFETY: whole pages of a mapping that lives as long as the value. `Pages` makes references of them only when asked to, and
+// nobody else has these.
+unsafe impl KvMemory for HeapMemory {
+    fn address(&self) -> Address {
+        match NonNull::new(self.0.base) {
+            Some(base) => Address::Host(base),
+            None => unreachable!("a mapping at 0"),
+        }
     }
 
     fn len(&self) -> usize {
@@ -240,7 +246,7 @@ mod tests {
         }
         let arena = HeapMemory::new(12_345);
         assert_eq!(arena.len(), 12_345);
-        assert_eq!(arena.base().align_offset(4096), 0);
+        assert_eq!(arena.address().number() % 4096, 0);
     }
 
     #[test]

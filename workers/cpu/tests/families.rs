@@ -75,10 +75,8 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
     };
     let error = |result: Result<CpuExecutor, CpuError>| result.err().expect("refused").to_string();
     assert!(error(load(kv.clone(), 100)).contains("a block takes"));
-    let other = baton_protocol::KvGeometry {
-        head_dim: 99,
-        ..kv.clone()
-    };
+    let mut other = kv.clone();
+    other.groups[0].head_dim = 99;
     assert!(error(load(other, 1 << 20)).contains("head_dim is 99 here and 12 there"));
 
     let mut other = Tiny::new(tiny_families().remove(0), 1);

@@ -13,11 +13,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_cuda::{Buffer, CudaMemory, Device, HostSlots};
-use baton_engine::KvMemory;
+use baton_kv_memory::KvMemory;
 use baton_protocol::TransferDescriptor;
 use baton_transfer::{
-    Agent, AgentConfig, Arena, GpuMemory, PeerKey, Read, STAGING_SLOT_BYTES, STAGING_SLOTS,
-    Staging, gpu_allocation_bytes,
+    Agent, AgentConfig, Arena, ArenaSource, GpuMemory, PeerKey, Read, STAGING_SLOT_BYTES,
+    STAGING_SLOTS, Staging, gpu_allocation_bytes,
 };
 use cudarc::driver::{result, sys};
 
@@ -98,8 +98,8 @@ fn agent(tls: Option<String>) -> (Agent, Arena, Arc<CudaMemory>) {
     let memory = Arc::new(memory);
     let (owner, staged, on) = (memory.clone(), memory.clone(), device.clone());
     let config = AgentConfig {
-        gpu: Some(GpuMemory {
-            base: memory.base() as u64,
+        arenas: vec![ArenaSource::Gpu(GpuMemory {
+            base: memory.address().number(),
             bytes: ARENA_BYTES,
             bind: Arc::new(move || {
                 let _keep = &owner;
@@ -111,14 +111,13 @@ fn agent(tls: Option<String>) -> (Agent, Arena, Arc<CudaMemory>) {
                 Ok(Box::new(Slots(slots)) as Box<dyn Staging>)
             }),
             registered: std::env::var_os("BATON_GPU_PULL_UNREGISTERED").is_none(),
-        }),
+        })],
         tls,
-        ..AgentConfig::default()
     };
     let started = Instant::now();
-    let (agent, arena) = Agent::start(config).unwrap_or_else(|error| panic!("{error}"));
+    let (agent, mut arenas) = Agent::start(config).unwrap_or_else(|error| panic!("{error}"));
     eprintln!("agent started in {:?}", started.elapsed());
-    (agent, arena, memory)
+    (agent, arenas.remove(0), memory)
 }
 
 struct Slots(HostSlots);
@@ -156,7 +155,7 @@ fn serve(tls: Option<String>) {
         .map(|word| pattern(word * 8))
         .collect();
     // SAFETY: the allocation is that long; plain memory, copied before the vector goes.
-    unsafe { result::memcpy_htod_sync(memory.base() as u64, &words) }.expect("copied");
+    unsafe { result::memcpy_htod_sync(memory.address().number(), &words) }.expect("copied");
     drop(words);
     let descriptor = serde_json::to_string(&agent.descriptor()).expect("it is plain data");
     println!("{descriptor}");
@@ -261,7 +260,8 @@ fn scattered(bytes: u64, length: u64) -> Vec<Read> {
     let count = bytes / length;
     // 197 is prime to every power of two, so no range is read twice.
     let read = |i| Read {
-        rank: 0,
+        source: 0,
+        destination: 0,
         remote_offset: (i * 197 + 13) % places * length,
         local_offset: i * length,
         bytes: length,
@@ -275,7 +275,7 @@ fn check(memory: &CudaMemory, reads: &[Read]) {
     for read in reads {
         // SAFETY: the range is within the allocation, and the pull that wrote it is over.
         unsafe {
-            result::memcpy_dtoh_sync(&mut words, memory.base() as u64 + read.local_offset)
+            result::memcpy_dtoh_sync(&mut words, memory.address().number() + read.local_offset)
                 .expect("copied");
         }
         let wrong = words

@@ -6,9 +6,10 @@
 use std::cmp::Reverse;
 use std::sync::Arc;
 
-use baton_engine::{KvMemory, Rows};
+use baton_engine::Rows;
+use baton_kv_memory::KvMemory;
 use baton_model::ModelSpec;
-use baton_protocol::KvGeometry;
+use baton_protocol::{KvGeometry, KvGroup};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::compile::Compiler;
@@ -22,8 +23,12 @@ use crate::tensor_map::{Piece, TensorMap};
 
 /// Attention over one arena.
 pub struct Attention {
-    memory: Arc<dyn KvMemory>,
-    kv: KvGeometry,
+    /// Keeps the arena.
+    _memory: Arc<dyn KvMemory>,
+    arena: CUdeviceptr,
+    block_tokens: u32,
+    /// All layers.
+    layers: KvGroup,
     heads: usize,
     window: usize,
     /// Of scores.
@@ -83,9 +88,12 @@ impl Attention {
         compiler: &Compiler,
         spec: &ModelSpec,
         memory: Arc<dyn KvMemory>,
-        kv: KvGeometry,
+        (kv, layers): (&KvGeometry, KvGroup),
         sequences: usize,
     ) -> Result<Self, CudaError> {
+        let arena = memory.address().device().ok_or_else(|| {
+            CudaError::Arena("it is in host memory, and a GPU computes in its own".to_owned())
+        })?;
         let group = spec.heads / spec.kv_heads;
         let tiled = spec.head_dim.is_multiple_of(16)
             && spec.head_dim <= 256
@@ -94,9 +102,17 @@ impl Attention {
             // The copy engine counts rows in 31 bits.
             && i32::try_from(memory.len() / (spec.head_dim * 2)).is_ok();
         let road = if tiled {
-            let arena = memory.base() as CUdeviceptr;
-            let blocks = memory.len() / kv.block_bytes();
-            let tiled = Tiled::new(device, compiler, &kv, group, arena, blocks, sequences)?;
+            let rows = memory.len() / kv.block_bytes() * kv.block_bytes() / (spec.head_dim * 2);
+            let arena = (arena, rows);
+            let tiled = Tiled::new(
+                device,
+                compiler,
+                kv.block_tokens,
+                layers,
+                group,
+                arena,
+                sequences,
+            )?;
             Road::Tiled(Box::new(tiled))
         } else {
             let defines = [format!("HEAD_DIM={}", spec.head_dim)];
@@ -108,19 +124,21 @@ impl Attention {
             heads: spec.heads,
             window: spec.sliding_window.unwrap_or(0),
             scale: 1.0 / (spec.head_dim as f32).sqrt(),
-            memory,
-            kv,
+            arena,
+            block_tokens: kv.block_tokens,
+            layers,
+            _memory: memory,
         })
     }
 
     /// The arena's address on the GPU.
     pub fn arena(&self) -> CUdeviceptr {
-        self.memory.base() as CUdeviceptr
+        self.arena
     }
 
     /// Tokens of a block.
     pub fn block_tokens(&self) -> u32 {
-        self.kv.block_tokens
+        self.block_tokens
     }
 
     /// Units of work of a step that is no decode step: (sequence, first row within it), those that see most first, so
@@ -166,7 +184,7 @@ impl Attention {
         out: CUdeviceptr,
     ) -> Result<(), CudaError> {
         let q = inputs.q;
-        let (kv_heads, layers) = (self.kv.kv_heads as i32, self.kv.layers as i32);
+        let (kv_heads, layers) = (self.layers.kv_heads as i32, self.layers.layers as i32);
         let (layer, window, arena) = (layer as i32, self.window as i32, self.arena());
         // SAFETY: the kernels' arguments, by their files.
         unsafe {
@@ -187,7 +205,7 @@ impl Attention {
                     kv_heads,
                     layers,
                     layer,
-                    self.kv.block_tokens as i32,
+                    self.block_tokens as i32,
                     window,
                     self.scale * std::f32::consts::LOG2_E,
                 ),
@@ -219,9 +237,9 @@ impl Attention {
                 ),
                 Road::Tiled(tiled) => launch!(
                     tiled.prefill,
-                    tiled.prefill_grid(shape.work * self.kv.kv_heads as usize),
+                    tiled.prefill_grid(shape.work * self.layers.kv_heads as usize),
                     tiled.arena,
-                    tiled.queries(q, [shape.rows, self.heads, self.kv.head_dim as usize])?,
+                    tiled.queries(q, [shape.rows, self.heads, self.layers.head_dim as usize])?,
                     q,
                     out,
                     arena,
@@ -247,18 +265,18 @@ impl Tiled {
     fn new(
         device: &Arc<Device>,
         compiler: &Compiler,
-        kv: &KvGeometry,
+        block_tokens: u32,
+        layers: KvGroup,
         group: usize,
-        arena: CUdeviceptr,
-        blocks: usize,
+        (arena, rows): (CUdeviceptr, usize),
         sequences: usize,
     ) -> Result<Self, CudaError> {
-        let (dim, kv_heads) = (kv.head_dim as usize, kv.kv_heads as usize);
+        let (dim, kv_heads) = (layers.head_dim as usize, layers.kv_heads as usize);
         let hopper = device.capability() == (9, 0);
         let defines = [
             format!("HEAD_DIM={dim}"),
             format!("GROUP={group}"),
-            format!("BLOCK_TOKENS={}", kv.block_tokens),
+            format!("BLOCK_TOKENS={block_tokens}"),
         ];
         let load = |source: &Source, name: &str| {
             let module = Module::load(device, &compiler.compile(source, &defines)?)?;
@@ -278,10 +296,9 @@ impl Tiled {
             true => load(&sources::ATTENTION_PREFILL_SM90, "attention_prefill_sm90")?,
             false => load(&sources::ATTENTION_PREFILL, "attention_prefill")?,
         };
-        let rows = blocks * kv.block_bytes() / (dim * 2);
         let piece = Piece {
             columns: 64,
-            rows: kv.block_tokens.min(32),
+            rows: block_tokens.min(32),
             far: true,
         };
         Ok(Self {

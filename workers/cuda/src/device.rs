@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use baton_engine::KvMemory;
+use baton_kv_memory::{Address, KvMemory};
 use cudarc::driver::{DriverError, result, sys};
 
 use crate::error::CudaError;
@@ -310,16 +310,6 @@ impl CudaMemory {
         Buffer::uninitialized(device, bytes, "the KV arena").map(Self)
     }
 
-    /// Its address on the GPU.
-    pub(crate) fn address(&self) -> sys::CUdeviceptr {
-        self.0.at(0)
-    }
-
-    /// Its length.
-    pub(crate) fn bytes(&self) -> usize {
-        self.0.len()
-    }
-
     /// Sets every byte. For tests that want to see what is read before it was written.
     ///
     /// # Errors
@@ -329,10 +319,10 @@ impl CudaMemory {
     }
 }
 
-impl KvMemory for CudaMemory {
-    /// An address on the GPU: nothing for the host to follow.
-    fn base(&self) -> *mut u8 {
-        self.0.pointer as *mut u8
+// SAFETY: one allocation on the GPU, which lives as long as the value; the driver aligns it to 256 KiB at least.
+unsafe impl KvMemory for CudaMemory {
+    fn address(&self) -> Address {
+        Address::Device(self.0.pointer)
     }
 
     fn len(&self) -> usize {

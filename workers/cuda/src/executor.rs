@@ -8,9 +8,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, Rows, SequenceOutput, StepOutput, StepPlan,
-    Want, What, answer, arena_blocks, wants,
+    Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan, Want, What,
+    answer, uniform_arena, wants,
 };
+use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
 
 use crate::attention::Attention;
@@ -70,7 +71,7 @@ impl CudaExecutor {
         kv: KvGeometry,
     ) -> Result<Self, CudaError> {
         let (spec, options, device) = (&model.spec, model.options, model.device.clone());
-        let blocks = arena_blocks(spec, &kv, memory.len()).map_err(CudaError::Arena)?;
+        let (layers, blocks) = uniform_arena(spec, &kv, memory.len()).map_err(CudaError::Arena)?;
         let info = ExecutorInfo {
             device: format!("cuda:{} {}", device.ordinal(), device.name()),
             // A slot is block * block_tokens + offset in 31 bits.
@@ -90,7 +91,7 @@ impl CudaExecutor {
             &model.compiler,
             spec,
             memory,
-            kv.clone(),
+            (&kv, layers),
             sequences,
         )?;
         let rows = rows_max(options);

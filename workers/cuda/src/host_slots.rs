@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use baton_kv_memory::KvMemory;
 use cudarc::driver::{result, sys};
 
 use crate::device::{CudaMemory, Device, Pinned, driver};
@@ -99,14 +100,14 @@ impl HostSlots {
         direction: Direction,
     ) -> Result<(), CudaError> {
         let total: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-        let bytes = self.memory.bytes() as u64;
+        let bytes = self.memory.len() as u64;
         if total > self.slot_bytes as u64 || ranges.iter().any(|range| range.end > bytes) {
             return Err(CudaError::Device(
                 "ranges of staged KV reach outside the arena or the slot".to_owned(),
             ));
         }
         let (stream, event) = (self.stream, self.events[slot]);
-        let base = self.memory.address();
+        let base = self.memory.address().number();
         let mut rest = self.slot(slot);
         let failed = |e| driver("copying staged KV", e);
         for range in ranges {

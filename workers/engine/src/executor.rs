@@ -13,23 +13,6 @@ use std::sync::Arc;
 
 use baton_protocol::{KvGeometry, Sampling, TokenLogprobs};
 
-/// Memory that holds a KV arena: the transfer agent's registered memory, or plain heap memory.
-///
-/// The bytes `base .. base + len` stay valid and unmoved as long as the value lives. They are written by
-/// the executor and by transfers, never at the same block at the same time: the block pool sees to it.
-pub trait KvMemory: Send + Sync {
-    /// First byte, aligned to 4096.
-    fn base(&self) -> *mut u8;
-
-    /// Length in bytes.
-    fn len(&self) -> usize;
-
-    /// Whether there is none.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
 /// What an executor is and can bear.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ExecutorInfo {

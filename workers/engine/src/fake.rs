@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_protocol::{KvDtype, KvGeometry, TokenLogprobs, TopLogprob};
+use baton_protocol::{KvGeometry, KvGroup, TokenLogprobs, TopLogprob};
 
 use crate::sampling::mix;
 use crate::{
@@ -116,14 +116,14 @@ impl Default for FakeConfig {
     /// 4096 blocks of 16 tokens, a vocabulary of 32,000, sequences of up to 8192 tokens, full speed, step by step.
     fn default() -> Self {
         Self {
-            kv: KvGeometry {
-                layout: KvGeometry::LAYOUT,
-                dtype: KvDtype::Bf16,
-                block_tokens: 16,
-                kv_heads: 1,
-                layers: 1,
-                head_dim: 8,
-            },
+            kv: KvGeometry::bf16(
+                16,
+                vec![KvGroup {
+                    layers: 1,
+                    kv_heads: 1,
+                    head_dim: 8,
+                }],
+            ),
             blocks: 4096,
             vocab: 32_000,
             tokens_max: 8192,

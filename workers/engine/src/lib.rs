@@ -26,7 +26,7 @@
 //! - `sampling`: from logits to a token.
 //! - `arena`: how a model's KV lies in memory.
 //! - `executor`: the seam to the model; `rows`: what every executor makes of a step first; `fake`: an executor without a
-//!   model.
+//!   model, `fake_cells`: its KV as a model's would lie.
 #![forbid(unsafe_code)]
 
 mod arena;
@@ -34,6 +34,7 @@ mod engine;
 mod evictable;
 mod executor;
 mod fake;
+mod fake_cells;
 mod flight;
 mod free_list;
 mod messages;
@@ -45,13 +46,14 @@ mod scheduler;
 mod sequence;
 mod table;
 
-pub use arena::{arena_blocks, kv_geometry};
+pub use arena::{kv_geometry, uniform_arena};
 pub use engine::Engine;
 pub use executor::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SampleState, Sampled,
-    SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenCount,
+    Executor, ExecutorError, ExecutorInfo, SampleRequest, SampleState, Sampled, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan, TokenCount,
 };
 pub use fake::{FakeConfig, FakeExecutor, FakeFaults, FakeKv, FakeMemory};
+pub use fake_cells::{FakeCells, RankWords, fake_geometry};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use pool::{BlockPool, PoolStats};
 pub use rows::{Rows, SequenceRows, Want, What, answer, count_followed, wants};

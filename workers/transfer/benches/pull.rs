@@ -32,8 +32,7 @@ fn main() {
 
 async fn measure(tls: Option<&str>) {
     let server = Server::start(ARENA_BYTES as usize, SEED, tls);
-    let (agent, arena) =
-        Agent::start(support::config(ARENA_BYTES as usize, tls)).expect("UCX works here");
+    let (agent, arena) = support::start(support::config(ARENA_BYTES as usize, tls));
     let peer = PeerKey(1);
     println!(
         "\n{} (UCX_TLS {})",
@@ -53,7 +52,8 @@ async fn measure(tls: Option<&str>) {
         first.transport, first.gigabytes_per_second, again.gigabytes_per_second
     );
     let lone = [Read {
-        rank: 0,
+        source: 0,
+        destination: 0,
         remote_offset: 0,
         local_offset: 0,
         bytes: 4096,
@@ -114,7 +114,8 @@ fn scattered(length: u64) -> Vec<Read> {
     let blocks = ARENA_BYTES / length;
     (0..PULL_BYTES / length)
         .map(|i| Read {
-            rank: 0,
+            source: 0,
+            destination: 0,
             // 197 is prime to every power of two, so no block is read twice.
             remote_offset: (i * 197 + 13) % blocks * length,
             local_offset: i * length,
@@ -130,9 +131,8 @@ fn copy(arena: &Arena, reads: &[Read]) -> f32 {
         let from = ARENA_BYTES / 2 + read.remote_offset % (ARENA_BYTES / 2);
         // SAFETY: both are within the arena and in different halves; no pull is under way.
         unsafe {
-            let from = arena.base().add(from as usize);
-            arena
-                .base()
+            let from = support::base(arena).add(from as usize);
+            support::base(arena)
                 .add(read.local_offset as usize)
                 .copy_from_nonoverlapping(from, read.bytes as usize);
         }

@@ -11,7 +11,7 @@ use baton_protocol::{TransferDescriptor, UcxVersion};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use tokio::sync::oneshot;
 
-use crate::arena::{Arena, GpuMemory, Source};
+use crate::arena::{Arena, ArenaSource};
 use crate::descriptor::PeerPlan;
 use crate::flow::STALL;
 use crate::peer::PeerKey;
@@ -50,10 +50,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// What an agent is made of.
 #[derive(Clone, Debug, Default)]
 pub struct AgentConfig {
-    /// Length of the arena, where UCX is to allocate it.
-    pub arena_bytes: usize,
-    /// Memory on a GPU that is to be the arena instead.
-    pub gpu: Option<GpuMemory>,
+    /// The arenas, by rank: at least one. Those of several ranks lie in host memory.
+    pub arenas: Vec<ArenaSource>,
     /// UCX's list of transports (`UCX_TLS`), if not its own choice: `tcp,self` between processes of
     /// different users, which cannot share memory.
     pub tls: Option<String>,
@@ -138,12 +136,12 @@ impl Vitals {
 }
 
 impl Agent {
-    /// Loads UCX, makes the arena and starts the thread. Blocks for some 10 ms.
+    /// Loads UCX, makes the arenas and starts the thread. Blocks for some 10 ms. The arenas come back in their order.
     ///
     /// # Errors
     /// [`TransferError::Library`] without a fitting UCX, [`TransferError::Arena`] without memory,
     /// [`TransferError::Ucx`] if UCX refuses to start.
-    pub fn start(config: AgentConfig) -> Result<(Self, Arena), TransferError> {
+    pub fn start(config: AgentConfig) -> Result<(Self, Vec<Arena>), TransferError> {
         Self::start_impatient(config, STALL)
     }
 
@@ -155,7 +153,7 @@ impl Agent {
     pub fn start_impatient(
         config: AgentConfig,
         stall_after: Duration,
-    ) -> Result<(Self, Arena), TransferError> {
+    ) -> Result<(Self, Vec<Arena>), TransferError> {
         let (commands, receiver) = bounded(COMMANDS_MAX);
         let (ready_sender, ready) = bounded(1);
         let (ended_sender, ended) = bounded(0);
@@ -171,14 +169,10 @@ impl Agent {
             rates: Mutex::default(),
             connected: Mutex::default(),
         });
-        let source = match config.gpu {
-            Some(gpu) => Source::Gpu(gpu),
-            None => Source::Allocate {
-                bytes: config.arena_bytes,
-            },
-        };
+        let arena_bytes = config.arenas.iter().map(ArenaSource::host_bytes);
+        let arena_bytes = arena_bytes.fold(0, usize::saturating_add);
         let setup = thread::Setup {
-            source,
+            sources: config.arenas,
             tls: config.tls,
             commands: receiver,
             wake: wake.clone(),
@@ -196,11 +190,11 @@ impl Agent {
                 status: error.to_string(),
             })?;
         let Ready {
-            arena,
+            arenas,
             descriptor,
             summary,
         } = ready
-            .recv_timeout(start_timeout(config.arena_bytes))
+            .recv_timeout(start_timeout(arena_bytes))
             .map_err(|_| TransferError::Stopped)??;
         let shared = Shared {
             commands,
@@ -215,7 +209,7 @@ impl Agent {
             Self {
                 shared: Arc::new(shared),
             },
-            arena,
+            arenas,
         ))
     }
 

@@ -1,8 +1,9 @@
 //! Registered memory that peers may read.
 
-use std::ptr::{null_mut, slice_from_raw_parts};
+use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
 
+use baton_kv_memory::{Address, KvMemory};
 use baton_protocol::{Base64Bytes, MemoryType, RankRegion};
 use ucx_sys::*;
 
@@ -13,14 +14,25 @@ use crate::stage::MakeStaging;
 use crate::{TransferError, memory};
 
 /// Where an arena's memory comes from.
-pub(crate) enum Source {
+#[derive(Clone, Debug)]
+pub enum ArenaSource {
     /// UCX allocates host memory, which lets it be shared memory that peers on the host read in place.
-    Allocate {
+    Host {
         /// Its length.
         bytes: usize,
     },
     /// Memory on a GPU, allocated elsewhere and registered by its address.
     Gpu(GpuMemory),
+}
+
+impl ArenaSource {
+    /// Bytes of host memory that it takes.
+    pub(crate) fn host_bytes(&self) -> usize {
+        match self {
+            Self::Host { bytes } => *bytes,
+            Self::Gpu(_) => 0,
+        }
+    }
 }
 
 /// Memory on an NVIDIA GPU, one plain allocation of [`gpu_allocation_bytes`]: what cuda_ipc can share.
@@ -64,29 +76,21 @@ impl Arena {
         Self { region }
     }
 
-    /// First byte, aligned to 4096.
-    pub fn base(&self) -> *mut u8 {
-        self.region.base
-    }
-
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.region.bytes
-    }
-
-    /// Whether there is none; an agent makes no such arena.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     /// Kind of memory.
     pub fn memory(&self) -> MemoryType {
         self.region.memory
     }
+}
 
-    /// The bytes, for whoever knows who writes them.
-    pub fn as_ptr(&self) -> *const [u8] {
-        slice_from_raw_parts(self.base(), self.len())
+// SAFETY: the region is mapped, or its owner keeps it allocated, as long as the value lives; it begins on a page, and is of
+// the kind that it was made as. Nobody makes a reference to its bytes.
+unsafe impl KvMemory for Arena {
+    fn address(&self) -> Address {
+        self.region.address()
+    }
+
+    fn len(&self) -> usize {
+        self.region.bytes
     }
 }
 
@@ -118,10 +122,10 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    pub(crate) fn map(context: Arc<Context>, source: Source) -> Result<Self, TransferError> {
+    fn map(context: Arc<Context>, source: ArenaSource) -> Result<Self, TransferError> {
         let (bytes, gpu) = match source {
-            Source::Allocate { bytes } => (bytes, None),
-            Source::Gpu(gpu) => (gpu.bytes, Some(gpu)),
+            ArenaSource::Host { bytes } => (bytes, None),
+            ArenaSource::Gpu(gpu) => (gpu.bytes, Some(gpu)),
         };
         let failed = |detail: String| TransferError::Arena { bytes, detail };
         if bytes == 0 {
@@ -228,8 +232,16 @@ impl Region {
         }
     }
 
+    fn address(&self) -> Address {
+        match (self.memory, NonNull::new(self.base)) {
+            (MemoryType::Host, Some(base)) => Address::Host(base),
+            // GPU memory; host memory that was mapped is never at 0.
+            _ => Address::Device(self.base.addr() as u64),
+        }
+    }
+
     /// What a peer needs to read the arena.
-    pub(crate) fn describe(&self) -> Result<RankRegion, TransferError> {
+    fn describe(&self) -> Result<RankRegion, TransferError> {
         let ucp = self.context.ucp;
         let (base, bytes) = (self.base.addr() as u64, self.bytes());
         let Some(handle) = self.handle else {
@@ -292,6 +304,62 @@ impl Region {
     }
 }
 
+/// The regions of all ranks, one at least: in host memory, or one on a GPU.
+pub(crate) struct Regions(Vec<Arc<Region>>);
+
+impl Regions {
+    /// Whether arenas can be made of these.
+    pub(crate) fn check(sources: &[ArenaSource]) -> Result<(), TransferError> {
+        let is_gpu = |source: &ArenaSource| matches!(source, ArenaSource::Gpu(_));
+        let detail = match sources {
+            [] => "there is no rank that it could be of",
+            [_] => return Ok(()),
+            several if several.iter().any(is_gpu) => "several ranks have theirs in host memory",
+            _ => return Ok(()),
+        };
+        let detail = detail.to_owned();
+        Err(TransferError::Arena { bytes: 0, detail })
+    }
+
+    pub(crate) fn map(
+        context: &Arc<Context>,
+        sources: Vec<ArenaSource>,
+    ) -> Result<Self, TransferError> {
+        let map = |source| Region::map(context.clone(), source).map(Arc::new);
+        let regions = sources.into_iter().map(map);
+        Ok(Self(regions.collect::<Result<_, _>>()?))
+    }
+
+    pub(crate) fn describe(&self) -> Result<Vec<RankRegion>, TransferError> {
+        self.0.iter().map(|region| region.describe()).collect()
+    }
+
+    /// By rank.
+    pub(crate) fn all(&self) -> &[Arc<Region>] {
+        &self.0
+    }
+
+    /// That of a rank of ours.
+    pub(crate) fn of(&self, rank: u32) -> &Region {
+        &self.0[rank as usize]
+    }
+
+    /// That of rank 0.
+    pub(crate) fn first(&self) -> &Arc<Region> {
+        &self.0[0]
+    }
+
+    /// Kind of memory of all of them.
+    pub(crate) fn memory(&self) -> MemoryType {
+        self.first().memory()
+    }
+
+    /// Whether UCX knows all of them.
+    pub(crate) fn are_registered(&self) -> bool {
+        self.0.iter().all(|region| region.handle().is_some())
+    }
+}
+
 /// Pages that the system gives at a time. Between them it is asked whether the rest is still there: others start too.
 const POPULATE_BYTES: usize = 256 << 20;
 
@@ -340,21 +408,23 @@ impl Drop for Region {
 mod tests {
     use std::ptr::null_mut;
 
-    use super::populate;
+    use baton_kv_memory::KvMemory;
+
+    use super::{ArenaSource, populate};
     use crate::{Agent, AgentConfig};
 
     #[test]
     fn every_page_of_an_arena_is_there_from_the_start() {
         let bytes = 8 << 20;
         let config = AgentConfig {
-            arena_bytes: bytes,
-            gpu: None,
+            arenas: vec![ArenaSource::Host { bytes }],
             tls: None,
         };
-        let (_agent, arena) = Agent::start(config).expect("an agent");
+        let (_agent, arenas) = Agent::start(config).expect("an agent");
+        let base = arenas[0].address().host().expect("host memory");
         let mut pages = vec![0_u8; bytes / 4096];
         // SAFETY: the arena's own pages, and a byte of room for each.
-        let status = unsafe { libc::mincore(arena.base().cast(), bytes, pages.as_mut_ptr()) };
+        let status = unsafe { libc::mincore(base.as_ptr().cast(), bytes, pages.as_mut_ptr()) };
         assert_eq!(status, 0);
         let missing = pages.iter().filter(|page| **page & 1 == 0).count();
         assert_eq!(missing, 0, "of {} pages", pages.len());

@@ -1,13 +1,13 @@
 //! KV movement: one-sided reads from another worker's arena, over UCX.
 //!
-//! An [`Agent`] owns one [`Arena`], memory that peers may read, and one thread that owns the UCX worker
+//! An [`Agent`] owns one [`Arena`] for each rank of its worker, memory that peers may read, and one thread that owns the UCX worker
 //! and always progresses it: where a transport has no remote read of its own, UCX emulates it, and then
 //! the side that is read from has to take part. The handle is cheap to clone and async.
 //!
 //! 1. A context worker sends its [`Agent::descriptor`] to decode workers, once per incarnation.
 //! 2. A decode worker calls [`Agent::connect`] before the first request needs it: the connection is made,
 //!    tried and measured.
-//! 3. For each request [`plan_reads`] turns block runs into ranges and [`Agent::pull`] reads them. A pull may take as long as
+//! 3. For each request a [`BlockMap`] turns block runs into ranges and [`Agent::pull`] reads them. A pull may take as long as
 //!    its request has time; its connection is given up when nothing of what is outstanding on it ends for
 //!    [`PULL_STALL_MS`](baton_protocol::deadlines::PULL_STALL_MS).
 //!
@@ -40,10 +40,10 @@ mod wake;
 mod worker;
 
 pub use agent::{Agent, AgentConfig, AgentHealth};
-pub use arena::{Arena, GpuMemory, gpu_allocation_bytes};
+pub use arena::{Arena, ArenaSource, GpuMemory, gpu_allocation_bytes};
 pub use error::TransferError;
 pub use peer::PeerKey;
-pub use plan::plan_reads;
+pub use plan::{BlockMap, plan_reads};
 pub use probe::PeerReport;
 pub use pull::{PullStats, Read};
 pub use stage::{MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};

@@ -1,85 +1,241 @@
-//! From block runs to byte ranges.
+//! From blocks to byte ranges, whatever the tensor-parallel sizes of the two sides.
 
-use baton_protocol::{BlockRun, KvGeometry, RankRuns};
+use std::ops::Range;
+
+use baton_protocol::{BlockRun, KvGeometry, KvShare, KvShares};
 
 use crate::{Read, TransferError};
 
-/// The ranges to read for one sequence: each needed byte once, neighbours as one range.
-///
-/// `source` is where the sequence lies: for each rank of the context worker, the heads and layers it holds
-/// and its blocks, in order. A rank's arena is `[block][its heads][its layers][K,V][token][head_dim]`.
-/// `local` are the destination's blocks in the same order, in an arena that holds all heads and layers. A
-/// block is copied whole even if it is only partly filled.
+/// Most reads of one pull. A block of the largest models between unequal sizes takes some dozens, a prompt has some thousand
+/// blocks; more is a peer's made-up shares.
+const READS_MAX: usize = 1 << 20;
+
+/// The ranges to read for one sequence. See [`BlockMap`], which this makes and uses once.
 ///
 /// # Errors
-/// [`TransferError::Plan`] if the ranks do not hold every head of every layer exactly once, or not as
-/// many blocks as `local` has.
+/// As [`BlockMap::new`] and [`BlockMap::reads`].
 pub fn plan_reads(
     kv: &KvGeometry,
-    source: &[RankRuns],
+    source: &KvShares,
+    destination: &KvShares,
+    runs: &[BlockRun],
     local: &[u32],
 ) -> Result<Vec<Read>, TransferError> {
-    check_cover(kv, source)?;
-    let mut reads = Vec::new();
-    for (rank, share) in source.iter().enumerate() {
-        plan_rank(kv, rank as u32, share, local, &mut reads)?;
-    }
-    Ok(reads)
+    BlockMap::new(kv, source, destination)?.reads(runs, local)
 }
 
+/// Which bytes of a block on a peer's ranks go where in a block on our ranks. Made once for a connection.
+///
+/// Every head of every layer that a rank of ours holds is read once, from the lowest of the peer's ranks that holds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockMap {
+    /// By destination rank, then source rank, then offset at the destination. No two of them could be one.
+    pieces: Vec<Piece>,
+    /// Bytes of one block, by rank of the peer.
+    source_block: Vec<u64>,
+    /// The same of ours.
+    destination_block: Vec<u64>,
+}
+
+/// A range of one block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    source: u32,
+    destination: u32,
+    /// Where it begins in the peer's block.
+    remote: u64,
+    /// Where it begins in ours.
+    local: u64,
+    bytes: u64,
+}
+
+impl BlockMap {
+    /// `source` is what the peer's ranks hold, `destination` what ours do.
+    ///
+    /// # Errors
+    /// [`TransferError::Plan`] if the shares are not of this geometry, or if no rank of the peer holds what one of ours needs.
+    pub fn new(
+        kv: &KvGeometry,
+        source: &KvShares,
+        destination: &KvShares,
+    ) -> Result<Self, TransferError> {
+        source.check(kv).map_err(TransferError::Plan)?;
+        destination.check(kv).map_err(TransferError::Plan)?;
+        let mut pieces = Vec::new();
+        for rank in 0..destination.ranks() {
+            let begin = pieces.len();
+            plan_rank(kv, source, destination, rank, &mut pieces)?;
+            pieces[begin..].sort_unstable_by_key(|piece: &Piece| (piece.source, piece.local));
+        }
+        let is_next = |last: &Piece, next: &Piece| {
+            (last.source, last.destination) == (next.source, next.destination)
+                && last.remote + last.bytes == next.remote
+                && last.local + last.bytes == next.local
+        };
+        pieces.dedup_by(|next, last| {
+            let joins = is_next(last, next);
+            last.bytes += if joins { next.bytes } else { 0 };
+            joins
+        });
+        let blocks = |shares: &KvShares| {
+            let ranks = 0..shares.ranks();
+            ranks.map(|rank| shares.block_bytes(kv, rank)).collect()
+        };
+        Ok(Self {
+            pieces,
+            source_block: blocks(source),
+            destination_block: blocks(destination),
+        })
+    }
+
+    /// The ranges to read for one sequence, as few as there can be. Blocks are copied whole even if they are only partly
+    /// filled.
+    ///
+    /// `runs` are the peer's blocks in the order of their tokens, `local` ours in the same order; on either side they are the
+    /// same on all ranks.
+    ///
+    /// # Errors
+    /// [`TransferError::Plan`] if there are not as many blocks in `runs` as in `local`, or too many ranges.
+    pub fn reads(&self, runs: &[BlockRun], local: &[u32]) -> Result<Vec<Read>, TransferError> {
+        check_count(runs, local.len())?;
+        let mut reads: Vec<Read> = Vec::new();
+        let pairs = self
+            .pieces
+            .chunk_by(|a, b| (a.source, a.destination) == (b.source, b.destination));
+        for pieces in pairs {
+            self.read_pair(pieces, runs, local, &mut reads)?;
+        }
+        Ok(reads)
+    }
+
+    /// What one rank of ours reads from one of the peer's.
+    fn read_pair(
+        &self,
+        pieces: &[Piece],
+        runs: &[BlockRun],
+        local: &[u32],
+        reads: &mut Vec<Read>,
+    ) -> Result<(), TransferError> {
+        let begin = reads.len();
+        let mut is_sorted = true;
+        for (from, &to) in runs.iter().flat_map(blocks_of).zip(local) {
+            for piece in pieces {
+                let source_block = self.source_block[piece.source as usize];
+                let destination_block = self.destination_block[piece.destination as usize];
+                let read = Read {
+                    source: piece.source,
+                    destination: piece.destination,
+                    // A peer may say what it likes: what lies beyond its arena is refused before anything is read.
+                    remote_offset: from
+                        .saturating_mul(source_block)
+                        .saturating_add(piece.remote),
+                    local_offset: u64::from(to) * destination_block + piece.local,
+                    bytes: piece.bytes,
+                };
+                match reads[begin..].last_mut() {
+                    Some(last) if follows(last, &read) => last.bytes += read.bytes,
+                    Some(last) => {
+                        is_sorted &= last.local_offset < read.local_offset;
+                        reads.push(read);
+                    }
+                    None => reads.push(read),
+                }
+            }
+            if reads.len() > READS_MAX {
+                return Err(TransferError::Plan(format!(
+                    "{} blocks take more than {READS_MAX} reads",
+                    local.len()
+                )));
+            }
+        }
+        if !is_sorted {
+            let mut own = reads.split_off(begin);
+            own.sort_unstable_by_key(|read| read.local_offset);
+            own.dedup_by(|next, last| {
+                let joins = follows(last, next);
+                last.bytes += if joins { next.bytes } else { 0 };
+                joins
+            });
+            reads.append(&mut own);
+        }
+        Ok(())
+    }
+}
+
+/// The pieces that one rank of ours needs, head by head.
 fn plan_rank(
     kv: &KvGeometry,
-    rank: u32,
-    share: &RankRuns,
-    local: &[u32],
-    reads: &mut Vec<Read>,
+    source: &KvShares,
+    destination: &KvShares,
+    rank: usize,
+    pieces: &mut Vec<Piece>,
 ) -> Result<(), TransferError> {
-    let layer_bytes = kv.head_bytes() as u64 / u64::from(kv.layers);
-    let head_bytes = kv.head_bytes() as u64;
-    let block_bytes = kv.block_bytes() as u64;
-    let (first_head, first_layer) = (u64::from(share.head_first), u64::from(share.layer_first));
-    // With all layers, the rank's heads of a block are one range; else each head is one.
-    let whole_heads = share.layer_count == kv.layers;
-    let (pieces, piece_bytes) = if whole_heads {
-        (1, u64::from(share.head_count) * head_bytes)
-    } else {
-        (
-            u64::from(share.head_count),
-            u64::from(share.layer_count) * layer_bytes,
-        )
-    };
-
-    let begin = reads.len();
-    let mut blocks = share.runs.iter().flat_map(blocks_of);
-    for (index, &to) in local.iter().enumerate() {
-        let from = blocks.next().ok_or_else(|| {
-            TransferError::Plan(format!(
-                "rank {rank} has {index} blocks, {} are needed",
-                local.len()
-            ))
-        })?;
-        for piece in 0..pieces {
-            let read = Read {
-                rank,
-                remote_offset: (from * pieces + piece) * piece_bytes,
-                local_offset: u64::from(to) * block_bytes
-                    + (first_head + piece) * head_bytes
-                    + first_layer * layer_bytes,
-                bytes: piece_bytes,
-            };
-            match reads[begin..].last_mut() {
-                Some(last) if follows(last, &read) => last.bytes += read.bytes,
-                _ => reads.push(read),
+    for (group, own) in destination.0[rank].iter().enumerate() {
+        for head in own.heads() {
+            let mut missing = vec![own.layers()];
+            missing.retain(|layers| !layers.is_empty());
+            for (from, shares) in source.0.iter().enumerate() {
+                let share = &shares[group];
+                if !share.heads().contains(&head) {
+                    continue;
+                }
+                let found = take_out(&mut missing, share.layers());
+                pieces.extend(found.into_iter().map(|layers| Piece {
+                    source: from as u32,
+                    destination: rank as u32,
+                    remote: offset(kv, shares, group, head, layers.start),
+                    local: offset(kv, &destination.0[rank], group, head, layers.start),
+                    bytes: u64::from(layers.end - layers.start) * kv.cell_bytes(&kv.groups[group]),
+                }));
+            }
+            if let Some(layers) = missing.first() {
+                return Err(TransferError::Plan(format!(
+                    "no rank of the peer holds head {head} of layer {} of group {group}",
+                    layers.start
+                )));
             }
         }
     }
-    if blocks.next().is_some() {
-        return Err(TransferError::Plan(format!(
-            "rank {rank} has more than the {} blocks that are needed",
-            local.len()
-        )));
-    }
     Ok(())
+}
+
+/// Takes out of some ranges what another one has of them, and returns it.
+fn take_out(ranges: &mut Vec<Range<u32>>, other: Range<u32>) -> Vec<Range<u32>> {
+    let (mut found, mut left) = (Vec::new(), Vec::new());
+    for range in ranges.drain(..) {
+        let (start, end) = (range.start.max(other.start), range.end.min(other.end));
+        if start >= end {
+            left.push(range);
+            continue;
+        }
+        found.push(start..end);
+        let rest = [range.start..start, end..range.end];
+        left.extend(rest.into_iter().filter(|rest| !rest.is_empty()));
+    }
+    *ranges = left;
+    found
+}
+
+/// Where a head of a layer begins in a block of a rank that holds these shares, it among them.
+fn offset(kv: &KvGeometry, shares: &[KvShare], group: usize, head: u32, layer: u32) -> u64 {
+    let before = shares.iter().zip(&kv.groups).take(group);
+    let before: u64 = before
+        .map(|(share, group)| share.cells() * kv.cell_bytes(group))
+        .sum();
+    let share = &shares[group];
+    let heads = u64::from(head - share.head_first);
+    let cells = heads * u64::from(share.layer_count) + u64::from(layer - share.layer_first);
+    before + cells * kv.cell_bytes(&kv.groups[group])
+}
+
+fn check_count(runs: &[BlockRun], wanted: usize) -> Result<(), TransferError> {
+    let blocks: u64 = runs.iter().map(|run| u64::from(run.count)).sum();
+    match blocks == wanted as u64 {
+        true => Ok(()),
+        false => Err(TransferError::Plan(format!(
+            "it names {blocks} blocks, {wanted} are needed"
+        ))),
+    }
 }
 
 fn blocks_of(run: &BlockRun) -> impl Iterator<Item = u64> + use<> {
@@ -88,271 +244,9 @@ fn blocks_of(run: &BlockRun) -> impl Iterator<Item = u64> + use<> {
 }
 
 fn follows(last: &Read, next: &Read) -> bool {
-    last.remote_offset + last.bytes == next.remote_offset
+    last.remote_offset.saturating_add(last.bytes) == next.remote_offset
         && last.local_offset + last.bytes == next.local_offset
 }
 
-/// Every head of every layer is held exactly once.
-fn check_cover(kv: &KvGeometry, source: &[RankRuns]) -> Result<(), TransferError> {
-    let mut area = 0;
-    for (rank, share) in source.iter().enumerate() {
-        let reaches = |first: u32, count: u32, limit: u32| {
-            count > 0 && first.checked_add(count).is_some_and(|end| end <= limit)
-        };
-        if !reaches(share.head_first, share.head_count, kv.kv_heads)
-            || !reaches(share.layer_first, share.layer_count, kv.layers)
-        {
-            return Err(TransferError::Plan(format!(
-                "rank {rank} claims heads {}+{} of {} and layers {}+{} of {}",
-                share.head_first,
-                share.head_count,
-                kv.kv_heads,
-                share.layer_first,
-                share.layer_count,
-                kv.layers
-            )));
-        }
-        if let Some(other) = source[..rank]
-            .iter()
-            .position(|other| overlap(share, other))
-        {
-            return Err(TransferError::Plan(format!(
-                "ranks {other} and {rank} hold the same heads"
-            )));
-        }
-        area += u64::from(share.head_count) * u64::from(share.layer_count);
-    }
-    // Disjoint and within bounds, so the area decides.
-    if area != u64::from(kv.kv_heads) * u64::from(kv.layers) {
-        return Err(TransferError::Plan("some heads are held by no rank".into()));
-    }
-    Ok(())
-}
-
-fn overlap(a: &RankRuns, b: &RankRuns) -> bool {
-    let meet = |a: u32, a_count: u32, b: u32, b_count: u32| a < b + b_count && b < a + a_count;
-    meet(a.head_first, a.head_count, b.head_first, b.head_count)
-        && meet(a.layer_first, a.layer_count, b.layer_first, b.layer_count)
-}
-
 #[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-
-    use baton_protocol::KvDtype;
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn geometry(kv_heads: u32, layers: u32) -> KvGeometry {
-        KvGeometry {
-            layout: KvGeometry::LAYOUT,
-            dtype: KvDtype::Bf16,
-            block_tokens: 2,
-            kv_heads,
-            layers,
-            head_dim: 3,
-        }
-    }
-
-    /// Splits `0 .. count` into parts at some of its inner points.
-    fn split(count: u32, cuts: u32) -> Vec<(u32, u32)> {
-        let mut parts = Vec::new();
-        let mut first = 0;
-        for end in 1..=count {
-            if end == count || cuts >> end & 1 == 1 {
-                parts.push((first, end - first));
-                first = end;
-            }
-        }
-        parts
-    }
-
-    fn run_length(ids: &[u32]) -> Vec<BlockRun> {
-        let mut runs: Vec<BlockRun> = Vec::new();
-        for &id in ids {
-            match runs.last_mut() {
-                Some(run) if run.first + run.count == id => run.count += 1,
-                _ => runs.push(BlockRun {
-                    first: id,
-                    count: 1,
-                }),
-            }
-        }
-        runs
-    }
-
-    /// Distinct block ids, some of them neighbours.
-    fn ids(count: usize) -> impl Strategy<Value = Vec<u32>> {
-        let pieces: Vec<Vec<u32>> = (0..count as u32 * 2)
-            .collect::<Vec<_>>()
-            .chunks(3)
-            .map(<[u32]>::to_vec)
-            .collect();
-        Just(pieces)
-            .prop_shuffle()
-            .prop_map(move |pieces| pieces.concat()[..count].to_vec())
-    }
-
-    #[derive(Debug, Clone)]
-    struct Case {
-        kv: KvGeometry,
-        source: Vec<RankRuns>,
-        source_ids: Vec<Vec<u32>>,
-        local: Vec<u32>,
-    }
-
-    fn case() -> impl Strategy<Value = Case> {
-        (1u32..5, 1u32..4, any::<u32>(), any::<u32>(), 0usize..7).prop_flat_map(
-            |(heads, layers, head_cuts, layer_cuts, blocks)| {
-                let shares: Vec<_> = split(heads, head_cuts)
-                    .into_iter()
-                    .flat_map(|head| {
-                        split(layers, layer_cuts)
-                            .into_iter()
-                            .map(move |layer| (head, layer))
-                    })
-                    .collect();
-                let ranks = shares.len();
-                (
-                    Just(shares),
-                    prop::collection::vec(ids(blocks), ranks),
-                    ids(blocks),
-                )
-                    .prop_map(move |(shares, source_ids, local)| Case {
-                        kv: geometry(heads, layers),
-                        source: shares
-                            .iter()
-                            .zip(&source_ids)
-                            .map(
-                                |(&((head_first, head_count), (layer_first, layer_count)), ids)| {
-                                    RankRuns {
-                                        head_first,
-                                        head_count,
-                                        layer_first,
-                                        layer_count,
-                                        runs: run_length(ids),
-                                    }
-                                },
-                            )
-                            .collect(),
-                        source_ids,
-                        local,
-                    })
-            },
-        )
-    }
-
-    proptest! {
-        /// Walks every byte of the sequence through the layout as the protocol defines it.
-        #[test]
-        fn every_byte_comes_once_and_from_its_place(case in case()) {
-            let Case { kv, source, source_ids, local } = case;
-            let reads = plan_reads(&kv, &source, &local).expect("the case is sound");
-            let mut copied: HashMap<u64, (u32, u64)> = HashMap::new();
-            for read in &reads {
-                for byte in 0..read.bytes {
-                    let twice = copied.insert(read.local_offset + byte, (read.rank, read.remote_offset + byte));
-                    prop_assert!(twice.is_none(), "{read:?} writes byte {byte} again");
-                }
-            }
-            let layer_bytes = (kv.head_bytes() / kv.layers as usize) as u64;
-            for (rank, share) in source.iter().enumerate() {
-                for (index, &to) in local.iter().enumerate() {
-                    for head in 0..u64::from(share.head_count) {
-                        for layer in 0..u64::from(share.layer_count) {
-                            let from_block = u64::from(source_ids[rank][index]);
-                            let from = ((from_block * u64::from(share.head_count) + head) * u64::from(share.layer_count) + layer) * layer_bytes;
-                            let to_head = u64::from(share.head_first) + head;
-                            let to_layer = u64::from(share.layer_first) + layer;
-                            let to = ((u64::from(to) * u64::from(kv.kv_heads) + to_head) * u64::from(kv.layers) + to_layer) * layer_bytes;
-                            for byte in 0..layer_bytes {
-                                prop_assert_eq!(copied.remove(&(to + byte)), Some((rank as u32, from + byte)));
-                            }
-                        }
-                    }
-                }
-            }
-            prop_assert!(copied.is_empty(), "bytes that nobody needs: {copied:?}");
-            prop_assert!(!reads.windows(2).any(|pair| pair[0].rank == pair[1].rank && follows(&pair[0], &pair[1])));
-        }
-    }
-
-    fn whole(kv: &KvGeometry, runs: Vec<BlockRun>) -> RankRuns {
-        RankRuns {
-            head_first: 0,
-            head_count: kv.kv_heads,
-            layer_first: 0,
-            layer_count: kv.layers,
-            runs,
-        }
-    }
-
-    #[test]
-    fn neighbours_on_both_sides_are_one_read() {
-        let kv = geometry(2, 3);
-        let block = kv.block_bytes() as u64;
-        let source = [whole(
-            &kv,
-            vec![
-                BlockRun { first: 5, count: 2 },
-                BlockRun { first: 1, count: 1 },
-            ],
-        )];
-        let reads = plan_reads(&kv, &source, &[8, 9, 10]).expect("sound");
-        let expected = [
-            Read {
-                rank: 0,
-                remote_offset: 5 * block,
-                local_offset: 8 * block,
-                bytes: 2 * block,
-            },
-            Read {
-                rank: 0,
-                remote_offset: block,
-                local_offset: 10 * block,
-                bytes: block,
-            },
-        ];
-        assert_eq!(reads, expected);
-    }
-
-    #[test]
-    fn unsound_handles_are_refused() {
-        let kv = geometry(2, 3);
-        let one = || vec![BlockRun { first: 0, count: 1 }];
-        let half = RankRuns {
-            head_count: 1,
-            ..whole(&kv, one())
-        };
-        let beyond = RankRuns {
-            head_first: u32::MAX,
-            ..whole(&kv, one())
-        };
-        for (source, local) in [
-            (vec![], vec![0]),
-            (vec![half.clone()], vec![0]),
-            (vec![half.clone(), half], vec![0]),
-            (vec![beyond], vec![0]),
-            (vec![whole(&kv, one())], vec![0, 1]),
-            (vec![whole(&kv, one())], vec![]),
-            // Four thousand million blocks end at the first that is too many.
-            (
-                vec![whole(
-                    &kv,
-                    vec![BlockRun {
-                        first: u32::MAX,
-                        count: u32::MAX,
-                    }],
-                )],
-                vec![0],
-            ),
-        ] {
-            let outcome = plan_reads(&kv, &source, &local);
-            assert!(
-                matches!(outcome, Err(TransferError::Plan(_))),
-                "{source:?} {local:?}: {outcome:?}"
-            );
-        }
-    }
-}
+mod tests;

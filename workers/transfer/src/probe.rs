@@ -55,7 +55,8 @@ pub(crate) fn first_reads(link: &Link, region: &Region) -> Vec<Read> {
     let regions = link.regions().iter().enumerate();
     regions
         .map(|(rank, remote)| Read {
-            rank: rank as u32,
+            source: rank as u32,
+            destination: 0,
             remote_offset: 0,
             local_offset: region.scratch(),
             bytes: remote.bytes.get().min(bytes),
@@ -71,7 +72,8 @@ pub(crate) fn probe_reads(link: &Link, region: &Region) -> Vec<Read> {
     let ranges = first.into_iter().flat_map(|rank| walk(rank.bytes, longest));
     ranges
         .map(|range| Read {
-            rank: 0,
+            source: 0,
+            destination: 0,
             remote_offset: range.start,
             local_offset: scratch,
             bytes: range.end - range.start,

@@ -13,7 +13,7 @@ use ucx_sys::*;
 
 use crate::TransferError;
 use crate::agent::Vitals;
-use crate::arena::Region;
+use crate::arena::{Region, Regions};
 use crate::flow::Flow;
 use crate::peer::Link;
 
@@ -56,14 +56,16 @@ const EMULATED: Window = Window {
 /// A transfer posts about this much, and one read at least, before others have their turn.
 const TURN_BYTES: u64 = 32 << 20;
 
-/// One range to copy from a peer's arena into our own.
+/// One range to copy from an arena of a peer into one of our own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Read {
-    /// Which of the peer's arenas.
-    pub rank: u32,
-    /// First byte in it.
+    /// Which of the peer's arenas, by rank.
+    pub source: u32,
+    /// Which of ours, by rank.
+    pub destination: u32,
+    /// First byte in the peer's.
     pub remote_offset: u64,
-    /// First byte in our arena.
+    /// First byte in ours.
     pub local_offset: u64,
     /// Length.
     pub bytes: u64,
@@ -177,8 +179,8 @@ impl Reading {
     }
 
     /// Posts what may be posted now. Returns whether that was anything.
-    pub(crate) fn post(&mut self, ucp: &Ucp, region: &Region) -> bool {
-        let window = match (self.link.emulated.get(), region.memory()) {
+    pub(crate) fn post(&mut self, ucp: &Ucp, regions: &Regions) -> bool {
+        let window = match (self.link.emulated.get(), regions.memory()) {
             (true, _) => EMULATED,
             (false, MemoryType::Host) => DIRECT,
             (false, MemoryType::Cuda) => DIRECT_GPU,
@@ -196,7 +198,7 @@ impl Reading {
             let began = *began.get_or_insert_with(Instant::now);
             flow.begin(began);
             turn += piece.bytes;
-            if self.post_one(ucp, region, piece) {
+            if self.post_one(ucp, regions.of(piece.destination), piece) {
                 at_once += piece.bytes;
             }
         }
@@ -219,7 +221,8 @@ impl Reading {
             (index, done + bytes)
         };
         Some(Read {
-            rank: read.rank,
+            source: read.source,
+            destination: read.destination,
             remote_offset: read.remote_offset + done,
             local_offset: read.local_offset + done,
             bytes,
@@ -228,7 +231,7 @@ impl Reading {
 
     /// Whether it ended at once.
     fn post_one(&self, ucp: &Ucp, region: &Region, piece: Read) -> bool {
-        let remote = &self.link.regions()[piece.rank as usize];
+        let remote = &self.link.regions()[piece.source as usize];
         let mut param = ucp_request_param_t {
             op_attr_mask: UCP_OP_ATTR_FIELD_CALLBACK
                 | UCP_OP_ATTR_FIELD_USER_DATA
@@ -292,22 +295,21 @@ impl Reading {
         }
     }
 
-    /// Whether each read lies within the peer's arena and ours.
-    pub(crate) fn check(
-        link: &Link,
-        local_bytes: u64,
-        reads: &[Read],
-    ) -> Result<(), TransferError> {
+    /// Whether each read lies within an arena of the peer's and one of ours.
+    pub(crate) fn check(link: &Link, own: &Regions, reads: &[Read]) -> Result<(), TransferError> {
+        let unknown = |rank: u32, whose: &str, count: usize| {
+            TransferError::Plan(format!("there is no rank {rank} among {whose} {count}"))
+        };
         for read in reads {
-            let Some(remote) = link.regions().get(read.rank as usize) else {
-                return Err(TransferError::Plan(format!(
-                    "rank {} is read, but the peer has {} ranks",
-                    read.rank,
-                    link.regions().len()
-                )));
+            let (theirs, ours) = (link.regions(), own.all());
+            let Some(remote) = theirs.get(read.source as usize) else {
+                return Err(unknown(read.source, "the peer's", theirs.len()));
+            };
+            let Some(local) = ours.get(read.destination as usize) else {
+                return Err(unknown(read.destination, "our own", ours.len()));
             };
             within("peer's", read.remote_offset, read.bytes, remote.bytes.get())?;
-            within("own", read.local_offset, read.bytes, local_bytes)?;
+            within("own", read.local_offset, read.bytes, local.bytes())?;
         }
         Ok(())
     }

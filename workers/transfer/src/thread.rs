@@ -19,7 +19,7 @@ use self::ending::{Closing, Quarantined};
 use self::transfers::{Then, Transfer, Work};
 use crate::TransferError;
 use crate::agent::{Vitals, version};
-use crate::arena::{Arena, Region, Source};
+use crate::arena::{Arena, ArenaSource, Region, Regions};
 use crate::context::Context;
 use crate::descriptor::PeerPlan;
 use crate::peer::{Link, PeerKey};
@@ -100,7 +100,7 @@ impl Drop for Running<'_> {
 
 /// The thread's state.
 struct Mover {
-    // Fields drop in this order: links, then the worker, then the region.
+    // Fields drop in this order: links, then the worker, then the regions.
     transfers: Vec<Transfer>,
     quarantine: Vec<Quarantined>,
     closing: Vec<Closing>,
@@ -109,7 +109,7 @@ struct Mover {
     worker: Worker,
     // After the worker, which delivers to its inbox.
     stage: Rc<Stage>,
-    region: Arc<Region>,
+    regions: Regions,
     ucp: &'static Ucp,
     commands: Receiver<Command>,
     wake: Arc<Wake>,
@@ -125,14 +125,15 @@ struct Mover {
 impl Mover {
     fn start(setup: Setup) -> Result<(Self, Ready), TransferError> {
         let Setup {
-            source,
+            sources,
             tls,
             commands,
             wake,
             vitals,
             stall_after,
         } = setup;
-        if let Source::Gpu(gpu) = &source {
+        Regions::check(&sources)?;
+        if let [ArenaSource::Gpu(gpu)] = &sources[..] {
             (gpu.bind)().map_err(|detail| TransferError::Arena {
                 bytes: gpu.bytes,
                 detail,
@@ -141,22 +142,22 @@ impl Mover {
         let (context, worker) = open(tls.as_deref())?;
         let ucp = context.ucp;
         let summary = format!("ucx {} {}", version(ucp), probe::transports(&context));
-        let staging = match &source {
-            Source::Gpu(gpu) => Some(gpu.staging.clone()),
-            Source::Allocate { .. } => None,
+        let staging = match &sources[..] {
+            [ArenaSource::Gpu(gpu)] => Some(gpu.staging.clone()),
+            _ => None,
         };
-        let region = Arc::new(Region::map(context, source)?);
+        let regions = Regions::map(&context, sources)?;
         let address = seal(Kind::Address, &worker.address()?);
-        let staging = staging.unwrap_or_else(|| beside(&region));
+        let staging = staging.unwrap_or_else(|| beside(regions.first()));
         let stage = Rc::new(Stage::new(staging, address.clone()));
         stage.inbox.listen(ucp, worker.handle)?;
         let descriptor = TransferDescriptor {
             ucx: version(ucp),
             address: Base64Bytes(address),
-            ranks: vec![region.describe()?],
+            ranks: regions.describe()?,
         };
         let ready = Ready {
-            arena: Arena::new(region.clone()),
+            arenas: regions.all().iter().cloned().map(Arena::new).collect(),
             descriptor,
             summary,
         };
@@ -168,7 +169,7 @@ impl Mover {
             serving: Serving::new(ucp, stage.clone(), vitals.clone(), stall_after),
             worker,
             stage,
-            region,
+            regions,
             ucp,
             commands,
             wake,
@@ -238,8 +239,8 @@ impl Mover {
                 self.disconnect(peer);
                 match self.connect(peer, &plan) {
                     // Where UCX does not know one of the two memories it must not touch either.
-                    Ok(link) if link.has_keys() && self.region.handle().is_some() => {
-                        let reads = probe::first_reads(&link, &self.region);
+                    Ok(link) if link.has_keys() && self.regions.are_registered() => {
+                        let reads = probe::first_reads(&link, self.regions.first());
                         let reading = Reading::new(self.ucp, link, reads, started, allowed);
                         self.begin(Work::Reads(reading), Then::Probe { reply });
                     }
@@ -295,7 +296,7 @@ impl Mover {
             .links
             .get(&peer)
             .ok_or(TransferError::NotConnected(peer))?;
-        Reading::check(link, self.region.bytes(), reads)?;
+        Reading::check(link, &self.regions, reads)?;
         self.room()?;
         Ok(link.clone())
     }
@@ -333,7 +334,7 @@ impl Mover {
     /// Whether something is under way, or soon will be, whose end is seen by looking alone: a thread that waits for UCX to wake it
     /// sleeps on, up to [`SLEEP_MAX`].
     fn must_watch(&mut self, now: Instant) -> bool {
-        let pulls = self.region.memory() == MemoryType::Cuda;
+        let pulls = self.regions.memory() == MemoryType::Cuda;
         if pulls && !self.transfers.is_empty() {
             self.pulled = Some(now);
         }
@@ -345,7 +346,8 @@ impl Mover {
     /// What peers want of the staged road.
     fn serve(&mut self, now: Instant) -> bool {
         let letters = self.stage.letters(self.links.values());
-        let bytes = self.region.bytes();
+        // With several arenas nobody was welcome.
+        let bytes = self.regions.first().bytes();
         let (busy, broken) = self.serving.turn(self.worker.handle, letters, bytes, now);
         self.close_all(broken);
         busy

@@ -39,7 +39,7 @@ fn over(
         println!("UCX_TLS {tls:?}");
         let server = Server::start(64 << 20, 1, tls);
         let config = config(64 << 20, tls);
-        let (agent, arena) = Agent::start_impatient(config, stall).expect("UCX works here");
+        let (agent, arena) = support::one(Agent::start_impatient(config, stall));
         runtime.block_on(async {
             let connected = agent.connect(PEER, server.descriptor.clone(), LONG).await;
             connected.expect("connects");

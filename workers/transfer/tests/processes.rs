@@ -5,9 +5,13 @@ mod support;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_protocol::{MemoryType, TransferDescriptor, UcxVersion};
+use baton_protocol::{
+    BlockRun, KvGeometry, KvGroup, KvShares, MemoryType, TransferDescriptor, UcxVersion,
+};
 use baton_transfer::fuzzing;
-use baton_transfer::{Agent, Arena, PeerKey, Read, TransferError};
+use baton_transfer::{
+    Agent, AgentConfig, Arena, ArenaSource, GpuMemory, PeerKey, Read, TransferError, plan_reads,
+};
 use support::{ROADS, SERVER_TEST, STAGED, Server, config, fill, matches, range, until};
 
 const MIB: u64 = 1 << 20;
@@ -23,7 +27,15 @@ fn serve_an_arena() {
 }
 
 fn agent(arena_bytes: u64, tls: Option<&str>) -> (Agent, Arena) {
-    Agent::start(config(arena_bytes as usize, tls)).expect("UCX works here: install libucx0")
+    support::start(config(arena_bytes as usize, tls))
+}
+
+/// The arena of a config of [`STAGED`].
+fn gpu_of(config: &mut AgentConfig) -> &mut GpuMemory {
+    match &mut config.arenas[..] {
+        [ArenaSource::Gpu(gpu)] => gpu,
+        other => panic!("{other:?} is not staged"),
+    }
 }
 
 /// Runs a test over each road.
@@ -78,7 +90,8 @@ fn scattered_blocks_arrive_whole() {
 
         let reads: Vec<Read> = (0..512)
             .map(|i| Read {
-                rank: 0,
+                source: 0,
+                destination: 0,
                 remote_offset: (i * 197 + 13) % 512 * (128 << 10),
                 local_offset: i * (128 << 10),
                 bytes: 128 << 10,
@@ -326,8 +339,8 @@ fn gpu_memory_that_ucx_does_not_know_is_staged() {
         .expect("a runtime");
     let registered = || {
         let mut config = config(8 << 20, Some(STAGED));
-        config.gpu.as_mut().expect("it is staged").registered = true;
-        Agent::start(config).expect("it starts all the same")
+        gpu_of(&mut config).registered = true;
+        support::start(config)
     };
     let (target, arena) = registered();
     if target.summary().contains("cuda") {
@@ -352,9 +365,8 @@ fn a_peer_without_host_memory_says_so() {
         .build()
         .expect("a runtime");
     let mut poor = config(8 << 20, Some(STAGED));
-    let gpu = poor.gpu.as_mut().expect("it is staged");
-    gpu.staging = Arc::new(|| Err("no memory can be pinned".to_owned()));
-    let (target, _arena) = Agent::start(poor).expect("UCX works here");
+    gpu_of(&mut poor).staging = Arc::new(|| Err("no memory can be pinned".to_owned()));
+    let (target, _arena) = support::start(poor);
     let (reader, _arena) = agent(8 * MIB, Some(STAGED));
     let connected = runtime.block_on(reader.connect(PEER, target.descriptor(), LONG));
     let error = connected.expect_err("it cannot be read").to_string();
@@ -495,7 +507,8 @@ fn reads_out_of_bounds_are_refused() {
             (0, 0, 0),
         ] {
             let read = Read {
-                rank: 0,
+                source: 0,
+                destination: 0,
                 remote_offset,
                 local_offset,
                 bytes,
@@ -507,7 +520,8 @@ fn reads_out_of_bounds_are_refused() {
             );
         }
         let foreign_rank = vec![Read {
-            rank: 1,
+            source: 1,
+            destination: 0,
             remote_offset: 0,
             local_offset: 0,
             bytes: 8,
@@ -573,7 +587,8 @@ fn concurrent_pulls_from_two_peers() {
                 let (peer, local_offset) = (slot % 2, slot * 2 * MIB);
                 let remote_offset = slot * 37 % 30 * MIB;
                 let read = Read {
-                    rank: 0,
+                    source: 0,
+                    destination: 0,
                     remote_offset,
                     local_offset,
                     bytes: 2 * MIB,
@@ -612,4 +627,79 @@ async fn wait_for(agent: &Agent, what: &str, condition: impl Fn(&Agent) -> bool)
     waited
         .await
         .unwrap_or_else(|_| panic!("never came: {what}; {:?}", agent.health()));
+}
+
+/// An agent with an arena for each rank of a worker that holds `blocks` blocks, filled with a seed of the rank's own.
+fn agent_of_ranks(
+    kv: &KvGeometry,
+    shares: &KvShares,
+    blocks: u64,
+    tls: Option<&str>,
+) -> (Agent, Vec<Arena>) {
+    let arena = |rank| ArenaSource::Host {
+        bytes: (shares.block_bytes(kv, rank) * blocks) as usize,
+    };
+    let config = AgentConfig {
+        arenas: (0..shares.ranks()).map(arena).collect(),
+        tls: tls.map(str::to_owned),
+    };
+    Agent::start(config).expect("UCX works here")
+}
+
+#[test]
+fn workers_of_unequal_sizes_read_each_others_ranks() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .expect("a runtime");
+    let group = KvGroup {
+        layers: 4,
+        kv_heads: 6,
+        head_dim: 64,
+    };
+    let kv = KvGeometry::bf16(16, vec![group]);
+    let runs = [(5, 2), (1, 1)].map(|(first, count)| BlockRun { first, count });
+    let local = [2, 3, 7];
+    for tls in [None, Some("tcp,self")] {
+        for (from, to, stages) in [(2, 1, 1), (1, 2, 1), (4, 2, 1), (3, 1, 2), (8, 3, 1)] {
+            let source = KvShares::parallel(&kv, from, stages);
+            let destination = KvShares::parallel(&kv, to, 1);
+            let (target, theirs) = agent_of_ranks(&kv, &source, 8, tls);
+            for (seed, arena) in theirs.iter().enumerate() {
+                fill(arena, seed as u64);
+            }
+            let (reader, own) = agent_of_ranks(&kv, &destination, 8, tls);
+            let reads = plan_reads(&kv, &source, &destination, &runs, &local).expect("a plan");
+            runtime.block_on(async {
+                let connected = reader.connect(PEER, target.descriptor(), LONG).await;
+                connected.expect("connects");
+                let pulled = reader.pull(PEER, reads.clone(), (), LONG).await;
+                let ((), stats) = pulled.expect("pulls");
+                let blocks =
+                    (0..destination.ranks()).map(|rank| destination.block_bytes(&kv, rank));
+                assert_eq!(stats.bytes, local.len() as u64 * blocks.sum::<u64>());
+            });
+            for read in reads {
+                let arena = &own[read.destination as usize];
+                let seed = u64::from(read.source);
+                let (to, from) = (read.local_offset, read.remote_offset);
+                assert!(matches(arena, to, seed, from, read.bytes), "{read:?}");
+            }
+            reader.shutdown();
+            target.shutdown();
+        }
+    }
+}
+
+#[test]
+fn arenas_that_one_agent_cannot_have_are_refused() {
+    let started = |arenas| match Agent::start(AgentConfig { arenas, tls: None }) {
+        Err(TransferError::Arena { detail, .. }) => detail,
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it started"),
+    };
+    assert!(started(Vec::new()).contains("no rank"));
+    let mut staged = config(1 << 20, Some(STAGED)).arenas;
+    staged.push(ArenaSource::Host { bytes: 1 << 20 });
+    assert!(started(staged).contains("host memory"));
 }

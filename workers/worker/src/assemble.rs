@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_bus::Wire;
 use baton_engine::BlockPool;
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{KvGeometry, ModelInfo, WorkerState};
+use baton_protocol::{KvGeometry, KvShares, ModelInfo, WorkerState};
 use baton_watchdog::Pulse;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -33,6 +33,7 @@ pub(crate) struct Parts {
     pub(crate) me: Identity,
     pub(crate) model: ModelInfo,
     pub(crate) kv: KvGeometry,
+    pub(crate) shares: KvShares,
     pub(crate) cluster: Cluster,
     pub(crate) wire: Wire,
     pub(crate) outbox: Outbox,
@@ -54,6 +55,7 @@ impl Desk {
             me,
             model,
             kv,
+            shares,
             cluster,
             wire,
             outbox,
@@ -82,6 +84,7 @@ impl Desk {
             tokens,
             engine,
             pool,
+            shares,
             lease,
             drain,
             state: WorkerState::Serving,

@@ -162,7 +162,7 @@ impl Checks {
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::{CacheSalt, Generation, KvDtype};
+    use baton_protocol::{CacheSalt, Generation, KvGroup};
 
     use super::*;
 
@@ -174,14 +174,14 @@ mod tests {
                 tokens_max: 100,
                 vocab: 50,
             },
-            kv: KvGeometry {
-                layout: 1,
-                dtype: KvDtype::Bf16,
-                block_tokens: 8,
-                kv_heads: 1,
-                layers: 1,
-                head_dim: 2,
-            },
+            kv: KvGeometry::bf16(
+                8,
+                vec![KvGroup {
+                    layers: 1,
+                    kv_heads: 1,
+                    head_dim: 2,
+                }],
+            ),
             blocks: 10,
         }
     }
@@ -252,10 +252,8 @@ mod tests {
                 .to_string()
                 .contains("bbbbbbbbbbbb…")
         );
-        let kv = KvGeometry {
-            head_dim: 4,
-            ..checks.kv.clone()
-        };
+        let mut kv = checks.kv.clone();
+        kv.groups[0].head_dim = 4;
         let refusal = checks.geometry(&kv).unwrap_err().to_string();
         assert!(
             refusal.contains("head_dim is 2 here and 4 there"),

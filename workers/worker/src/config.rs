@@ -11,6 +11,7 @@ use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, Role, WorkerId, deadlines};
 
 use crate::WorkerError;
+use crate::fake_kv::FakeKvShape;
 
 /// Everything a worker is told at start.
 #[derive(Clone, Debug)]
@@ -52,6 +53,8 @@ pub struct WorkerConfig {
     pub ucx_tls: Option<String>,
     /// What goes wrong on the fake device; nothing, but in tests.
     pub fake_faults: FakeFaults,
+    /// How the fake device's KV is divided; not at all, but in tests.
+    pub fake_kv: FakeKvShape,
 }
 
 /// KV arena where nothing is said.
@@ -90,6 +93,7 @@ impl WorkerConfig {
             drain_ms: DRAIN_MS_DEFAULT,
             ucx_tls: None,
             fake_faults: FakeFaults::default(),
+            fake_kv: FakeKvShape::default(),
         }
     }
 

@@ -1,14 +1,15 @@
 //! Carries out what the peers' state machine wants: describe, connect, probe, disconnect.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_bus::Wire;
 use baton_protocol::deadlines::{CONTROL_TIMEOUT_MS, PULL_STALL_MS};
 use baton_protocol::{
-    Incarnation, KvGeometry, ModelFingerprint, TransferDescriptor, WorkerDescriptor, WorkerId,
-    decode,
+    Incarnation, KvGeometry, KvShares, ModelFingerprint, TransferDescriptor, WorkerDescriptor,
+    WorkerId, decode,
 };
-use baton_transfer::PeerKey;
+use baton_transfer::{BlockMap, PeerKey};
 use bytes::Bytes;
 use tokio::task::JoinError;
 use tokio::time::{Instant, timeout};
@@ -45,6 +46,7 @@ impl Desk {
                     incarnation,
                     model: self.checks.model.fingerprint.clone(),
                     kv: self.checks.kv.clone(),
+                    shares: self.shares.clone(),
                 };
                 self.links.spawn(async move {
                     let link = connect(&wire, describe, &agent, &expected).await;
@@ -95,12 +97,17 @@ struct Expected {
     incarnation: Incarnation,
     model: ModelFingerprint,
     kv: KvGeometry,
+    /// What our ranks hold.
+    shares: KvShares,
 }
 
 impl Expected {
-    /// What a description says of the arena, if it is of this worker and its KV can be used. Its beat said so before, but a
+    /// What a description says of the arenas, if it is of this worker and its KV can be used. Its beat said so before, but a
     /// description is another message.
-    fn arena(&self, described: WorkerDescriptor) -> Result<TransferDescriptor, String> {
+    fn arenas(
+        &self,
+        described: WorkerDescriptor,
+    ) -> Result<(TransferDescriptor, BlockMap), String> {
         if described.worker != self.worker {
             return Err(format!("it describes {}", described.worker));
         }
@@ -113,18 +120,24 @@ impl Expected {
         if let Some(difference) = self.kv.difference(&described.kv) {
             return Err(format!("it describes KV laid out otherwise: {difference}"));
         }
-        let arena = described
+        let transfer = described
             .transfer
             .ok_or("it moves no KV: it was started without UCX")?;
-        let mut ranks = arena.ranks.iter();
-        let bytes = ranks.try_fold(0_u64, |sum, rank| sum.checked_add(rank.bytes));
-        let block_bytes = self.kv.block_bytes() as u64;
-        match bytes.and_then(|bytes| bytes.checked_rem(block_bytes)) {
-            Some(0) => Ok(arena),
-            _ => Err(format!(
-                "its arena is not a number of whole blocks of {block_bytes} bytes"
-            )),
+        let map = BlockMap::new(&self.kv, &described.shares, &self.shares)
+            .map_err(|error| format!("it describes KV that cannot be read: {error}"))?;
+        let (ranks, arenas) = (described.shares.ranks(), transfer.ranks.len());
+        if ranks != arenas {
+            return Err(format!("it describes {ranks} ranks and {arenas} arenas"));
         }
+        for (rank, arena) in transfer.ranks.iter().enumerate() {
+            let block_bytes = described.shares.block_bytes(&self.kv, rank);
+            if arena.bytes % block_bytes != 0 {
+                return Err(format!(
+                    "the arena of its rank {rank} is not a number of whole blocks of {block_bytes} bytes"
+                ));
+            }
+        }
+        Ok((transfer, map))
     }
 }
 
@@ -142,20 +155,23 @@ async fn connect(
         .map_err(|_| "it did not describe itself in time".to_owned())?
         .map_err(|error| format!("it did not describe itself: {error}"))?;
     let described = decode(&answer.payload).map_err(|error| error.to_string())?;
+    let (arenas, map) = expected.arenas(described)?;
     let report = agent
-        .connect(key, expected.arena(described)?, CONNECT_TIMEOUT)
+        .connect(key, arenas, CONNECT_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;
     Ok(Link {
         transport: report.transport,
         gigabytes_per_second: report.gigabytes_per_second,
+        map: Arc::new(map),
     })
 }
 
 #[cfg(test)]
 mod tests {
+    use baton_engine::fake_geometry;
     use baton_protocol::{
-        Base64Bytes, KvDtype, MemoryType, ModelInfo, PROTOCOL_VERSION, RankRegion, Role, UcxVersion,
+        Base64Bytes, MemoryType, ModelInfo, PROTOCOL_VERSION, RankRegion, Role, UcxVersion,
     };
 
     use super::*;
@@ -178,14 +194,8 @@ mod tests {
                 tokens_max: 8,
                 vocab: 8,
             },
-            kv: KvGeometry {
-                layout: 1,
-                dtype: KvDtype::Bf16,
-                block_tokens: 32,
-                kv_heads: 1,
-                layers: 1,
-                head_dim: 2,
-            },
+            shares: KvShares::whole(&fake_geometry(32, 1, 1)),
+            kv: fake_geometry(32, 1, 1),
             transfer: Some(TransferDescriptor {
                 ucx: UcxVersion(1, 13, 1),
                 address: Base64Bytes(vec![1]),
@@ -202,12 +212,13 @@ mod tests {
             incarnation: good.incarnation,
             model: good.model.fingerprint.clone(),
             kv: good.kv.clone(),
+            shares: good.shares.clone(),
         };
-        assert!(expected.arena(good.clone()).is_ok());
+        assert!(expected.arenas(good.clone()).is_ok());
         let alter = |alter: fn(&mut WorkerDescriptor), words: &str| {
             let mut bad = good.clone();
             alter(&mut bad);
-            let error = expected.arena(bad).unwrap_err();
+            let error = expected.arenas(bad).unwrap_err();
             assert!(error.contains(words), "{error}");
         };
         alter(|d| d.worker = WorkerId::new("thief").unwrap(), "thief");
@@ -216,7 +227,10 @@ mod tests {
             |d| d.model.fingerprint = ModelFingerprint::new("b".repeat(64)).unwrap(),
             "another model",
         );
-        alter(|d| d.kv.layers = 2, "layers is 1 here and 2 there");
+        alter(
+            |d| d.kv.groups[0].layers = 2,
+            "layers is 1 here and 2 there",
+        );
         alter(|d| d.transfer = None, "without UCX");
         alter(
             |d| d.transfer.as_mut().unwrap().ranks[0].bytes = 257,
@@ -225,10 +239,11 @@ mod tests {
         alter(
             |d| {
                 let ranks = &mut d.transfer.as_mut().unwrap().ranks;
-                ranks[0].bytes = u64::MAX;
                 ranks.push(ranks[0].clone());
             },
-            "whole blocks",
+            "1 ranks and 2 arenas",
         );
+        alter(|d| d.shares.0.clear(), "no rank");
+        alter(|d| d.shares.0[0][0].head_count = 0, "cannot be read");
     }
 }

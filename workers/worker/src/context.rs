@@ -5,7 +5,7 @@ use std::time::Duration;
 use async_nats::{Message, Subject};
 use baton_protocol::{
     ApiServerId, Failure, FailureCode, HandleId, KvHandle, Nonce, PROTOCOL_VERSION, PrefillJob,
-    PrefillReply, PrefillTimings, RankRuns, Refusal, Release, Released, Renew, Renewed, RequestId,
+    PrefillReply, PrefillTimings, Refusal, Release, Released, Renew, Renewed, RequestId,
     TokenLogprobs, WorkerState, decode,
 };
 use tokio::time::Instant;
@@ -175,7 +175,7 @@ impl Desk {
             nonce: Nonce(0),
             model: self.checks.model.fingerprint.clone(),
             kv: self.checks.kv.clone(),
-            ranks: Vec::new(),
+            runs: Vec::new(),
             valid_tokens: entry.tokens,
             lease_ms: self.lease.as_millis() as u32,
             first_token: sampled.token,
@@ -196,13 +196,7 @@ impl Desk {
                     return;
                 }
             }
-            handle.ranks = vec![RankRuns {
-                head_first: 0,
-                head_count: handle.kv.kv_heads,
-                layer_first: 0,
-                layer_count: handle.kv.layers,
-                runs: blocks.table().map(|table| table.runs()).unwrap_or_default(),
-            }];
+            handle.runs = blocks.table().map(|table| table.runs()).unwrap_or_default();
             let (now, nonce) = (Instant::now(), handle.nonce);
             self.expect_release(now);
             handle.handle = self.leases.grant(

@@ -4,15 +4,15 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, HostSlots};
-use baton_engine::KvMemory;
+use baton_kv_memory::{FirstBytes, KvMemory};
 use baton_model::ModelDir;
-use baton_protocol::Role;
+use baton_protocol::{KvShares, Role};
 use baton_transfer::{
-    Agent, AgentConfig, GpuMemory, MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging,
-    gpu_allocation_bytes,
+    Agent, AgentConfig, ArenaSource, GpuMemory, MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS,
+    Staging, gpu_allocation_bytes,
 };
 
-use crate::device::{Arena, Backend};
+use crate::device::{Arenas, Backend};
 use crate::{WorkerConfig, WorkerError, memory};
 
 impl Backend {
@@ -54,12 +54,21 @@ impl Backend {
         let bytes = kv.block_bytes() * blocks as usize;
         let memory = CudaMemory::new(&device, gpu_allocation_bytes(bytes)).map_err(failed)?;
         let memory = Arc::new(memory);
-        let arena = share(config, &device, memory, bytes)?;
-        let executor = CudaExecutor::new(loaded, arena.memory, kv).map_err(failed)?;
+        let Arenas {
+            memories,
+            agent,
+            transport,
+        } = share(config, &device, memory, bytes)?;
+        let Ok([memory]) = <[_; 1]>::try_from(memories) else {
+            unreachable!("one rank has one arena");
+        };
+        let shares = KvShares::whole(&kv);
+        let executor = CudaExecutor::new(loaded, memory, kv).map_err(failed)?;
         Ok(Self {
             executor: Box::new(executor),
-            agent: arena.agent,
-            transport: arena.transport,
+            shares,
+            agent,
+            transport,
         })
     }
 }
@@ -70,12 +79,12 @@ fn share(
     device: &Arc<baton_cuda::Device>,
     memory: Arc<CudaMemory>,
     bytes: usize,
-) -> Result<Arena, WorkerError> {
+) -> Result<Arenas, WorkerError> {
     let owner = memory.clone();
     let bound = device.clone();
     let agent_config = AgentConfig {
-        gpu: Some(GpuMemory {
-            base: memory.base() as u64,
+        arenas: vec![ArenaSource::Gpu(GpuMemory {
+            base: memory.address().number(),
             bytes,
             bind: Arc::new(move || {
                 let _keep = &owner;
@@ -83,23 +92,23 @@ fn share(
             }),
             staging: staging(device, &memory),
             registered: true,
-        }),
+        })],
         tls: config.ucx_tls.clone(),
-        ..AgentConfig::default()
     };
     match Agent::start(agent_config) {
-        Ok((agent, arena)) => {
+        Ok((agent, arenas)) => {
             let transport = agent.summary();
-            Ok(Arena {
-                memory: Arc::new(Shared(arena)),
+            let memories = arenas.into_iter().map(|arena| Arc::new(arena) as _);
+            Ok(Arenas {
+                memories: memories.collect(),
                 agent: Some(agent),
                 transport,
             })
         }
         Err(error) if config.role == Role::Both => {
             tracing::warn!(%error, "no KV transfer: this worker serves its own prompts only");
-            Ok(Arena {
-                memory: Arc::new(Own { memory, bytes }),
+            Ok(Arenas {
+                memories: vec![Arc::new(FirstBytes::new(memory, bytes))],
                 agent: None,
                 transport: format!("none: {error}"),
             })
@@ -142,34 +151,5 @@ impl Staging for Slots {
 
     fn is_done(&mut self, slot: usize) -> Result<bool, String> {
         self.0.is_done(slot).map_err(|error| error.to_string())
-    }
-}
-
-/// An arena that peers read, which keeps its memory alive.
-struct Shared(baton_transfer::Arena);
-
-impl KvMemory for Shared {
-    fn base(&self) -> *mut u8 {
-        self.0.base()
-    }
-
-    fn len(&self) -> usize {
-        self.0.len()
-    }
-}
-
-/// An arena that nobody else reads.
-struct Own {
-    memory: Arc<CudaMemory>,
-    bytes: usize,
-}
-
-impl KvMemory for Own {
-    fn base(&self) -> *mut u8 {
-        self.memory.base()
-    }
-
-    fn len(&self) -> usize {
-        self.bytes
     }
 }

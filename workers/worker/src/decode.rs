@@ -1,5 +1,6 @@
 //! The decode worker's leg: a job with a handle comes in, the KV is pulled, tokens go out.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Message, Subject};
@@ -8,6 +9,7 @@ use baton_protocol::{
     DecodeJob, DecodeReply, Failure, FailureCode, KvHandle, PROTOCOL_VERSION, PullReport, Refusal,
     Release, RequestId, SequenceSpec, WorkerState, decode,
 };
+use baton_transfer::BlockMap;
 use tokio::task::{self, AbortHandle, JoinError};
 use tokio::time::Instant;
 
@@ -75,9 +77,10 @@ impl Desk {
         self.checks.handle(&mut job)?;
         let local =
             job.handle.worker == self.me.worker && job.handle.incarnation == self.me.incarnation;
-        if !local {
-            self.reachable(&job.handle)?;
-        }
+        let map = match local {
+            true => None,
+            false => Some(self.reachable(&job.handle)?),
+        };
         let earlier: Vec<_> = self
             .decodes
             .iter()
@@ -119,15 +122,18 @@ impl Desk {
             return Ok(());
         }
         tracing::debug!(request = %job.request, attempt = job.attempt, from = %job.handle.worker, "decode admitted");
-        match blocks {
-            None => self.adopt(now, job),
-            Some(blocks) => self.pull(now, job, HeldBlocks::new(blocks, self.engine.waker.clone())),
+        match (blocks, map) {
+            (Some(blocks), Some(map)) => {
+                let blocks = HeldBlocks::new(blocks, self.engine.waker.clone());
+                self.pull(now, job, blocks, map);
+            }
+            _ => self.adopt(now, job),
         }
         Ok(())
     }
 
-    /// Whether the handle's worker is connected.
-    fn reachable(&self, handle: &KvHandle) -> Result<(), Refusal> {
+    /// How the handle's worker is read from: it is connected.
+    fn reachable(&self, handle: &KvHandle) -> Result<Arc<BlockMap>, Refusal> {
         let unreachable = |detail: String| Err(Refusal::Unreachable { detail });
         if self.agent.is_none() {
             return unreachable("this worker moves no KV: it was started without UCX".to_owned());
@@ -211,7 +217,7 @@ impl Desk {
     }
 
     /// 2b. The KV is elsewhere: a task pulls it and has it released.
-    fn pull(&mut self, now: Instant, job: DecodeJob, blocks: HeldBlocks) {
+    fn pull(&mut self, now: Instant, job: DecodeJob, blocks: HeldBlocks, map: Arc<BlockMap>) {
         let Some(agent) = self.agent.clone() else {
             return;
         };
@@ -232,7 +238,8 @@ impl Desk {
             wire: self.wire.clone(),
             release_subject: self.cluster.release(&handle.worker),
             release: self.release_of(request, &handle),
-            kv: self.checks.kv.clone(),
+            map,
+            block_tokens: self.checks.kv.block_tokens,
             handle: handle.clone(),
             blocks,
             place: self.pull_places.place(handle.incarnation),

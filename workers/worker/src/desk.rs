@@ -16,8 +16,8 @@ use baton_model::WeightFormat;
 use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::{Cluster, speaker};
 use baton_protocol::{
-    Abort, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, RequestId, Role,
-    WorkerId, WorkerState, decode,
+    Abort, ApiServerId, Beat, Capacity, Failure, FailureCode, Hello, Incarnation, KvShares,
+    RequestId, Role, WorkerId, WorkerState, decode,
 };
 use baton_transfer::PeerKey;
 use baton_watchdog::Pulse;
@@ -97,6 +97,8 @@ pub(crate) struct Desk {
     pub(crate) pull_places: Places,
     pub(crate) agent: Option<Mover>,
     pub(crate) peers: Peers,
+    /// What our ranks hold of the KV.
+    pub(crate) shares: KvShares,
     pub(crate) links: JoinSet<LinkOutcome>,
 
     pub(crate) api_servers: ApiServers,

@@ -3,16 +3,19 @@
 use std::sync::Arc;
 
 use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory};
-use baton_engine::{Executor, KvMemory, kv_geometry};
+use baton_engine::{Executor, kv_geometry};
+use baton_kv_memory::KvMemory;
 use baton_model::ModelDir;
-use baton_protocol::{KvGeometry, Role, TransferDescriptor};
-use baton_transfer::{Agent, AgentConfig, TransferError};
+use baton_protocol::{KvGeometry, KvShares, Role, TransferDescriptor};
+use baton_transfer::{Agent, AgentConfig, ArenaSource, TransferError};
 
 use crate::{Device, WorkerConfig, WorkerError, fake_kv, memory};
 
 /// A device, ready.
 pub(crate) struct Backend {
     pub(crate) executor: Box<dyn Executor>,
+    /// What each of its ranks holds of the KV.
+    pub(crate) shares: KvShares,
     pub(crate) agent: Option<Agent>,
     /// How KV moves, for people.
     pub(crate) transport: String,
@@ -26,24 +29,30 @@ impl Backend {
         }
         let (kv, blocks) = host_arena(config, model)?;
         memory::check(config, model, &kv, blocks)?;
-        let Arena {
-            memory,
+        let shares = match config.device {
+            Device::Fake { .. } => config.fake_kv.shares(&kv),
+            _ => KvShares::whole(&kv),
+        };
+        let bytes = |rank| shares.block_bytes(&kv, rank) as usize * blocks as usize;
+        let Arenas {
+            memories,
             agent,
             transport,
-        } = Arena::start(config, kv.block_bytes() * blocks as usize)?;
+        } = Arenas::start(config, (0..shares.ranks()).map(bytes).collect())?;
         let executor: Box<dyn Executor> = match config.device {
             Device::Fake { step_micros } => Box::new(fake_kv::executor(
                 config,
                 step_micros,
                 model,
-                memory,
-                kv,
+                memories,
+                (kv, &shares),
                 blocks,
             )),
-            _ => cpu(config, model, memory, kv)?,
+            _ => cpu(config, model, memories, kv)?,
         };
         Ok(Self {
             executor,
+            shares,
             agent,
             transport,
         })
@@ -64,7 +73,7 @@ pub(crate) fn host_arena(
 ) -> Result<(KvGeometry, u32), WorkerError> {
     let spec = model.spec();
     let kv = match config.device {
-        Device::Fake { .. } => fake_kv::geometry(config.block_tokens),
+        Device::Fake { .. } => config.fake_kv.geometry(config.block_tokens),
         _ => kv_geometry(spec, config.block_tokens),
     };
     let tokens_max = spec.tokens_max as u32;
@@ -76,7 +85,7 @@ pub(crate) fn host_arena(
 fn cpu(
     config: &WorkerConfig,
     model: &ModelDir,
-    memory: Arc<dyn KvMemory>,
+    memories: Vec<Arc<dyn KvMemory>>,
     kv: KvGeometry,
 ) -> Result<Box<dyn Executor>, WorkerError> {
     let failed = |detail: String| WorkerError::Model {
@@ -98,6 +107,9 @@ fn cpu(
         step_tokens_max: config.step_tokens,
         step_sequences_max: config.batch,
     };
+    let Ok([memory]) = <[_; 1]>::try_from(memories) else {
+        unreachable!("one rank has one arena");
+    };
     let executor =
         CpuExecutor::load(model.spec(), &weights, memory, kv, options).map_err(|error| {
             WorkerError::Device {
@@ -108,26 +120,30 @@ fn cpu(
     Ok(Box::new(executor))
 }
 
-/// The KV arena, and who moves what is in it.
-pub(crate) struct Arena {
-    pub(crate) memory: Arc<dyn KvMemory>,
+/// The KV arenas, and who moves what is in them.
+pub(crate) struct Arenas {
+    /// By rank.
+    pub(crate) memories: Vec<Arc<dyn KvMemory>>,
     pub(crate) agent: Option<Agent>,
     pub(crate) transport: String,
 }
 
-impl Arena {
-    /// Registered with UCX where there is one. A worker that does both can do without, but not without the memory.
-    fn start(config: &WorkerConfig, bytes: usize) -> Result<Self, WorkerError> {
+impl Arenas {
+    /// Of these lengths, registered with UCX where there is one. A worker that does both can do without, but not without the memory.
+    fn start(config: &WorkerConfig, bytes: Vec<usize>) -> Result<Self, WorkerError> {
         let agent_config = AgentConfig {
-            arena_bytes: bytes,
-            gpu: None,
+            arenas: bytes
+                .iter()
+                .map(|&bytes| ArenaSource::Host { bytes })
+                .collect(),
             tls: config.ucx_tls.clone(),
         };
         match Agent::start(agent_config) {
-            Ok((agent, arena)) => {
+            Ok((agent, arenas)) => {
                 let transport = agent.summary();
+                let memories = arenas.into_iter().map(|arena| Arc::new(arena) as _);
                 Ok(Self {
-                    memory: Arc::new(RegisteredMemory(arena)),
+                    memories: memories.collect(),
                     agent: Some(agent),
                     transport,
                 })
@@ -137,9 +153,9 @@ impl Arena {
                     && !matches!(error, TransferError::Arena { .. } | TransferError::Stopped) =>
             {
                 tracing::warn!(%error, "no KV transfer: this worker serves its own prompts only");
-                let memory = Arc::new(HeapMemory::new(bytes));
+                let memory = |bytes| Arc::new(HeapMemory::new(bytes)) as _;
                 Ok(Self {
-                    memory,
+                    memories: bytes.into_iter().map(memory).collect(),
                     agent: None,
                     transport: format!("none: {error}"),
                 })
@@ -148,19 +164,6 @@ impl Arena {
                 detail: error.to_string(),
             }),
         }
-    }
-}
-
-/// The transfer agent's registered memory, as executors know memory.
-struct RegisteredMemory(baton_transfer::Arena);
-
-impl KvMemory for RegisteredMemory {
-    fn base(&self) -> *mut u8 {
-        self.0.base()
-    }
-
-    fn len(&self) -> usize {
-        self.0.len()
     }
 }
 
@@ -177,7 +180,7 @@ mod tests {
         for role in [Role::Both, Role::Decode] {
             let config = WorkerConfig::new(worker.clone(), role, "/m", cluster.clone());
             // None at all is what can be asked for without harm and not be had.
-            let error = Arena::start(&config, 0).map(|arena| arena.transport);
+            let error = Arenas::start(&config, vec![0]).map(|arenas| arenas.transport);
             let told = error.expect_err("an arena").to_string();
             assert!(told.contains("KV arena"), "{told}");
         }

@@ -1,28 +1,52 @@
 //! The fake device: no model, and yet KV that is really moved.
 //!
 //! [`FakeExecutor`] keeps one digest per token where a model keeps keys and values, and chooses tokens from
-//! what it reads back. Kept in the worker's arena, those digests travel like any KV, and a pull that brought
+//! what it reads back. Kept in the arenas of the worker's ranks, those digests travel like any KV, and a pull that brought
 //! the wrong bytes shows as wrong tokens.
-#![allow(unsafe_code)] // atomics over the arena
+#![allow(unsafe_code)] // atomics over the arenas
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
-use baton_engine::{FakeConfig, FakeExecutor, FakeKv, KvMemory};
+use baton_engine::{FakeCells, FakeConfig, FakeExecutor, RankWords, fake_geometry};
+use baton_kv_memory::KvMemory;
 use baton_model::ModelDir;
-use baton_protocol::{KvDtype, KvGeometry};
+use baton_protocol::{KvGeometry, KvShares};
 
 use crate::WorkerConfig;
 
-/// A geometry of 8 bytes a token: one digest.
-pub(crate) fn geometry(block_tokens: u32) -> KvGeometry {
-    KvGeometry {
-        layout: KvGeometry::LAYOUT,
-        dtype: KvDtype::Bf16,
-        block_tokens,
-        kv_heads: 1,
-        layers: 1,
-        head_dim: 2,
+/// How the fake device's KV is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FakeKvShape {
+    /// Key/value heads of the whole model.
+    pub heads: u32,
+    /// Its layers.
+    pub layers: u32,
+    /// Ranks among which the heads are shared out.
+    pub tensor: u32,
+    /// Stages among which the layers are, each of `tensor` ranks.
+    pub pipeline: u32,
+}
+
+impl Default for FakeKvShape {
+    /// One head of one layer on one rank: 8 bytes a token.
+    fn default() -> Self {
+        Self {
+            heads: 1,
+            layers: 1,
+            tensor: 1,
+            pipeline: 1,
+        }
+    }
+}
+
+impl FakeKvShape {
+    pub(crate) fn geometry(&self, block_tokens: u32) -> KvGeometry {
+        fake_geometry(block_tokens, self.heads, self.layers)
+    }
+
+    pub(crate) fn shares(&self, kv: &KvGeometry) -> KvShares {
+        KvShares::parallel(kv, self.tensor, self.pipeline)
     }
 }
 
@@ -32,16 +56,11 @@ pub(crate) fn executor(
     config: &WorkerConfig,
     step_micros: u64,
     model: &ModelDir,
-    memory: Arc<dyn KvMemory>,
-    kv: KvGeometry,
+    memories: Vec<Arc<dyn KvMemory>>,
+    (kv, shares): (KvGeometry, &KvShares),
     blocks: u32,
 ) -> FakeExecutor {
-    let digests = ArenaDigests {
-        blocks: blocks as usize,
-        slots: kv.block_tokens as usize,
-        block_bytes: kv.block_bytes(),
-        memory,
-    };
+    let digests = FakeCells::new(&kv, shares, Arenas(memories));
     let fake = FakeConfig {
         kv,
         blocks,
@@ -57,38 +76,20 @@ pub(crate) fn executor(
     FakeExecutor::with_memory(fake, Arc::new(digests))
 }
 
-/// Digests in an arena: that of a slot at byte `block * block_bytes + slot * 8`.
-struct ArenaDigests {
-    memory: Arc<dyn KvMemory>,
-    blocks: usize,
-    slots: usize,
-    block_bytes: usize,
-}
+/// By rank.
+struct Arenas(Vec<Arc<dyn KvMemory>>);
 
-impl ArenaDigests {
-    fn at(&self, block: u32, slot: u32) -> &AtomicU64 {
-        let (block, slot) = (block as usize, slot as usize);
-        let offset = block * self.block_bytes + slot * size_of::<u64>();
-        let is_inside = block < self.blocks
-            && slot < self.slots
-            && offset + size_of::<u64>() <= self.memory.len();
-        assert!(
-            is_inside,
-            "slot {slot} of block {block} is outside the arena"
-        );
+impl RankWords for Arenas {
+    fn word(&self, rank: usize, offset: u64) -> &AtomicU64 {
+        let memory = &self.0[rank];
+        let is_inside = offset.is_multiple_of(8) && offset + 8 <= memory.len() as u64;
+        assert!(is_inside, "byte {offset} is outside rank {rank}'s arena");
+        let Some(base) = memory.address().host() else {
+            unreachable!("the fake device's arenas are in host memory");
+        };
         // SAFETY: the arena lives and stays where it is as long as `memory`, which `self` holds; the eight
-        // bytes are inside it, and aligned, for it begins on a page and blocks are multiples of 8 bytes.
-        // Others write here only by transfers into blocks that no sequence holds at that time.
-        unsafe { AtomicU64::from_ptr(self.memory.base().add(offset).cast()) }
-    }
-}
-
-impl FakeKv for ArenaDigests {
-    fn write(&self, block: u32, slot: u32, digest: u64) {
-        self.at(block, slot).store(digest, Ordering::Relaxed);
-    }
-
-    fn read(&self, block: u32, slot: u32) -> u64 {
-        self.at(block, slot).load(Ordering::Relaxed)
+        // bytes are inside it, and aligned, for it begins on a page. Others write here only by transfers into
+        // blocks that no sequence holds at that time.
+        unsafe { AtomicU64::from_ptr(base.add(offset as usize).as_ptr().cast()) }
     }
 }

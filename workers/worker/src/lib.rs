@@ -56,6 +56,7 @@ pub use config::{
     DRAIN_MS_DEFAULT, Device, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, WorkerConfig,
 };
 pub use error::WorkerError;
+pub use fake_kv::FakeKvShape;
 pub use memory::{check_host_memory, host_memory_bytes};
 pub use run::run;
 

@@ -99,20 +99,20 @@ pub(crate) fn serves_somebody(
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::KvDtype;
+    use baton_protocol::KvGroup;
 
     use super::*;
 
     /// That of SmolLM2-135M: 720 KiB a block.
     fn kv() -> KvGeometry {
-        KvGeometry {
-            layout: KvGeometry::LAYOUT,
-            dtype: KvDtype::Bf16,
-            block_tokens: 32,
-            kv_heads: 3,
-            layers: 30,
-            head_dim: 64,
-        }
+        KvGeometry::bf16(
+            32,
+            vec![KvGroup {
+                layers: 30,
+                kv_heads: 3,
+                head_dim: 64,
+            }],
+        )
     }
 
     #[test]

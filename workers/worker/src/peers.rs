@@ -6,12 +6,14 @@
 //! a broken one is tried again with growing pauses; one that fell silent is let go.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_protocol::deadlines::GONE_AFTER_MS;
 use baton_protocol::{
     Beat, Incarnation, KvGeometry, ModelInfo, PeerHealth, PeerState, WorkerId, WorkerState,
 };
+use baton_transfer::BlockMap;
 use tokio::time::Instant;
 
 /// Context workers one decode worker connects to. More are left out, with a warning.
@@ -40,6 +42,8 @@ pub(crate) enum Action {
 pub(crate) struct Link {
     pub(crate) transport: String,
     pub(crate) gigabytes_per_second: f32,
+    /// What of a block of its is read from which of its ranks.
+    pub(crate) map: Arc<BlockMap>,
 }
 
 /// All context workers heard of.
@@ -276,11 +280,15 @@ impl Peers {
         self.peers.values_mut().for_each(|peer| peer.heard = now);
     }
 
-    /// Whether this life of this worker can be read from.
+    /// How this life of this worker is read from.
     ///
     /// # Errors
-    /// Which worker, and why not.
-    pub(crate) fn ready(&self, worker: &WorkerId, incarnation: Incarnation) -> Result<(), String> {
+    /// Which worker, and why it cannot be.
+    pub(crate) fn ready(
+        &self,
+        worker: &WorkerId,
+        incarnation: Incarnation,
+    ) -> Result<Arc<BlockMap>, String> {
         let Some(peer) = self.peers.get(worker) else {
             return Err(format!(
                 "context worker {worker} was not heard of, or serves another model"
@@ -292,7 +300,10 @@ impl Peers {
             ));
         }
         match peer.state {
-            State::Ready => Ok(()),
+            State::Ready => match &peer.link {
+                Some(link) => Ok(Arc::clone(&link.map)),
+                None => Err(format!("context worker {worker} is not connected")),
+            },
             State::Connecting => Err(format!("context worker {worker} is still being connected")),
             State::Unlike => Err(format!(
                 "KV of context worker {worker} cannot be used: {}",
@@ -348,7 +359,8 @@ impl Peer {
 
 #[cfg(test)]
 mod tests {
-    use baton_protocol::{Capacity, KvDtype, Load, ModelFingerprint, PROTOCOL_VERSION, Role};
+    use baton_engine::fake_geometry;
+    use baton_protocol::{Capacity, KvShares, Load, ModelFingerprint, PROTOCOL_VERSION, Role};
 
     use super::*;
 
@@ -357,14 +369,7 @@ mod tests {
     }
 
     fn kv() -> KvGeometry {
-        KvGeometry {
-            layout: 1,
-            dtype: KvDtype::Bf16,
-            block_tokens: 32,
-            kv_heads: 1,
-            layers: 1,
-            head_dim: 2,
-        }
+        fake_geometry(32, 1, 1)
     }
 
     fn model(digit: &str) -> ModelInfo {
@@ -414,9 +419,12 @@ mod tests {
     }
 
     fn link() -> Link {
+        let whole = KvShares::whole(&kv());
+        let map = BlockMap::new(&kv(), &whole, &whole).unwrap();
         Link {
             transport: "tcp".into(),
             gigabytes_per_second: 1.5,
+            map: Arc::new(map),
         }
     }
 
@@ -446,7 +454,7 @@ mod tests {
             "not connected yet"
         );
         assert_eq!(peers.connected(&name("ctx"), Incarnation(1), link()), None);
-        assert_eq!(peers.ready(&name("ctx"), Incarnation(1)), Ok(()));
+        assert!(peers.ready(&name("ctx"), Incarnation(1)).is_ok());
         assert_eq!(peers.health()[0].gigabytes_per_second, 1.5);
 
         assert_eq!(
@@ -483,7 +491,7 @@ mod tests {
             ..beat("thief", 7)
         };
         assert_eq!(peers.heard(now, &failed), [], "it closes nothing");
-        assert_eq!(peers.ready(&name("ctx"), Incarnation(7)), Ok(()));
+        assert!(peers.ready(&name("ctx"), Incarnation(7)).is_ok());
     }
 
     #[test]
@@ -516,7 +524,7 @@ mod tests {
         let mut namesake = beat("namesake", 1);
         namesake.model = model("b");
         let other_kv = Beat {
-            kv: KvGeometry { layers: 2, ..kv() },
+            kv: fake_geometry(32, 1, 2),
             ..beat("other-kv", 1)
         };
         for beat in [&namesake, &other_kv] {

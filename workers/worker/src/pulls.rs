@@ -9,10 +9,9 @@ use baton_bus::Wire;
 use baton_engine::BlockTable;
 use baton_protocol::deadlines::CONTROL_TIMEOUT_MS;
 use baton_protocol::{
-    Failure, FailureCode, Incarnation, KvGeometry, KvHandle, PullReport, Release, Released, decode,
-    encode,
+    Failure, FailureCode, Incarnation, KvHandle, PullReport, Release, Released, decode, encode,
 };
-use baton_transfer::{PeerKey, TransferError, plan_reads};
+use baton_transfer::{BlockMap, PeerKey, TransferError};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
@@ -36,7 +35,9 @@ pub(crate) struct Pull {
     pub(crate) wire: Wire,
     pub(crate) release_subject: String,
     pub(crate) release: Release,
-    pub(crate) kv: KvGeometry,
+    /// What of a block is read from which rank.
+    pub(crate) map: Arc<BlockMap>,
+    pub(crate) block_tokens: u32,
     pub(crate) handle: KvHandle,
     pub(crate) blocks: HeldBlocks,
     pub(crate) place: Place,
@@ -112,7 +113,8 @@ impl Pull {
             wire,
             release_subject,
             release,
-            kv,
+            map,
+            block_tokens,
             handle,
             blocks,
             place,
@@ -124,13 +126,14 @@ impl Pull {
             let message = format!("the connection to {from} was lost before its KV was pulled");
             return Err(PullFailure::new(FailureCode::PullFailed, message));
         };
-        let valid_blocks = kv.blocks_for(handle.valid_tokens as usize);
+        let valid_blocks = handle.valid_tokens.div_ceil(block_tokens) as usize;
         let local = blocks.table().map(|table| table.ids()).unwrap_or_default();
         let reads = local
             .get(..valid_blocks)
             .ok_or_else(|| "fewer blocks are reserved than the handle has".to_owned())
             .and_then(|local| {
-                plan_reads(&kv, &handle.ranks, local).map_err(|error| error.to_string())
+                let reads = map.reads(&handle.runs, local);
+                reads.map_err(|error| error.to_string())
             })
             .map_err(|error| {
                 PullFailure::new(

@@ -72,10 +72,12 @@ pub async fn run(
         role: config.role,
         model: model.clone(),
         kv: info.kv.clone(),
+        shares: backend.shares.clone(),
         transfer: backend.descriptor(),
     };
     let Backend {
         executor,
+        shares,
         agent,
         transport,
     } = backend;
@@ -158,6 +160,7 @@ pub async fn run(
         },
         model,
         kv: info.kv.clone(),
+        shares,
         cluster: config.cluster.clone(),
         wire,
         outbox,

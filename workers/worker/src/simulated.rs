@@ -12,8 +12,8 @@ use baton_engine::{BlockPool, Engine, EngineConfig, Executor};
 use baton_model::WeightFormat;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    Base64Bytes, Capacity, Incarnation, ModelInfo, PROTOCOL_VERSION, Role, TransferDescriptor,
-    UcxVersion, WorkerDescriptor, WorkerId, encode,
+    Base64Bytes, Capacity, Incarnation, KvShares, MemoryType, ModelInfo, PROTOCOL_VERSION,
+    RankRegion, Role, TransferDescriptor, UcxVersion, WorkerDescriptor, WorkerId, encode,
 };
 use baton_transfer::{PeerKey, PeerReport, PullStats, Read, TransferError};
 use baton_watchdog::Pulse;
@@ -67,6 +67,8 @@ pub struct SimulatedConfig {
     pub cluster: Cluster,
     /// What it serves.
     pub model: ModelInfo,
+    /// What its ranks hold of the KV.
+    pub shares: KvShares,
     /// How long staged KV is kept.
     pub lease: Duration,
     /// How long a drain may take.
@@ -123,6 +125,7 @@ impl SimulatedWorker {
             role,
             cluster,
             model,
+            shares,
             ..
         } = config;
         let publisher = Publisher {
@@ -135,6 +138,13 @@ impl SimulatedWorker {
             is_up: is_up.clone(),
             engine: handle.waker.clone(),
         };
+        // Nobody reads at an address here.
+        let arena = |rank| RankRegion {
+            rkey: Base64Bytes(Vec::new()),
+            base: 0,
+            bytes: shares.block_bytes(&info.kv, rank) * u64::from(info.blocks),
+            memory: MemoryType::Host,
+        };
         let description = WorkerDescriptor {
             v: PROTOCOL_VERSION,
             worker: worker.clone(),
@@ -145,8 +155,9 @@ impl SimulatedWorker {
             transfer: Some(TransferDescriptor {
                 ucx: UcxVersion(0, 0, 0),
                 address: Base64Bytes(Vec::new()),
-                ranks: Vec::new(),
+                ranks: (0..shares.ranks()).map(arena).collect(),
             }),
+            shares: shares.clone(),
         };
         let system = |what: &'static str, detail: String| WorkerError::System { what, detail };
         let description = encode(&description)
@@ -173,6 +184,7 @@ impl SimulatedWorker {
             },
             model,
             kv: info.kv,
+            shares,
             cluster,
             wire: wire.clone(),
             outbox,

@@ -5,8 +5,9 @@
 use std::sync::Arc;
 
 use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel};
-use baton_engine::{KvMemory, kv_geometry};
+use baton_engine::kv_geometry;
 use baton_executor_tests::{Build, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX};
+use baton_kv_memory::KvMemory;
 
 /// Kernels of this CPU.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
@@ -17,8 +18,9 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
 pub fn executor(kernel: Kernel, threads: usize, build: Build<'_>) -> CpuExecutor {
     let kv = kv_geometry(build.spec, build.block_tokens);
     let memory = HeapMemory::new(build.blocks * kv.block_bytes());
+    let base = memory.address().host().expect("host memory");
     // SAFETY: the arena is this function's alone until the executor takes it.
-    unsafe { memory.base().write_bytes(0xff, memory.len()) };
+    unsafe { base.write_bytes(0xff, memory.len()) };
     let options = CpuOptions {
         threads,
         kernel: Some(kernel),

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::TransferError;
 use crate::agent::Vitals;
-use crate::arena::{Arena, Source};
+use crate::arena::{Arena, ArenaSource};
 use crate::descriptor::PeerPlan;
 use crate::peer::PeerKey;
 use crate::probe::PeerReport;
@@ -45,7 +45,8 @@ pub(crate) enum Command {
 
 /// What the thread starts from.
 pub(crate) struct Setup {
-    pub(crate) source: Source,
+    /// By rank.
+    pub(crate) sources: Vec<ArenaSource>,
     pub(crate) tls: Option<String>,
     pub(crate) commands: Receiver<Command>,
     pub(crate) wake: Arc<Wake>,
@@ -55,7 +56,8 @@ pub(crate) struct Setup {
 
 /// What the handle learns when the thread is up.
 pub(crate) struct Ready {
-    pub(crate) arena: Arena,
+    /// By rank.
+    pub(crate) arenas: Vec<Arena>,
     pub(crate) descriptor: TransferDescriptor,
     pub(crate) summary: String,
 }

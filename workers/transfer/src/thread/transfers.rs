@@ -13,7 +13,7 @@ use super::ending::Quarantined;
 use super::{Guard, Mover};
 use crate::TransferError;
 use crate::agent::version;
-use crate::arena::Region;
+use crate::arena::Regions;
 use crate::context::status_text;
 use crate::peer::Link;
 use crate::probe::{self, PeerReport};
@@ -85,9 +85,9 @@ impl Work {
         }
     }
 
-    fn post(&mut self, ucp: &Ucp, region: &Region, now: Instant) -> bool {
+    fn post(&mut self, ucp: &Ucp, regions: &Regions, now: Instant) -> bool {
         match self {
-            Self::Reads(reading) => reading.post(ucp, region),
+            Self::Reads(reading) => reading.post(ucp, regions),
             Self::Chunks(fetching) => fetching.post(ucp, now),
             Self::Greeting(greeting) => greeting.post(ucp),
         }
@@ -189,7 +189,7 @@ impl Mover {
             if transfer.then.enough(now) {
                 transfer.work.cut();
             }
-            if transfer.work.post(self.ucp, &self.region, now) {
+            if transfer.work.post(self.ucp, &self.regions, now) {
                 transfer.turn = self.round;
                 posted = true;
             }
@@ -272,7 +272,7 @@ impl Mover {
         in_place: Option<PeerReport>,
         reply: ConnectReply,
     ) {
-        if link.regions().len() != 1 {
+        if link.regions().len() != 1 || self.regions.all().len() != 1 {
             let detail = "KV of several ranks is not staged".to_owned();
             let _ = reply.send(Err(TransferError::Descriptor(detail)));
             return self.close(&link);
@@ -294,7 +294,7 @@ impl Mover {
             }
             Then::Probe { reply } => {
                 let transport = probe::describe(&link, version(self.ucp));
-                if link.is_gpu(self.region.memory()) && !probe::reads_gpus(&transport) {
+                if link.is_gpu(self.regions.memory()) && !probe::reads_gpus(&transport) {
                     return self.greet(link, now, left, None, reply);
                 }
                 self.measure(link, transport, now, left, None, reply);
@@ -316,7 +316,7 @@ impl Mover {
                     gigabytes_per_second: rate.map_or(0.0, |rate| (rate / 1e9) as f32),
                 };
                 let rate = report.gigabytes_per_second;
-                let is_gpu = link.is_gpu(self.region.memory());
+                let is_gpu = link.is_gpu(self.regions.memory());
                 if is_gpu && !link.staged.get() && rate < IN_PLACE_MIN {
                     return self.greet(link, now, left, Some(report), reply);
                 }
@@ -341,7 +341,7 @@ impl Mover {
         in_place: Option<PeerReport>,
         reply: ConnectReply,
     ) {
-        let reads = probe::probe_reads(&link, &self.region);
+        let reads = probe::probe_reads(&link, self.regions.first());
         link.flow.begin_probe();
         let work = self.pulling(link, reads, now, left);
         let then = Then::Report {

@@ -13,10 +13,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_kv_memory::KvMemory;
 use baton_protocol::TransferDescriptor;
 use baton_transfer::{
-    Agent, AgentConfig, AgentHealth, Arena, GpuMemory, PeerKey, Read, STAGING_SLOT_BYTES,
-    STAGING_SLOTS, Staging, gpu_allocation_bytes,
+    Agent, AgentConfig, AgentHealth, Arena, ArenaSource, GpuMemory, PeerKey, Read,
+    STAGING_SLOT_BYTES, STAGING_SLOTS, Staging, TransferError, gpu_allocation_bytes,
 };
 
 /// Set to `<arena bytes>,<seed>,<UCX_TLS or nothing>` in a server.
@@ -37,8 +38,7 @@ pub const STAGED: &str = "staged";
 pub fn config(arena_bytes: usize, road: Option<&str>) -> AgentConfig {
     if road != Some(STAGED) {
         return AgentConfig {
-            arena_bytes,
-            gpu: None,
+            arenas: vec![ArenaSource::Host { bytes: arena_bytes }],
             tls: road.map(str::to_owned),
         };
     }
@@ -49,16 +49,33 @@ pub fn config(arena_bytes: usize, road: Option<&str>) -> AgentConfig {
     let base = unsafe { alloc_zeroed(layout) }.expose_provenance();
     assert_ne!(base, 0, "no memory");
     AgentConfig {
-        arena_bytes: 0,
-        gpu: Some(GpuMemory {
+        arenas: vec![ArenaSource::Gpu(GpuMemory {
             base: base as u64,
             bytes: arena_bytes,
             bind: Arc::new(|| Ok(())),
             staging: Arc::new(move || Ok(Box::new(SlowStaging::new(base, bytes)))),
             registered: false,
-        }),
+        })],
         tls: Some("tcp,self".to_owned()),
     }
+}
+
+/// An agent with one arena.
+pub fn start(config: AgentConfig) -> (Agent, Arena) {
+    one(Agent::start(config))
+}
+
+/// The one arena of an agent.
+pub fn one(started: Result<(Agent, Vec<Arena>), TransferError>) -> (Agent, Arena) {
+    let (agent, mut arenas) = started.expect("UCX works here: install libucx0");
+    assert_eq!(arenas.len(), 1);
+    (agent, arenas.remove(0))
+}
+
+/// An arena's first byte. One that stands for a GPU's is in main memory too.
+pub fn base(arena: &Arena) -> *mut u8 {
+    let address = arena.address().number() as usize;
+    std::ptr::with_exposed_provenance_mut(address)
 }
 
 /// Copies that take place when they have been asked for a few times: as a GPU's, they have not happened before they are over.
@@ -248,7 +265,7 @@ pub fn serve() -> bool {
         .next()
         .filter(|tls| !tls.is_empty())
         .map(|tls| tls.replace('+', ","));
-    let (agent, arena) = Agent::start(config(bytes, tls.as_deref())).expect("UCX works here");
+    let (agent, arena) = start(config(bytes, tls.as_deref()));
     fill(&arena, seed);
     println!(
         "{MARK}{}",
@@ -278,7 +295,8 @@ fn pull_for_ever(agent: &Agent, descriptor: TransferDescriptor) {
             .expect("connects");
         println!("{PULLING}");
         let read = Read {
-            rank: 0,
+            source: 0,
+            destination: 0,
             remote_offset: 0,
             local_offset: 0,
             bytes: 1 << 20,
@@ -296,8 +314,7 @@ pub fn fill(arena: &Arena, seed: u64) {
     for word in 0..arena.len() as u64 / 8 {
         // SAFETY: within the arena, aligned, and nobody reads or writes it yet.
         unsafe {
-            arena
-                .base()
+            base(arena)
                 .cast::<u64>()
                 .add(word as usize)
                 .write(pattern(seed, word * 8))
@@ -308,7 +325,8 @@ pub fn fill(arena: &Arena, seed: u64) {
 /// One read that is the same range on both sides.
 pub fn range(offset: u64, bytes: u64) -> Vec<Read> {
     vec![Read {
-        rank: 0,
+        source: 0,
+        destination: 0,
         remote_offset: offset,
         local_offset: offset,
         bytes,
@@ -321,8 +339,7 @@ pub fn matches(arena: &Arena, local: u64, seed: u64, remote: u64, bytes: u64) ->
     (0..bytes / 8).all(|word| {
         // SAFETY: within the arena, aligned; the pull that wrote here has ended.
         let value = unsafe {
-            arena
-                .base()
+            base(arena)
                 .add((local + word * 8) as usize)
                 .cast::<u64>()
                 .read()

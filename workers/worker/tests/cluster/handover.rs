@@ -114,7 +114,7 @@ async fn a_lease_that_ends_after_the_read_spoils_it() {
         .api
         .staged(&held.context.id, other, &prompt(2, 50, 10))
         .await;
-    assert_eq!(handle.ranks, others.ranks, "it took the same blocks");
+    assert_eq!(handle.runs, others.runs, "it took the same blocks");
     assert!(!held.pass_on(&release).await);
     held.is_thrown_away(request).await;
     held.api.abort(&held.context.id, other).await;

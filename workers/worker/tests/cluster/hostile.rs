@@ -74,7 +74,7 @@ async fn altered_messages_break_nothing_and_hold_nothing() {
         let mut job = api.decode_job(request, &sequence, &handle);
         job.api_server = hostile.clone();
         let mut forged = job.clone();
-        forged.handle.ranks[0].runs = vec![
+        forged.handle.runs = vec![
             BlockRun {
                 first: 0,
                 count: u32::MAX,

@@ -106,7 +106,7 @@ async fn a_lease_ends_by_itself_and_its_handle_is_worth_nothing() {
         .staged(&context.id, new_request(), &prompt(2, 50, 10))
         .await;
     assert_eq!(
-        handle.ranks, other.ranks,
+        handle.runs, other.runs,
         "the other prompt took the same blocks"
     );
     api.admitted(&decode.id, &api.decode_job(request, &sequence, &handle))

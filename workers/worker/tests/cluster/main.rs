@@ -7,4 +7,5 @@ mod leases;
 mod leaving;
 mod refusals;
 mod road;
+mod shares;
 mod support;

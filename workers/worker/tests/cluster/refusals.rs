@@ -293,7 +293,7 @@ async fn handles_that_lie_do_no_harm() {
         let mut job = good.clone();
         job.request = new_request();
         job.attempt = attempt as u32;
-        job.handle.ranks[0].runs = vec![baton_protocol::BlockRun { first, count }];
+        job.handle.runs = vec![baton_protocol::BlockRun { first, count }];
         api.admitted(&decode_worker.id, &job).await;
         let stream = api.stream(job.request, job.attempt).await;
         assert_eq!(stream.failure(), FailureCode::PullFailed, "{first} {count}");

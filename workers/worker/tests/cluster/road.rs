@@ -173,7 +173,7 @@ async fn what_is_made_at_prefill_travels_with_the_handle() {
     let one = prompt(1, 20, 1);
     let handle = api.staged(&both.id, new_request(), &one).await;
     assert_eq!(handle.finish, Some(FinishReason::Length));
-    assert!(handle.ranks.is_empty());
+    assert!(handle.runs.is_empty());
     api.until_empty(&both.id).await;
 
     let mut sequence = prompt(2, 20, 3);

@@ -9,6 +9,7 @@ use std::time::Duration;
 use async_nats::{Client, Subscriber};
 use baton_engine::{
     Engine, EngineConfig, Event, FakeConfig, FakeExecutor, NewSequence, ResumedSequence,
+    fake_geometry,
 };
 use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::Cluster;
@@ -574,10 +575,7 @@ pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
 /// What an engine alone makes of a sequence: all its output tokens.
 pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
     let executor = FakeExecutor::new(FakeConfig {
-        kv: baton_protocol::KvGeometry {
-            block_tokens: 8,
-            ..FakeConfig::default().kv
-        },
+        kv: fake_geometry(8, 1, 1),
         vocab: VOCAB,
         tokens_max: TOKENS_MAX,
         never_emit: vec![EOS],
