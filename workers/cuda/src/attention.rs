@@ -7,7 +7,7 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 
 use baton_engine::{KvMemory, Rows};
-use baton_model::ModelSpec;
+use baton_model::AttentionSpec;
 use baton_protocol::KvGeometry;
 use cudarc::driver::sys::CUdeviceptr;
 
@@ -81,7 +81,7 @@ impl Attention {
     pub fn new(
         device: &Arc<Device>,
         compiler: &Compiler,
-        spec: &ModelSpec,
+        spec: &AttentionSpec,
         memory: Arc<dyn KvMemory>,
         kv: KvGeometry,
         sequences: usize,
@@ -116,6 +116,16 @@ impl Attention {
     /// The arena's address on the GPU.
     pub fn arena(&self) -> CUdeviceptr {
         self.memory.base() as CUdeviceptr
+    }
+
+    /// Query heads and key/value heads.
+    pub fn heads(&self) -> (usize, usize) {
+        (self.heads, self.kv.kv_heads as usize)
+    }
+
+    /// Layers that share the arena.
+    pub fn layers(&self) -> u32 {
+        self.kv.layers
     }
 
     /// Tokens of a block.

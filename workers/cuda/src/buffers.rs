@@ -1,15 +1,14 @@
-//! The activations of a step, and how many rows there are of them.
+//! The activations of a step.
 
 use std::sync::Arc;
 
-use baton_model::ModelSpec;
+use baton_model::{AttentionSpec, GatedMlpSpec, ModelSpec};
 
 use crate::chain::Chain;
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
-use crate::model::{CudaOptions, takes_skinny};
+use crate::options::{CudaOptions, logits_rows, rows_max};
 use crate::skinny::Activations;
-use crate::step::decode_size;
 
 /// Activations, allocated once.
 pub(crate) struct Buffers {
@@ -42,34 +41,37 @@ pub(crate) struct Buffers {
 pub(crate) const ARGMAX_PARTS: usize = 32;
 
 impl Buffers {
+    /// For layers of this kind; `few` if a step of few rows may go through [`crate::skinny`].
     pub(crate) fn new(
         device: &Arc<Device>,
         spec: &ModelSpec,
+        (attention, mlp): (&AttentionSpec, &GatedMlpSpec),
+        few: bool,
         options: CudaOptions,
     ) -> Result<Self, CudaError> {
         let rows = rows_max(options);
         let logits_rows = logits_rows(options);
-        let (heads, dim) = (spec.heads, spec.head_dim);
-        let frequencies = spec.rope.inverse_frequencies(dim);
+        let (dim, (q, kv)) = (attention.head_dim, attention.projected());
+        let frequencies = attention.rope.inverse_frequencies(dim);
         let numbers = |width: usize| Buffer::<u16>::zeroed(device, rows * width, "activations");
         let normed = Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?;
-        let (attended, inner) = (numbers(heads * dim)?, numbers(spec.intermediate)?);
+        let (attended, inner) = (numbers(q)?, numbers(mlp.intermediate)?);
         let squares = Chain::squares_max(spec.hidden).max(rows * spec.hidden.div_ceil(64));
-        let skinny = |buffer: &Buffer<u16>, width| match takes_skinny(spec) {
+        let skinny = |buffer: &Buffer<u16>, width| match few {
             true => Activations::new(device, buffer.at(0), rows, width),
             false => Ok(Activations::default()),
         };
         Ok(Self {
             x: Buffer::zeroed(device, rows * spec.hidden, "activations")?,
             skinny_normed: skinny(&normed, spec.hidden)?,
-            skinny_attended: skinny(&attended, heads * dim)?,
-            skinny_inner: skinny(&inner, spec.intermediate)?,
+            skinny_attended: skinny(&attended, q)?,
+            skinny_inner: skinny(&inner, mlp.intermediate)?,
             squares: Buffer::zeroed(device, squares, "activations")?,
             normed,
-            qkv: numbers((heads + 2 * spec.kv_heads) * dim)?,
-            q: numbers(heads * dim)?,
+            qkv: numbers(q + 2 * kv)?,
+            q: numbers(q)?,
             attended,
-            gate_up: numbers(2 * spec.intermediate)?,
+            gate_up: numbers(2 * mlp.intermediate)?,
             inner,
             turns: Buffer::zeroed(device, rows * dim, "activations")?,
             frequencies: Buffer::of(device, &frequencies, "rotary frequencies")?,
@@ -79,27 +81,4 @@ impl Buffers {
             best_arrived: Buffer::zeroed(device, logits_rows, "tokens")?,
         })
     }
-}
-
-/// Rows of a step, rounded up to what products are planned for: few plans, little waste.
-pub(crate) fn padded_rows(rows: usize) -> usize {
-    match rows {
-        0..=128 => rows.next_multiple_of(8),
-        129..=1024 => rows.next_multiple_of(64),
-        _ => rows.next_multiple_of(128),
-    }
-}
-
-/// Rows of the largest step.
-pub(crate) fn rows_max(options: CudaOptions) -> usize {
-    padded_rows(
-        options
-            .step_tokens_max
-            .max(decode_size(options.step_sequences_max)),
-    )
-}
-
-/// A decode step takes its logits at once; prompt log-probabilities take more in turns.
-pub(crate) fn logits_rows(options: CudaOptions) -> usize {
-    padded_rows(decode_size(options.step_sequences_max)).max(64)
 }

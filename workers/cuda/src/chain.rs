@@ -4,10 +4,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use baton_model::ModelSpec;
+use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::buffers::Buffers;
 use crate::compile::Compiler;
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
@@ -109,6 +108,20 @@ struct Parameters {
     eps: f32,
 }
 
+/// What a launch reads and leaves, each `[rows][...]`.
+pub struct Streams {
+    /// Attention's output.
+    pub attended: CUdeviceptr,
+    /// The residual stream, f32.
+    pub residual: CUdeviceptr,
+    /// What the next layer's attention takes.
+    pub qkv: CUdeviceptr,
+    /// After the last layer, what its norm begins with: the residual stream times the norm's weight.
+    pub z: CUdeviceptr,
+    /// And its sums of squares, as many as [`Chain::squares`] says.
+    pub squares: CUdeviceptr,
+}
+
 impl Chain {
     /// Compiles the kernel, if the GPU and all matrices are such that it can be used.
     ///
@@ -118,6 +131,7 @@ impl Chain {
         device: &Arc<Device>,
         compiler: &Compiler,
         spec: &ModelSpec,
+        mlp: &GatedMlpSpec,
         weights: &ModelWeights,
     ) -> Result<Option<Self>, CudaError> {
         // All blocks of a launch wait for each other. Where several processes share the GPU's multiprocessors at a time, two
@@ -125,7 +139,7 @@ impl Chain {
         if device.capability() != (9, 0) || device.shared_by_processes()? {
             return Ok(None);
         }
-        let Some(format) = common_format(spec, weights) else {
+        let Some(format) = common_format(spec.hidden, mlp.intermediate, weights) else {
             return Ok(None);
         };
         let Some(alone) = Alone::on(device.ordinal() as usize) else {
@@ -141,7 +155,7 @@ impl Chain {
             format,
             balanced: balanced(spec.hidden / TILE_OUTPUTS, blocks),
             hidden: spec.hidden,
-            exchange: Exchange::new(device, spec)?,
+            exchange: Exchange::new(device, spec.hidden, mlp.intermediate)?,
             eps: spec.rms_eps,
             _alone: alone,
         }))
@@ -171,19 +185,19 @@ impl Chain {
         ROWS_MAX * Self::squares(hidden)
     }
 
-    /// From layer `index`'s attention, `b.attended`, to the next layer's `b.qkv`; after the last layer to `b.normed` and `b.squares`.
+    /// From layer `index`'s attention to the next layer's queries, keys and values; after the last layer to `z` and `squares`.
     ///
     /// # Errors
     /// [`CudaError::Driver`].
     ///
     /// # Safety
-    /// It takes `rows` rows, `b.x` and `b.attended` hold them, `weights` are those of [`Self::new`], and a step launches
+    /// It takes `rows` rows, all streams hold them, `weights` are those of [`Self::new`], and a step launches
     /// every layer once, in order. After an error there is no further step: what was exchanged stands where the next would look.
     pub unsafe fn launch(
         &self,
         weights: &ModelWeights,
         index: usize,
-        b: &Buffers,
+        streams: &Streams,
         rows: usize,
     ) -> Result<(), CudaError> {
         let layers = &weights.layers;
@@ -193,17 +207,17 @@ impl Chain {
         let after = set((index + 1) % layers.len(), layers.len());
         let (z, squares) = match next {
             Some(_) => (own.z[1], own.squares[1]),
-            None => (b.normed.at(0), b.squares.at(0)),
+            None => (streams.z, streams.squares),
         };
         let p = Parameters {
             products: self.layers[index],
-            attended: b.attended.at(0),
-            residual: b.x.at(0),
+            attended: streams.attended,
+            residual: streams.residual,
             gamma: [layers[index].mlp_norm.at(0), norm.at(0)],
             z: [own.z[0], z],
             squares: [own.squares[0], squares],
             inner: own.inner,
-            qkv_out: b.qkv.at(0),
+            qkv_out: streams.qkv,
             clear: self.exchange.set_at(after),
             clear_count: (self.exchange.set_bytes() / 16) as i32,
             rows: rows as i32,
@@ -259,9 +273,9 @@ struct Addresses {
 }
 
 impl Exchange {
-    fn new(device: &Arc<Device>, spec: &ModelSpec) -> Result<Self, CudaError> {
-        let (z, inner) = (spec.hidden * 2, spec.intermediate * 2);
-        let squares = Chain::squares(spec.hidden) * 4;
+    fn new(device: &Arc<Device>, hidden: usize, intermediate: usize) -> Result<Self, CudaError> {
+        let (z, inner) = (hidden * 2, intermediate * 2);
+        let squares = Chain::squares(hidden) * 4;
         let parts = [z, z, inner, squares, squares].map(|bytes| ROWS_MAX * bytes);
         let bytes = SETS * parts.iter().sum::<usize>();
         let mut sets = Buffer::uninitialized(device, bytes, "activations")?;
@@ -299,14 +313,14 @@ fn balanced(tiles: usize, blocks: usize) -> bool {
 }
 
 /// The format of all projections, if it is one and their sizes are what the kernel takes.
-fn common_format(spec: &ModelSpec, weights: &ModelWeights) -> Option<Format> {
+fn common_format(hidden: usize, intermediate: usize, weights: &ModelWeights) -> Option<Format> {
     let format = weights.layers.first()?.qkv.format;
     let projections = || {
         let layers = weights.layers.iter();
         layers.flat_map(|l| [&l.qkv, &l.output, &l.gate_up, &l.down])
     };
-    let sizes = spec.hidden.is_multiple_of(TILE_OUTPUTS)
-        && (2 * spec.intermediate).is_multiple_of(TILE_OUTPUTS)
+    let sizes = hidden.is_multiple_of(TILE_OUTPUTS)
+        && (2 * intermediate).is_multiple_of(TILE_OUTPUTS)
         && projections().all(|w| w.outputs.is_multiple_of(TILE_OUTPUTS / 2));
     let inputs = |w: &Matrix| (w.inputs * format.bytes()).is_multiple_of(128);
     let all = projections().all(|w| w.format == format && inputs(w));

@@ -8,9 +8,9 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use baton_engine::KvMemory;
-use cudarc::driver::{DriverError, result, sys};
+use cudarc::driver::{result, sys};
 
-use crate::error::CudaError;
+use crate::error::{CudaError, driver};
 use crate::libraries;
 
 /// An open GPU.
@@ -429,23 +429,5 @@ impl<T: Plain> Drop for Pinned<T> {
             let _ = result::stream::synchronize(self.device.stream);
             let _ = result::free_host(self.base.cast::<c_void>());
         }
-    }
-}
-
-/// A failed driver call, as an error.
-pub(crate) fn driver(what: &str, error: DriverError) -> CudaError {
-    CudaError::Driver {
-        what: what.to_owned(),
-        detail: words(error.0),
-    }
-}
-
-/// The driver's name and words for a result.
-pub(crate) fn words(result: sys::CUresult) -> String {
-    let error = DriverError(result);
-    let text = |c: Result<&std::ffi::CStr, _>| c.map(|c| c.to_string_lossy().into_owned());
-    match (text(error.error_name()), text(error.error_string())) {
-        (Ok(name), Ok(words)) => format!("{words} ({name})"),
-        _ => format!("{result:?}"),
     }
 }

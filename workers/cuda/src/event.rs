@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use crate::device::{Device, driver};
-use crate::error::CudaError;
+use crate::device::Device;
+use crate::error::{CudaError, driver};
 
 /// Tells when everything launched before it is done.
 pub struct Event {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{DriverError, sys};
 
-use crate::device::{Device, driver};
-use crate::error::CudaError;
+use crate::device::Device;
+use crate::error::{CudaError, driver};
 
 /// An instantiated graph.
 pub struct Graph {

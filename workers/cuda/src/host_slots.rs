@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use crate::device::{CudaMemory, Device, Pinned, driver};
-use crate::error::CudaError;
+use crate::device::{CudaMemory, Device, Pinned};
+use crate::error::{CudaError, driver};
 
 /// Pinned host memory in slots of one size. A slot takes part in one copy at a time; copies of different slots run in the order in
 /// which they were started, beside whatever else the GPU does.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use crate::device::{Device, driver};
-use crate::error::CudaError;
+use crate::device::Device;
+use crate::error::{CudaError, driver};
 
 /// Shared memory a block gets without asking.
 const SHARED_BYTES_PLAIN: u32 = 48 << 10;

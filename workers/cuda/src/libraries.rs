@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
-use crate::error::CudaError;
+use crate::error::{CudaError, words};
 
 /// Oldest driver whose interface is used here: that of CUDA 12.8.
 const DRIVER_VERSION_MIN: i32 = 12_080;
@@ -31,7 +31,7 @@ pub fn driver() -> Result<(), CudaError> {
     let failed = |error: cudarc::driver::DriverError| {
         CudaError::Device(format!(
             "the NVIDIA driver does not start: {}",
-            crate::device::words(error.0)
+            words(error.0)
         ))
     };
     cudarc::driver::result::init().map_err(failed)?;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use baton_model::ModelSpec;
+use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::compile::Compiler;
@@ -59,6 +59,7 @@ impl Many {
         device: &Arc<Device>,
         compiler: &Compiler,
         spec: &ModelSpec,
+        mlp: &GatedMlpSpec,
         weights: impl Iterator<Item = &'a Matrix>,
         rows: usize,
     ) -> Result<Self, CudaError> {
@@ -89,7 +90,7 @@ impl Many {
             quantise: quantise.kernel("quantise", 0)?,
             dequantise: quantise.kernel("dequantise", 0)?,
             hidden: spec.hidden,
-            intermediate: spec.intermediate,
+            intermediate: mlp.intermediate,
             eps: spec.rms_eps,
         })
     }

@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use baton_model::{ModelSpec, TensorSource};
+use baton_model::{AttentionSpec, GatedMlpSpec, LayerKind, Mixer, Mlp, ModelSpec, TensorSource};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::attention::{Attention, Inputs};
-use crate::buffers::{ARGMAX_PARTS, Buffers, logits_rows, rows_max};
-use crate::chain::Chain;
+use crate::buffers::{ARGMAX_PARTS, Buffers};
+use crate::chain::{Chain, Streams};
 use crate::compile::Compiler;
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
@@ -16,24 +16,18 @@ use crate::kernel::{Kernel, Module, Shape};
 use crate::launch;
 use crate::many::Many;
 use crate::matrix::Format;
+use crate::options::{CudaOptions, logits_rows, rows_max};
 use crate::skinny::{self, End, Norm, Skinny};
 use crate::sources;
 use crate::step::{StepAddresses, StepShape};
 use crate::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 
-/// How large the steps of a model may be.
-#[derive(Clone, Copy, Debug)]
-pub struct CudaOptions {
-    /// Most tokens of one step.
-    pub step_tokens_max: usize,
-    /// Most sequences of one step.
-    pub step_sequences_max: usize,
-}
-
 /// A loaded model.
 pub struct CudaModel {
     pub(crate) device: Arc<Device>,
     pub(crate) spec: ModelSpec,
+    /// Of every layer.
+    pub(crate) attention: AttentionSpec,
     pub(crate) options: CudaOptions,
     pub(crate) compiler: Compiler,
     weights: ModelWeights,
@@ -67,25 +61,27 @@ impl CudaModel {
         source: &dyn TensorSource,
         options: CudaOptions,
     ) -> Result<Self, CudaError> {
-        check(spec)?;
+        let (attention, mlp) = check(spec)?;
         let compiler = Compiler::for_capability(device.capability())?;
-        let kernels = Kernels::load(device, &compiler, spec)?;
+        let kernels = Kernels::load(device, &compiler, attention.head_dim)?;
         let weights = ModelWeights::load(device, spec, source)?;
         let formats: Vec<Format> = weights.matrices().map(|matrix| matrix.format).collect();
-        let skinny = match takes_skinny(spec) {
-            true => Some(Skinny::new(device, &compiler, rows_max(options), &formats)?),
+        let rows = rows_max(options);
+        let few = Skinny::takes_layers(spec.hidden, attention, mlp);
+        let skinny = match few {
+            true => Some(Skinny::new(device, &compiler, rows, &formats)?),
             false => None,
         };
         let chain = match &skinny {
-            Some(_) => Chain::new(device, &compiler, spec, &weights)?,
+            Some(_) => Chain::new(device, &compiler, spec, mlp, &weights)?,
             None => None,
         };
-        let rows = rows_max(options);
-        let many = Many::new(device, &compiler, spec, weights.matrices(), rows)?;
-        let buffers = Buffers::new(device, spec, options)?;
+        let many = Many::new(device, &compiler, spec, mlp, weights.matrices(), rows)?;
+        let buffers = Buffers::new(device, spec, (attention, mlp), few, options)?;
         Ok(Self {
             device: device.clone(),
             spec: spec.clone(),
+            attention: attention.clone(),
             options,
             compiler,
             weights,
@@ -159,7 +155,7 @@ impl CudaModel {
         at: &StepAddresses,
     ) -> Result<(), CudaError> {
         let (k, b, hidden) = (&self.kernels, &self.buffers, self.spec.hidden as i32);
-        let half = (self.spec.head_dim / 2) as i32;
+        let half = (self.attention.head_dim / 2) as i32;
         let rows = Shape::row(shape.rows, 128).early();
         let table = self.weights.embedding.buffer.at(0);
         let few = self.skinny.is_some() && shape.rows <= skinny::ROWS_MAX;
@@ -190,7 +186,7 @@ impl CudaModel {
             if let Some(chain) = self.chain_of(shape.rows) {
                 return self.layers_in_chains(chain, attention, shape, at);
             }
-            for layer in 0..self.spec.layers {
+            for layer in 0..self.weights.layers.len() {
                 if few {
                     self.layer_of_few(layer, attention, shape, at)?;
                 } else {
@@ -216,13 +212,20 @@ impl CudaModel {
         shape: StepShape,
         at: &StepAddresses,
     ) -> Result<(), CudaError> {
-        let (spec, b, k) = (&self.spec, &self.buffers, &self.kernels);
+        let (eps, b, k) = (self.spec.rms_eps, &self.buffers, &self.kernels);
+        let streams = Streams {
+            attended: b.attended.at(0),
+            residual: b.x.at(0),
+            qkv: b.qkv.at(0),
+            z: b.normed.at(0),
+            squares: b.squares.at(0),
+        };
         // SAFETY: as `layers`; weights as loaded.
         unsafe {
             self.qkv_of_few(0, shape.rows)?;
             for (index, layer) in self.weights.layers.iter().enumerate() {
-                attend(k, spec, b, layer, 0, index, attention, shape, at)?;
-                chain.launch(&self.weights, index, b, shape.rows)?;
+                attend(k, eps, b, layer, 0, index, attention, shape, at)?;
+                chain.launch(&self.weights, index, &streams, shape.rows)?;
             }
         }
         Ok(())
@@ -240,7 +243,7 @@ impl CudaModel {
         at: &StepAddresses,
     ) -> Result<(), CudaError> {
         let Self {
-            spec,
+            spec: ModelSpec { rms_eps: eps, .. },
             weights,
             kernels,
             many,
@@ -256,7 +259,7 @@ impl CudaModel {
         unsafe {
             many.norm(&layer.qkv, normed, x, &layer.attention_norm, 0, rows)?;
             many.multiply(&layer.qkv, normed, qkv, rows, Output::Bf16)?;
-            attend(kernels, spec, b, layer, bias, index, attention, shape, at)?;
+            attend(kernels, *eps, b, layer, bias, index, attention, shape, at)?;
             many.prepare(&layer.output, attended, rows)?;
             many.multiply(&layer.output, attended, x, rows, Output::AddF32)?;
             many.norm(&layer.gate_up, normed, x, &layer.mlp_norm, 0, rows)?;
@@ -277,7 +280,7 @@ impl CudaModel {
         shape: StepShape,
         at: &StepAddresses,
     ) -> Result<(), CudaError> {
-        let (spec, b, weights) = (&self.spec, &self.buffers, &self.weights);
+        let (eps, b, weights) = (self.spec.rms_eps, &self.buffers, &self.weights);
         let skinny = self.skinny.as_ref().expect("the caller has looked");
         let layer = &weights.layers[index];
         let (rows, squares) = (shape.rows, b.squares.at(0));
@@ -294,17 +297,7 @@ impl CudaModel {
         // SAFETY: as `layers`; weights as loaded.
         unsafe {
             self.qkv_of_few(index, rows)?;
-            attend(
-                &self.kernels,
-                spec,
-                b,
-                layer,
-                0,
-                index,
-                attention,
-                shape,
-                at,
-            )?;
+            attend(&self.kernels, eps, b, layer, 0, index, attention, shape, at)?;
             let end = residual(&layer.mlp_norm);
             skinny.multiply(&layer.output, &b.skinny_attended, rows, None, end)?;
             skinny.multiply(&layer.gate_up, &b.skinny_normed, rows, norm, swiglu)?;
@@ -417,7 +410,7 @@ impl CudaModel {
 /// As [`CudaModel::layers`].
 unsafe fn attend(
     kernels: &Kernels,
-    spec: &ModelSpec,
+    eps: f32,
     b: &Buffers,
     layer: &LayerWeights,
     bias: CUdeviceptr,
@@ -433,11 +426,12 @@ unsafe fn attend(
         bias,
         q_norm,
         k_norm,
-        eps: spec.rms_eps,
+        eps,
         turns: b.turns.at(0),
         q: b.q.at(0),
     };
-    let heads = spec.heads + 2 * spec.kv_heads;
+    let (q_heads, kv_heads) = attention.heads();
+    let heads = q_heads + 2 * kv_heads;
     let rope = Shape::plane(heads.div_ceil(4), shape.rows, 128).early();
     // SAFETY: the kernels' arguments, by their files.
     unsafe {
@@ -454,9 +448,9 @@ unsafe fn attend(
                 at.row_slot,
                 inputs.q,
                 attention.arena(),
-                spec.heads as i32,
-                spec.kv_heads as i32,
-                spec.layers as i32,
+                q_heads as i32,
+                kv_heads as i32,
+                attention.layers() as i32,
                 index as i32,
                 attention.block_tokens() as i32,
             )?;
@@ -466,12 +460,8 @@ unsafe fn attend(
 }
 
 impl Kernels {
-    fn load(
-        device: &Arc<Device>,
-        compiler: &Compiler,
-        spec: &ModelSpec,
-    ) -> Result<Self, CudaError> {
-        let head_dim = [format!("HEAD_DIM={}", spec.head_dim)];
+    fn load(device: &Arc<Device>, compiler: &Compiler, head_dim: usize) -> Result<Self, CudaError> {
+        let head_dim = [format!("HEAD_DIM={head_dim}")];
         let module = |source: &sources::Source, defines: &[String]| {
             Module::load(device, &compiler.compile(source, defines)?)
         };
@@ -486,30 +476,46 @@ impl Kernels {
     }
 }
 
-/// Whether every product of a layer can go the way of few rows.
-pub(crate) fn takes_skinny(spec: &ModelSpec) -> bool {
-    let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-    let (hidden, inner) = (spec.hidden, spec.intermediate);
-    Skinny::takes(hidden, q + 2 * kv)
-        && Skinny::takes(q, hidden)
-        && Skinny::takes(hidden, 2 * inner)
-        && Skinny::takes(inner, hidden)
-}
-
-fn check(spec: &ModelSpec) -> Result<(), CudaError> {
+/// What all layers are, if the kernels compute such layers.
+fn check(spec: &ModelSpec) -> Result<(&AttentionSpec, &GatedMlpSpec), CudaError> {
     spec.check().map_err(CudaError::Unsupported)?;
+    let LayerKind {
+        mixer: Mixer::Attention(attention),
+        mlp: Mlp::Gated(mlp),
+    } = &**spec.one_kind().map_err(CudaError::Unsupported)?;
     let refuse = |what: String| Err(CudaError::Unsupported(what));
-    if !spec.intermediate.is_multiple_of(GATE_UP_ROWS) {
+    if !mlp.intermediate.is_multiple_of(GATE_UP_ROWS) {
         return refuse(format!(
             "its feed-forward layer is {} wide, no multiple of {GATE_UP_ROWS}",
-            spec.intermediate
+            mlp.intermediate
         ));
     }
     if !spec.hidden.is_multiple_of(2) {
         return refuse(format!("its width {} is odd", spec.hidden));
     }
-    if spec.head_dim > 256 {
-        return refuse(format!("heads of {} numbers, more than 256", spec.head_dim));
+    if attention.head_dim > 256 {
+        return refuse(format!(
+            "heads of {} numbers, more than 256",
+            attention.head_dim
+        ));
     }
-    Ok(())
+    Ok((attention, mlp))
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_executor_tests::tiny_families;
+
+    use super::*;
+
+    #[test]
+    fn a_model_whose_layers_differ_is_refused_by_what_they_are() {
+        let mut spec = ModelSpec::try_from(tiny_families().remove(0)).expect("a model");
+        assert!(check(&spec).is_ok());
+        let Mlp::Gated(mlp) = &mut Arc::make_mut(&mut spec.layers[1]).mlp;
+        mlp.intermediate += GATE_UP_ROWS;
+        let error = check(&spec).expect_err("refused").to_string();
+        assert!(error.contains("its layers differ (1 with"), "{error}");
+        assert!(error.contains("a gated MLP of 104, 1 with"), "{error}");
+    }
 }

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use baton_model::{AttentionSpec, GatedMlpSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
 use crate::compile::Compiler;
@@ -170,8 +171,17 @@ fn map(
 
 impl Skinny {
     /// Whether products of these sizes can go this way; FP8 weights have inputs of a multiple of 16 besides.
-    pub fn takes(inputs: usize, outputs: usize) -> bool {
+    fn takes(inputs: usize, outputs: usize) -> bool {
         inputs.is_multiple_of(8) && outputs.is_multiple_of(8)
+    }
+
+    /// Whether every product of such a layer can go this way.
+    pub fn takes_layers(hidden: usize, attention: &AttentionSpec, mlp: &GatedMlpSpec) -> bool {
+        let ((q, kv), inner) = (attention.projected(), mlp.intermediate);
+        Self::takes(hidden, q + 2 * kv)
+            && Self::takes(q, hidden)
+            && Self::takes(hidden, 2 * inner)
+            && Self::takes(inner, hidden)
     }
 
     /// Compiles the variants that steps of up to `rows` rows need, with weights of these formats.

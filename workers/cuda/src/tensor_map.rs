@@ -2,8 +2,7 @@
 
 use cudarc::driver::sys;
 
-use crate::device::driver;
-use crate::error::CudaError;
+use crate::error::{CudaError, driver};
 
 /// A row-major matrix, as the copy engine of Hopper and later knows it. Zeros elsewhere.
 #[derive(Clone, Copy, Debug)]

@@ -6,7 +6,9 @@
 use std::cell::Cell;
 use std::sync::Arc;
 
-use baton_model::{Fp8Scales, MatrixBytes, ModelSpec, TensorSource, dequantize_row, names};
+use baton_model::{
+    Fp8Scales, LayerKind, MatrixBytes, Mixer, Mlp, ModelSpec, TensorSource, dequantize_row, names,
+};
 
 use crate::device::{Buffer, Device};
 use crate::error::CudaError;
@@ -75,8 +77,8 @@ impl ModelWeights {
         };
         Ok(Self {
             embedding: head(names::EMBED)?,
-            layers: (0..spec.layers)
-                .map(|layer| LayerWeights::load(&loader, spec, layer))
+            layers: (spec.layers.iter().enumerate())
+                .map(|(index, kind)| LayerWeights::load(&loader, hidden, kind, index))
                 .collect::<Result<_, _>>()?,
             norm: loader.one(names::FINAL_NORM, &[hidden])?,
             lm_head: match spec.tied_embeddings {
@@ -106,10 +108,16 @@ impl ModelWeights {
 }
 
 impl LayerWeights {
-    fn load(loader: &Loader<'_>, spec: &ModelSpec, layer: usize) -> Result<Self, CudaError> {
+    fn load(
+        loader: &Loader<'_>,
+        hidden: usize,
+        kind: &LayerKind,
+        layer: usize,
+    ) -> Result<Self, CudaError> {
         let name = |name: &str| names::layer(layer, name);
-        let (hidden, inner, dim) = (spec.hidden, spec.intermediate, spec.head_dim);
-        let (q, kv) = (spec.heads * dim, spec.kv_heads * dim);
+        let Mixer::Attention(attention) = &kind.mixer;
+        let Mlp::Gated(mlp) = &kind.mlp;
+        let (inner, dim, (q, kv)) = (mlp.intermediate, attention.head_dim, attention.projected());
         let part = |part, rows, inputs| loader.part(name(part), rows, inputs);
         let biases = || {
             let parts = [(names::Q_BIAS, q), (names::K_BIAS, kv), (names::V_BIAS, kv)];
@@ -129,11 +137,11 @@ impl LayerWeights {
         Ok(Self {
             attention_norm: loader.one(&name(names::ATTN_NORM), &[hidden])?,
             qkv: loader.projection(&qkv, Rows::Plain)?,
-            qkv_bias: match spec.qkv_bias {
+            qkv_bias: match attention.qkv_bias {
                 true => Some(biases()?),
                 false => None,
             },
-            qk_norm: match spec.qk_norm {
+            qk_norm: match attention.qk_norm {
                 true => Some((
                     loader.one(&name(names::Q_NORM), &[dim])?,
                     loader.one(&name(names::K_NORM), &[dim])?,

@@ -4,14 +4,18 @@ use baton_model::ModelSpec;
 use baton_protocol::{KvDtype, KvGeometry};
 
 /// The arena layout of a model that one rank holds whole.
+///
+/// # Panics
+/// If the spec has no layers, which none that was read from a file is.
 pub fn kv_geometry(spec: &ModelSpec, block_tokens: u32) -> KvGeometry {
+    let group = &spec.kv_groups()[0]; // executors refuse models with several
     KvGeometry {
         layout: KvGeometry::LAYOUT,
         dtype: KvDtype::Bf16,
         block_tokens,
-        kv_heads: spec.kv_heads as u32,
-        layers: spec.layers as u32,
-        head_dim: spec.head_dim as u32,
+        kv_heads: group.kv_heads as u32,
+        layers: group.layers.len() as u32,
+        head_dim: group.head_dim as u32,
     }
 }
 

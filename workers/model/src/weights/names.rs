@@ -36,6 +36,9 @@ pub const UP: &str = "mlp.up_proj.weight";
 /// Back to the residual stream, `[hidden, intermediate]`.
 pub const DOWN: &str = "mlp.down_proj.weight";
 
+/// The matrices of a layer whose format is the model's [`crate::WeightFormat`].
+pub const PROJECTIONS: [&str; 7] = [Q, K, V, O, GATE, UP, DOWN];
+
 /// Full name of a layer's weight: `layer(3, names::Q)` is `model.layers.3.self_attn.q_proj.weight`.
 pub fn layer(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.{name}")
@@ -51,5 +54,5 @@ pub fn is_projection(name: &str) -> bool {
     let part = name
         .strip_prefix("model.layers.")
         .and_then(|rest| rest.split_once('.'));
-    part.is_some_and(|(_, part)| [Q, K, V, O, GATE, UP, DOWN].contains(&part))
+    part.is_some_and(|(_, part)| PROJECTIONS.contains(&part))
 }

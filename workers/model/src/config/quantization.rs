@@ -8,8 +8,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::fp8::BLOCK;
-use crate::weight_format::WeightFormat;
+use crate::weights::{BLOCK, WeightFormat};
 
 type Object = Map<String, Value>;
 

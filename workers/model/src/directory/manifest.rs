@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::spec::ModelSpec;
-use crate::weight_format::WeightFormat;
+use crate::weights::{WeightFormat, check_tp_size};
 
 /// Format number of the manifests written and read here.
 pub const MANIFEST_FORMAT: u32 = 1;
@@ -65,12 +65,7 @@ impl Manifest {
         {
             return Err("its fingerprint is not 64 hexadecimal digits".to_owned());
         }
-        self.spec
-            .check()
-            .map_err(|e| format!("its spec is wrong: {e}"))?;
-        self.dtype
-            .check_tp_size(&self.spec, self.tp_size)
-            .map_err(|e| e.to_string())?;
+        check_tp_size(&self.spec, self.dtype, self.tp_size).map_err(|e| e.to_string())?;
         if self.tokens_max == 0 || self.tokens_max != self.spec.tokens_max {
             return Err(format!(
                 "its longest sequence is {} tokens in one place and {} in another",
@@ -90,15 +85,4 @@ impl Manifest {
         }
         Ok(())
     }
-}
-
-/// Lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes
-        .iter()
-        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-            write!(text, "{byte:02x}").expect("writing to a string cannot fail");
-            text
-        })
 }

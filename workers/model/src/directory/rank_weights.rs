@@ -1,54 +1,60 @@
-//! Where an executor takes weights from: a model directory, or a test.
+//! One rank's weight file.
 
 use std::borrow::Cow;
+use std::path::Path;
 
-use crate::fp8::{Fp8Matrix, Fp8Scales};
-use crate::model_dir::Weights;
-use crate::names;
-use crate::safetensors::{Dtype, Tensor};
-use crate::weight_format::WeightFormat;
+use crate::error::ModelError;
+use crate::weights::{
+    Dtype, Fp8Matrix, Fp8Scales, MatrixBytes, SafetensorsFile, StoredTensor, Tensor, TensorBytes,
+    TensorSource, WeightFormat, names,
+};
 
-/// A BF16 tensor as it lies in the checkpoint.
-pub struct TensorBytes<'a> {
-    /// Its shape, rows first.
-    pub shape: Vec<usize>,
-    /// Its numbers, little-endian, row after row.
-    pub bytes: &'a [u8],
+/// The weights of one rank, mapped. Names are those of [`crate::names`].
+#[derive(Debug)]
+pub struct Weights {
+    file: SafetensorsFile,
+    format: WeightFormat,
 }
 
-/// A projection `[out][in]` in whatever format the source has it.
-#[derive(Clone, Debug, PartialEq)]
-pub enum MatrixBytes<'a> {
-    /// Little-endian BF16, row after row.
-    Bf16(&'a [u8]),
-    /// e4m3 with scales.
-    Fp8(Fp8Matrix<'a>),
+impl Weights {
+    /// Maps a file and checks that it holds these tensors.
+    pub(super) fn open(
+        path: &Path,
+        format: WeightFormat,
+        mut tensors: impl Iterator<Item = StoredTensor>,
+    ) -> Result<Self, ModelError> {
+        let file = SafetensorsFile::open(path)?;
+        tensors.try_for_each(|tensor| check_tensor(&file, &tensor))?;
+        Ok(Self { file, format })
+    }
+
+    /// A tensor by name; shapes are this rank's.
+    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, ModelError> {
+        self.file.tensor(name)
+    }
+
+    /// Format of the projections.
+    pub fn format(&self) -> WeightFormat {
+        self.format
+    }
+
+    /// The file they are in.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
 }
 
-/// Anything that has tensors.
-pub trait TensorSource {
-    /// The BF16 tensor of this name; an error is the reason as a sentence.
-    fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String>;
-
-    /// The same, and it has this shape.
-    fn shaped(&self, name: &str, shape: &[usize]) -> Result<&[u8], String> {
-        let tensor = self.bf16(name)?;
-        let bytes: usize = shape.iter().product::<usize>() * 2;
-        if tensor.shape != shape || tensor.bytes.len() != bytes {
-            return Err(format!(
-                "its shape is {:?} in {} bytes, the configuration says {shape:?}",
-                tensor.shape,
-                tensor.bytes.len()
-            ));
-        }
-        Ok(tensor.bytes)
+fn check_tensor(file: &SafetensorsFile, expected: &StoredTensor) -> Result<(), ModelError> {
+    let (name, dtype, shape) = expected;
+    let found = file.tensor(name)?;
+    if found.dtype != *dtype || found.shape != *shape {
+        let reason = format!(
+            "is {} of shape {:?}, it should be {dtype} of shape {shape:?}; prepare the model again",
+            found.dtype, found.shape
+        );
+        return Err(ModelError::tensor(file.path(), name, reason));
     }
-
-    /// One of the seven projections of a layer, `[out][in]`, in the source's format. A source that has
-    /// FP8 has all of them so, with scales of one kind.
-    fn projection(&self, name: &str, out: usize, inputs: usize) -> Result<MatrixBytes<'_>, String> {
-        self.shaped(name, &[out, inputs]).map(MatrixBytes::Bf16)
-    }
+    Ok(())
 }
 
 impl TensorSource for Weights {

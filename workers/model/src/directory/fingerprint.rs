@@ -2,9 +2,9 @@
 
 use sha2::{Digest, Sha256};
 
-use crate::manifest::hex;
+use crate::hex::hex;
 use crate::spec::ModelSpec;
-use crate::tensors::TensorSpec;
+use crate::weights::TensorSpec;
 
 /// SHA-256 over the spec, the tokenizer and all weights, unsharded, in the order of
 /// [`crate::expected_tensors`].

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use half::bf16;
 
-use crate::e4m3::{E4M3_MAX, e4m3_from_f32, f32_from_e4m3};
+use super::e4m3::{E4M3_MAX, e4m3_from_f32, f32_from_e4m3};
 
 /// Rows and columns that share a scale in [`Fp8Scales::Block`].
 pub const BLOCK: usize = 128;

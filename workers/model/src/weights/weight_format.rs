@@ -4,10 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::ModelError;
-use crate::fp8::BLOCK;
-use crate::spec::ModelSpec;
-use crate::tensors::{Split, check_tp_size, expected_tensors};
+use super::fp8::BLOCK;
 
 /// Format of the seven projections of each layer (q, k, v, o, gate, up, down), one for the whole model.
 ///
@@ -51,32 +48,6 @@ impl WeightFormat {
             WeightFormat::Fp8Channel => Some(vec![out]),
             WeightFormat::Fp8Block => Some(vec![out.div_ceil(BLOCK), inputs.div_ceil(BLOCK)]),
         }
-    }
-
-    /// Whether the model can be divided over `tp_size` ranks in this format: as [`check_tp_size`], and no
-    /// block may have to be cut.
-    pub fn check_tp_size(self, spec: &ModelSpec, tp_size: usize) -> Result<(), ModelError> {
-        check_tp_size(spec, tp_size)?;
-        if self != WeightFormat::Fp8Block || tp_size == 1 {
-            return Ok(());
-        }
-        for tensor in expected_tensors(spec).iter().filter(|t| t.projection) {
-            let (what, count) = match tensor.split {
-                Split::Replicated => continue,
-                Split::Rows => ("rows", tensor.rows()),
-                Split::Columns => ("columns", tensor.columns()),
-            };
-            let part = count / tp_size;
-            if !part.is_multiple_of(BLOCK) {
-                return Err(ModelError::TensorParallel(format!(
-                    "tensor-parallel size {tp_size} gives a rank {part} of the {count} {what} of `{}`, which cuts a \
-                     {BLOCK}×{BLOCK} block of FP8 weights; choose a size that gives a multiple of {BLOCK}, or \
-                     prepare the model with `--dtype bf16`",
-                    tensor.name
-                )));
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,5 +1,9 @@
 //! A prepared model directory.
 
+mod fingerprint;
+mod manifest;
+mod rank_weights;
+
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -7,11 +11,13 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 
 use crate::error::ModelError;
-use crate::manifest::{Manifest, hex};
-use crate::safetensors::{SafetensorsFile, Tensor};
+use crate::hex::hex;
 use crate::spec::ModelSpec;
-use crate::tensors::{StoredTensor, stored_tensors};
-use crate::weight_format::WeightFormat;
+use crate::weights::stored_tensors;
+
+pub use fingerprint::FingerprintHasher;
+pub use manifest::{FileEntry, MANIFEST_FORMAT, Manifest};
+pub use rank_weights::Weights;
 
 /// What the directory holds. Written last.
 pub const MANIFEST: &str = "manifest.json";
@@ -133,50 +139,10 @@ impl ModelDir {
                 ),
             ));
         }
-        let file = SafetensorsFile::open(&self.path.join(rank_file_name(rank)))?;
+        let path = self.path.join(rank_file_name(rank));
         let format = self.manifest.dtype;
-        for tensor in stored_tensors(self.spec(), format, tp_size) {
-            check_tensor(&file, &tensor)?;
-        }
-        Ok(Weights { file, format })
+        Weights::open(&path, format, stored_tensors(self.spec(), format, tp_size))
     }
-}
-
-/// The weights of one rank, mapped. Names are those of [`crate::names`].
-#[derive(Debug)]
-pub struct Weights {
-    file: SafetensorsFile,
-    format: WeightFormat,
-}
-
-impl Weights {
-    /// A tensor by name; shapes are this rank's.
-    pub fn tensor(&self, name: &str) -> Result<Tensor<'_>, ModelError> {
-        self.file.tensor(name)
-    }
-
-    /// Format of the projections.
-    pub fn format(&self) -> WeightFormat {
-        self.format
-    }
-
-    /// The file they are in.
-    pub fn path(&self) -> &Path {
-        self.file.path()
-    }
-}
-
-fn check_tensor(file: &SafetensorsFile, expected: &StoredTensor) -> Result<(), ModelError> {
-    let (name, dtype, shape) = expected;
-    let found = file.tensor(name)?;
-    if found.dtype != *dtype || found.shape != *shape {
-        let reason = format!(
-            "is {} of shape {:?}, it should be {dtype} of shape {shape:?}; prepare the model again",
-            found.dtype, found.shape
-        );
-        return Err(ModelError::tensor(file.path(), name, reason));
-    }
-    Ok(())
 }
 
 /// SHA-256 of a file, 64 hexadecimal digits.

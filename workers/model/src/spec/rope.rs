@@ -1,41 +1,6 @@
-//! What a decoder is, in numbers: everything an executor needs besides the weights.
+//! Rotary positions: the angle of each pair of a head's numbers.
 
 use serde::{Deserialize, Serialize};
-
-/// A Llama-type decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ModelSpec {
-    /// `model_type` of the Hugging Face configuration: `llama`, `mistral`, `qwen2`, `qwen3`.
-    pub family: String,
-    /// Width of the residual stream.
-    pub hidden: usize,
-    /// Width of the feed-forward layer.
-    pub intermediate: usize,
-    /// Number of decoder layers.
-    pub layers: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key/value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Numbers per head; even. Not always `hidden / heads`.
-    pub head_dim: usize,
-    /// Logits per position.
-    pub vocab: usize,
-    /// Longest sequence in tokens.
-    pub tokens_max: usize,
-    /// Added to the mean square in RMSNorm.
-    pub rms_eps: f32,
-    /// Rotary positions.
-    pub rope: Rope,
-    /// Query, key and value projections have biases (Qwen2).
-    pub qkv_bias: bool,
-    /// Queries and keys are normalised per head (Qwen3).
-    pub qk_norm: bool,
-    /// The output projection is the embedding.
-    pub tied_embeddings: bool,
-    /// Attention reaches back only this far (Mistral v0.1); `None` reaches to the start.
-    pub sliding_window: Option<usize>,
-}
 
 /// Rotary position embedding, in the half-split form of Hugging Face (`rotate_half`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -103,44 +68,11 @@ impl Rope {
             })
             .collect()
     }
-}
 
-impl ModelSpec {
-    /// Whether the numbers are possible and in bounds, so that arithmetic on them cannot overflow.
-    pub fn check(&self) -> Result<(), String> {
-        let bounded = [
-            ("hidden", self.hidden, 1 << 16),
-            ("intermediate", self.intermediate, 1 << 20),
-            ("layers", self.layers, 1 << 10),
-            ("heads", self.heads, 1 << 10),
-            ("kv_heads", self.kv_heads, 1 << 10),
-            ("head_dim", self.head_dim, 1 << 10),
-            // Sampling sums weights of 2^44 in 64 bits.
-            ("vocab", self.vocab, 1 << 19),
-            ("tokens_max", self.tokens_max, 1 << 26),
-        ];
-        for (name, value, max) in bounded {
-            if value == 0 || value > max {
-                return Err(format!("{name} is {value}, it must be between 1 and {max}"));
-            }
-        }
-        if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(format!(
-                "{} query heads cannot share {} key/value heads equally",
-                self.heads, self.kv_heads
-            ));
-        }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(format!(
-                "head_dim is {}, rotary positions need an even number",
-                self.head_dim
-            ));
-        }
-        if !(self.rms_eps.is_finite() && self.rms_eps >= 0.0) {
-            return Err(format!("rms_eps is {}", self.rms_eps));
-        }
+    /// Whether frequencies can be made of these numbers.
+    pub(super) fn check(&self) -> Result<(), String> {
         let positive = |x: f64| x.is_finite() && x > 0.0;
-        let rope = match self.rope.scaling {
+        let scaling = match self.scaling {
             RopeScaling::None => true,
             RopeScaling::Linear { factor } => positive(factor),
             RopeScaling::Llama3 {
@@ -156,15 +88,9 @@ impl ModelSpec {
                     && high_freq_factor > low_freq_factor
             }
         };
-        if !positive(self.rope.theta) || !rope {
-            return Err(format!(
-                "the rotary embedding {:?} is impossible",
-                self.rope
-            ));
+        match positive(self.theta) && scaling {
+            true => Ok(()),
+            false => Err(format!("the rotary embedding {self:?} is impossible")),
         }
-        if self.sliding_window == Some(0) {
-            return Err("sliding_window is 0".to_owned());
-        }
-        Ok(())
     }
 }

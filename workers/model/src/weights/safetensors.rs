@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::mapped::MappedFile;
 use crate::error::ModelError;
-use crate::mapped::MappedFile;
 
 /// Longest header that is read. Real ones take some 100 bytes a tensor.
 const HEADER_BYTES_MAX: u64 = 64 << 20;
