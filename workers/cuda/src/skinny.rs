@@ -122,8 +122,6 @@ struct Parameters {
     y: u64,
     residual: u64,
     y_ssq: u64,
-    partial: u64,
-    arrivals: u64,
     out: i32,
     k: i32,
     rows: i32,
@@ -241,8 +239,6 @@ impl Skinny {
             y: 0,
             residual: 0,
             y_ssq: 0,
-            partial: 0,
-            arrivals: 0,
             out: w.outputs as i32,
             k: w.inputs as i32,
             rows: rows as i32,
@@ -369,5 +365,16 @@ impl Tile {
             swiglu: kernel("swiglu")?,
             logits: kernel("logits")?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_laid_out_as_in_the_kernel() {
+        assert_eq!(std::mem::offset_of!(Parameters, out), 2 * 128 + 9 * 8);
+        assert_eq!(size_of::<Parameters>(), 384);
     }
 }
