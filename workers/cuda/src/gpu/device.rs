@@ -10,8 +10,8 @@ use std::sync::Arc;
 use baton_engine::KvMemory;
 use cudarc::driver::{result, sys};
 
+use super::libraries;
 use crate::error::{CudaError, driver};
-use crate::libraries;
 
 /// An open GPU.
 pub struct Device {

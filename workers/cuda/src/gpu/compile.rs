@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use cudarc::nvrtc::sys;
 use sha2::{Digest, Sha256};
 
+use super::libraries;
+use super::sources::{HEADERS, Source};
 use crate::error::CudaError;
-use crate::libraries;
-use crate::sources::{HEADERS, Source};
 
 /// A compiler for one architecture.
 pub struct Compiler {

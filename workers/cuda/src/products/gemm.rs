@@ -10,9 +10,9 @@ use std::sync::Arc;
 use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::device::{Buffer, Device};
 use crate::error::CudaError;
-use crate::libraries;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::libraries;
 
 /// What NVIDIA recommends for Hopper.
 static WORKSPACE_BYTES: usize = 32 << 20;

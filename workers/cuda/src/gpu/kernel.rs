@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use crate::device::Device;
+use super::device::Device;
 use crate::error::{CudaError, driver};
 
 /// Shared memory a block gets without asking.

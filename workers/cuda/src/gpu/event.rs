@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use crate::device::Device;
+use super::device::Device;
 use crate::error::{CudaError, driver};
 
 /// Tells when everything launched before it is done.

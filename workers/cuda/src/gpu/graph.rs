@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{DriverError, sys};
 
-use crate::device::Device;
+use super::device::Device;
 use crate::error::{CudaError, driver};
 
 /// An instantiated graph.

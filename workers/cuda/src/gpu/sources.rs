@@ -15,7 +15,7 @@ macro_rules! source {
         #[doc = concat!("`kernels/", $file, "`.")]
         pub const $constant: Source = Source {
             name: $file,
-            text: include_str!(concat!("../kernels/", $file)),
+            text: include_str!(concat!("../../kernels/", $file)),
         };
     };
 }
@@ -36,7 +36,7 @@ source!(GEMM_CHAIN, "gemm_chain.cu");
 
 macro_rules! headers {
     ($($file:literal),* $(,)?) => {
-        &[$(($file, include_str!(concat!("../kernels/", $file)))),*]
+        &[$(($file, include_str!(concat!("../../kernels/", $file)))),*]
     };
 }
 

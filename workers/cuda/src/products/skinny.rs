@@ -6,14 +6,14 @@ use std::sync::Arc;
 use baton_model::{AttentionSpec, GatedMlpSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::compile::Compiler;
-use crate::device::Device;
+use super::matrix::{Format, Matrix};
 use crate::error::CudaError;
-use crate::kernel::{Kernel, Module, Shape};
+use crate::gpu::compile::Compiler;
+use crate::gpu::device::Device;
+use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::sources;
+use crate::gpu::tensor_map::{Piece, TensorMap};
 use crate::launch;
-use crate::matrix::{Format, Matrix};
-use crate::sources;
-use crate::tensor_map::{Piece, TensorMap};
 
 /// Rows that one variant of the kernel handles; a step takes the least that has room.
 const ROW_TILES: [usize; 6] = [8, 16, 24, 32, 48, 64];

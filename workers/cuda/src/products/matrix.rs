@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::device::{Buffer, Device};
 use crate::error::CudaError;
-use crate::tensor_map::{Piece, TensorMap};
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::tensor_map::{Piece, TensorMap};
 
 /// Rows and columns that share a scale in [`Format::Fp8Block`].
 pub const BLOCK: usize = 128;

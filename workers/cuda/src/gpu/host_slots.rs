@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
-use crate::device::{CudaMemory, Device, Pinned};
+use super::device::{CudaMemory, Device, Pinned};
 use crate::error::{CudaError, driver};
 
 /// Pinned host memory in slots of one size. A slot takes part in one copy at a time; copies of different slots run in the order in

@@ -11,14 +11,14 @@ use baton_model::AttentionSpec;
 use baton_protocol::KvGeometry;
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::compile::Compiler;
-use crate::device::{Buffer, Device};
 use crate::error::CudaError;
-use crate::kernel::{Kernel, Module, Shape};
+use crate::gpu::compile::Compiler;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::sources::{self, Source};
+use crate::gpu::tensor_map::{Piece, TensorMap};
 use crate::launch;
-use crate::sources::{self, Source};
 use crate::step::{HEADER_SEQUENCES, StepAddresses, StepShape};
-use crate::tensor_map::{Piece, TensorMap};
 
 /// Attention over one arena.
 pub struct Attention {

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::compile::Compiler;
-use crate::device::{Buffer, Device};
+use super::weights::ModelWeights;
 use crate::error::CudaError;
-use crate::kernel::{Kernel, Module, Shape};
+use crate::gpu::compile::Compiler;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::sources;
+use crate::gpu::tensor_map::TensorMap;
 use crate::launch;
-use crate::matrix::{Format, Matrix};
-use crate::sources;
-use crate::tensor_map::TensorMap;
-use crate::weights::ModelWeights;
+use crate::products::matrix::{Format, Matrix};
 
 /// Rows that one variant of the kernel handles; a step takes the least that has room.
 const ROWS: [usize; 3] = [1, 4, 8];
@@ -175,7 +175,7 @@ impl Chain {
         self.variants.iter().find(|variant| variant.rows >= rows)
     }
 
-    /// Sums of squares of a row that the last layer leaves, for [`crate::skinny::Norm`].
+    /// Sums of squares of a row that the last layer leaves, for [`crate::products::skinny::Norm`].
     pub fn squares(hidden: usize) -> usize {
         hidden / SQUARES
     }

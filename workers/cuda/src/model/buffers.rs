@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use baton_model::{AttentionSpec, GatedMlpSpec, ModelSpec};
 
-use crate::chain::Chain;
-use crate::device::{Buffer, Device};
+use super::chain::Chain;
 use crate::error::CudaError;
+use crate::gpu::device::{Buffer, Device};
 use crate::options::{CudaOptions, logits_rows, rows_max};
-use crate::skinny::Activations;
+use crate::products::skinny::Activations;
 
 /// Activations, allocated once.
 pub(crate) struct Buffers {
@@ -41,7 +41,7 @@ pub(crate) struct Buffers {
 pub(crate) const ARGMAX_PARTS: usize = 32;
 
 impl Buffers {
-    /// For layers of this kind; `few` if a step of few rows may go through [`crate::skinny`].
+    /// For layers of this kind; `few` if a step of few rows may go through [`crate::products::skinny`].
     pub(crate) fn new(
         device: &Arc<Device>,
         spec: &ModelSpec,

@@ -10,9 +10,9 @@ use baton_model::{
     Fp8Scales, LayerKind, MatrixBytes, Mixer, Mlp, ModelSpec, TensorSource, dequantize_row, names,
 };
 
-use crate::device::{Buffer, Device};
 use crate::error::CudaError;
-use crate::matrix::{BLOCK, Format, Matrix, Rows, extend_stored};
+use crate::gpu::device::{Buffer, Device};
+use crate::products::matrix::{BLOCK, Format, Matrix, Rows, extend_stored};
 
 /// Rows of gate, then as many of up, and so on: what SwiGLU reads together lies together.
 pub const GATE_UP_ROWS: usize = 8;

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::compile::Compiler;
-use crate::device::{Buffer, Device};
+use super::gemm::{Blas, Numbers, Output, Product};
+use super::matrix::{BLOCK, Format, Matrix, Rows};
 use crate::error::CudaError;
-use crate::gemm::{Blas, Numbers, Output, Product};
-use crate::kernel::{Kernel, Module, Shape};
+use crate::gpu::compile::Compiler;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::sources;
 use crate::launch;
-use crate::matrix::{BLOCK, Format, Matrix, Rows};
-use crate::sources;
 
 /// How weights are multiplied by many rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,26 +1,31 @@
 //! A model on a GPU: weights, activations, and the launches of a step from tokens to logits.
 
+pub(crate) mod attention;
+mod buffers;
+mod chain;
+pub(crate) mod weights;
+
 use std::sync::Arc;
 
 use baton_model::{AttentionSpec, GatedMlpSpec, LayerKind, Mixer, Mlp, ModelSpec, TensorSource};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::attention::{Attention, Inputs};
-use crate::buffers::{ARGMAX_PARTS, Buffers};
-use crate::chain::{Chain, Streams};
-use crate::compile::Compiler;
-use crate::device::{Buffer, Device};
 use crate::error::CudaError;
-use crate::gemm::Output;
-use crate::kernel::{Kernel, Module, Shape};
+use crate::gpu::compile::Compiler;
+use crate::gpu::device::{Buffer, Device};
+use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::sources;
 use crate::launch;
-use crate::many::Many;
-use crate::matrix::Format;
 use crate::options::{CudaOptions, logits_rows, rows_max};
-use crate::skinny::{self, End, Norm, Skinny};
-use crate::sources;
+use crate::products::gemm::Output;
+use crate::products::many::Many;
+use crate::products::matrix::Format;
+use crate::products::skinny::{self, End, Norm, Skinny};
 use crate::step::{StepAddresses, StepShape};
-use crate::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
+use attention::{Attention, Inputs};
+use buffers::{ARGMAX_PARTS, Buffers};
+use chain::{Chain, Streams};
+use weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 
 /// A loaded model.
 pub struct CudaModel {
