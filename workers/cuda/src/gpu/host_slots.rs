@@ -114,9 +114,11 @@ impl HostSlots {
             (host, rest) = rest.split_at_mut((range.end - range.start) as usize);
             let at = base + range.start;
             // SAFETY: within the allocation and the slot, as checked above; the slot is not looked at before the event.
-            match direction {
-                Direction::ToHost => unsafe { result::memcpy_dtoh_async(host, at, stream) },
-                Direction::ToGpu => unsafe { result::memcpy_htod_async(at, host, stream) },
+            unsafe {
+                match direction {
+                    Direction::ToHost => result::memcpy_dtoh_async(host, at, stream),
+                    Direction::ToGpu => result::memcpy_htod_async(at, host, stream),
+                }
             }
             .map_err(failed)?;
         }
