@@ -4,11 +4,10 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use baton_model::{Fp8Matrix, ModelSpec, TensorSpec, WeightFormat};
+use baton_model::{Fp8Matrix, ModelSpec, TensorSpec, WeightFormat, hex};
 use sha2::{Digest, Sha256};
 
 use crate::error::PrepError;
-use crate::writer::hex;
 
 /// An opened source.
 pub(crate) struct Checkpoint {

@@ -4,7 +4,7 @@ use std::fs;
 
 use baton_model::{
     FingerprintHasher, MANIFEST, MANIFEST_FORMAT, Manifest, ModelDir, ModelSpec, TOKENIZER,
-    TensorSpec, WeightFormat, expected_tensors, stored_tensors,
+    TensorSpec, WeightFormat, check_tp_size, expected_tensors, hex, stored_tensors,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -65,7 +65,7 @@ fn plan(
         Some(Precision::Fp8) if checkpoint.format.is_fp8() => checkpoint.format,
         Some(Precision::Fp8) => WeightFormat::Fp8Channel,
     };
-    dtype.check_tp_size(spec, tp_size)?;
+    check_tp_size(spec, dtype, tp_size)?;
     let tokens_max = match options.tokens_max {
         None => spec.tokens_max,
         Some(0) => {
@@ -249,7 +249,7 @@ fn limited_spec(checkpoint: &Checkpoint, plan: &Plan) -> ModelSpec {
 
 fn sha256(bytes: &[u8]) -> String {
     use sha2::{Digest, Sha256};
-    writer::hex(&Sha256::digest(bytes))
+    hex(&Sha256::digest(bytes))
 }
 
 /// Elements done of those to do; invisible where standard error is no terminal.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use baton_model::{
     FileEntry, FingerprintHasher, Fp8Matrix, Fp8Scales, Split, TensorSpec, WeightFormat,
-    header_bytes, names, quantize_row, rank_file_name,
+    header_bytes, hex, names, quantize_row, rank_file_name,
 };
 use sha2::{Digest, Sha256};
 
@@ -289,9 +289,4 @@ impl HashedFile {
             sha256: hex(&hashing.hasher.finalize()),
         })
     }
-}
-
-/// Lower-case hexadecimal digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

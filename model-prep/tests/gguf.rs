@@ -82,7 +82,8 @@ fn every_format_is_read_and_rows_of_q_and_k_go_back_in_order() {
     let model = ModelDir::open(&report.plan.out).unwrap();
     model.verify().unwrap();
     assert_eq!(model.manifest.name, "tiny");
-    assert_eq!(model.spec().head_dim, HEAD_DIM);
+    let kv = model.spec().kv_groups();
+    assert_eq!((kv.len(), kv[0].head_dim), (1, HEAD_DIM));
     assert_eq!(model.manifest.eos_token_ids, [5]);
     assert!(report.plan.out.join("chat_template.jinja").is_file());
 

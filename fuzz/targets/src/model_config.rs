@@ -3,7 +3,8 @@
 use std::cell::RefCell;
 
 use baton_model::{
-    ModelDir, checkpoint_format, eos_token_ids, expected_tensors, parse_config, stored_tensors,
+    Mixer, ModelDir, ModelSpec, check_tp_size, checkpoint_format, eos_token_ids, expected_tensors,
+    parse_config, stored_tensors,
 };
 use serde_json::Value;
 use tempfile::TempDir;
@@ -25,12 +26,20 @@ pub fn model_config(data: &[u8]) {
             sum + tensor.shape.iter().map(|n| *n as u128).product::<u128>()
         });
         assert!(elements < 1 << 60);
-        assert!(spec.rope.inverse_frequencies(spec.head_dim).len() == spec.head_dim / 2);
+        for kind in spec.kinds() {
+            let Mixer::Attention(attention) = &kind.mixer;
+            let (rope, dim) = (&attention.rope, attention.head_dim);
+            assert!(rope.inverse_frequencies(dim).len() == dim / 2);
+        }
+        // A manifest holds it, and gives it back.
+        let written = serde_json::to_vec(&spec).expect("a spec is plain numbers and strings");
+        let read: ModelSpec = serde_json::from_slice(&written).expect("what was written");
+        assert!(read == spec);
         if let Ok(value) = serde_json::from_slice::<Value>(data)
             && let Ok(format) = checkpoint_format(&value)
         {
             for tp_size in [1, 2, 8] {
-                if format.check_tp_size(&spec, tp_size).is_ok() {
+                if check_tp_size(&spec, format, tp_size).is_ok() {
                     let _ = stored_tensors(&spec, format, tp_size);
                 }
             }

@@ -1,6 +1,6 @@
-//! The `llama` architecture's metadata → [`ModelSpec`], and the configuration files that say the same.
+//! The `llama` architecture's metadata → [`UniformSpec`], and the configuration files that say the same.
 
-use baton_model::{ModelSpec, Rope, RopeScaling};
+use baton_model::{ModelSpec, Rope, RopeScaling, UniformSpec};
 use half::bf16;
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ pub(crate) const OUTPUT: &str = "output.weight";
 /// Token embedding.
 pub(crate) const TOKEN_EMBD: &str = "token_embd.weight";
 
-pub(crate) fn spec(container: &Container) -> Result<ModelSpec, String> {
+pub(crate) fn spec(container: &Container) -> Result<UniformSpec, String> {
     let metadata = &container.metadata;
     let architecture = required(
         "general.architecture",
@@ -63,7 +63,8 @@ pub(crate) fn spec(container: &Container) -> Result<ModelSpec, String> {
             embedding.shape
         ));
     };
-    let spec = ModelSpec {
+    let tokens_max = need("llama.context_length")?;
+    let spec = UniformSpec {
         family: "llama".to_owned(),
         hidden,
         intermediate: need("llama.feed_forward_length")?,
@@ -74,7 +75,7 @@ pub(crate) fn spec(container: &Container) -> Result<ModelSpec, String> {
             .unwrap_or(heads),
         head_dim,
         vocab,
-        tokens_max: need("llama.context_length")?,
+        tokens_max,
         rms_eps: required(
             "llama.attention.layer_norm_rms_epsilon",
             metadata.float("llama.attention.layer_norm_rms_epsilon"),
@@ -88,9 +89,9 @@ pub(crate) fn spec(container: &Container) -> Result<ModelSpec, String> {
         tied_embeddings: container.tensor(OUTPUT).is_none(),
         sliding_window: metadata
             .count("llama.attention.sliding_window")?
-            .filter(|&n| n > 0),
+            .filter(|&n| n > 0 && n < tokens_max),
     };
-    spec.check()?;
+    ModelSpec::try_from(spec.clone())?; // in bounds
     match container.tensor(ROPE_FREQS) {
         None => Ok(spec),
         Some(_) => with_frequency_divisors(spec, container),
@@ -117,7 +118,10 @@ fn rope_scaling(metadata: &Metadata) -> Result<RopeScaling, String> {
 
 /// Llama 3.1's scaling is stored as its effect, a divisor for each frequency. Find the parameters that
 /// have this effect: those of the models that were published with it.
-fn with_frequency_divisors(spec: ModelSpec, container: &Container) -> Result<ModelSpec, String> {
+fn with_frequency_divisors(
+    spec: UniformSpec,
+    container: &Container,
+) -> Result<UniformSpec, String> {
     let tensor = container.tensor(ROPE_FREQS).expect("the caller looked");
     let pairs = spec.head_dim / 2;
     if tensor.shape != [pairs] || tensor.format != Format::F32 {
@@ -157,7 +161,7 @@ fn with_frequency_divisors(spec: ModelSpec, container: &Container) -> Result<Mod
                     (f64::from(divisor) - plain / scaled).abs() <= 1e-3 * (plain / scaled)
                 });
         if same {
-            return Ok(ModelSpec { rope, ..spec });
+            return Ok(UniformSpec { rope, ..spec });
         }
     }
     Err(format!(
@@ -166,7 +170,7 @@ fn with_frequency_divisors(spec: ModelSpec, container: &Container) -> Result<Mod
 }
 
 /// A `config.json` that reads back as this spec.
-pub(crate) fn config_json(spec: &ModelSpec, tokenizer: &RebuiltTokenizer) -> Value {
+pub(crate) fn config_json(spec: &UniformSpec, tokenizer: &RebuiltTokenizer) -> Value {
     let rope_scaling = match spec.rope.scaling {
         RopeScaling::None => Value::Null,
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),

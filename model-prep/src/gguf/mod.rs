@@ -10,7 +10,7 @@ mod weights;
 use std::path::Path;
 
 use baton_model::{
-    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, WeightFormat,
+    CHAT_TEMPLATE, CONFIG, GENERATION_CONFIG, ModelSpec, TOKENIZER, TOKENIZER_CONFIG, WeightFormat,
 };
 
 use crate::checkpoint::{Checkpoint, SmallFile};
@@ -21,9 +21,12 @@ use weights::GgufWeights;
 /// Open a GGUF file and rebuild from its metadata what a Hugging Face directory would hold.
 pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
     let container = Container::open(path)?;
-    let spec = llama::spec(&container).map_err(|reason| PrepError::file(path, reason))?;
-    let tokenizer = tokenizer::rebuild(&container.metadata, &spec)
-        .map_err(|reason| PrepError::file(path, reason))?;
+    let refuse = |reason: String| PrepError::file(path, reason);
+    let spec = llama::spec(&container).map_err(refuse)?;
+    let tokenizer = tokenizer::rebuild(&container.metadata, &spec).map_err(refuse)?;
+    let head_dim = spec.head_dim;
+    let config = llama::config_json(&spec, &tokenizer);
+    let spec = ModelSpec::try_from(spec).map_err(refuse)?;
 
     let file_name = path
         .file_name()
@@ -33,7 +36,7 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
     let mut files = vec![
         SmallFile {
             name: CONFIG,
-            content: pretty(&llama::config_json(&spec, &tokenizer)),
+            content: pretty(&config),
         },
         SmallFile {
             name: GENERATION_CONFIG,
@@ -62,7 +65,7 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
         eos_token_ids: tokenizer.eos_token_ids,
         format: WeightFormat::Bf16,
         files,
-        weights: Box::new(GgufWeights::new(container, &spec)?),
+        weights: Box::new(GgufWeights::new(container, &spec, head_dim)?),
         spec,
     })
 }

@@ -5,7 +5,7 @@ mod sentence_piece;
 #[cfg(test)]
 mod tests;
 
-use baton_model::ModelSpec;
+use baton_model::UniformSpec;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
@@ -48,7 +48,7 @@ const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>"];
 /// square of its length.
 const TOKEN_BYTES_MAX: usize = 1 << 10;
 
-pub(crate) fn rebuild(metadata: &Metadata, spec: &ModelSpec) -> Result<RebuiltTokenizer, String> {
+pub(crate) fn rebuild(metadata: &Metadata, spec: &UniformSpec) -> Result<RebuiltTokenizer, String> {
     let vocabulary = vocabulary(metadata, spec)?;
     let token = |key: &str| token_id(metadata, key, &vocabulary);
     let bos_token_id = token("tokenizer.ggml.bos_token_id")?;
@@ -145,7 +145,7 @@ pub(crate) struct Parts {
     pub adds_bos: bool,
 }
 
-fn vocabulary<'a>(metadata: &'a Metadata, spec: &ModelSpec) -> Result<Vocabulary<'a>, String> {
+fn vocabulary<'a>(metadata: &'a Metadata, spec: &UniformSpec) -> Result<Vocabulary<'a>, String> {
     const TOKENS: &str = "tokenizer.ggml.tokens";
     const TYPES: &str = "tokenizer.ggml.token_type";
     let tokens = required(TOKENS, metadata.texts(TOKENS))?;

@@ -31,7 +31,11 @@ pub(crate) struct GgufWeights {
 impl GgufWeights {
     /// Refuses a file with tensors that a Llama-type model does not have: leaving one out, a bias say,
     /// would make another model of it.
-    pub(crate) fn new(container: Container, spec: &ModelSpec) -> Result<Self, PrepError> {
+    pub(crate) fn new(
+        container: Container,
+        spec: &ModelSpec,
+        head_dim: usize,
+    ) -> Result<Self, PrepError> {
         let known: HashSet<String> = expected_tensors(spec)
             .iter()
             .map(|tensor| gguf_name(&tensor.name))
@@ -47,7 +51,7 @@ impl GgufWeights {
         }
         Ok(GgufWeights {
             container,
-            head_dim: spec.head_dim,
+            head_dim,
         })
     }
 }

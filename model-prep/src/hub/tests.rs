@@ -234,7 +234,7 @@ fn answer(mut stream: TcpStream, shared: &Mutex<Behaviour>) {
             .map(|(name, content)| {
                 let sha256 = match behaviour.wrong_sha256 {
                     true => "0".repeat(64),
-                    false => crate::writer::hex(&Sha256::digest(content)),
+                    false => baton_model::hex(&Sha256::digest(content)),
                 };
                 let lfs = (*name == WEIGHTS).then(|| json!({ "size": content.len(), "sha256": sha256, "pointerSize": 1 }));
                 json!({ "type": "file", "oid": "o", "size": content.len(), "path": name, "lfs": lfs })

@@ -9,7 +9,7 @@ use baton_engine::{
     answer, count_followed, uniform_arena, wants,
 };
 use baton_kv_memory::{Address, KvMemory};
-use baton_model::{ModelSpec, TensorSource, Weights};
+use baton_model::{AttentionSpec, Mixer, ModelSpec, TensorSource, Weights};
 use baton_protocol::KvGeometry;
 
 use crate::attention::{self, Attention, Piece, Scratch, Shape};
@@ -106,7 +106,7 @@ impl CpuExecutor {
         kv: KvGeometry,
         options: CpuOptions,
     ) -> Result<Self, CpuError> {
-        check(spec)?;
+        let attention = check(spec)?;
         let (group, blocks) = uniform_arena(spec, &kv, memory.len()).map_err(CpuError::Arena)?;
         if memory.address().host().is_none() {
             let told = "it is on a GPU, and a CPU cannot compute there";
@@ -123,11 +123,11 @@ impl CpuExecutor {
             block_tokens: kv.block_tokens as usize,
             block_bytes: kv.block_bytes(),
             head_bytes: (u64::from(group.layers) * kv.cell_bytes(&group)) as usize,
-            kv_heads: spec.kv_heads,
-            group: spec.heads / spec.kv_heads,
-            head_dim: spec.head_dim,
-            head_dim_padded: spec.head_dim.next_multiple_of(PANEL),
-            window: spec.sliding_window,
+            kv_heads: attention.kv_heads,
+            group: attention.heads / attention.kv_heads,
+            head_dim: attention.head_dim,
+            head_dim_padded: attention.head_dim.next_multiple_of(PANEL),
+            window: attention.sliding_window,
         };
         let info = ExecutorInfo {
             device: format!("cpu {kernel}, {threads} threads"),
@@ -139,11 +139,11 @@ impl CpuExecutor {
             step_tokens_max: options.step_tokens_max,
             steps_in_flight: 1,
         };
-        let buffers = Buffers::new(spec, &shape, &weights, options.step_tokens_max, threads);
+        let buffers = Buffers::new(&shape, &weights, options.step_tokens_max, threads);
         Ok(Self {
             info,
             spec: spec.clone(),
-            frequencies: spec.rope.inverse_frequencies(spec.head_dim),
+            frequencies: attention.rope.inverse_frequencies(attention.head_dim),
             shape,
             memory,
             weights,
@@ -182,7 +182,7 @@ impl Executor for CpuExecutor {
             self.pool.threads(),
             &mut self.buffers.pieces,
         );
-        for layer in 0..self.spec.layers {
+        for layer in 0..self.weights.layers.len() {
             self.layer(layer);
         }
         let output = self.output(plan);
@@ -453,17 +453,11 @@ fn by_rows(pool: &mut Pool, rows: usize, work: impl Fn(usize, Range<usize>) + Sy
 }
 
 impl Buffers {
-    fn new(
-        spec: &ModelSpec,
-        shape: &Shape,
-        weights: &ModelWeights,
-        tokens: usize,
-        threads: usize,
-    ) -> Self {
+    fn new(shape: &Shape, weights: &ModelWeights, tokens: usize, threads: usize) -> Self {
         // A tile may read a whole ROW_STEP of rows from any row on.
         let rows = tokens + ROW_STEP;
         let layer = &weights.layers[0];
-        let half = spec.head_dim / 2;
+        let half = shape.head_dim / 2;
         Self {
             x: Pages::zeroed(rows * layer.output.panels * PANEL),
             normed: Pages::zeroed(rows * layer.qkv.k),
@@ -482,12 +476,10 @@ impl Buffers {
     }
 }
 
-fn check(spec: &ModelSpec) -> Result<(), CpuError> {
+/// The attention of all layers, if this executor computes such a model.
+fn check(spec: &ModelSpec) -> Result<&AttentionSpec, CpuError> {
     spec.check().map_err(CpuError::Unsupported)?;
-    if spec.sliding_window == Some(0) {
-        return Err(CpuError::Unsupported(
-            "a sliding window of 0 tokens".to_owned(),
-        ));
-    }
-    Ok(())
+    let kind = spec.one_kind().map_err(CpuError::Unsupported)?;
+    let Mixer::Attention(attention) = &kind.mixer;
+    Ok(attention)
 }

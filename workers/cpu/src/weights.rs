@@ -1,6 +1,6 @@
 //! A model's weights, packed at load.
 
-use baton_model::{MatrixBytes, ModelSpec, TensorSource, names};
+use baton_model::{LayerKind, MatrixBytes, Mixer, Mlp, ModelSpec, TensorSource, names};
 
 use crate::error::CpuError;
 use crate::math::f32_of;
@@ -41,8 +41,11 @@ impl ModelWeights {
     ) -> Result<Self, CpuError> {
         let embedding = matrix(source, names::EMBED, spec.vocab, spec.hidden)?;
         let mut memory = Carver::default();
-        let layers = (0..spec.layers)
-            .map(|layer| LayerWeights::load(spec, source, layer, pool, &mut memory))
+        let layers = spec.layers.iter().enumerate();
+        let layers = layers
+            .map(|(index, kind)| {
+                LayerWeights::load(spec.hidden, kind, source, index, pool, &mut memory)
+            })
             .collect::<Result<_, _>>()?;
         let norm = vector(source, names::FINAL_NORM, spec.hidden)?;
         let lm_head = if spec.tied_embeddings {
@@ -73,15 +76,17 @@ impl ModelWeights {
 
 impl LayerWeights {
     fn load(
-        spec: &ModelSpec,
+        hidden: usize,
+        kind: &LayerKind,
         source: &dyn TensorSource,
         layer: usize,
         pool: &mut Pool,
         memory: &mut Carver,
     ) -> Result<Self, CpuError> {
         let name = |name: &str| names::layer(layer, name);
-        let (hidden, inner) = (spec.hidden, spec.intermediate);
-        let (q_rows, kv_rows) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let Mixer::Attention(attention) = &kind.mixer;
+        let Mlp::Gated(mlp) = &kind.mlp;
+        let ((q_rows, kv_rows), inner) = (attention.projected(), mlp.intermediate);
         let vector = |tensor: &str, len| vector(source, &name(tensor), len);
         let matrix = |tensor: &str, rows, k| projection(source, &name(tensor), rows, k);
 
@@ -89,7 +94,7 @@ impl LayerWeights {
         let k = matrix(names::K, kv_rows, hidden)?;
         let v = matrix(names::V, kv_rows, hidden)?;
         let qkv = pack(pool, memory, &[&q, &k, &v]);
-        let qkv_bias = spec
+        let qkv_bias = attention
             .qkv_bias
             .then(|| {
                 let mut bias = vector(names::Q_BIAS, q_rows)?;
@@ -99,12 +104,12 @@ impl LayerWeights {
                 Ok(bias)
             })
             .transpose()?;
-        let qk_norm = spec
+        let qk_norm = attention
             .qk_norm
             .then(|| {
                 Ok((
-                    vector(names::Q_NORM, spec.head_dim)?,
-                    vector(names::K_NORM, spec.head_dim)?,
+                    vector(names::Q_NORM, attention.head_dim)?,
+                    vector(names::K_NORM, attention.head_dim)?,
                 ))
             })
             .transpose()?;

@@ -10,6 +10,7 @@ use baton_executor_tests::families::{
     broken_plans_are_refused, families, fp8_families, prompt_log_probabilities,
 };
 use baton_executor_tests::{Tiny, tiny_families};
+use baton_model::Mixer;
 use common::{executor, kernels};
 
 /// What BF16 activations cost these models' logits is measured below 0.05. A wrong rotation, mask, bias or norm
@@ -88,8 +89,19 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
         step_sequences_max: 2,
     };
     let memory = Arc::new(HeapMemory::new(1 << 20));
-    let refused = CpuExecutor::load_from(&other.spec, &other, memory, kv.clone(), options);
+    let refused = CpuExecutor::load_from(&other.spec, &other, memory, kv.clone(), options.clone());
     assert!(error(refused).contains("model.embed_tokens.weight"));
+
+    let mut mixed = Tiny::new(tiny_families().remove(0), 1);
+    let kind = Arc::make_mut(&mut mixed.spec.layers[1]);
+    let Mixer::Attention(attention) = &mut kind.mixer;
+    attention.sliding_window = Some(7);
+    let memory = Arc::new(HeapMemory::new(1 << 20));
+    let refused = CpuExecutor::load_from(&mixed.spec, &mixed, memory, kv.clone(), options.clone());
+    assert!(error(refused).contains(
+        "cannot run this model: its layers differ (1 with full attention of 6/2 heads of 12 and a gated MLP of 104, 1 \
+         with sliding attention over 7 tokens"
+    ));
 
     let mut executor = load(kv.clone(), 3 * kv.block_bytes()).expect("it loads");
     broken_plans_are_refused(&mut executor);

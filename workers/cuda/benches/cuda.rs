@@ -23,8 +23,8 @@ use baton_engine::{
     SequenceStep, StepOutput, StepPlan, kv_geometry,
 };
 use baton_model::{
-    Fp8Matrix, Fp8Scales, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource,
-    WeightFormat, expected_tensors,
+    Fp8Matrix, Fp8Scales, LayerKind, MatrixBytes, Mixer, ModelSpec, Rope, RopeScaling, TensorBytes,
+    TensorSource, UniformSpec, WeightFormat, expected_tensors,
 };
 use baton_protocol::{CacheSalt, Generation, SequenceSpec};
 
@@ -306,7 +306,11 @@ fn operations(spec: &ModelSpec, prompts: usize, tokens: usize) -> f64 {
     let rows = (prompts * tokens) as f64;
     let head = (prompts * spec.vocab * spec.hidden) as f64;
     let pairs = prompts as f64 * (tokens as f64).powi(2) / 2.0;
-    let attention = pairs * (spec.heads * spec.head_dim * spec.layers) as f64;
+    let scored = |layer: &Arc<LayerKind>| {
+        let Mixer::Attention(attention) = &layer.mixer;
+        attention.projected().0
+    };
+    let attention = pairs * spec.layers.iter().map(scored).sum::<usize>() as f64;
     2.0 * (rows * matrices as f64 + head) + 4.0 * attention
 }
 
@@ -381,7 +385,7 @@ fn piece<'a>(noise: &'a [u8], name: &str, bytes: usize) -> &'a [u8] {
 }
 
 fn llama_8b() -> ModelSpec {
-    ModelSpec {
+    let spec = UniformSpec {
         family: "llama".to_owned(),
         hidden: 4096,
         intermediate: 14_336,
@@ -405,5 +409,6 @@ fn llama_8b() -> ModelSpec {
         qk_norm: false,
         tied_embeddings: false,
         sliding_window: None,
-    }
+    };
+    ModelSpec::try_from(spec).expect("a model")
 }

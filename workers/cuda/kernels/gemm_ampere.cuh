@@ -1,7 +1,7 @@
-// Skinny GEMM, sm_80 and later: cp.async pipeline, mma.sync, split k through a workspace and the last to arrive.
+// Skinny GEMM, sm_80 and later: cp.async pipeline, mma.sync.
 //
-// A CTA has 8 warps of 16 outputs each and all rows of x; blockIdx.x is the tile, blockIdx.y the share of k. Shared
-// memory is laid out as on sm_90 (rows of 128 bytes, their 16-byte pieces exchanged by row % 8).
+// A CTA has 8 warps of 16 outputs each, all rows of x and all of k; blockIdx.x is the tile. Shared memory is laid out as
+// on sm_90 (rows of 128 bytes, their 16-byte pieces exchanged by row % 8).
 #pragma once
 
 #include "gemm_epilogue.cuh"
@@ -14,7 +14,7 @@ constexpr int W_STAGE = TILE * 128;
 constexpr int X_STAGE = N_TILE * K_STAGE * 2;
 constexpr int STAGE = W_STAGE + X_STAGE;
 constexpr int PITCH = TILE + 4;
-constexpr int FIXED = N_TILE * 4 + 16;
+constexpr int FIXED = N_TILE * 4;
 constexpr int FIT = (99 * 1024 - FIXED) / STAGE; // what sm_89 has
 constexpr int STAGES = FIT < 5 ? FIT : 5;
 constexpr int SUMS = N_TILE * PITCH * 4;
@@ -23,19 +23,17 @@ constexpr int SHARED = (STAGES * STAGE > SUMS ? STAGES * STAGE : SUMS) + FIXED;
 template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     extern __shared__ __align__(1024) u8 shared[];
     float* factor = (float*)(shared + SHARED - FIXED);
-    u32* last = (u32*)(factor + N_TILE);
     const u32 base = shared_address(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int m0 = blockIdx.x * TILE;
     const int chunks = (p.k + K_STAGE - 1) / K_STAGE;
-    const int begin = chunks * blockIdx.y / gridDim.y, end = chunks * (blockIdx.y + 1) / gridDim.y;
 
     dependency_wait();
     row_factors(p, factor, warp, THREADS / 32, lane);
 
     auto load = [&](int chunk) {
-        if (chunk < end) {
-            const u32 w = base + (chunk - begin) % STAGES * STAGE, x = w + W_STAGE;
+        if (chunk < chunks) {
+            const u32 w = base + chunk % STAGES * STAGE, x = w + W_STAGE;
             const int row_bytes = WEIGHT == WEIGHT_BF16 ? p.k * 2 : p.k;
 #pragma unroll
             for (int i = 0; i < TILE * 8 / THREADS; i++) {
@@ -58,12 +56,12 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 #if WEIGHT == WEIGHT_FP8_BLOCK
     float whole[N_TILE / 8][4] = {};
 #endif
-    for (int i = 0; i < STAGES - 1; i++) load(begin + i);
-    for (int chunk = begin; chunk < end; chunk++) {
+    for (int i = 0; i < STAGES - 1; i++) load(i);
+    for (int chunk = 0; chunk < chunks; chunk++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
         load(chunk + STAGES - 1);
-        const u32 w = base + (chunk - begin) % STAGES * STAGE, x = w + W_STAGE;
+        const u32 w = base + chunk % STAGES * STAGE, x = w + W_STAGE;
         const int row = warp * 16 + lane % 16;
 #pragma unroll
         for (int k = 0; k < K_STAGE / 32; k++) { // 32 of k at a time
@@ -120,33 +118,8 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         at[0] = s[0], at[PITCH] = s[1], at[8] = s[2], at[PITCH + 8] = s[3];
     }
     __syncthreads();
-    if (gridDim.y == 1) {
-        finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x, nullptr,
-                                             [&](int n, int m) { return *(const float4*)(tile + n * PITCH + m); });
-        return;
-    }
-
-    float* parts = p.partial + (size_t)blockIdx.x * gridDim.y * (N_TILE * TILE);
-    float* own = parts + (size_t)blockIdx.y * (N_TILE * TILE);
-    for (int i = threadIdx.x; i < p.rows * (TILE / 4); i += THREADS)
-        *(float4*)(own + i * 4) = *(const float4*)(tile + i / (TILE / 4) * PITCH + i % (TILE / 4) * 4);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        *last = atomicAdd(p.arrivals + blockIdx.x, 1) == gridDim.y - 1;
-        if (*last) p.arrivals[blockIdx.x] = 0; // ready for the next launch
-    }
-    __syncthreads();
-    if (!*last) return;
-    __threadfence();
-    finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x, nullptr, [&](int n, int m) {
-        float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int s = 0; s < gridDim.y; s++) {
-            float4 u = __ldcg((const float4*)(parts + (size_t)s * (N_TILE * TILE) + n * TILE + m));
-            v.x += u.x, v.y += u.y, v.z += u.z, v.w += u.w;
-        }
-        return v;
-    });
+    finish_rows<EPILOGUE, TILE, THREADS>(p, m0, 0, p.rows, factor, threadIdx.x, nullptr,
+                                         [&](int n, int m) { return *(const float4*)(tile + n * PITCH + m); });
 }
 
 } // namespace ampere

@@ -11,9 +11,9 @@
 #include "gemm_epilogue.cuh"
 #include "wgmma.cuh"
 
-// Outputs per tile: more where x is heavy, since every tile reads all of x. With 64 the warpgroups share k.
+// Outputs per tile: 64, whose k the warpgroups share, or 128 where x is heavy, since every tile reads all of x.
 #ifndef M_TILE
-#define M_TILE (N_TILE <= 64 ? 64 : WEIGHT != WEIGHT_FP8_BLOCK ? 256 : 128)
+#define M_TILE 64
 #endif
 // Stages of w on their way at a time. What it takes to keep the memory busy is some 40 KB on each multiprocessor; more would only
 // stand in its queues, and everything that the end of a kernel and the start of the next wait for stands behind it.
@@ -28,11 +28,10 @@ constexpr int GROUPS = WEIGHT != WEIGHT_BF16 && N_TILE <= 16 ? 4 : 2;
 constexpr int CONSUMERS = GROUPS * 128;
 constexpr bool REBALANCE = GROUPS == 2; // registers: a whole warpgroup feeds, so that it can give up its share
 constexpr int THREADS = CONSUMERS + (REBALANCE ? 128 : 32);
-constexpr int M_BLOCKS = M_TILE > 64 * GROUPS ? M_TILE / (64 * GROUPS) : 1; // of 64 outputs, per warpgroup
-constexpr int K_SHARES = GROUPS * M_BLOCKS * 64 / M_TILE; // warpgroups that share outputs, each with its part of k
+constexpr int K_SHARES = GROUPS * 64 / M_TILE; // warpgroups that share 64 outputs, each with its part of k
 constexpr int K_CHUNK = K_STAGE * K_SHARES; // k per stage
 constexpr int W_BOX = 64 * 128, X_BOX = N_TILE * 128;
-constexpr int W_BOXES = GROUPS * M_BLOCKS, X_BOXES = K_CHUNK / 64;
+constexpr int W_BOXES = GROUPS, X_BOXES = K_CHUNK / 64;
 constexpr int W_STAGE = W_BOXES * W_BOX;
 constexpr int X_STAGE = X_BOXES * X_BOX;
 constexpr int STAGE = W_STAGE + X_STAGE;
@@ -42,6 +41,7 @@ constexpr int FIXED = K_SHARES * COLUMNS * PITCH * 4 + N_TILE * 4 + 12 * (3 * 8)
 constexpr int SHARED_MAX = 227 * 1024; // so one CTA on a multiprocessor: with two, the next kernel's would crowd onto some
 constexpr int STAGES = (SHARED_MAX - FIXED) / STAGE < 12 ? (SHARED_MAX - FIXED) / STAGE : 12;
 constexpr int SHARED = STAGES * STAGE + FIXED;
+static_assert(M_TILE == 64 || M_TILE == 128 && GROUPS == 2, "a warpgroup has 64 outputs");
 static_assert(STAGES >= 2 && K_SHARES * N_TILE * PITCH * 4 <= STAGES * STAGE, "tile too large");
 
 DEVICE u32 cluster_rank() {
@@ -164,8 +164,8 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     row_factors(p, factor, warp, CONSUMERS / 32, lane);
 
     const int group = warp / 4; // warpgroup: its boxes of w, so its outputs of the tile or its share of k
-    const int share = group % K_SHARES, m_group = group / K_SHARES * M_BLOCKS * 64;
-    float sums[M_BLOCKS][N_TILE / 2];
+    const int share = group % K_SHARES, m_group = group / K_SHARES * 64;
+    float sums[N_TILE / 2];
     Ring ring;
     int held = -1; // a stage that wgmma may still read
     auto release = [&](u32 stage) {
@@ -174,20 +174,16 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     auto spill = [&](float* to, int first, int count) { // sums of columns first..first + count, as [share][column][output]
         to += share * count * PITCH;
 #pragma unroll
-        for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-            for (int j = 0; j < N_TILE / 8; j++)
-                if (j * 8 >= first && j * 8 < first + count) {
-                    float* at = to + (j * 8 - first + lane % 4 * 2) * PITCH + m_group + b * 64 + warp % 4 * 16 + lane / 4;
-                    at[0] = sums[b][4 * j], at[PITCH] = sums[b][4 * j + 1];
-                    at[8] = sums[b][4 * j + 2], at[PITCH + 8] = sums[b][4 * j + 3];
-                }
+        for (int j = 0; j < N_TILE / 8; j++)
+            if (j * 8 >= first && j * 8 < first + count) {
+                float* at = to + (j * 8 - first + lane % 4 * 2) * PITCH + m_group + warp % 4 * 16 + lane / 4;
+                at[0] = sums[4 * j], at[PITCH] = sums[4 * j + 1];
+                at[8] = sums[4 * j + 2], at[PITCH + 8] = sums[4 * j + 3];
+            }
     };
 
 #pragma unroll
-    for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-        for (int i = 0; i < N_TILE / 2; i++) sums[b][i] = 0.f; // for a CTA without a chunk
+    for (int i = 0; i < N_TILE / 2; i++) sums[i] = 0.f; // for a CTA without a chunk
 
 #if WEIGHT != WEIGHT_BF16
     u32 pieces[4]; // of 32 bytes of k: what this lane addresses for ldmatrix
@@ -201,67 +197,54 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
     while (work.done < work.total) {
         const int m0 = work.tile * M_TILE;
 #if WEIGHT == WEIGHT_FP8_BLOCK
-        float whole[M_BLOCKS][N_TILE / 2];
+        float whole[N_TILE / 2];
 #pragma unroll
-        for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-            for (int i = 0; i < N_TILE / 2; i++) whole[b][i] = 0.f;
+        for (int i = 0; i < N_TILE / 2; i++) whole[i] = 0.f;
 #endif
         for (int chunk = work.first; chunk < work.end; chunk++, ring.next(), work.done++) {
-            const u32 w = w_stages + ring.stage * W_STAGE + group * M_BLOCKS * W_BOX;
+            const u32 w = w_stages + ring.stage * W_STAGE + group * W_BOX;
             const u64 x = wgmma_descriptor(x_stages + ring.stage * X_STAGE + share * (X_STAGE / K_SHARES));
 #if WEIGHT == WEIGHT_BF16
             mbarrier_wait(w_full + ring.stage * 8, ring.parity);
             mbarrier_wait(x_full + ring.stage * 8, ring.parity);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < 4; k++)
-#pragma unroll
-                for (int b = 0; b < M_BLOCKS; b++)
-                    wgmma(sums[b], wgmma_descriptor(w + b * W_BOX) + 2 * k, x + 2 * k, chunk > work.first || k > 0);
+            for (int k = 0; k < 4; k++) wgmma(sums, wgmma_descriptor(w) + 2 * k, x + 2 * k, chunk > work.first || k > 0);
             wgmma_commit();
             wgmma_wait<1>();
             if (held >= 0) release(held);
             held = ring.stage;
 #else
 #if WEIGHT == WEIGHT_FP8_BLOCK
-            float scale[M_BLOCKS][2]; // of the fragment's rows 0..8 and 8..16
+            float scale[2]; // of the fragment's rows 0..8 and 8..16
             const int k_blocks = (p.k + 127) / 128, k_block = min(chunk * K_SHARES + share, k_blocks - 1);
-#pragma unroll
-            for (int b = 0; b < M_BLOCKS; b++) {
-                int m = min(m0 + m_group + b * 64, p.out - 1);
-                if (EPILOGUE == SWIGLU) { // gate and up alternate by 8: two matrices' scales, one after the other
-                    const float* gate = p.w_scale + (m / 256) * k_blocks + k_block;
-                    scale[b][0] = gate[0], scale[b][1] = gate[(p.out / 2 + 127) / 128 * k_blocks];
-                } else {
-                    scale[b][0] = scale[b][1] = p.w_scale[m / 128 * k_blocks + k_block];
-                }
+            const int m = min(m0 + m_group, p.out - 1);
+            if (EPILOGUE == SWIGLU) { // gate and up alternate by 8: two matrices' scales, one after the other
+                const float* gate = p.w_scale + (m / 256) * k_blocks + k_block;
+                scale[0] = gate[0], scale[1] = gate[(p.out / 2 + 127) / 128 * k_blocks];
+            } else {
+                scale[0] = scale[1] = p.w_scale[m / 128 * k_blocks + k_block];
             }
 #endif
             mbarrier_wait(w_full + ring.stage * 8, ring.parity);
             mbarrier_wait(x_full + ring.stage * 8, ring.parity);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                u32 a[M_BLOCKS][4][4];
+                u32 a[4][4];
 #pragma unroll
-                for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        u32 bytes[4];
-                        ldmatrix_x4(bytes, w + b * W_BOX + pieces[half * 2 + i]);
-                        e4m3_pair(bytes[0], a[b][2 * i][0], a[b][2 * i][2]);
-                        e4m3_pair(bytes[1], a[b][2 * i][1], a[b][2 * i][3]);
-                        e4m3_pair(bytes[2], a[b][2 * i + 1][0], a[b][2 * i + 1][2]);
-                        e4m3_pair(bytes[3], a[b][2 * i + 1][1], a[b][2 * i + 1][3]);
-                    }
+                for (int i = 0; i < 2; i++) {
+                    u32 bytes[4];
+                    ldmatrix_x4(bytes, w + pieces[half * 2 + i]);
+                    e4m3_pair(bytes[0], a[2 * i][0], a[2 * i][2]);
+                    e4m3_pair(bytes[1], a[2 * i][1], a[2 * i][3]);
+                    e4m3_pair(bytes[2], a[2 * i + 1][0], a[2 * i + 1][2]);
+                    e4m3_pair(bytes[3], a[2 * i + 1][1], a[2 * i + 1][3]);
+                }
                 wgmma_fence();
                 const u64 x_half = x + half * (X_BOX >> 4);
 #pragma unroll
                 for (int k = 0; k < 4; k++)
-#pragma unroll
-                    for (int b = 0; b < M_BLOCKS; b++)
-                        wgmma(sums[b], a[b][k], x_half + 2 * k,
-                              (WEIGHT == WEIGHT_FP8_CHANNEL && chunk > work.first) || half > 0 || k > 0);
+                    wgmma(sums, a[k], x_half + 2 * k, (WEIGHT == WEIGHT_FP8_CHANNEL && chunk > work.first) || half > 0 || k > 0);
                 wgmma_commit();
                 wgmma_wait<1>();
                 if (half == 0 && held >= 0) release(held); // the first half's wait covers all of the stage before
@@ -270,9 +253,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
 #if WEIGHT == WEIGHT_FP8_BLOCK
             wgmma_wait<0>();
 #pragma unroll
-            for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-                for (int i = 0; i < N_TILE / 2; i++) whole[b][i] += sums[b][i] * scale[b][i / 2 % 2];
+            for (int i = 0; i < N_TILE / 2; i++) whole[i] += sums[i] * scale[i / 2 % 2];
 #endif
 #endif
         }
@@ -280,9 +261,7 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         if (held >= 0) release(held), held = -1;
 #if WEIGHT == WEIGHT_FP8_BLOCK
 #pragma unroll
-        for (int b = 0; b < M_BLOCKS; b++)
-#pragma unroll
-            for (int i = 0; i < N_TILE / 2; i++) sums[b][i] = whole[b][i];
+        for (int i = 0; i < N_TILE / 2; i++) sums[i] = whole[i];
 #endif
         if (split > 1) break; // one tile for each cluster, its sums are in parts
         for (int first = 0; first < N_TILE && first < p.rows; first += COLUMNS) {

@@ -1,10 +1,10 @@
-// Skinny GEMM: y[rows][out] = x[rows][k] · w[out][k]ᵀ for up to 128 rows, bound by reading w once.
+// Skinny GEMM: y[rows][out] = x[rows][k] · w[out][k]ᵀ for up to 64 rows, bound by reading w once.
 //
 // Floor: out·k·(2 or 1) bytes / read bandwidth. sm_90a: gemm_hopper.cuh (TMA, wgmma, clusters); anything else, or
 // -DPORTABLE: gemm_ampere.cuh (cp.async, mma.sync). Deterministic: sums meet in a fixed order, no float atomics.
-// Defines: N_TILE = rows per pass (8, 16, 24, 32, 48, 64, 96, 128; not under p.rows), WEIGHT = 0 BF16, 1 FP8 with a scale
-// per output channel, 2 FP8 with a scale per 128×128 block. Shared memory: gemm_skinny_shape[3] (dynamic).
-// Launch: docs/cuda-gemm.md.
+// Defines: N_TILE = rows per pass (8, 16, 24, 32, 48, 64; not under p.rows), WEIGHT = 0 BF16, 1 FP8 with a scale per output
+// channel, 2 FP8 with a scale per 128×128 block, and on sm_90a M_TILE=128 for wide tiles (from 32 rows on, not with scales of
+// blocks). Shared memory: gemm_skinny_shape[3] (dynamic). Launch: docs/cuda-gemm.md.
 //
 // kernel gemm_skinny_store spill_bytes_max=0
 // kernel gemm_skinny_residual spill_bytes_max=0
@@ -13,12 +13,12 @@
 // variant N_TILE=8 WEIGHT=0
 // variant N_TILE=64 WEIGHT=0
 // variant N_TILE=64 WEIGHT=0 M_TILE=128
-// variant N_TILE=128 WEIGHT=0
 // variant N_TILE=8 WEIGHT=1
-// variant N_TILE=16 WEIGHT=2
-// variant N_TILE=64 WEIGHT=1 M_TILE=128
 // variant N_TILE=32 WEIGHT=1
-// variant N_TILE=128 WEIGHT=2
+// variant N_TILE=64 WEIGHT=1
+// variant N_TILE=64 WEIGHT=1 M_TILE=128
+// variant N_TILE=16 WEIGHT=2
+// variant N_TILE=64 WEIGHT=2
 #include "gemm_skinny.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PORTABLE)

@@ -34,8 +34,6 @@ struct SkinnyGemm {
     void* y;               // store: bf16 [rows][out]; residual: the same, residual·gamma; swiglu: bf16 [rows][out/2]; logits: f32 [rows][out]
     float* residual;       // residual: f32 [rows][out], added to in place
     float* y_ssq;          // residual: [rows][ceil(out/64)], sums of squares of the new residual
-    float* partial;        // split on sm_80: f32 [tiles][split][N_TILE][128]
-    u32* arrivals;         // split on sm_80: [tiles], zero before the first launch, zero again after each
     int out;
     int k;
     int rows;

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use baton_engine::ExecutorError;
+use cudarc::driver::{DriverError, sys};
 
 /// Why something could not be done on a GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +98,24 @@ struct Mebibytes(usize);
 impl fmt::Display for Mebibytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.1} MiB", self.0 as f64 / f64::from(1 << 20))
+    }
+}
+
+/// A failed driver call, as an error.
+pub(crate) fn driver(what: &str, error: DriverError) -> CudaError {
+    CudaError::Driver {
+        what: what.to_owned(),
+        detail: words(error.0),
+    }
+}
+
+/// The driver's name and words for a result.
+pub(crate) fn words(result: sys::CUresult) -> String {
+    let error = DriverError(result);
+    let text = |c: Result<&std::ffi::CStr, _>| c.map(|c| c.to_string_lossy().into_owned());
+    match (text(error.error_name()), text(error.error_string())) {
+        (Ok(name), Ok(words)) => format!("{words} ({name})"),
+        _ => format!("{result:?}"),
     }
 }
 

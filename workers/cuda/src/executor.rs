@@ -14,13 +14,13 @@ use baton_engine::{
 use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
 
-use crate::attention::Attention;
-use crate::buffers::{padded_rows, rows_max};
-use crate::device::{Device, Pinned};
 use crate::error::CudaError;
-use crate::event::Event;
-use crate::graph::Graph;
+use crate::gpu::device::{Device, Pinned};
+use crate::gpu::event::Event;
+use crate::gpu::graph::Graph;
 use crate::model::CudaModel;
+use crate::model::attention::Attention;
+use crate::options::{padded_rows, rows_max};
 use crate::sampling::{Answer, Batch, Sampler};
 use crate::step::{DECODE_SIZES, SLOTS, StepAddresses, StepArrays, StepShape, decode_size};
 
@@ -89,7 +89,7 @@ impl CudaExecutor {
         let attention = Attention::new(
             &device,
             &model.compiler,
-            spec,
+            &model.attention,
             memory,
             (&kv, layers),
             sequences,

@@ -5,9 +5,9 @@
 //! compiled for the device at the first start and kept in a cache.
 //!
 //! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
-//! logits; `attention` chooses among the attention kernels; `chain` multiplies up to 8 rows, `skinny` few and `many` many, whose products `gemm`
-//! plans; `graph` captures a decode step whole, once for each size of batch; `executor` puts them together and takes the
-//! tokens back.
+//! logits; `model/attention` chooses among the attention kernels; `model/chain` multiplies up to 8 rows, `products/skinny`
+//! few and `products/many` many; `gpu/graph` captures a decode step whole, once for each size of batch; `executor` puts them
+//! together and takes the tokens back. `gpu/` knows devices, memory and kernels, but no model.
 //!
 //! # Numbers
 //! Weights, KV and what enters a product are BF16; weights may be FP8, and then what many rows are multiplied as is FP8
@@ -18,40 +18,28 @@
 // Kernels and products have as many arguments as they have.
 #![allow(clippy::too_many_arguments)]
 
-mod attention;
-mod buffers;
-mod chain;
-mod compile;
-mod device;
 mod error;
-mod event;
 mod executor;
-mod gemm;
-mod graph;
-mod host_slots;
-mod kernel;
-mod libraries;
-mod many;
-mod matrix;
+mod gpu;
 mod model;
+mod options;
+mod products;
 mod sampling;
-mod skinny;
-pub mod sources;
 mod step;
-mod tensor_map;
-mod weights;
 
-pub use compile::{Compiler, Cubin};
-pub use device::{Buffer, CudaMemory, Device, Pinned, Plain};
 pub use error::CudaError;
-pub use event::Event;
 pub use executor::CudaExecutor;
-pub use gemm::{Blas, Numbers, Output, Product};
-pub use graph::Graph;
-pub use host_slots::HostSlots;
-pub use kernel::{Kernel, Module, Shape};
-pub use matrix::{Format, Matrix, Rows};
-pub use model::{CudaModel, CudaOptions};
+pub use gpu::compile::{Compiler, Cubin};
+pub use gpu::device::{Buffer, CudaMemory, Device, Pinned, Plain};
+pub use gpu::event::Event;
+pub use gpu::graph::Graph;
+pub use gpu::host_slots::HostSlots;
+pub use gpu::kernel::{Kernel, Module, Shape};
+pub use gpu::sources;
+pub use model::CudaModel;
+pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
+pub use options::CudaOptions;
+pub use products::gemm::{Blas, Numbers, Output, Product};
+pub use products::matrix::{Format, Matrix, Rows};
 pub use sampling::{Answer, Batch, Sampler};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};
-pub use weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};

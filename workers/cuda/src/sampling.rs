@@ -10,12 +10,12 @@ use baton_engine::{Distribution, Draw, LOGPROB_MIN, SampleRequest, Sampled, Want
 use baton_protocol::{TokenLogprobs, TopLogprob};
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::compile::Compiler;
-use crate::device::{Buffer, Device, Pinned, Plain};
 use crate::error::CudaError;
-use crate::kernel::{Kernel, Module, Shape};
+use crate::gpu::compile::Compiler;
+use crate::gpu::device::{Buffer, Device, Pinned, Plain};
+use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::sources;
 use crate::launch;
-use crate::sources;
 
 /// How a row is sampled, as the kernel reads it.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -9,8 +9,8 @@ use baton_engine::{Rows, Want};
 use baton_protocol::KvGeometry;
 use cudarc::driver::sys::CUdeviceptr;
 
-use crate::device::{Buffer, Device, Pinned};
 use crate::error::CudaError;
+use crate::gpu::device::{Buffer, Device, Pinned};
 
 /// Words of the header: rows, sequences, wanted rows, work units of prefill attention.
 const HEADER: usize = 8;

@@ -12,7 +12,7 @@ use baton_executor_tests::families::{
 use baton_executor_tests::{
     Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, step, tiny_families,
 };
-use baton_model::{ModelDir, ModelSpec, WeightFormat};
+use baton_model::{ModelDir, UniformSpec, WeightFormat};
 use baton_protocol::Sampling;
 
 /// As the CPU's: what BF16 activations cost these models' logits. One more rounding stands between the query-key-value
@@ -125,8 +125,8 @@ fn in_company(tiny: &Tiny, error_max: f64) {
 }
 
 /// Sizes that FP8 products of many rows take as they are: blocks whole, sixteens whole and no more, as few heads as there are.
-fn fp8_specs() -> Vec<ModelSpec> {
-    let blocks = |spec: ModelSpec| ModelSpec {
+fn fp8_specs() -> Vec<UniformSpec> {
+    let blocks = |spec: UniformSpec| UniformSpec {
         hidden: 512,
         intermediate: 1024,
         heads: 8,
@@ -134,7 +134,7 @@ fn fp8_specs() -> Vec<ModelSpec> {
         head_dim: 64,
         ..spec
     };
-    let sixteens = |spec: ModelSpec| ModelSpec {
+    let sixteens = |spec: UniformSpec| UniformSpec {
         hidden: 80,
         intermediate: 112,
         heads: 5,
@@ -258,7 +258,7 @@ fn blocks_in_turn(sequences: usize, each: usize) -> Vec<Vec<u32>> {
 fn wide_products_and_whole_heads_are_those_of_the_plain_decoder() {
     const SEQUENCES: usize = 64;
     const BLOCKS_EACH: usize = 9;
-    let spec = ModelSpec {
+    let spec = UniformSpec {
         hidden: 784,
         intermediate: 5632,
         layers: 1,
@@ -332,7 +332,7 @@ fn chains_of_products_are_those_of_the_plain_decoder() {
         .into_iter()
         .flat_map(|family| formats.map(|format| (family, format)))
     {
-        let spec = ModelSpec {
+        let spec = UniformSpec {
             hidden: 512,
             intermediate: 1152,
             layers: 3,
@@ -414,7 +414,7 @@ fn fp8_logits_depend_on_the_company_no_more_than_on_the_rounding_of_activations(
 #[test]
 #[ignore = "needs a GPU"]
 fn tokens_are_those_of_the_sampling_rules() {
-    let spec = ModelSpec {
+    let spec = UniformSpec {
         vocab: 3001,
         ..tiny_families().remove(1)
     };

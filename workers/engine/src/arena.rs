@@ -5,12 +5,12 @@ use baton_protocol::{KvGeometry, KvGroup};
 
 /// The arena layout of a model that one rank holds whole.
 pub fn kv_geometry(spec: &ModelSpec, block_tokens: u32) -> KvGeometry {
-    let group = KvGroup {
-        layers: spec.layers as u32,
-        kv_heads: spec.kv_heads as u32,
-        head_dim: spec.head_dim as u32,
+    let group = |group: &baton_model::KvGroup| KvGroup {
+        layers: group.layers.len() as u32,
+        kv_heads: group.kv_heads as u32,
+        head_dim: group.head_dim as u32,
     };
-    KvGeometry::bf16(block_tokens, vec![group])
+    KvGeometry::bf16(block_tokens, spec.kv_groups().iter().map(group).collect())
 }
 
 /// For an executor whose layers are all alike: their one group, and the blocks that an arena of `bytes` bytes holds.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_engine::{
     Executor, SampleRequest, SampleState, Sampled, SequenceStep, StepOutput, StepPlan,
 };
-use baton_model::ModelSpec;
+use baton_model::UniformSpec;
 use baton_protocol::Sampling;
 
 use crate::{Build, Builder, Random, Tiny, tiny_families};
@@ -22,7 +22,7 @@ const BLOCKS_EACH: usize = (PROMPT + STEPS).div_ceil(BLOCK_TOKENS as usize);
 /// # Panics
 /// If a token or a log-probability differs.
 pub fn steps_ahead(build: Builder<'_>) {
-    let spec = ModelSpec {
+    let spec = UniformSpec {
         vocab: 301,
         ..tiny_families().remove(1)
     };

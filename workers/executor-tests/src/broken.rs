@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use baton_engine::{SampleRequest, SampleState, SequenceOutput, SequenceStep, StepPlan};
-use baton_model::ModelSpec;
+use baton_model::UniformSpec;
 use baton_protocol::Sampling;
 
 use crate::{Build, Builder, Tiny, tiny_families};
@@ -16,7 +16,7 @@ const BROKEN: u32 = 77;
 /// # Panics
 /// If one of them gets a token, or another none, or another one than alone.
 pub fn rows_without_numbers(build: Builder<'_>) {
-    let spec = ModelSpec {
+    let spec = UniformSpec {
         tied_embeddings: false,
         ..tiny_families().remove(1)
     };

@@ -1,25 +1,31 @@
 //! A plain decoder in f64: what an executor is held against.
 
+use baton_model::{LayerKind, Mixer, Mlp};
+
 use crate::Tiny;
 
 impl Tiny {
     /// Logits after each token, by the book, in f64 throughout.
     pub fn reference(&self, tokens: &[u32]) -> Vec<Vec<f64>> {
         let s = &self.spec;
-        let (hd, group) = (s.head_dim, s.heads / s.kv_heads);
-        let frequencies = s.rope.inverse_frequencies(hd);
         let embedding = self.numbers("model.embed_tokens.weight");
         let mut x: Vec<Vec<f64>> = tokens
             .iter()
             .map(|t| embedding[*t as usize * s.hidden..][..s.hidden].to_vec())
             .collect();
-        for layer in 0..s.layers {
+        for (layer, kind) in s.layers.iter().enumerate() {
+            let LayerKind {
+                mixer: Mixer::Attention(a),
+                mlp: Mlp::Gated(_),
+            } = &**kind;
+            let (hd, group) = (a.head_dim, a.heads / a.kv_heads);
+            let frequencies = a.rope.inverse_frequencies(hd);
             let w = |name: &str| self.numbers(&format!("model.layers.{layer}.{name}"));
             let norm = w("input_layernorm.weight");
             let n: Vec<_> = x.iter().map(|x| rms_norm(x, &norm, s.rms_eps)).collect();
             let project = |name: &str| {
                 let weight = w(&format!("self_attn.{name}_proj.weight"));
-                let bias = s
+                let bias = a
                     .qkv_bias
                     .then(|| w(&format!("self_attn.{name}_proj.bias")));
                 let rows = n.iter().map(|n| {
@@ -33,7 +39,7 @@ impl Tiny {
             };
             let (mut q, mut k, v) = (project("q"), project("k"), project("v"));
             for (rows, name) in [(&mut q, "q_norm"), (&mut k, "k_norm")] {
-                let weight = s.qk_norm.then(|| w(&format!("self_attn.{name}.weight")));
+                let weight = a.qk_norm.then(|| w(&format!("self_attn.{name}.weight")));
                 for (position, row) in rows.iter_mut().enumerate() {
                     for head in row.chunks_mut(hd) {
                         if let Some(weight) = &weight {
@@ -41,20 +47,20 @@ impl Tiny {
                         }
                         for (i, f) in frequencies.iter().enumerate() {
                             let (sin, cos) = (position as f64 * f).sin_cos();
-                            let (a, b) = (head[i], head[i + hd / 2]);
-                            head[i] = a * cos - b * sin;
-                            head[i + hd / 2] = b * cos + a * sin;
+                            let (x, y) = (head[i], head[i + hd / 2]);
+                            head[i] = x * cos - y * sin;
+                            head[i + hd / 2] = y * cos + x * sin;
                         }
                     }
                 }
             }
             let output = w("self_attn.o_proj.weight");
             for t in 0..tokens.len() {
-                let from = s
+                let from = a
                     .sliding_window
                     .map_or(0, |window| (t + 1).saturating_sub(window));
                 let mut all = Vec::new();
-                for head in 0..s.heads {
+                for head in 0..a.heads {
                     let at = head / group * hd;
                     let q = &q[t][head * hd..][..hd];
                     let scores: Vec<f64> = (from..=t)

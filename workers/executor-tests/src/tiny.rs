@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use baton_model::{
-    Fp8Matrix, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, WeightFormat,
-    expected_tensors, f32_from_e4m3, names,
+    Fp8Matrix, MatrixBytes, ModelSpec, Rope, RopeScaling, TensorBytes, TensorSource, UniformSpec,
+    WeightFormat, expected_tensors, f32_from_e4m3, names,
 };
 use half::bf16;
 
@@ -78,7 +78,15 @@ impl Tiny {
     }
 
     /// Weights of a spec: matrices keep the size of what they are applied to, norms stay near one.
-    pub fn new(spec: ModelSpec, seed: u64) -> Self {
+    ///
+    /// # Panics
+    /// If there is no such model.
+    pub fn new(spec: UniformSpec, seed: u64) -> Self {
+        Self::of(ModelSpec::try_from(spec).expect("a model"), seed)
+    }
+
+    /// The same of layers that may differ.
+    pub fn of(spec: ModelSpec, seed: u64) -> Self {
         let mut random = Random(seed);
         let tensors = expected_tensors(&spec).into_iter().map(|t| {
             let vector = t.shape.len() == 1;
@@ -139,8 +147,8 @@ impl Tiny {
 }
 
 /// One tiny model of each family; sizes are odd on purpose: no padding goes unused.
-pub fn families() -> Vec<ModelSpec> {
-    let llama = ModelSpec {
+pub fn families() -> Vec<UniformSpec> {
+    let llama = UniformSpec {
         family: "llama".to_owned(),
         hidden: 72,
         intermediate: 104,
@@ -168,7 +176,7 @@ pub fn families() -> Vec<ModelSpec> {
     };
     vec![
         llama.clone(),
-        ModelSpec {
+        UniformSpec {
             rope: Rope {
                 theta: 500_000.0,
                 scaling: llama3,
@@ -177,7 +185,7 @@ pub fn families() -> Vec<ModelSpec> {
             tied_embeddings: true,
             ..llama.clone()
         },
-        ModelSpec {
+        UniformSpec {
             rope: Rope {
                 theta: 10_000.0,
                 scaling: RopeScaling::Linear { factor: 4.0 },
@@ -185,20 +193,20 @@ pub fn families() -> Vec<ModelSpec> {
             kv_heads: 6,
             ..llama.clone()
         },
-        ModelSpec {
+        UniformSpec {
             family: "mistral".to_owned(),
             sliding_window: Some(37),
             kv_heads: 3,
             head_dim: 32,
             ..llama.clone()
         },
-        ModelSpec {
+        UniformSpec {
             family: "qwen2".to_owned(),
             qkv_bias: true,
             kv_heads: 1,
             ..llama.clone()
         },
-        ModelSpec {
+        UniformSpec {
             family: "qwen3".to_owned(),
             qk_norm: true,
             head_dim: 128,

@@ -1,7 +1,8 @@
 //! Variants of `config.json`: read as their family means them, or refused in a sentence.
 
 use baton_model::{
-    ModelSpec, RopeScaling, WeightFormat, checkpoint_format, eos_token_ids, parse_config,
+    ModelSpec, RopeScaling, UniformSpec, WeightFormat, checkpoint_format, eos_token_ids,
+    parse_config,
 };
 use serde_json::{Value, json};
 
@@ -25,8 +26,10 @@ fn of_family(model_type: &str, architecture: &str, more: Value) -> Value {
     config
 }
 
-fn parsed(config: &Value) -> ModelSpec {
-    parse_config(config.to_string().as_bytes()).unwrap_or_else(|e| panic!("{config}: {e}"))
+fn parsed(config: &Value) -> UniformSpec {
+    let spec: ModelSpec =
+        parse_config(config.to_string().as_bytes()).unwrap_or_else(|e| panic!("{config}: {e}"));
+    UniformSpec::try_from(&spec).unwrap()
 }
 
 fn refused(config: &Value) -> String {
@@ -193,7 +196,7 @@ fn what_cannot_be_computed_is_refused() {
                 "Qwen2ForCausalLM",
                 json!({ "use_sliding_window": true }),
             ),
-            "`use_sliding_window`",
+            "`use_sliding_window` is true without a `sliding_window`",
         ),
         (llama(json!({ "attention_bias": true })), "`attention_bias`"),
         (llama(json!({ "mlp_bias": true })), "`mlp_bias`"),
@@ -233,6 +236,14 @@ fn what_cannot_be_computed_is_refused() {
         (
             llama(json!({ "layer_types": ["full_attention", "chunked"] })),
             "\"chunked\"",
+        ),
+        (
+            llama(json!({ "num_hidden_layers": 1u64 << 40 })),
+            "`num_hidden_layers` is 1099511627776, at most 1024",
+        ),
+        (
+            llama(json!({ "num_key_value_heads": [2, 4] })),
+            "`num_key_value_heads` must be a whole number",
         ),
         (json!([]), "not a JSON object"),
         (json!({}), "there is no `model_type`"),

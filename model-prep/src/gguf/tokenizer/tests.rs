@@ -2,7 +2,7 @@
 //! Transformers' GPT2Tokenizer and Qwen2Tokenizer, a tokenizer with Llama 3's published pattern, and the
 //! SentencePiece library, which also trained its vocabulary.
 
-use baton_model::{ModelSpec, Rope, RopeScaling};
+use baton_model::{Rope, RopeScaling, UniformSpec};
 use serde::Deserialize;
 use tokenizers::Tokenizer;
 
@@ -42,8 +42,8 @@ fn fixtures() -> Fixtures {
     serde_json::from_str(include_str!("../../../tests/data/tokenizers.json")).unwrap()
 }
 
-fn spec(vocab: usize) -> ModelSpec {
-    ModelSpec {
+fn spec(vocab: usize) -> UniformSpec {
+    UniformSpec {
         family: "llama".to_owned(),
         hidden: 8,
         intermediate: 8,

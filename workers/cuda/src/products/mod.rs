@@ -1,0 +1,7 @@
+//! Matrix products: a weight matrix with its format, by few rows (`skinny`) or many (`many`, through the products that
+//! `gemm` plans with cuBLASLt).
+
+pub(crate) mod gemm;
+pub(crate) mod many;
+pub(crate) mod matrix;
+pub(crate) mod skinny;
