@@ -40,9 +40,8 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
 }
 
 fn model_object(server: &Server) -> Value {
-    let fleet = server.fleet();
-    let longest = fleet
-        .members
+    let longest = server
+        .members()
         .longest_sequence(&server.model.fingerprint, Instant::now());
     // While no pair of workers serves, what the model could do.
     let held = longest.map_or(u32::MAX, |(held, _)| held);
@@ -79,10 +78,7 @@ pub async fn live() -> HttpResponse {
 
 /// `GET /metrics`.
 pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
-    match server
-        .metrics
-        .render(&server.fleet().members, Instant::now())
-    {
+    match server.metrics.render(&server.members(), Instant::now()) {
         Ok(text) => HttpResponse::Ok()
             .insert_header((header::CONTENT_TYPE, "text/plain; version=0.0.4"))
             .body(text),
@@ -98,11 +94,7 @@ pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
     let now = Instant::now();
     let faults = server.faults();
     let degraded = server.degraded();
-    let fleet = server.fleet();
-    let mut workers: Vec<&Member> = fleet.members.workers().collect();
-    workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
-    let mut api_servers: Vec<_> = fleet.members.api_servers().collect();
-    api_servers.sort_unstable_by(|a, b| a.api_server.cmp(&b.api_server));
+    let members = server.members();
     let body = json!({
         "cluster": server.cluster,
         "api_server": server.name,
@@ -111,8 +103,8 @@ pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
         "healthy": faults.is_empty(),
         "reasons": faults,
         "degraded": degraded,
-        "workers": workers.iter().map(|member| worker_object(member, now)).collect::<Vec<_>>(),
-        "api_servers": api_servers.iter()
+        "workers": members.workers().map(|member| worker_object(member, now)).collect::<Vec<_>>(),
+        "api_servers": members.api_servers()
             .map(|beat| json!({"api_server": beat.api_server, "in_flight": beat.in_flight}))
             .collect::<Vec<_>>(),
     });

@@ -1,8 +1,8 @@
 //! An API server without HTTP and without text, over any wire: what the simulation runs. Everything between a
 //! checked request and its tokens is the real thing.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use baton_bus::Wire;
@@ -16,10 +16,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::Instant;
 
-use super::Server;
-use super::name::Name;
 use crate::bound::Bound;
-
 use crate::bus::Bus;
 use crate::config::Limits;
 use crate::driver::{Job, Sink, drive};
@@ -28,6 +25,7 @@ use crate::inbox::{Event, Inbox, Mailbox, Registry};
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
 use crate::router::prefix_chain;
+use crate::server::{Name, Server};
 use crate::texts::TextPool;
 use crate::tokenizer::ModelText;
 
@@ -92,8 +90,8 @@ impl SimulatedServer {
             started_unix: 0,
             decode_room: Arc::default(),
             leaving: AtomicBool::new(false),
-            fleet: super::Mutex::default(),
-            own_name: super::Mutex::new(own_name),
+            fleet: Mutex::default(),
+            own_name: Mutex::new(own_name),
         });
         let mut tasks = server
             .bus
@@ -166,7 +164,7 @@ impl SimulatedServer {
     pub fn left_over(&self) -> Option<String> {
         let in_flight = self.server.registry.len();
         let gauge = self.server.metrics.requests_in_flight.get();
-        let idle = self.server.fleet().router.is_idle();
+        let idle = self.server.fleet().is_idle();
         (in_flight > 0 || gauge != 0 || !idle).then(|| {
             format!("{in_flight} registered, {gauge} counted in flight, router idle: {idle}")
         })
