@@ -46,6 +46,7 @@ pub mod fuzzing {
     pub use crate::detokenize::{Detokenizer, Vocabulary};
     pub use crate::error::ApiError;
     pub use crate::fleet::Fleet;
+    pub use crate::http::worker_rows;
     pub use crate::lifecycle::{Action, Input, Lifecycle, NoReply, Rules, Target};
     pub use crate::membership::{Membership, Taken};
     pub use crate::metrics::Metrics;

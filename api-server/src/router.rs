@@ -154,7 +154,7 @@ impl Router {
         let scratch = &mut self.scratch;
         scratch.begin(members, &rules);
         scratch.decoders.clear();
-        for (slot, member) in members.slots() {
+        for (slot, member) in members.in_any_order() {
             if member.facts.role.decodes() && serving.has(member) {
                 scratch.decoders.insert(slot);
             }

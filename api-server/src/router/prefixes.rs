@@ -2,10 +2,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher, Hasher};
+use std::num::NonZeroU32;
 
 use baton_protocol::CacheSalt;
 
-use crate::membership::Slot;
+use crate::membership::{Slot, WORKERS_MAX};
 
 /// Tokens of one link of a prompt's hash chain.
 pub const PREFIX_BLOCK_TOKENS: usize = 32;
@@ -48,17 +49,49 @@ pub(super) struct Prefixes {
     lives: Vec<u32>,
 }
 
+/// Latest first. Without a place of its own in memory: looking up a long prompt is as fast as memory is.
 #[derive(Debug, Default)]
 struct Holders {
-    workers: Vec<Holder>,
+    workers: [Option<Holder>; HOLDERS_MAX],
     stamp: u64,
 }
 
-/// One life of a worker.
+impl Holders {
+    fn all(&self) -> impl Iterator<Item = Holder> {
+        self.workers.iter().copied().flatten()
+    }
+
+    /// Puts this one first, and keeps of the others those that are to be kept, as far as there is room.
+    fn put(&mut self, newest: Holder, keeps: impl Fn(Holder) -> bool) {
+        let before = std::mem::take(&mut self.workers);
+        let others = before.into_iter().flatten();
+        let others = others.filter(|other| *other != newest && keeps(*other));
+        let all = std::iter::once(newest).chain(others);
+        for (place, holder) in self.workers.iter_mut().zip(all) {
+            *place = Some(holder);
+        }
+    }
+}
+
+/// One life of a worker, in one word: most of what a long prompt's look-up costs is memory that is fetched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Holder {
-    slot: u32,
-    life: u32,
+struct Holder(NonZeroU32);
+
+/// Bits of a holder that are its slot; the others are its life, which begins again at 0 after a million.
+const SLOT_BITS: u32 = WORKERS_MAX.ilog2();
+
+const _: () = assert!(WORKERS_MAX.is_power_of_two());
+
+impl Holder {
+    fn new(slot: Slot, life: u32) -> Self {
+        let lives_max = (u32::MAX >> SLOT_BITS) - 1;
+        let word = (life % lives_max) << SLOT_BITS | slot as u32;
+        Self(NonZeroU32::MIN.saturating_add(word))
+    }
+
+    fn slot(self) -> Slot {
+        (self.0.get() - 1) as Slot % WORKERS_MAX
+    }
 }
 
 /// How many blocks of one prompt each of a few workers has; the others have none.
@@ -83,21 +116,15 @@ impl Prefixes {
             let Some(holders) = self.holders.get(link) else {
                 break;
             };
-            let live = |slot: Slot| {
-                let holder = self.holder(slot);
-                holders.workers.contains(&holder)
-            };
             if i == 0 {
-                let slots = holders.workers.iter().map(|holder| holder.slot as Slot);
-                cached.blocks = slots
-                    .filter(|slot| live(*slot))
-                    .map(|slot| (slot, 1))
-                    .collect();
+                let live = holders.all().filter(|holder| self.is_live(*holder));
+                cached.blocks = live.map(|holder| (holder.slot(), 1)).collect();
                 continue;
             }
             let mut grows = false;
             for (slot, blocks) in &mut cached.blocks {
-                if *blocks == i && live(*slot) {
+                let holder = self.holder(*slot);
+                if *blocks == i && holders.workers.contains(&Some(holder)) {
                     (*blocks, grows) = (i + 1, true);
                 }
             }
@@ -112,16 +139,13 @@ impl Prefixes {
     pub(super) fn insert(&mut self, slot: Slot, chain: &[u64]) {
         let newest = self.holder(slot);
         let lives = &self.lives;
-        let is_live = |holder: &Holder| life(lives, holder.slot as Slot) == holder.life;
+        let is_live =
+            |holder: Holder| Holder::new(holder.slot(), life(lives, holder.slot())) == holder;
         // The first links are used last: a chain is forgotten from its end.
         for link in chain.iter().take(PREFIXES_MAX).rev() {
             self.clock += 1;
             let holders = self.holders.entry(*link).or_default();
-            holders
-                .workers
-                .retain(|known| *known != newest && is_live(known));
-            holders.workers.insert(0, newest);
-            holders.workers.truncate(HOLDERS_MAX);
+            holders.put(newest, is_live);
             holders.stamp = self.clock;
             self.order.push_back((*link, self.clock));
         }
@@ -144,11 +168,12 @@ impl Prefixes {
         self.lives[slot] = self.lives[slot].wrapping_add(1);
     }
 
+    fn is_live(&self, holder: Holder) -> bool {
+        self.holder(holder.slot()) == holder
+    }
+
     fn holder(&self, slot: Slot) -> Holder {
-        Holder {
-            slot: slot as u32,
-            life: life(&self.lives, slot),
-        }
+        Holder::new(slot, life(&self.lives, slot))
     }
 }
 

@@ -35,7 +35,7 @@ impl Router {
             return Duration::ZERO;
         };
         let mut places = Places::default();
-        for (slot, member) in members.slots() {
+        for (slot, member) in members.in_any_order() {
             if member.facts.role.decodes()
                 && serving.has(member)
                 && !self.count_places((slot, &member.facts), prompt_tokens, &mut places)
@@ -44,7 +44,7 @@ impl Router {
             }
         }
         let (mut prompts, mut own_staged, mut others_leased) = (0, 0, 0);
-        for (slot, member) in members.slots() {
+        for (slot, member) in members.in_any_order() {
             if !member.facts.role.prefills() || !serving.has(member) {
                 continue;
             }
