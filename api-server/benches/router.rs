@@ -62,7 +62,7 @@ fn main() {
         measure(rounds, |i| {
             let beat = cluster.beats[i % cluster.beats.len()].clone();
             let begun = Instant::now();
-            cluster.fleet().beat(beat, tokio::time::Instant::now());
+            cluster.fleet().beat(beat, cluster.now);
             begun
         }),
     );
@@ -73,7 +73,7 @@ fn main() {
             let (begun, mut pages) = (Instant::now(), 0);
             while !over.load(Ordering::Relaxed) {
                 let members = cluster.fleet().members().clone();
-                let now = tokio::time::Instant::now();
+                let now = cluster.now;
                 black_box(metrics.render(&members, now).map(|text| text.len()).ok());
                 let rows: Vec<_> = worker_rows(&members, now).collect();
                 black_box(serde_json::to_string(&rows).map(|text| text.len()).ok());
@@ -93,6 +93,8 @@ fn main() {
 struct Cluster {
     fleet: Mutex<Fleet>,
     model: ModelFingerprint,
+    /// When all beat: nobody falls silent, however long this takes.
+    now: tokio::time::Instant,
     kv: KvGeometry,
     pairs: usize,
     prompts: Vec<Vec<u64>>,
@@ -144,6 +146,7 @@ impl Cluster {
         Self {
             fleet: Mutex::new(fleet),
             model,
+            now,
             kv,
             pairs,
             prompts,
@@ -160,7 +163,7 @@ impl Cluster {
             model: &self.model,
             refused: &[],
             failed: &[],
-            now: tokio::time::Instant::now(),
+            now: self.now,
         }
     }
 
