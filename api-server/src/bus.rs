@@ -2,13 +2,13 @@
 
 mod listening;
 
-use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_nats::{ConnectOptions, Event as NatsEvent};
-use baton_bus::{BusConfig, ConnectionLog, RequestError, Seldom, Wire, mend_pause};
+use baton_bus::{
+    BusConfig, BusFault, ConnectionLog, Presence, RequestError, Seldom, Wire, mend_pause,
+};
 use baton_protocol::deadlines::PREFILL_PATIENCE_MS;
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
@@ -39,28 +39,6 @@ const PUBLISH_WAIT: Duration = Duration::from_millis(500);
 
 pub use listening::Watcher;
 
-/// Why nothing can be said or heard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BusFault {
-    /// There is no connection.
-    Disconnected,
-    /// There is one, and nothing comes over it, not even what we say ourselves.
-    Silent(Duration),
-}
-
-impl fmt::Display for BusFault {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Disconnected => f.write_str("the bus is not connected"),
-            Self::Silent(time) => write!(
-                f,
-                "the bus is silent: our own beats have not come back for {:.1} s",
-                time.as_secs_f32()
-            ),
-        }
-    }
-}
-
 /// The connection.
 #[derive(Clone)]
 pub struct Bus {
@@ -69,11 +47,10 @@ pub struct Bus {
     name: ApiServerId,
     incarnation: Incarnation,
     runtime: tokio::runtime::Handle,
-    connected: Arc<AtomicBool>,
+    /// Whether we hear ourselves.
+    presence: Presence,
     /// Told at each connection.
     back: Arc<Notify>,
-    /// When our own beat last came back: as long as it does, others are silent by themselves.
-    echo: Arc<Mutex<Instant>>,
 }
 
 impl Bus {
@@ -88,12 +65,12 @@ impl Bus {
         incarnation: Incarnation,
         registry: Arc<Registry>,
     ) -> Result<Self, ApiServerError> {
-        let connected = Arc::new(AtomicBool::new(true));
+        let presence = Presence::new(Instant::now(), SUSPECT_AFTER);
         let back = Arc::new(Notify::new());
         let log = Arc::new(ConnectionLog::new(config));
         let options = || {
             let connection = Connection {
-                is_up: Arc::clone(&connected),
+                presence: presence.clone(),
                 back: Arc::clone(&back),
                 registry: Arc::clone(&registry),
                 log: Arc::clone(&log),
@@ -117,18 +94,18 @@ impl Bus {
             cluster,
             name,
             incarnation,
-            connected,
+            presence,
             back,
         ))
     }
 
-    /// What goes over this wire; `connected` and `back` tell how it fares. Runs inside a tokio runtime.
+    /// What goes over this wire; `presence` and `back` tell how it fares. Runs inside a tokio runtime.
     pub fn over(
         wire: Wire,
         cluster: Cluster,
         name: ApiServerId,
         incarnation: Incarnation,
-        connected: Arc<AtomicBool>,
+        presence: Presence,
         back: Arc<Notify>,
     ) -> Self {
         Self {
@@ -137,20 +114,16 @@ impl Bus {
             name,
             incarnation,
             runtime: tokio::runtime::Handle::current(),
-            connected,
+            presence,
             back,
-            echo: Arc::new(Mutex::new(Instant::now())),
         }
     }
 
     /// Why nothing can be said or heard now, if so.
     pub fn fault(&self, now: Instant) -> Option<BusFault> {
-        let is_connected = self.connected.load(Ordering::Relaxed) && self.wire.is_connected();
-        let silent = now.saturating_duration_since(*lock(&self.echo));
-        match silent {
-            _ if !is_connected => Some(BusFault::Disconnected),
-            _ if silent >= SUSPECT_AFTER => Some(BusFault::Silent(silent)),
-            _ => None,
+        match self.wire.is_connected() {
+            true => self.presence.fault(now),
+            false => Some(BusFault::Disconnected),
         }
     }
 
@@ -323,7 +296,7 @@ impl Bus {
 
 /// Whether the connection stands, and what becomes of what was on its way when it did not.
 struct Connection {
-    is_up: Arc<AtomicBool>,
+    presence: Presence,
     back: Arc<Notify>,
     registry: Arc<Registry>,
     log: Arc<ConnectionLog>,
@@ -334,11 +307,11 @@ impl Connection {
     fn on_event(&self, event: &NatsEvent) {
         match event {
             NatsEvent::Connected => {
-                self.is_up.store(true, Ordering::Relaxed);
+                self.presence.set_connected(true);
                 self.back.notify_one();
             }
             NatsEvent::Disconnected | NatsEvent::Closed => {
-                self.is_up.store(false, Ordering::Relaxed);
+                self.presence.set_connected(false);
             }
             NatsEvent::SlowConsumer(_) => {
                 if lock(&self.slow).pass(Instant::now()).is_none() {

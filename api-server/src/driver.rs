@@ -366,7 +366,6 @@ impl<S: Sink> Driver<S> {
         if let Phase::Staged { handle } = self.lifecycle.phase() {
             self.server
                 .fleet()
-                .router
                 .remember(&handle.worker, &self.job.chain);
         }
         if self.sink.tokens(tokens, logprobs, stop) {

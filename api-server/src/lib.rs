@@ -16,6 +16,7 @@ mod detokenize;
 mod driver;
 mod echo;
 mod error;
+mod fleet;
 mod http;
 mod inbox;
 mod keys;
@@ -24,7 +25,10 @@ mod membership;
 mod metrics;
 mod openai;
 mod router;
+mod run;
 mod server;
+#[cfg(feature = "simulation")]
+mod simulated;
 mod stop;
 mod template;
 mod texts;
@@ -34,17 +38,20 @@ mod watch;
 pub use config::{ApiServerConfig, Limits, SpecialTokensInContent};
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;
-pub use server::run;
+pub use run::run;
 
-/// What reads bytes from outside or acts upon them, for the fuzz targets and for nobody else.
+/// What reads bytes from outside or acts upon them, for the fuzz targets and the bench and for nobody else.
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::detokenize::{Detokenizer, Vocabulary};
     pub use crate::error::ApiError;
+    pub use crate::fleet::Fleet;
+    pub use crate::http::worker_rows;
     pub use crate::lifecycle::{Action, Input, Lifecycle, NoReply, Rules, Target};
-    pub use crate::membership::Membership;
+    pub use crate::membership::{Membership, Taken};
+    pub use crate::metrics::Metrics;
     pub use crate::openai::{ChatRequest, CompletionRequest, Params, Prompt};
-    pub use crate::router::{Constraints, Outstanding, Router};
+    pub use crate::router::{Constraints, Outstanding, prefix_chain};
     pub use crate::stop::StopMatcher;
     pub use crate::template::{ChatTemplate, Prompt as ChatPrompt};
     pub use crate::texts::Until;
@@ -54,5 +61,5 @@ pub mod fuzzing {
 pub use {
     driver::Sink,
     error::ApiError,
-    server::simulated::{SimulatedGeneration, SimulatedServer},
+    simulated::{SimulatedGeneration, SimulatedServer},
 };

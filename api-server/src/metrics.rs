@@ -186,15 +186,13 @@ fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
             },
         ),
     ];
-    let mut workers: Vec<_> = members.workers().collect();
-    workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
     // Writing to memory cannot fail.
     for (name, help, read) in gauges {
         let _ = writeln!(
             out,
             "# HELP baton_worker_{name} {help}\n# TYPE baton_worker_{name} gauge"
         );
-        for member in &workers {
+        for member in members.workers() {
             let (worker, role) = (&member.beat.worker, member.beat.role.label());
             let value = read(&member.beat);
             let _ = writeln!(
@@ -207,7 +205,7 @@ fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
         out,
         "# HELP baton_worker_up Whether it serves.\n# TYPE baton_worker_up gauge"
     );
-    for member in &workers {
+    for member in members.workers() {
         let (worker, role) = (&member.beat.worker, member.beat.role.label());
         let up = u8::from(member.state(now) == "serving");
         let _ = writeln!(

@@ -8,49 +8,22 @@
 //!
 //! Pure: membership and time come in, a choice goes out.
 
+mod prefixes;
 mod wait;
 
-use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, Hasher};
+use std::collections::HashMap;
 
-use baton_protocol::{CacheSalt, KvHandle, ModelFingerprint, Role, WorkerId};
+use baton_protocol::{KvHandle, ModelFingerprint, Role, WorkerId};
 use tokio::time::Instant;
 
+pub use self::prefixes::prefix_chain;
+
+use self::prefixes::{PREFIX_BLOCK_TOKENS, Prefixes};
 use crate::lifecycle::Target;
-use crate::membership::{Member, Membership};
-
-/// Tokens of one link of a prompt's hash chain.
-pub const PREFIX_BLOCK_TOKENS: usize = 32;
-
-/// Links that are remembered; the least recently used go first.
-const PREFIXES_MAX: usize = 1 << 16;
-
-/// Workers remembered for one prefix.
-const HOLDERS_MAX: usize = 4;
+use crate::membership::{Member, Membership, SUSPECT_AFTER, Slot, SlotSet};
 
 /// What one more job ahead costs, in prompt tokens: decides between workers with equal queues.
 const JOB_COST_TOKENS: usize = 16;
-
-/// Hash of every full block of a prompt together with all before it, and with whose KV it may use.
-pub fn prefix_chain(CacheSalt(salt): CacheSalt, prompt: &[u32]) -> Vec<u64> {
-    let state = same_hasher();
-    let mut link = salt as u64 ^ (salt >> 64) as u64;
-    prompt
-        .chunks_exact(PREFIX_BLOCK_TOKENS)
-        .map(|block| {
-            let mut hasher = state.build_hasher();
-            hasher.write_u64(link);
-            block.iter().for_each(|token| hasher.write_u32(*token));
-            link = hasher.finish();
-            link
-        })
-        .collect()
-}
-
-/// A hasher that is the same for the life of the process.
-fn same_hasher() -> std::hash::BuildHasherDefault<std::collections::hash_map::DefaultHasher> {
-    std::hash::BuildHasherDefault::default()
-}
 
 /// What this API server has under way on one worker.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -68,13 +41,36 @@ pub struct Outstanding {
 /// What the router remembers between choices.
 #[derive(Debug, Default)]
 pub struct Router {
-    own: HashMap<WorkerId, Outstanding>,
-    own_at_beat: HashMap<WorkerId, Outstanding>,
-    prefixes: PrefixMap,
+    /// By slot.
+    given: Vec<Given>,
+    /// What is under way on workers that are no members.
+    strays: HashMap<WorkerId, Outstanding>,
+    prefixes: Prefixes,
     /// Choices so far of each kind: among equals each worker is chosen in turn.
     context_turn: usize,
     decode_turn: usize,
+    scratch: Scratch,
 }
+
+/// What is ours on one member.
+#[derive(Clone, Copy, Debug, Default)]
+struct Given {
+    now: Outstanding,
+    /// When its last beat came.
+    at_beat: Outstanding,
+}
+
+/// Memory of one choice, kept for the next.
+#[derive(Debug, Default)]
+struct Scratch {
+    refused: SlotSet,
+    failed: SlotSet,
+    decoders: SlotSet,
+    candidates: Vec<(Cost, Slot)>,
+}
+
+/// What a choice costs; the first that differs decides.
+type Cost = (usize, usize, usize);
 
 /// What a choice must respect.
 #[derive(Clone, Copy, Debug)]
@@ -89,14 +85,55 @@ pub struct Constraints<'a> {
     pub now: Instant,
 }
 
-impl Constraints<'_> {
-    fn allow(&self, member: &Member) -> bool {
-        member.serves(self.model, self.now) && !self.refused.contains(&member.beat.worker)
+/// Tells who may get jobs for a model, by their facts alone.
+#[derive(Clone, Copy)]
+struct Serving {
+    model: u32,
+    /// Who was heard last at this time or before is suspect.
+    suspect: Option<Instant>,
+}
+
+impl Serving {
+    /// `None` if no member has this model.
+    fn new(members: &Membership, model: &ModelFingerprint, now: Instant) -> Option<Self> {
+        Some(Self {
+            model: members.model(model)?,
+            suspect: now.checked_sub(SUSPECT_AFTER),
+        })
+    }
+
+    fn has(self, member: &Member) -> bool {
+        let facts = &member.facts;
+        facts.takes_jobs
+            && facts.model == self.model
+            && self.suspect.is_none_or(|suspect| member.seen > suspect)
+    }
+}
+
+impl Scratch {
+    fn begin(&mut self, members: &Membership, rules: &Constraints<'_>) {
+        for (set, names) in [
+            (&mut self.refused, rules.refused),
+            (&mut self.failed, rules.failed),
+        ] {
+            set.clear();
+            let slots = names.iter().filter_map(|name| members.slot(name));
+            slots.for_each(|slot| set.insert(slot));
+        }
+        self.candidates.clear();
     }
 
     /// 1 for a worker that failed this request already.
-    fn blame(&self, member: &Member) -> usize {
-        usize::from(self.failed.contains(&member.beat.worker))
+    fn blame(&self, slot: Slot) -> usize {
+        usize::from(self.failed.contains(slot))
+    }
+
+    /// The cheapest; among equals each in turn.
+    fn best(&self, turn: usize) -> Option<Slot> {
+        let from = turn % self.candidates.len().max(1);
+        let (before, after) = self.candidates.split_at(from);
+        let in_turn = after.iter().chain(before);
+        in_turn.min_by_key(|(cost, _)| *cost).map(|(_, slot)| *slot)
     }
 }
 
@@ -111,33 +148,42 @@ impl Router {
         chain: &[u64],
     ) -> Option<Target> {
         self.context_turn = self.context_turn.wrapping_add(1);
+        let serving = Serving::new(members, rules.model, rules.now)?;
         let routers = members.api_server_count();
         let cached = self.prefixes.cached_blocks(chain);
-        let reachable = |context: &Target| {
-            members.workers().any(|m| {
-                m.serves(rules.model, rules.now) && m.beat.role.decodes() && m.reaches(context)
-            })
-        };
-        let mut candidates: Vec<&Member> = members
-            .workers()
-            .filter(|m| m.beat.role.prefills() && rules.allow(m) && reachable(&m.target()))
-            .collect();
-        candidates.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
-        self.best(self.context_turn, &candidates, |member| {
-            let have = cached.get(&member.beat.worker).copied().unwrap_or(0) * PREFIX_BLOCK_TOKENS;
-            let own = self.own(&member.beat.worker);
-            let then = self.own_at_beat(&member.beat.worker);
-            let load = &member.beat.load;
+        let scratch = &mut self.scratch;
+        scratch.begin(members, &rules);
+        scratch.decoders.clear();
+        for (slot, member) in members.in_any_order() {
+            if member.facts.role.decodes() && serving.has(member) {
+                scratch.decoders.insert(slot);
+            }
+        }
+        for (slot, member) in members.slots() {
+            let may = member.facts.role.prefills()
+                && serving.has(member)
+                && !scratch.refused.contains(slot)
+                && member.readers.intersects(&scratch.decoders);
+            if !may {
+                continue;
+            }
+            let have = cached.of(slot) * PREFIX_BLOCK_TOKENS;
+            let Given { now: own, at_beat } = given(&self.given, slot);
+            let load = &member.facts.load;
             // Others' share is what the beat says beyond what was ours when it came.
-            let others_tokens = (load.waiting_tokens as usize).saturating_sub(then.prefill_tokens);
+            let others_tokens =
+                (load.waiting_tokens as usize).saturating_sub(at_beat.prefill_tokens);
             let others_jobs =
-                (load.waiting as usize + load.running as usize).saturating_sub(then.prefills);
+                (load.waiting as usize + load.running as usize).saturating_sub(at_beat.prefills);
             let tokens = prompt_tokens.saturating_sub(have)
                 + own.prefill_tokens
                 + own.prefills * JOB_COST_TOKENS
                 + (others_tokens + others_jobs * JOB_COST_TOKENS) / routers;
-            (rules.blame(member), tokens)
-        })
+            let cost = (scratch.blame(slot), 0, tokens);
+            scratch.candidates.push((cost, slot));
+        }
+        let best = scratch.best(self.context_turn)?;
+        members.at(best).map(Member::target)
     }
 
     /// The decode worker for this handle: its own context worker if that decodes too, else the
@@ -149,68 +195,93 @@ impl Router {
         handle: &KvHandle,
     ) -> Option<Target> {
         self.decode_turn = self.decode_turn.wrapping_add(1);
+        let serving = Serving::new(members, rules.model, rules.now)?;
+        let kv = members.geometry(&handle.kv)?;
         let routers = members.api_server_count();
-        let context = Target {
+        let context = members
+            .slot(&handle.worker)
+            .and_then(|slot| Some((slot, members.at(slot)?)))
+            .filter(|(_, member)| member.beat.incarnation == handle.incarnation);
+        // Of one that has not beaten in this incarnation there is no set of readers: each is asked.
+        let unheard = context.is_none().then(|| Target {
             worker: handle.worker.clone(),
             incarnation: handle.incarnation,
+        });
+        let reads = |slot: Slot, member: &Member| match (&context, &unheard) {
+            (Some((_, context)), _) => context.readers.contains(slot),
+            (None, Some(context)) => member.reaches(context),
+            (None, None) => false,
         };
-        let mut candidates: Vec<&Member> = members
-            .workers()
-            .filter(|m| m.beat.role.decodes() && rules.allow(m) && m.reaches(&context))
-            .filter(|m| m.beat.kv == handle.kv)
-            .collect();
-        candidates.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
-        self.best(self.decode_turn, &candidates, |member| {
-            let foreign = !(member.beat.role == Role::Both && member.target() == context);
-            let own = self.own(&member.beat.worker);
-            let then = self.own_at_beat(&member.beat.worker);
-            let load = &member.beat.load;
+        let scratch = &mut self.scratch;
+        scratch.begin(members, &rules);
+        for (slot, member) in members.slots() {
+            let facts = &member.facts;
+            let may = facts.role.decodes()
+                && facts.kv == kv
+                && serving.has(member)
+                && !scratch.refused.contains(slot)
+                && reads(slot, member);
+            if !may {
+                continue;
+            }
+            let is_own = context.is_some_and(|(context, _)| context == slot);
+            let foreign = !(is_own && facts.role == Role::Both);
+            let Given { now: own, at_beat } = given(&self.given, slot);
+            let load = &facts.load;
             let beaten = [load.waiting, load.running, load.pulling].map(|n| n as usize);
             let beaten: usize = beaten.iter().sum();
-            let others = beaten.saturating_sub(then.decodes);
+            let others = beaten.saturating_sub(at_beat.decodes);
             let jobs = own.decodes * 1024 + others * 1024 / routers;
-            let share = jobs / (member.beat.capacity.batch.max(1) as usize);
-            (rules.blame(member), usize::from(foreign), share)
-        })
+            let share = jobs / (facts.capacity.batch.max(1) as usize);
+            let cost = (scratch.blame(slot), usize::from(foreign), share);
+            scratch.candidates.push((cost, slot));
+        }
+        let best = scratch.best(self.decode_turn)?;
+        members.at(best).map(Member::target)
     }
 
-    /// The cheapest; among equals each in turn.
-    fn best<C: Ord>(
-        &self,
-        turn: usize,
-        candidates: &[&Member],
-        cost: impl Fn(&Member) -> C,
-    ) -> Option<Target> {
-        let count = candidates.len();
-        (0..count)
-            .map(|i| candidates[(i + turn) % count])
-            .min_by_key(|member| cost(member))
-            .map(Member::target)
-    }
-
-    fn own(&self, worker: &WorkerId) -> Outstanding {
-        self.own.get(worker).copied().unwrap_or_default()
-    }
-
-    fn own_at_beat(&self, worker: &WorkerId) -> Outstanding {
-        self.own_at_beat.get(worker).copied().unwrap_or_default()
+    /// A worker joined: what is under way on one of this name is its own.
+    pub fn joined(&mut self, slot: Slot, worker: &WorkerId) {
+        if slot >= self.given.len() {
+            self.given.resize(slot + 1, Given::default());
+        }
+        self.given[slot].now = self.strays.remove(worker).unwrap_or_default();
+        self.beaten(slot);
     }
 
     /// A beat came: remember what was ours of the load it tells.
-    pub fn beaten(&mut self, worker: &WorkerId) {
-        let own = self.own(worker);
-        self.own_at_beat.insert(worker.clone(), own);
+    pub fn beaten(&mut self, slot: Slot) {
+        if let Some(given) = self.given.get_mut(slot) {
+            given.at_beat = given.now;
+        }
     }
 
-    /// A worker is gone.
-    pub fn forget(&mut self, worker: &WorkerId) {
-        self.own_at_beat.remove(worker);
-        self.prefixes.forget(worker);
+    /// A worker was restarted: nothing that it had is there any more.
+    pub fn restarted(&mut self, slot: Slot) {
+        if let Some(given) = self.given.get_mut(slot) {
+            given.at_beat = Outstanding::default();
+        }
+        self.prefixes.forget(slot);
     }
 
-    /// A job of ours begins on a worker.
-    pub fn begin(&mut self, worker: &WorkerId, job: Outstanding) {
-        let own = self.own.entry(worker.clone()).or_default();
+    /// A worker has left its slot.
+    pub fn left(&mut self, slot: Slot, worker: &WorkerId) {
+        self.prefixes.forget(slot);
+        let Some(given) = self.given.get_mut(slot) else {
+            return;
+        };
+        let left = std::mem::take(given).now;
+        if left != Outstanding::default() {
+            self.strays.insert(worker.clone(), left);
+        }
+    }
+
+    /// A job of ours begins on a worker; `slot`: its own, if it is a member.
+    pub fn begin(&mut self, slot: Option<Slot>, worker: &WorkerId, job: Outstanding) {
+        let own = match slot.and_then(|slot| self.given.get_mut(slot)) {
+            Some(given) => &mut given.now,
+            None => self.strays.entry(worker.clone()).or_default(),
+        };
         own.prefills += job.prefills;
         own.prefill_tokens += job.prefill_tokens;
         own.staged += job.staged;
@@ -218,101 +289,41 @@ impl Router {
     }
 
     /// It ends.
-    pub fn end(&mut self, worker: &WorkerId, job: Outstanding) {
-        let Some(own) = self.own.get_mut(worker) else {
-            return;
+    pub fn end(&mut self, slot: Option<Slot>, worker: &WorkerId, job: Outstanding) {
+        let own = match slot.and_then(|slot| self.given.get_mut(slot)) {
+            Some(given) => &mut given.now,
+            None => match self.strays.get_mut(worker) {
+                Some(own) => own,
+                None => return,
+            },
         };
         own.prefills = own.prefills.saturating_sub(job.prefills);
         own.prefill_tokens = own.prefill_tokens.saturating_sub(job.prefill_tokens);
         own.staged = own.staged.saturating_sub(job.staged);
         own.decodes = own.decodes.saturating_sub(job.decodes);
-        if *own == Outstanding::default() {
-            self.own.remove(worker);
+        if slot.is_none() && *own == Outstanding::default() {
+            self.strays.remove(worker);
         }
     }
 
     /// Whether nothing of ours is under way anywhere.
     #[cfg(any(test, feature = "simulation"))]
     pub fn is_idle(&self) -> bool {
-        self.own.is_empty()
+        let is_idle = |given: &Given| given.now == Outstanding::default();
+        self.strays.is_empty() && self.given.iter().all(is_idle)
     }
 
-    /// Of how many workers it remembers what was ours at their last beat.
-    #[cfg(test)]
-    pub fn remembered(&self) -> usize {
-        self.own_at_beat.len()
-    }
-
-    /// This worker has run this prompt.
-    pub fn remember(&mut self, worker: &WorkerId, chain: &[u64]) {
-        self.prefixes.insert(worker, chain);
+    /// The worker in this slot has run this prompt.
+    pub fn remember(&mut self, slot: Slot, chain: &[u64]) {
+        self.prefixes.insert(slot, chain);
     }
 }
 
-/// Approximate map from prefixes to the workers that ran them. Bounded: it forgets the least recently used.
-#[derive(Debug, Default)]
-struct PrefixMap {
-    holders: HashMap<u64, Holders>,
-    /// Links in order of use; an entry whose stamp is not the link's current one is void.
-    order: VecDeque<(u64, u64)>,
-    clock: u64,
+fn given(all: &[Given], slot: Slot) -> Given {
+    all.get(slot).copied().unwrap_or_default()
 }
 
-#[derive(Debug, Default)]
-struct Holders {
-    workers: Vec<WorkerId>,
-    stamp: u64,
-}
-
-impl PrefixMap {
-    fn cached_blocks(&self, chain: &[u64]) -> HashMap<WorkerId, usize> {
-        let mut cached = HashMap::new();
-        for (i, link) in chain.iter().enumerate() {
-            let Some(holders) = self.holders.get(link) else {
-                break;
-            };
-            for worker in &holders.workers {
-                // Only an unbroken chain from the start is of use.
-                let blocks = cached.entry(worker.clone()).or_insert(0);
-                if *blocks == i {
-                    *blocks = i + 1;
-                }
-            }
-        }
-        cached
-    }
-
-    fn insert(&mut self, worker: &WorkerId, chain: &[u64]) {
-        // The first links are used last: a chain is forgotten from its end.
-        for link in chain.iter().take(PREFIXES_MAX).rev() {
-            self.clock += 1;
-            let holders = self.holders.entry(*link).or_default();
-            holders.workers.retain(|known| known != worker);
-            holders.workers.insert(0, worker.clone());
-            holders.workers.truncate(HOLDERS_MAX);
-            holders.stamp = self.clock;
-            self.order.push_back((*link, self.clock));
-        }
-        while self.holders.len() > PREFIXES_MAX || self.order.len() > 2 * PREFIXES_MAX {
-            let Some((link, stamp)) = self.order.pop_front() else {
-                break;
-            };
-            if self
-                .holders
-                .get(&link)
-                .is_some_and(|holders| holders.stamp == stamp)
-            {
-                self.holders.remove(&link);
-            }
-        }
-    }
-
-    fn forget(&mut self, worker: &WorkerId) {
-        for holders in self.holders.values_mut() {
-            holders.workers.retain(|known| known != worker);
-        }
-    }
-}
-
+#[cfg(test)]
+mod plain;
 #[cfg(test)]
 mod tests;

@@ -1,41 +1,29 @@
-//! One API server: what its parts share, how it starts and how it stops.
+//! What the parts of one API server share: its state, and what it makes of what it hears.
 
-mod door;
 mod name;
-#[cfg(feature = "simulation")]
-pub mod simulated;
 
-use std::future::Future;
-use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use actix_web::dev::ServerHandle;
 use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
-use futures::future::select_all;
-use tokio::net::TcpSocket;
 use tokio::sync::Semaphore;
-use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 
 use crate::bound::Bound;
 use crate::bus::{Bus, Watcher};
-use crate::config::{ApiServerConfig, Limits};
+use crate::config::Limits;
 use crate::decode_room::DecodeRoom;
-use crate::error::ApiServerError;
-use crate::http;
+use crate::fleet::Fleet;
 use crate::inbox::{Event, Registry, lock};
 use crate::keys::ApiKeys;
 use crate::lifecycle::Target;
-use crate::membership::Membership;
+use crate::membership::{Membership, Taken};
 use crate::metrics::Metrics;
-use crate::router::Router;
 use crate::texts::TextPool;
 use crate::tokenizer::ModelText;
-use crate::watch::LoopWatch;
 
-use self::name::Name;
+pub use self::name::Name;
 
 /// What every request needs.
 pub struct Server {
@@ -75,41 +63,21 @@ pub struct Server {
     pub decode_room: Arc<DecodeRoom>,
     /// It is asked to end: what is under way goes on, and each connection is closed after its answer.
     pub leaving: AtomicBool,
-    fleet: Mutex<Fleet>,
-    own_name: Mutex<Name>,
-}
-
-/// Who is there and what they are busy with.
-#[derive(Default)]
-pub struct Fleet {
-    /// Who is there.
-    pub members: Membership,
-    /// What we gave them.
-    pub router: Router,
-}
-
-impl Fleet {
-    /// Takes a worker's beat in; the older life if this is a new one of a known worker. Of one that is not remembered, because
-    /// there are too many, nothing is kept and nothing said.
-    fn beat(&mut self, beat: Beat, now: Instant) -> Option<Target> {
-        let worker = beat.worker.clone();
-        let was_known = self.members.worker(&worker).is_some();
-        let lost = self.members.beat(beat, now);
-        if let Some(member) = self.members.worker(&worker) {
-            if !was_known {
-                let (role, device) = (member.beat.role.label(), &member.beat.device);
-                tracing::info!(%worker, role, device, "worker joined");
-            }
-            self.router.beaten(&worker);
-        }
-        lost
-    }
+    /// Who is there and what they are busy with: [`Self::fleet`].
+    pub fleet: Mutex<Fleet>,
+    /// Whether this server's name is its own.
+    pub own_name: Mutex<Name>,
 }
 
 impl Server {
-    /// The fleet, locked. Never held across an await.
+    /// The fleet, locked: every choice waits for it. Never held across an await.
     pub fn fleet(&self) -> MutexGuard<'_, Fleet> {
         lock(&self.fleet)
+    }
+
+    /// The members as they are now, to be looked at for any length of time.
+    pub fn members(&self) -> Membership {
+        self.fleet().members().clone()
     }
 
     /// Why requests cannot be served now; empty if they can.
@@ -122,7 +90,7 @@ impl Server {
             return vec![fault.to_string()];
         }
         let own_name = self.looked_at_name(now).fault(now);
-        let members = &self.fleet().members;
+        let members = self.members();
         let mut faults = members.faults(&self.model.fingerprint, now);
         faults.extend(own_name);
         faults
@@ -142,7 +110,7 @@ impl Server {
     /// What is broken, also where requests go round it: workers that do not serve, and roads for KV. Empty if all is well.
     pub fn degraded(&self) -> Vec<String> {
         let now = Instant::now();
-        let members = &self.fleet().members;
+        let members = self.members();
         let mut broken = members.complaints(now);
         broken.extend(members.broken_roads(&self.model.fingerprint, now));
         broken.extend(members.too_small(&self.model.fingerprint, now));
@@ -152,7 +120,6 @@ impl Server {
     fn lost(&self, targets: Vec<Target>) {
         for target in targets {
             tracing::warn!(worker = %target.worker, incarnation = %target.incarnation, "worker gone");
-            self.fleet().router.forget(&target.worker);
             self.registry
                 .broadcast(|| Event::WorkerLost(target.clone()));
         }
@@ -161,16 +128,17 @@ impl Server {
 
 impl Watcher for Server {
     fn beat(&self, beat: Beat, now: Instant) {
-        let worker = beat.worker.clone();
-        let (lost, is_known) = {
-            let mut fleet = self.fleet();
-            let lost = fleet.beat(beat, now);
-            (lost, fleet.members.worker(&worker).is_some())
-        };
-        if !is_known {
-            self.bus_fault("beat_no_room");
+        let joins = (beat.worker.clone(), beat.role.label(), beat.device.clone());
+        let taken = self.fleet().beat(beat, now);
+        match taken {
+            Taken::Joined(_) => {
+                let (worker, role, device) = joins;
+                tracing::info!(%worker, role, device, "worker joined");
+            }
+            Taken::Restarted(_, target) => self.lost(vec![target]),
+            Taken::NoRoom => self.bus_fault("beat_no_room"),
+            Taken::Known(_) | Taken::Late => {}
         }
-        self.lost(lost.into_iter().collect());
     }
 
     fn api_beat(&self, beat: ApiBeat, now: Instant) {
@@ -178,16 +146,16 @@ impl Watcher for Server {
         if loses_name {
             self.registry.broadcast(|| Event::NameLost);
         }
-        self.fleet().members.api_beat(beat, now);
+        self.fleet().api_beat(beat, now);
     }
 
     fn bus_back(&self, now: Instant) {
-        self.fleet().members.suspect_all(now);
+        self.fleet().suspect_all(now);
         self.registry.broadcast(|| Event::BusBack);
     }
 
     fn sweep(&self, now: Instant) {
-        let lost = self.fleet().members.sweep(now);
+        let lost = self.fleet().sweep(now);
         self.lost(lost);
     }
 
@@ -204,261 +172,5 @@ impl Watcher for Server {
             .bus_faults_total
             .with_label_values(&[kind])
             .inc();
-    }
-}
-
-/// Serves until `shutdown` is ready: then refuses new connections, lets requests in flight finish for a
-/// while, and returns. Runs inside a tokio runtime.
-///
-/// # Errors
-/// [`ApiServerError`] if the model directory, the bus or the address cannot be used.
-pub async fn run(
-    config: ApiServerConfig,
-    shutdown: impl Future<Output = ()>,
-) -> Result<(), ApiServerError> {
-    let mut shutdown = std::pin::pin!(shutdown);
-    // The bus may be long in coming; nobody who asks to end waits for it.
-    let prepared = tokio::select! {
-        prepared = prepare(&config) => prepared?,
-        () = &mut shutdown => return Ok(()),
-    };
-    let Prepared {
-        model,
-        metrics,
-        registry,
-        incarnation,
-        bus,
-        listener,
-    } = prepared;
-    let address = listener
-        .local_addr()
-        .map_err(|error| ApiServerError::Listen(format!("no local address: {error}")))?;
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let own_name = Name::new(
-        config.name.clone(),
-        incarnation,
-        config.name_is_shared,
-        Instant::now(),
-    );
-    let server = Arc::new(Server {
-        model_name: config.model_name.unwrap_or_else(|| model.name.clone()),
-        name: config.name,
-        incarnation,
-        cluster: config.cluster.name().to_owned(),
-        model,
-        bus,
-        registry,
-        metrics,
-        in_flight: Arc::new(Bound::new(config.limits.in_flight_max)),
-        answers: Arc::new(Bound::new(config.limits.answers_bytes_max)),
-        texts: TextPool::new(config.limits.text_threads),
-        body_room: Arc::new(Semaphore::new(config.limits.bodies_bytes_max >> 10)),
-        limits: config.limits,
-        keys: config.api_keys,
-        request_budget: config.request_budget,
-        started_unix: now.map_or(0, |since| since.as_secs()),
-        decode_room: Arc::default(),
-        leaving: AtomicBool::new(false),
-        fleet: Mutex::default(),
-        own_name: Mutex::new(own_name),
-    });
-    let watch = LoopWatch::start()?;
-    let mut tasks = server
-        .bus
-        .serve(Arc::clone(&server.registry), Arc::clone(&server))
-        .await?;
-    meet_workers(&server).await;
-    let fault = |error: std::io::Error| ApiServerError::Http(format!("HTTP server: {error}"));
-    let door = listener.try_clone().map_err(fault)?;
-    tasks.push(tokio::spawn(watch.show("bus loop")));
-    let http = http::serve(Arc::clone(&server), listener, watch).map_err(fault)?;
-    let handle = http.handle();
-    tracing::info!(%address, model = server.model_name, cluster = server.cluster, "serving");
-    if let Some(on_ready) = config.on_ready {
-        // Whoever asked may have gone.
-        let _ = on_ready.send(address);
-    }
-    let mut http = tokio::spawn(http);
-    let outcome = |ended: Result<std::io::Result<()>, JoinError>| match ended {
-        Ok(ended) => ended.map_err(fault),
-        Err(error) => Err(ApiServerError::Http(format!("HTTP server: {error}"))),
-    };
-    let outcome = tokio::select! {
-        ended = &mut http => outcome(ended),
-        error = broken(&mut tasks) => {
-            handle.stop(false).await;
-            Err(error)
-        }
-        () = &mut shutdown => {
-            leave(&server, &handle, &door).await;
-            outcome(http.await)
-        }
-    };
-    for task in tasks {
-        task.abort();
-    }
-    server.bus.close().await;
-    outcome
-}
-
-/// What has to be there before anything is served.
-struct Prepared {
-    model: ModelText,
-    metrics: Metrics,
-    registry: Arc<Registry>,
-    incarnation: Incarnation,
-    bus: Bus,
-    listener: TcpListener,
-}
-
-async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
-    let directory = config.tokenizer.clone();
-    let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
-        .await
-        .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??
-        .with_special_tokens_in_content(config.special_tokens_in_content);
-    let metrics =
-        Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
-    let registry = Arc::new(Registry::default());
-    let incarnation = draw_incarnation()?;
-    let bus = Bus::connect(
-        &config.bus,
-        config.cluster.clone(),
-        config.name.clone(),
-        incarnation,
-        Arc::clone(&registry),
-    )
-    .await?;
-    let (host, port) = (config.host.as_str(), config.port);
-    let listener = listen(host, port).await.map_err(|error| {
-        ApiServerError::Listen(format!("cannot listen on {host}:{port}: {error}"))
-    })?;
-    Ok(Prepared {
-        model,
-        metrics,
-        registry,
-        incarnation,
-        bus,
-        listener,
-    })
-}
-
-/// Waits for the first of these to end, which is none's to do: without it nothing would be heard any more, and nobody would
-/// know. Better an end that a supervisor sees.
-async fn broken(tasks: &mut [JoinHandle<()>]) -> ApiServerError {
-    let (ended, ..) = select_all(tasks).await;
-    let why = ended.map_or_else(|error| error.to_string(), |()| "it ended".to_owned());
-    ApiServerError::System(format!("a loop of the API server broke: {why}"))
-}
-
-fn draw_incarnation() -> Result<Incarnation, ApiServerError> {
-    let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes)
-        .map_err(|error| ApiServerError::System(format!("no random numbers: {error}")))?;
-    Ok(Incarnation(u64::from_le_bytes(bytes)))
-}
-
-/// Workers answer a newcomer's hello within this time, or there are none.
-const FIRST_BEATS: Duration = Duration::from_millis(500);
-
-/// Waits until this server has its name, and the cluster can serve: the first request would be told that there is no worker.
-/// One that stands by answers nevertheless, and says so.
-async fn meet_workers(server: &Server) {
-    const LOOK: Duration = Duration::from_millis(5);
-    while !server.has_its_name() && !lock(&server.own_name).stands_by() {
-        tokio::time::sleep(LOOK).await;
-    }
-    let met = async {
-        while server.has_its_name() && !server.faults().is_empty() {
-            tokio::time::sleep(LOOK).await;
-        }
-    };
-    let _ = tokio::time::timeout(FIRST_BEATS, met).await;
-}
-
-/// A request that was on its way when this server was asked to end has come within this time.
-const ON_ITS_WAY: Duration = Duration::from_millis(500);
-
-/// Takes no new connections, answers what comes on the old ones and closes each, gives what is under way its time, and
-/// then ends it with an error.
-async fn leave(server: &Server, http: &ServerHandle, door: &TcpListener) {
-    tracing::info!(in_flight = server.registry.len(), "stopping");
-    server.leaving.store(true, Ordering::Relaxed);
-    let over = Instant::now() + server.limits.drain;
-    // A listener that is shut down refuses at once; one that is only not listened to would keep clients waiting. The HTTP
-    // server looks away first, or it would complain.
-    http.pause().await;
-    door::unwatched(door).await;
-    if let Err(error) = rustix::net::shutdown(door, rustix::net::Shutdown::Read) {
-        tracing::debug!(%error, "the listener was not shut down");
-    }
-    // Stopped at once, it would drop connections whose request it has not read yet.
-    tokio::time::sleep(ON_ITS_WAY).await;
-    let mut stopped = std::pin::pin!(http.stop(true));
-    if tokio::time::timeout_at(over, &mut stopped).await.is_err() {
-        server.registry.broadcast(|| Event::Leaving);
-        stopped.await;
-    }
-}
-
-/// Connections that may wait to be accepted. The standard library's 128 are fewer than clients that begin
-/// together; one that finds no place tries again after a whole second.
-const BACKLOG: u32 = 4096;
-
-/// Listens on the first of the host's addresses that can be had.
-async fn listen(host: &str, port: u16) -> std::io::Result<TcpListener> {
-    let mut fault = std::io::Error::other("the host has no address");
-    for address in tokio::net::lookup_host((host, port)).await? {
-        match listen_on(address) {
-            Ok(listener) => return Ok(listener),
-            Err(error) => fault = error,
-        }
-    }
-    Err(fault)
-}
-
-fn listen_on(address: SocketAddr) -> std::io::Result<TcpListener> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4()?,
-        SocketAddr::V6(_) => TcpSocket::new_v6()?,
-    };
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)?.into_std()
-}
-
-#[cfg(test)]
-mod tests {
-    use baton_protocol::Role;
-
-    use super::*;
-    use crate::membership::tests::beat;
-    use crate::membership::{GONE_AFTER, WORKERS_MAX};
-
-    #[tokio::test]
-    async fn a_loop_that_breaks_is_the_servers_end() {
-        let goes_on = tokio::spawn(std::future::pending());
-        let breaks = tokio::spawn(async { panic!("a frame too many") });
-        let mut tasks = [goes_on, breaks];
-        let error = broken(&mut tasks).await.to_string();
-        assert!(error.contains("a frame too many"), "{error}");
-        assert!(!tasks[0].is_finished());
-        tasks[0].abort();
-    }
-
-    #[test]
-    fn of_workers_beyond_the_bound_nothing_is_kept() {
-        let mut fleet = Fleet::default();
-        let now = Instant::now();
-        for number in 0..WORKERS_MAX + 100 {
-            let lost = fleet.beat(beat(&format!("w{number}"), Role::Context, &[]), now);
-            assert_eq!(lost, None);
-        }
-        assert_eq!(fleet.members.workers().count(), WORKERS_MAX);
-        assert_eq!(fleet.router.remembered(), WORKERS_MAX);
-        for lost in fleet.members.sweep(now + GONE_AFTER) {
-            fleet.router.forget(&lost.worker);
-        }
-        assert_eq!(fleet.router.remembered(), 0);
     }
 }

@@ -6,6 +6,7 @@
 
 mod answers;
 mod intake;
+mod presence;
 mod seldom;
 mod wire;
 
@@ -19,6 +20,7 @@ use percent_encoding::percent_decode_str;
 use tokio::time::{Instant, timeout};
 
 pub use intake::Intake;
+pub use presence::{BusFault, Presence};
 pub use seldom::Seldom;
 pub use wire::{Carrier, RequestError, Subscription, Wire, WireError};
 

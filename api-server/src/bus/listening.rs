@@ -234,8 +234,7 @@ impl<W: Watcher> Membership<W> {
     /// Our own beat came back. If it had not for long, the bus stood still, or this process did, and then workers may have taken
     /// us for gone and ended what we asked for.
     fn on_echo(&mut self, now: Instant) {
-        let before = std::mem::replace(&mut *lock(&self.bus.echo), now);
-        if now.saturating_duration_since(before) >= SUSPECT_AFTER {
+        if self.bus.presence.echo(now) >= SUSPECT_AFTER {
             self.down = Some(now);
             self.bus.back.notify_one();
         }
@@ -244,7 +243,7 @@ impl<W: Watcher> Membership<W> {
     /// The bus is there, for the first time or again.
     async fn on_back(&mut self) {
         let now = Instant::now();
-        *lock(&self.bus.echo) = now;
+        self.bus.presence.echo(now);
         self.down = Some(now);
         self.watcher.bus_back(now);
         self.bus.hello().await;

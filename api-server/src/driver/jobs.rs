@@ -20,12 +20,9 @@ impl<S: Sink> Driver<S> {
         if !self.lifecycle.output().is_empty() || self.job.generation.max_tokens == 1 {
             return None;
         }
-        let fleet = &*self.server.fleet();
         let model = &self.server.model.fingerprint;
         let (now, prompt_tokens) = (Instant::now(), self.job.prompt.len());
-        let wait = fleet
-            .router
-            .decode_wait(&fleet.members, model, now, prompt_tokens);
+        let wait = self.server.fleet().decode_wait(model, now, prompt_tokens);
         let wait_max = DECODE_WAIT_MAX.min(self.remaining());
         (wait > wait_max).then(|| Input::Overbooked {
             wait,
@@ -53,20 +50,17 @@ impl<S: Sink> Driver<S> {
         if !self.server.has_its_name() {
             return None;
         }
-        let fleet = &mut *self.server.fleet();
         let rules = self.constraints();
         let prompt_tokens = self.job.prompt.len() + self.lifecycle.output().len();
-        fleet
-            .router
-            .choose_context(&fleet.members, rules, prompt_tokens, &self.job.chain)
+        self.server
+            .fleet()
+            .choose_context(rules, prompt_tokens, &self.job.chain)
     }
 
     pub(super) fn choose_decode(&self) -> Option<Target> {
         let handle = self.lifecycle.handle()?;
-        let fleet = &mut *self.server.fleet();
-        fleet
-            .router
-            .choose_decode(&fleet.members, self.constraints(), handle)
+        let rules = self.constraints();
+        self.server.fleet().choose_decode(rules, handle)
     }
 
     fn constraints(&self) -> Constraints<'_> {

@@ -17,7 +17,7 @@ pub(super) struct Placed {
 
 impl Placed {
     pub(super) fn new(server: &Arc<Server>, target: &Target, job: Outstanding) -> Self {
-        server.fleet().router.begin(&target.worker, job);
+        server.fleet().begin(&target.worker, job);
         Self {
             server: Arc::clone(server),
             target: target.clone(),
@@ -29,10 +29,7 @@ impl Placed {
 
 impl Drop for Placed {
     fn drop(&mut self) {
-        self.server
-            .fleet()
-            .router
-            .end(&self.target.worker, self.job);
+        self.server.fleet().end(&self.target.worker, self.job);
         if self.admitted {
             self.server.decode_room.made();
         }

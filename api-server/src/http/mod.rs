@@ -26,11 +26,13 @@ use actix_web::http::{ConnectionType, Version};
 use actix_web::middleware::{Next, from_fn};
 use actix_web::{App, HttpServer, rt, web};
 
+pub use self::status::worker_rows;
 use crate::error::{ApiError, ErrorKind};
 use crate::inbox::Mailbox;
 use crate::server::Server;
 use crate::watch::LoopWatch;
-use respond::error_response;
+
+use self::respond::error_response;
 
 /// Time to tell whoever is still there when the time to leave is over.
 const FAREWELL: Duration = Duration::from_secs(2);

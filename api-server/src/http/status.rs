@@ -2,12 +2,17 @@
 
 use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
+use baton_protocol::{
+    ApiServerId, Capacity, Incarnation, KvGeometry, Load, ModelFingerprint, ModelInfo, PeerHealth,
+    Role, WorkerId,
+};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::respond::{self, error_response};
 use crate::error::{ApiError, ErrorKind};
-use crate::membership::Member;
+use crate::membership::Membership;
 use crate::server::Server;
 
 /// `GET /v1/models`.
@@ -40,9 +45,8 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
 }
 
 fn model_object(server: &Server) -> Value {
-    let fleet = server.fleet();
-    let longest = fleet
-        .members
+    let longest = server
+        .members()
         .longest_sequence(&server.model.fingerprint, Instant::now());
     // While no pair of workers serves, what the model could do.
     let held = longest.map_or(u32::MAX, |(held, _)| held);
@@ -79,63 +83,127 @@ pub async fn live() -> HttpResponse {
 
 /// `GET /metrics`.
 pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
-    match server
-        .metrics
-        .render(&server.fleet().members, Instant::now())
-    {
+    let text = aside(move || {
+        let text = server.metrics.render(&server.members(), Instant::now());
+        text.map_err(|error| error.to_string())
+    });
+    match text.await {
         Ok(text) => HttpResponse::Ok()
             .insert_header((header::CONTENT_TYPE, "text/plain; version=0.0.4"))
             .body(text),
-        Err(error) => error_response(&ApiError::new(
-            ErrorKind::Internal,
-            format!("metrics: {error}"),
-        )),
+        Err(error) => unrendered("metrics", &error),
     }
 }
 
 /// `GET /cluster`: everything known of workers and API servers.
 pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
-    let now = Instant::now();
-    let faults = server.faults();
-    let degraded = server.degraded();
-    let fleet = server.fleet();
-    let mut workers: Vec<&Member> = fleet.members.workers().collect();
-    workers.sort_unstable_by(|a, b| a.beat.worker.cmp(&b.beat.worker));
-    let mut api_servers: Vec<_> = fleet.members.api_servers().collect();
-    api_servers.sort_unstable_by(|a, b| a.api_server.cmp(&b.api_server));
-    let body = json!({
-        "cluster": server.cluster,
-        "api_server": server.name,
-        "model": {"name": server.model_name, "fingerprint": server.model.fingerprint,
-                  "tokens_max": server.model.tokens_max},
-        "healthy": faults.is_empty(),
-        "reasons": faults,
-        "degraded": degraded,
-        "workers": workers.iter().map(|member| worker_object(member, now)).collect::<Vec<_>>(),
-        "api_servers": api_servers.iter()
-            .map(|beat| json!({"api_server": beat.api_server, "in_flight": beat.in_flight}))
-            .collect::<Vec<_>>(),
+    let text = aside(move || {
+        let (faults, degraded) = (server.faults(), server.degraded());
+        let (members, now) = (server.members(), Instant::now());
+        let page = ClusterPage {
+            cluster: &server.cluster,
+            api_server: &server.name,
+            model: ModelRow {
+                name: &server.model_name,
+                fingerprint: &server.model.fingerprint,
+                tokens_max: server.model.tokens_max,
+            },
+            healthy: faults.is_empty(),
+            reasons: faults,
+            degraded,
+            workers: worker_rows(&members, now).collect(),
+            api_servers: members
+                .api_servers()
+                .map(|beat| ApiServerRow {
+                    api_server: &beat.api_server,
+                    in_flight: beat.in_flight,
+                })
+                .collect(),
+        };
+        serde_json::to_string(&page).map_err(|error| error.to_string())
     });
-    respond::json(StatusCode::OK, body.to_string())
+    match text.await {
+        Ok(text) => respond::json(StatusCode::OK, text),
+        Err(error) => unrendered("cluster", &error),
+    }
 }
 
-fn worker_object(member: &Member, now: Instant) -> Value {
-    let beat = &member.beat;
-    json!({
-        "worker": beat.worker,
-        "incarnation": beat.incarnation,
-        "role": beat.role,
-        "state": member.state(now),
-        "reason": beat.reason,
-        "silent_ms": member.silent(now).as_millis() as u64,
-        "device": beat.device,
-        "weights": beat.weights,
-        "transport": beat.transport,
-        "model": beat.model,
-        "kv": beat.kv,
-        "load": beat.load,
-        "capacity": beat.capacity,
-        "peers": beat.peers,
+/// Renders what is long in a large cluster on another thread: an HTTP thread has streams to serve.
+async fn aside(
+    render: impl FnOnce() -> Result<String, String> + Send + 'static,
+) -> Result<String, String> {
+    let rendered = web::block(render).await;
+    rendered.unwrap_or_else(|error| Err(error.to_string()))
+}
+
+fn unrendered(what: &str, error: &str) -> HttpResponse {
+    error_response(&ApiError::new(
+        ErrorKind::Internal,
+        format!("{what}: {error}"),
+    ))
+}
+
+#[derive(Serialize)]
+struct ClusterPage<'a> {
+    cluster: &'a str,
+    api_server: &'a ApiServerId,
+    model: ModelRow<'a>,
+    healthy: bool,
+    reasons: Vec<String>,
+    degraded: Vec<String>,
+    workers: Vec<WorkerRow<'a>>,
+    api_servers: Vec<ApiServerRow<'a>>,
+}
+
+#[derive(Serialize)]
+struct ModelRow<'a> {
+    name: &'a str,
+    fingerprint: &'a ModelFingerprint,
+    tokens_max: u32,
+}
+
+#[derive(Serialize)]
+struct ApiServerRow<'a> {
+    api_server: &'a ApiServerId,
+    in_flight: u32,
+}
+
+/// A worker as `/cluster` shows it.
+#[derive(Serialize)]
+pub struct WorkerRow<'a> {
+    worker: &'a WorkerId,
+    incarnation: Incarnation,
+    role: Role,
+    state: &'static str,
+    reason: Option<&'a str>,
+    silent_ms: u64,
+    device: &'a str,
+    weights: &'a str,
+    transport: &'a str,
+    model: &'a ModelInfo,
+    kv: &'a KvGeometry,
+    load: Load,
+    capacity: Capacity,
+    peers: &'a [PeerHealth],
+}
+
+/// All workers by name, as `/cluster` shows them.
+pub fn worker_rows(members: &Membership, now: Instant) -> impl Iterator<Item = WorkerRow<'_>> {
+    members.workers().map(move |member| WorkerRow {
+        worker: &member.beat.worker,
+        incarnation: member.beat.incarnation,
+        role: member.beat.role,
+        state: member.state(now),
+        reason: member.beat.reason.as_deref(),
+        silent_ms: member.silent(now).as_millis() as u64,
+        device: &member.beat.device,
+        weights: &member.beat.weights,
+        transport: &member.beat.transport,
+        model: &member.beat.model,
+        kv: &member.beat.kv,
+        load: member.beat.load,
+        capacity: member.beat.capacity,
+        peers: &member.beat.peers,
     })
 }
 

@@ -1,9 +1,11 @@
+use std::collections::HashMap;
 use std::time::Duration;
 
 use super::*;
+use crate::fleet::Fleet;
 use crate::membership::tests::{beat, fingerprint};
 use baton_protocol::{
-    ApiBeat, ApiServerId, HandleId, Incarnation, Nonce, PROTOCOL_VERSION, PrefillTimings,
+    ApiBeat, ApiServerId, CacheSalt, HandleId, Incarnation, Nonce, PROTOCOL_VERSION, PrefillTimings,
 };
 
 fn worker(name: &str) -> WorkerId {
@@ -11,8 +13,7 @@ fn worker(name: &str) -> WorkerId {
 }
 
 struct Setup {
-    members: Membership,
-    router: Router,
+    fleet: Fleet,
     model: ModelFingerprint,
     now: Instant,
 }
@@ -20,13 +21,12 @@ struct Setup {
 impl Setup {
     fn new(workers: &[(&str, Role, &[&str])]) -> Self {
         let now = Instant::now();
-        let mut members = Membership::default();
+        let mut fleet = Fleet::default();
         for (name, role, peers) in workers {
-            members.beat(beat(name, *role, peers), now);
+            fleet.beat(beat(name, *role, peers), now);
         }
         Self {
-            members,
-            router: Router::default(),
+            fleet,
             model: fingerprint(),
             now,
         }
@@ -39,9 +39,7 @@ impl Setup {
             failed: &[],
             now: self.now,
         };
-        let target = self
-            .router
-            .choose_context(&self.members, rules, tokens, chain)?;
+        let target = self.fleet.choose_context(rules, tokens, chain)?;
         Some(target.worker.to_string())
     }
 
@@ -68,7 +66,7 @@ impl Setup {
             cached_tokens: 0,
             timings: PrefillTimings::default(),
         };
-        let target = self.router.choose_decode(&self.members, rules, &handle)?;
+        let target = self.fleet.choose_decode(rules, &handle)?;
         Some(target.worker.to_string())
     }
 }
@@ -92,7 +90,7 @@ fn bursts_spread_between_beats() {
     let mut counts = HashMap::new();
     for _ in 0..10 {
         let name = s.context(&[], 100, &[]).unwrap();
-        s.router.begin(&worker(&name), job);
+        s.fleet.begin(&worker(&name), job);
         *counts.entry(name).or_insert(0) += 1;
     }
     assert_eq!(counts["c1"], 5);
@@ -105,7 +103,7 @@ fn a_known_prefix_attracts_until_the_queue_outweighs_it() {
     let prompt: Vec<u32> = (0..256).collect();
     let chain = prefix_chain(CacheSalt::NONE, &prompt);
     assert_eq!(chain.len(), 8);
-    s.router.remember(&worker("c2"), &chain);
+    s.fleet.remember(&worker("c2"), &chain);
     for _ in 0..4 {
         assert_eq!(s.context(&[], 256, &chain).unwrap(), "c2");
     }
@@ -120,9 +118,9 @@ fn a_known_prefix_attracts_until_the_queue_outweighs_it() {
         staged: 0,
         decodes: 0,
     };
-    s.router.begin(&worker("c2"), heavy);
+    s.fleet.begin(&worker("c2"), heavy);
     assert_eq!(s.context(&[], 256, &chain).unwrap(), "c1");
-    s.router.end(&worker("c2"), heavy);
+    s.fleet.end(&worker("c2"), heavy);
     assert_eq!(s.context(&[], 256, &chain).unwrap(), "c2");
 }
 
@@ -135,12 +133,11 @@ fn own_jobs_in_a_beat_are_not_counted_twice() {
         staged: 0,
         decodes: 0,
     };
-    s.router.begin(&worker("c1"), job);
+    s.fleet.begin(&worker("c1"), job);
     let mut told = beat("c1", Role::Context, &[]);
     told.load.waiting_tokens = 500;
-    s.router.beaten(&worker("c1"));
-    s.members.beat(told, s.now);
-    s.router.end(&worker("c1"), job);
+    s.fleet.beat(told, s.now);
+    s.fleet.end(&worker("c1"), job);
     // Ours is done: what the beat told was all ours, so the worker is idle again.
     let names: Vec<_> = (0..2).map(|_| s.context(&[], 10, &[]).unwrap()).collect();
     assert!(names.contains(&"c1".to_owned()));
@@ -161,7 +158,7 @@ fn refused_suspect_and_unreachable_workers_are_not_chosen() {
 fn decode_goes_where_the_kv_can_be_read_and_the_load_is_least() {
     let mut s = Setup::new(TWO_AND_TWO);
     assert_eq!(s.decode(&[], "c1").unwrap(), "d1");
-    s.router.begin(
+    s.fleet.begin(
         &worker("d1"),
         Outstanding {
             decodes: 1,
@@ -196,7 +193,7 @@ fn equals_take_turns_also_when_choices_of_both_kinds_alternate() {
 #[test]
 fn a_worker_that_does_both_keeps_its_own() {
     let mut s = Setup::new(&[("b", Role::Both, &[]), ("d", Role::Decode, &["b"])]);
-    s.router.begin(
+    s.fleet.begin(
         &worker("b"),
         Outstanding {
             decodes: 5,
@@ -226,7 +223,7 @@ fn several_api_servers_do_not_herd() {
                 in_flight: 0,
                 serving_ms: None,
             };
-            server.members.api_beat(beat, server.now);
+            server.fleet.api_beat(beat, server.now);
         }
     }
     let job = Outstanding {
@@ -238,7 +235,7 @@ fn several_api_servers_do_not_herd() {
         for (number, server) in servers.iter_mut().enumerate() {
             for _ in 0..JOBS {
                 let name = server.decode(&[], "c").unwrap();
-                server.router.begin(&worker(&name), job);
+                server.fleet.begin(&worker(&name), job);
                 placed.push((number, name));
             }
         }
@@ -254,25 +251,13 @@ fn several_api_servers_do_not_herd() {
             for name in NAMES {
                 let mut told = beat(name, Role::Decode, &["c"]);
                 told.load.running = jobs_on(name) as u32;
-                server.router.beaten(&worker(name));
-                server.members.beat(told, server.now);
+                server.fleet.beat(told, server.now);
             }
         }
         for (number, name) in placed {
-            servers[number].router.end(&worker(&name), job);
+            servers[number].fleet.end(&worker(&name), job);
         }
     }
-}
-
-#[test]
-fn the_prefix_map_is_bounded() {
-    let mut map = PrefixMap::default();
-    for i in 0..(PREFIXES_MAX as u64 * 2) {
-        map.insert(&worker("c"), &[i]);
-    }
-    assert!(map.holders.len() <= PREFIXES_MAX);
-    assert!(map.order.len() <= 2 * PREFIXES_MAX);
-    assert!(map.cached_blocks(&[0]).is_empty());
 }
 
 #[test]
@@ -286,7 +271,7 @@ fn a_load_beyond_all_numbers_is_only_a_large_one() {
     beat.load.waiting = u32::MAX;
     beat.load.running = u32::MAX;
     beat.load.pulling = u32::MAX;
-    setup.members.beat(beat, setup.now);
+    setup.fleet.beat(beat, setup.now);
     for _ in 0..3 {
         assert_eq!(setup.decode(&[], "c").as_deref(), Some("d1"));
     }
@@ -299,14 +284,13 @@ fn decode_wait(decode_ms: u32, running: u32, staged: usize, prompt_tokens: usize
     full.decode_ms = decode_ms;
     full.load.running = running;
     full.load.blocks_used = 4 * running;
-    s.members.beat(full, s.now);
+    s.fleet.beat(full, s.now);
     let waits = Outstanding {
         staged,
         ..Outstanding::default()
     };
-    s.router.begin(&worker("c1"), waits);
-    s.router
-        .decode_wait(&s.members, &s.model, s.now, prompt_tokens)
+    s.fleet.begin(&worker("c1"), waits);
+    s.fleet.decode_wait(&s.model, s.now, prompt_tokens)
 }
 
 #[test]
@@ -351,14 +335,13 @@ fn what_others_have_under_way_is_waited_for_too_and_counts_once() {
         prefill_tokens: 20,
         ..Outstanding::default()
     };
-    s.router.begin(&worker("c1"), ours);
+    s.fleet.begin(&worker("c1"), ours);
     for told in [context, decode] {
-        s.router.beaten(&told.worker);
-        s.members.beat(told, s.now);
+        s.fleet.beat(told, s.now);
     }
-    let wait = |s: &Setup| s.router.decode_wait(&s.members, &s.model, s.now, 10);
+    let wait = |s: &Setup| s.fleet.decode_wait(&s.model, s.now, 10);
     assert_eq!(wait(&s), Duration::from_secs(3 + 3 + 1));
-    s.router.end(&worker("c1"), ours);
+    s.fleet.end(&worker("c1"), ours);
     assert_eq!(wait(&s), Duration::from_secs(1 + 3 + 1), "ours are done");
 }
 
@@ -372,9 +355,7 @@ fn nonsense_in_a_beat_is_no_wait_and_no_panic() {
     worker.load.leased = u32::MAX;
     worker.load.pulling = u32::MAX;
     worker.load.blocks_used = u32::MAX;
-    s.members.beat(worker, s.now);
-    let wait = s
-        .router
-        .decode_wait(&s.members, &s.model, s.now, usize::MAX - 1);
+    s.fleet.beat(worker, s.now);
+    let wait = s.fleet.decode_wait(&s.model, s.now, usize::MAX - 1);
     assert!(wait < Duration::from_secs(1 << 20), "{wait:?}");
 }

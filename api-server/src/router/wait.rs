@@ -9,8 +9,8 @@ use std::time::Duration;
 use baton_protocol::{ModelFingerprint, Role};
 use tokio::time::Instant;
 
-use super::Router;
-use crate::membership::{Member, Membership};
+use super::{Given, Router, Serving, given};
+use crate::membership::{Facts, Membership, Slot};
 
 /// What is known of the decode workers together.
 #[derive(Default)]
@@ -31,29 +31,35 @@ impl Router {
         now: Instant,
         prompt_tokens: usize,
     ) -> Duration {
-        let serving = || members.workers().filter(|m| m.serves(model, now));
+        let Some(serving) = Serving::new(members, model, now) else {
+            return Duration::ZERO;
+        };
         let mut places = Places::default();
-        for member in serving().filter(|m| m.beat.role.decodes()) {
-            if !self.count_places(member, prompt_tokens, &mut places) {
+        for (slot, member) in members.in_any_order() {
+            if member.facts.role.decodes()
+                && serving.has(member)
+                && !self.count_places((slot, &member.facts), prompt_tokens, &mut places)
+            {
                 return Duration::ZERO;
             }
         }
         let (mut prompts, mut own_staged, mut others_leased) = (0, 0, 0);
-        for member in serving().filter(|m| m.beat.role.prefills()) {
-            let (own, then) = (
-                self.own(&member.beat.worker),
-                self.own_at_beat(&member.beat.worker),
-            );
-            let load = &member.beat.load;
+        for (slot, member) in members.in_any_order() {
+            if !member.facts.role.prefills() || !serving.has(member) {
+                continue;
+            }
+            let Given { now: own, at_beat } = given(&self.given, slot);
+            let load = &member.facts.load;
             // Of a worker that does both nobody can tell which of those that run are prompts.
-            let running = match member.beat.role {
+            let running = match member.facts.role {
                 Role::Both => 0,
                 _ => load.running,
             };
-            let others = (load.waiting as usize + running as usize).saturating_sub(then.prefills);
+            let others =
+                (load.waiting as usize + running as usize).saturating_sub(at_beat.prefills);
             prompts += own.prefills + others;
             own_staged += own.staged;
-            others_leased += (load.leased as usize).saturating_sub(then.staged);
+            others_leased += (load.leased as usize).saturating_sub(at_beat.staged);
         }
         // What is being pulled is leased too, and has its place already.
         let ahead = prompts + own_staged + others_leased.saturating_sub(places.pulling) + 1;
@@ -66,35 +72,39 @@ impl Router {
     }
 
     /// Adds a worker's places. False if it is full and nobody knows for how long.
-    fn count_places(&self, member: &Member, prompt_tokens: usize, places: &mut Places) -> bool {
-        let beat = &member.beat;
-        let (own, then) = (self.own(&beat.worker), self.own_at_beat(&beat.worker));
-        let waiting = match beat.role {
+    fn count_places(
+        &self,
+        (slot, facts): (Slot, &Facts),
+        prompt_tokens: usize,
+        places: &mut Places,
+    ) -> bool {
+        let Given { now: own, at_beat } = given(&self.given, slot);
+        let waiting = match facts.role {
             Role::Both => 0,
-            _ => beat.load.waiting as usize,
+            _ => facts.load.waiting as usize,
         };
-        let beaten = waiting + beat.load.running as usize + beat.load.pulling as usize;
-        let taken = own.decodes + beaten.saturating_sub(then.decodes);
-        let batch = beat.capacity.batch as usize;
+        let beaten = waiting + facts.load.running as usize + facts.load.pulling as usize;
+        let taken = own.decodes + beaten.saturating_sub(at_beat.decodes);
+        let batch = facts.capacity.batch as usize;
         let of_batch = batch.saturating_sub(taken);
-        let need = (prompt_tokens + 1).div_ceil(beat.kv.block_tokens.max(1) as usize);
-        let used = beat.load.blocks_used as usize + beat.load.blocks_quarantined as usize;
+        let need = (prompt_tokens + 1).div_ceil(facts.block_tokens as usize);
+        let used = facts.load.blocks_used as usize + facts.load.blocks_quarantined as usize;
         let begun = own
             .decodes
-            .saturating_sub(then.decodes)
+            .saturating_sub(at_beat.decodes)
             .saturating_mul(need);
-        let blocks = (beat.capacity.blocks as usize).saturating_sub(used.saturating_add(begun));
-        let of_blocks = match beat.role {
+        let blocks = (facts.capacity.blocks as usize).saturating_sub(used.saturating_add(begun));
+        let of_blocks = match facts.role {
             // It takes over the blocks of what it has staged itself.
             Role::Both => of_batch,
             _ => blocks / need,
         };
         let free = of_batch.min(of_blocks);
         places.free += free;
-        places.pulling += beat.load.pulling as usize;
-        if beat.decode_ms > 0 {
-            places.per_ms += taken.clamp(1, batch.max(1)) as f64 / f64::from(beat.decode_ms);
+        places.pulling += facts.load.pulling as usize;
+        if facts.decode_ms > 0 {
+            places.per_ms += taken.clamp(1, batch.max(1)) as f64 / f64::from(facts.decode_ms);
         }
-        free > 0 || beat.decode_ms > 0
+        free > 0 || facts.decode_ms > 0
     }
 }

@@ -19,7 +19,7 @@ const CLAIM: Duration = Duration::from_millis(NAME_CLAIM_MS);
 
 /// The state of the claim.
 #[derive(Debug)]
-pub(super) struct Name {
+pub struct Name {
     name: ApiServerId,
     incarnation: Incarnation,
     state: State,
@@ -39,12 +39,7 @@ enum State {
 
 impl Name {
     /// `is_shared`: another process may have it, or have had it a moment ago.
-    pub(super) fn new(
-        name: ApiServerId,
-        incarnation: Incarnation,
-        is_shared: bool,
-        now: Instant,
-    ) -> Self {
+    pub fn new(name: ApiServerId, incarnation: Incarnation, is_shared: bool, now: Instant) -> Self {
         let state = match is_shared {
             true => State::Listens(now + CLAIM),
             false => State::Serves { since: now },
@@ -58,17 +53,17 @@ impl Name {
     }
 
     /// Whether requests may be taken.
-    pub(super) fn serves(&self) -> bool {
+    pub fn serves(&self) -> bool {
         matches!(self.state, State::Serves { .. })
     }
 
     /// Whether it waits for nothing but the end of another one.
-    pub(super) fn stands_by(&self) -> bool {
+    pub fn stands_by(&self) -> bool {
         self.state == State::StandsBy
     }
 
     /// For our own beat: for how long it has served, at least 1; 0 if it does not.
-    pub(super) fn serving_ms(&self, now: Instant) -> u64 {
+    pub fn serving_ms(&self, now: Instant) -> u64 {
         match self.state {
             State::Serves { since } => (now - since).as_millis().max(1) as u64,
             _ => 0,
@@ -76,7 +71,7 @@ impl Name {
     }
 
     /// Time has passed. While the bus is not well, nobody is silent by himself.
-    pub(super) fn look(&mut self, now: Instant, bus_is_well: bool) {
+    pub fn look(&mut self, now: Instant, bus_is_well: bool) {
         match self.state {
             State::Listens(_) if !bus_is_well => self.state = State::Listens(now + CLAIM),
             State::Listens(until) if now >= until => self.state = State::Serves { since: now },
@@ -90,7 +85,7 @@ impl Name {
     }
 
     /// An API server beat. True if this one has lost its name by it, with all that it has under way.
-    pub(super) fn heard(&mut self, beat: &ApiBeat, now: Instant) -> bool {
+    pub fn heard(&mut self, beat: &ApiBeat, now: Instant) -> bool {
         let is_rival = beat.api_server == self.name && beat.incarnation != Some(self.incarnation);
         if !is_rival || beat.stands_by() {
             return false;
@@ -131,7 +126,7 @@ impl Name {
     }
 
     /// Why this server does not serve, or should not, for `/health`.
-    pub(super) fn fault(&self, now: Instant) -> Option<String> {
+    pub fn fault(&self, now: Instant) -> Option<String> {
         let name = &self.name;
         match self.state {
             State::Listens(_) => Some(format!(

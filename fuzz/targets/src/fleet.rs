@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use arbitrary::{Arbitrary, Unstructured};
-use baton_api_server::fuzzing::{Constraints, Membership, Outstanding, Router, Target};
+use baton_api_server::fuzzing::{Constraints, Fleet, Membership, Outstanding, Target};
 use baton_protocol::{
     ApiBeat, ApiServerId, Beat, Capacity, HandleId, Incarnation, KvHandle, Load, ModelInfo, Nonce,
     PROTOCOL_VERSION, PeerHealth, PeerState, PrefillTimings, Role, WorkerId, WorkerState,
@@ -49,19 +49,15 @@ pub fn fleet(data: &[u8]) {
     };
     let begun = Instant::now();
     let mut now = begun;
-    let (mut members, mut router) = (Membership::default(), Router::default());
+    let mut fleet = Fleet::default();
     for happens in happens {
         match happens {
             Happens::Beat(beaten) => {
-                let beat = beat(beaten);
-                router.beaten(&beat.worker);
-                if let Some(lost) = members.beat(beat, now) {
-                    router.forget(&lost.worker);
-                }
+                fleet.beat(beat(beaten), now);
             }
             Happens::ApiBeat(name, in_flight) => {
                 let api_server = ApiServerId::new(format!("api{name}")).expect("a name");
-                members.api_beat(
+                fleet.api_beat(
                     ApiBeat {
                         v: PROTOCOL_VERSION,
                         api_server,
@@ -74,13 +70,11 @@ pub fn fleet(data: &[u8]) {
             }
             Happens::Later(ms) => {
                 now += Duration::from_millis(ms.into());
-                for lost in members.sweep(now) {
-                    router.forget(&lost.worker);
-                }
+                fleet.sweep(now);
             }
-            Happens::Begin(who, tokens, decodes) => router.begin(&name(who), job(tokens, decodes)),
-            Happens::End(who, tokens, decodes) => router.end(&name(who), job(tokens, decodes)),
-            Happens::Remember(who, chain) => router.remember(&name(who), &chain),
+            Happens::Begin(who, tokens, decodes) => fleet.begin(&name(who), job(tokens, decodes)),
+            Happens::End(who, tokens, decodes) => fleet.end(&name(who), job(tokens, decodes)),
+            Happens::Remember(who, chain) => fleet.remember(&name(who), &chain),
             Happens::Choose {
                 prompt_tokens,
                 chain,
@@ -96,22 +90,22 @@ pub fn fleet(data: &[u8]) {
                     failed: &failed,
                     now,
                 };
-                let _ = router.decode_wait(&members, &model, now, prompt_tokens as usize);
-                let context =
-                    router.choose_context(&members, rules, prompt_tokens as usize, &chain);
+                let _ = fleet.decode_wait(&model, now, prompt_tokens as usize);
+                let context = fleet.choose_context(rules, prompt_tokens as usize, &chain);
                 let Some(context) = context else { continue };
-                assert!(serves(&members, &context, now).prefills());
+                assert!(serves(fleet.members(), &context, now).prefills());
                 assert!(!refused.contains(&context.worker));
                 let handle = handle(&context);
-                if let Some(decode) = router.choose_decode(&members, rules, &handle) {
-                    assert!(serves(&members, &decode, now).decodes());
+                if let Some(decode) = fleet.choose_decode(rules, &handle) {
+                    assert!(serves(fleet.members(), &decode, now).decodes());
                     assert!(
-                        members
+                        fleet
+                            .members()
                             .worker(&decode.worker)
                             .is_some_and(|member| member.reaches(&context))
                     );
                 }
-                let _ = members.faults(&model, now);
+                let _ = fleet.members().faults(&model, now);
             }
         }
     }

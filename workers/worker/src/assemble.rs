@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_bus::Wire;
+use baton_bus::{Presence, Wire};
 use baton_engine::BlockPool;
+use baton_protocol::deadlines::SUSPECT_AFTER_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, KvShares, ModelInfo, WorkerState};
 use baton_watchdog::Pulse;
@@ -105,9 +106,8 @@ impl Desk {
             agent,
             links: JoinSet::new(),
             api_servers: ApiServers::default(),
-            bus_is_up: true,
+            presence: Presence::new(Instant::now(), Duration::from_millis(SUSPECT_AFTER_MS)),
             hello_answer: None,
-            echo: Instant::now(),
             shared_load,
             stray_beats: 0,
             end_after_failure: None,

@@ -421,7 +421,7 @@ impl Desk {
     /// a pull takes as long as its link needs, a step may be long, and who hears nothing of a job gives this worker up.
     pub(crate) fn report_jobs(&self) {
         // Nobody hears it, and what waits to be said must not grow by it.
-        if !self.bus_is_up || !self.tokens.has_room() {
+        if !self.presence.is_connected() || !self.tokens.has_room() {
             return;
         }
         let at_work = |entry: &&Decoding| !matches!(entry.phase, Phase::Ending);

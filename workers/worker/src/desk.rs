@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::Message;
-use baton_bus::Wire;
+use baton_bus::{Presence, Wire};
 use baton_engine::BlockPool;
 use baton_model::WeightFormat;
 use baton_protocol::deadlines::BEAT_INTERVAL_MS;
@@ -102,11 +102,10 @@ pub(crate) struct Desk {
     pub(crate) links: JoinSet<LinkOutcome>,
 
     pub(crate) api_servers: ApiServers,
-    pub(crate) bus_is_up: bool,
+    /// Whether we hear ourselves, without which silence says nothing of others.
+    pub(crate) presence: Presence,
     /// When whoever said hello is to hear a beat.
     pub(crate) hello_answer: Option<Instant>,
-    /// When our own beat last came back.
-    pub(crate) echo: Instant,
     pub(crate) shared_load: SharedLoad,
     /// Beats in a row that found blocks in use by nobody.
     pub(crate) stray_beats: u32,

@@ -1,12 +1,11 @@
 //! Who was heard, who fell silent, and when silence says anything at all.
 //!
-//! Our own beats come back to us over the bus. As long as they do, whoever is not heard is silent. When they do not, because the
-//! bus hangs, or because this very process was stopped for a while, silence says nothing about others.
+//! Silence says something only as long as we hear ourselves ([`baton_bus::Presence`]).
 
 use std::time::Duration;
 
 use async_nats::Message;
-use baton_protocol::deadlines::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
+use baton_protocol::deadlines::GONE_AFTER_MS;
 use baton_protocol::subjects::speaker;
 use baton_protocol::{ApiBeat, ApiServerId, Refusal, decode};
 use tokio::time::Instant;
@@ -20,7 +19,7 @@ const HELLO_WAIT: Duration = Duration::from_millis(10);
 impl Desk {
     /// Whether those who are silent now are so by themselves.
     pub(crate) fn hears(&self, now: Instant) -> bool {
-        self.bus_is_up && now.duration_since(self.echo) < Duration::from_millis(SUSPECT_AFTER_MS)
+        self.presence.hears(now)
     }
 
     /// Our own beat came back.
@@ -31,7 +30,7 @@ impl Desk {
             self.peers.excuse_silence(now);
             self.api_servers.excuse_silence(now);
         }
-        self.echo = now;
+        self.presence.echo(now);
     }
 
     /// Somebody wants to know who is there. One beat answers all who ask within a moment.
@@ -42,7 +41,7 @@ impl Desk {
 
     /// The connection came or went. What was said meanwhile was said to nobody.
     pub(crate) fn on_bus(&mut self, is_up: bool) {
-        self.bus_is_up = is_up;
+        self.presence.set_connected(is_up);
         if is_up {
             let now = Instant::now();
             self.peers.excuse_silence(now);

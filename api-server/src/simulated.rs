@@ -1,11 +1,11 @@
 //! An API server without HTTP and without text, over any wire: what the simulation runs. Everything between a
 //! checked request and its tokens is the real thing.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_bus::Wire;
+use baton_bus::{Presence, Wire};
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     ApiServerId, CacheSalt, Generation, Incarnation, ModelFingerprint, RequestId,
@@ -16,18 +16,17 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::task::{JoinHandle, spawn_local};
 use tokio::time::Instant;
 
-use super::Server;
-use super::name::Name;
 use crate::bound::Bound;
-
 use crate::bus::Bus;
 use crate::config::Limits;
 use crate::driver::{Job, Sink, drive};
 use crate::error::ApiServerError;
 use crate::inbox::{Event, Inbox, Mailbox, Registry};
 use crate::keys::ApiKeys;
+use crate::membership::SUSPECT_AFTER;
 use crate::metrics::Metrics;
 use crate::router::prefix_chain;
+use crate::server::{Name, Server};
 use crate::texts::TextPool;
 use crate::tokenizer::ModelText;
 
@@ -35,7 +34,7 @@ use crate::tokenizer::ModelText;
 pub struct SimulatedServer {
     server: Arc<Server>,
     mailbox: Arc<Mailbox>,
-    connected: Arc<AtomicBool>,
+    presence: Presence,
     back: Arc<Notify>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -59,7 +58,7 @@ impl SimulatedServer {
         model: ModelFingerprint,
         tokens_max: u32,
     ) -> Result<Self, ApiServerError> {
-        let connected = Arc::new(AtomicBool::new(true));
+        let presence = Presence::new(Instant::now(), SUSPECT_AFTER);
         let back = Arc::new(Notify::new());
         back.notify_one();
         let registry = Arc::new(Registry::default());
@@ -73,7 +72,7 @@ impl SimulatedServer {
                 cluster,
                 name.clone(),
                 incarnation,
-                Arc::clone(&connected),
+                presence.clone(),
                 Arc::clone(&back),
             ),
             name,
@@ -92,8 +91,8 @@ impl SimulatedServer {
             started_unix: 0,
             decode_room: Arc::default(),
             leaving: AtomicBool::new(false),
-            fleet: super::Mutex::default(),
-            own_name: super::Mutex::new(own_name),
+            fleet: Mutex::default(),
+            own_name: Mutex::new(own_name),
         });
         let mut tasks = server
             .bus
@@ -104,7 +103,7 @@ impl SimulatedServer {
         Ok(Self {
             server,
             mailbox,
-            connected,
+            presence,
             back,
             tasks,
         })
@@ -140,7 +139,8 @@ impl SimulatedServer {
 
     /// The connection to the bus was lost, or is there again.
     pub fn set_connected(&self, connected: bool) {
-        let was = self.connected.swap(connected, Ordering::Relaxed);
+        let was = self.presence.is_connected();
+        self.presence.set_connected(connected);
         if connected && !was {
             self.back.notify_one();
         }
@@ -166,7 +166,7 @@ impl SimulatedServer {
     pub fn left_over(&self) -> Option<String> {
         let in_flight = self.server.registry.len();
         let gauge = self.server.metrics.requests_in_flight.get();
-        let idle = self.server.fleet().router.is_idle();
+        let idle = self.server.fleet().is_idle();
         (in_flight > 0 || gauge != 0 || !idle).then(|| {
             format!("{in_flight} registered, {gauge} counted in flight, router idle: {idle}")
         })
