@@ -6,12 +6,11 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use baton_bus::BusConfig;
-use baton_engine::FakeFaults;
+use baton_engine::{FakeFaults, fake_geometry};
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{KvGeometry, Role, WorkerId, deadlines};
+use baton_protocol::{KvGeometry, KvShares, Role, WorkerId, deadlines};
 
 use crate::WorkerError;
-use crate::fake_kv::FakeKvShape;
 
 /// Everything a worker is told at start.
 #[derive(Clone, Debug)]
@@ -55,6 +54,41 @@ pub struct WorkerConfig {
     pub fake_faults: FakeFaults,
     /// How the fake device's KV is divided; not at all, but in tests.
     pub fake_kv: FakeKvShape,
+}
+
+/// How the fake device's KV is divided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FakeKvShape {
+    /// Key/value heads of the whole model.
+    pub heads: u32,
+    /// Its layers.
+    pub layers: u32,
+    /// Ranks among which the heads are shared out.
+    pub tensor: u32,
+    /// Stages among which the layers are, each of `tensor` ranks.
+    pub pipeline: u32,
+}
+
+impl Default for FakeKvShape {
+    /// One head of one layer on one rank: 8 bytes a token.
+    fn default() -> Self {
+        Self {
+            heads: 1,
+            layers: 1,
+            tensor: 1,
+            pipeline: 1,
+        }
+    }
+}
+
+impl FakeKvShape {
+    pub(crate) fn geometry(&self, block_tokens: u32) -> KvGeometry {
+        fake_geometry(block_tokens, self.heads, self.layers)
+    }
+
+    pub(crate) fn shares(&self, kv: &KvGeometry) -> KvShares {
+        KvShares::parallel(kv, self.tensor, self.pipeline)
+    }
 }
 
 /// KV arena where nothing is said.

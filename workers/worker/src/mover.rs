@@ -7,8 +7,33 @@ use baton_protocol::TransferDescriptor;
 use baton_transfer::{Agent, AgentHealth, PeerKey, PeerReport, PullStats, Read, TransferError};
 
 use crate::engine_thread::HeldBlocks;
+
+/// A future of whoever carries KV.
 #[cfg(feature = "simulation")]
-use crate::simulated::KvNetwork;
+pub type KvFuture<T> = std::pin::Pin<Box<dyn Future<Output = Result<T, TransferError>> + Send>>;
+
+/// What carries KV between simulated workers.
+#[cfg(feature = "simulation")]
+pub trait KvNetwork: Send + Sync {
+    /// Copies ranges of a peer's arena into this worker's. `destination` is let go when nothing writes there any
+    /// more, also when the future is dropped.
+    fn pull(
+        &self,
+        peer: PeerKey,
+        reads: Vec<Read>,
+        destination: Box<dyn std::any::Any + Send>,
+        deadline: Duration,
+    ) -> KvFuture<PullStats>;
+
+    /// Connects to a peer.
+    fn connect(&self, peer: PeerKey, deadline: Duration) -> KvFuture<PeerReport>;
+
+    /// Closes the connection.
+    fn disconnect(&self, peer: PeerKey);
+
+    /// Whether there is a connection.
+    fn is_connected(&self, peer: PeerKey) -> bool;
+}
 
 /// Destination blocks of a pull, shared with whoever may write to them.
 pub(crate) type Destination = Arc<Mutex<HeldBlocks>>;

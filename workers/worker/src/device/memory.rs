@@ -5,7 +5,8 @@ use baton_protocol::KvGeometry;
 use baton_protocol::limits::SEQUENCE_TOKENS_MIN;
 use baton_transfer::memory;
 
-use crate::{Device, WorkerConfig, WorkerError, device};
+use crate::config::{Device, WorkerConfig};
+use crate::error::WorkerError;
 
 /// Bytes of main memory that a worker of this configuration fills at its start: its KV arena and, on the CPU, its weights. A
 /// GPU's are its own.
@@ -20,7 +21,7 @@ pub fn host_memory_bytes(config: &WorkerConfig) -> Result<u64, WorkerError> {
     if let Device::Cuda(_) = config.device {
         return Ok(0);
     }
-    let (kv, blocks) = device::host_arena(config, &model)?;
+    let (kv, blocks) = super::host_arena(config, &model)?;
     Ok(bytes(config.device, &model, &kv, blocks))
 }
 

@@ -31,7 +31,7 @@ const CONTROL_TIMEOUT: Duration = Duration::from_millis(CONTROL_TIMEOUT_MS);
 /// Everything one pull needs.
 pub(crate) struct Pull {
     pub(crate) key: u64,
-    pub(crate) agent: Mover,
+    pub(crate) mover: Mover,
     pub(crate) wire: Wire,
     pub(crate) release_subject: String,
     pub(crate) release: Release,
@@ -109,7 +109,7 @@ impl Pull {
 
     async fn outcome(self) -> Result<(BlockTable, PullReport), PullFailure> {
         let Self {
-            agent,
+            mover,
             wire,
             release_subject,
             release,
@@ -148,7 +148,7 @@ impl Pull {
             blocks: Arc::new(Mutex::new(blocks)),
             is_done: false,
         };
-        let stats = agent
+        let stats = mover
             .pull(
                 PeerKey(handle.incarnation.0),
                 reads,

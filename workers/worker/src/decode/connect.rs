@@ -14,9 +14,10 @@ use bytes::Bytes;
 use tokio::task::JoinError;
 use tokio::time::{Instant, timeout};
 
-use crate::desk::{Desk, task_outcome};
+use super::DecodeSide;
+use super::peers::{Action, Link};
+use crate::common::{Common, task_outcome};
 use crate::mover::Mover;
-use crate::peers::{Action, Link};
 
 /// A connection with its warm-up and measurement may take this long over a slow link. One that delivers nothing is given up after
 /// [`PULL_STALL_MS`].
@@ -29,9 +30,15 @@ pub(crate) struct LinkOutcome {
     link: Result<Link, String>,
 }
 
-impl Desk {
-    pub(crate) fn act(&mut self, action: Action) {
-        let Some(agent) = self.agent.clone() else {
+impl DecodeSide {
+    pub(super) fn act_all(&mut self, common: &Common, actions: Vec<Action>) {
+        for action in actions {
+            self.act(common, action);
+        }
+    }
+
+    fn act(&mut self, common: &Common, action: Action) {
+        let Some(mover) = common.mover.clone() else {
             return;
         };
         match action {
@@ -39,17 +46,17 @@ impl Desk {
                 worker,
                 incarnation,
             } => {
-                let wire = self.wire.clone();
-                let describe = self.cluster.describe(&worker);
+                let wire = common.wire.clone();
+                let describe = common.cluster.describe(&worker);
                 let expected = Expected {
                     worker,
                     incarnation,
-                    model: self.checks.model.fingerprint.clone(),
-                    kv: self.checks.kv.clone(),
+                    model: common.checks.model.fingerprint.clone(),
+                    kv: common.checks.kv.clone(),
                     shares: self.shares.clone(),
                 };
                 self.links.spawn(async move {
-                    let link = connect(&wire, describe, &agent, &expected).await;
+                    let link = connect(&wire, describe, &mover, &expected).await;
                     LinkOutcome {
                         worker: expected.worker,
                         incarnation,
@@ -58,27 +65,32 @@ impl Desk {
                 });
             }
             Action::Disconnect { incarnation } => {
-                self.pull_places.lost(incarnation);
+                self.places.lost(incarnation);
                 // Nobody waits for it; the agent bounds it.
-                tokio::spawn(async move { agent.disconnect(PeerKey(incarnation.0)).await });
+                tokio::spawn(async move { mover.disconnect(PeerKey(incarnation.0)).await });
             }
         }
     }
 
-    pub(crate) fn on_link(&mut self, outcome: Result<LinkOutcome, JoinError>) {
+    /// A connection was made, or was not. Whether there is news of it.
+    pub(super) fn on_link(
+        &mut self,
+        common: &Common,
+        outcome: Result<LinkOutcome, JoinError>,
+    ) -> bool {
         let Some(LinkOutcome {
             worker,
             incarnation,
             link,
         }) = task_outcome("connect", outcome)
         else {
-            return;
+            return false;
         };
         match link {
             Ok(link) => {
                 tracing::info!(%worker, transport = link.transport, gigabytes_per_second = link.gigabytes_per_second, "KV peer connected");
                 if let Some(action) = self.peers.connected(&worker, incarnation, link) {
-                    self.act(action);
+                    self.act(common, action);
                 }
             }
             Err(error) => {
@@ -87,7 +99,7 @@ impl Desk {
                     .connect_failed(Instant::now(), &worker, incarnation, error);
             }
         }
-        self.send_beat();
+        true
     }
 }
 
@@ -144,11 +156,11 @@ impl Expected {
 async fn connect(
     wire: &Wire,
     describe: String,
-    agent: &Mover,
+    mover: &Mover,
     expected: &Expected,
 ) -> Result<Link, String> {
     let key = PeerKey(expected.incarnation.0);
-    agent.disconnect(key).await;
+    mover.disconnect(key).await;
     let control = Duration::from_millis(CONTROL_TIMEOUT_MS);
     let answer = timeout(control, wire.request(describe, Bytes::new()))
         .await
@@ -156,7 +168,7 @@ async fn connect(
         .map_err(|error| format!("it did not describe itself: {error}"))?;
     let described = decode(&answer.payload).map_err(|error| error.to_string())?;
     let (arenas, map) = expected.arenas(described)?;
-    let report = agent
+    let report = mover
         .connect(key, arenas, CONNECT_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;

@@ -12,8 +12,9 @@ use baton_transfer::{
     Staging, gpu_allocation_bytes,
 };
 
-use crate::device::{Arenas, Backend};
-use crate::{WorkerConfig, WorkerError, memory};
+use super::{Arenas, Backend, memory};
+use crate::config::WorkerConfig;
+use crate::error::WorkerError;
 
 impl Backend {
     /// Loads the model onto a GPU and takes its share of what is left for KV.

@@ -13,8 +13,8 @@ use serde_json::{Map, Value};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use super::beat::SharedLoad;
 use crate::WorkerError;
-use crate::beat::SharedLoad;
 
 /// What `nats micro stats` shows beside its own counts: the load of the last beat, and log lines that were not written.
 fn stats(load: &SharedLoad) -> Value {

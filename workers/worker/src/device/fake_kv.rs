@@ -8,47 +8,12 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use baton_engine::{FakeCells, FakeConfig, FakeExecutor, RankWords, fake_geometry};
+use baton_engine::{FakeCells, FakeConfig, FakeExecutor, RankWords};
 use baton_kv_memory::KvMemory;
 use baton_model::ModelDir;
 use baton_protocol::{KvGeometry, KvShares};
 
-use crate::WorkerConfig;
-
-/// How the fake device's KV is divided.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FakeKvShape {
-    /// Key/value heads of the whole model.
-    pub heads: u32,
-    /// Its layers.
-    pub layers: u32,
-    /// Ranks among which the heads are shared out.
-    pub tensor: u32,
-    /// Stages among which the layers are, each of `tensor` ranks.
-    pub pipeline: u32,
-}
-
-impl Default for FakeKvShape {
-    /// One head of one layer on one rank: 8 bytes a token.
-    fn default() -> Self {
-        Self {
-            heads: 1,
-            layers: 1,
-            tensor: 1,
-            pipeline: 1,
-        }
-    }
-}
-
-impl FakeKvShape {
-    pub(crate) fn geometry(&self, block_tokens: u32) -> KvGeometry {
-        fake_geometry(block_tokens, self.heads, self.layers)
-    }
-
-    pub(crate) fn shares(&self, kv: &KvGeometry) -> KvShares {
-        KvShares::parallel(kv, self.tensor, self.pipeline)
-    }
-}
+use crate::config::WorkerConfig;
 
 /// A fake executor with the bounds of this model. It never chooses an end-of-sequence id, so outputs have
 /// the length that was asked for.

@@ -1,9 +1,7 @@
 //! A worker without NATS, UCX, threads and a device of its own: what the simulation runs. Desk, leases, pulls,
 //! peers, publisher and engine are the real thing.
 
-use std::any::Any;
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,45 +13,19 @@ use baton_protocol::{
     Base64Bytes, Capacity, Incarnation, KvShares, MemoryType, ModelInfo, PROTOCOL_VERSION,
     RankRegion, Role, TransferDescriptor, UcxVersion, WorkerDescriptor, WorkerId, encode,
 };
-use baton_transfer::{PeerKey, PeerReport, PullStats, Read, TransferError};
 use baton_watchdog::Pulse;
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{mpsc, watch};
 
 use crate::WorkerError;
-use crate::assemble::Parts;
-use crate::beat::SharedLoad;
 use crate::bus::{Outbox, Publisher, Subscriptions};
-use crate::desk::{Desk, Identity};
+use crate::common::{Common, Identity};
+use crate::desk::{Desk, Parts};
 use crate::engine_thread::{EngineEvent, EngineTask};
 use crate::frames::TokenOutbox;
-use crate::mover::Mover;
-
-/// A future of whoever carries KV.
-pub type KvFuture<T> = Pin<Box<dyn Future<Output = Result<T, TransferError>> + Send>>;
-
-/// What carries KV between simulated workers.
-pub trait KvNetwork: Send + Sync {
-    /// Copies ranges of a peer's arena into this worker's. `destination` is let go when nothing writes there any
-    /// more, also when the future is dropped.
-    fn pull(
-        &self,
-        peer: PeerKey,
-        reads: Vec<Read>,
-        destination: Box<dyn Any + Send>,
-        deadline: Duration,
-    ) -> KvFuture<PullStats>;
-
-    /// Connects to a peer.
-    fn connect(&self, peer: PeerKey, deadline: Duration) -> KvFuture<PeerReport>;
-
-    /// Closes the connection.
-    fn disconnect(&self, peer: PeerKey);
-
-    /// Whether there is a connection.
-    fn is_connected(&self, peer: PeerKey) -> bool;
-}
+use crate::mover::{KvNetwork, Mover};
+use crate::presence::SharedLoad;
 
 /// What a simulated worker is told at start.
 pub struct SimulatedConfig {
@@ -191,7 +163,7 @@ impl SimulatedWorker {
             tokens,
             engine: handle,
             pool,
-            agent: Some(Mover::Simulated(network)),
+            mover: Some(Mover::Simulated(network)),
             lease: config.lease,
             drain: config.drain,
             shared_load: SharedLoad::default(),
@@ -214,7 +186,7 @@ impl SimulatedWorker {
 
     /// The blocks of its arena.
     pub fn pool(&self) -> BlockPool {
-        self.desk.pool.clone()
+        self.desk.common.pool.clone()
     }
 
     /// Runs until `shutdown` resolves and what it had is finished. What is left in its books then, or why it broke.
@@ -241,10 +213,10 @@ impl SimulatedWorker {
             let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
             desk.send_beat();
             desk.answer_latecomers(&mut subscriptions.inbox).await;
-            let books = desk.books();
-            let Desk {
+            let books = books(&desk);
+            let Common {
                 mut engine, outbox, ..
-            } = desk;
+            } = desk.common;
             engine.shutdown();
             drop(outbox);
             outcome.map(|()| books)
@@ -276,16 +248,15 @@ impl SimulatedWorker {
     }
 }
 
-impl Desk {
-    /// What is left in the books of a worker that has nothing to do.
-    fn books(&self) -> Option<String> {
-        let counts = [
-            ("prefills", self.prefills.len()),
-            ("decodes", self.decodes.len()),
-            ("leases", self.leases.len()),
-            ("deadlines", self.deadlines.len()),
-        ];
-        let left: Vec<_> = counts.iter().filter(|(_, count)| *count > 0).collect();
-        (!left.is_empty()).then(|| format!("left over: {left:?}"))
-    }
+/// What is left in the books of a worker that has nothing to do.
+fn books(desk: &Desk) -> Option<String> {
+    let held = desk.held();
+    let counts = [
+        ("prefills", held.prefills),
+        ("decodes", held.decodes),
+        ("leases", held.leases),
+        ("deadlines", desk.common.deadlines.len()),
+    ];
+    let left: Vec<_> = counts.iter().filter(|(_, count)| *count > 0).collect();
+    (!left.is_empty()).then(|| format!("left over: {left:?}"))
 }

@@ -1,32 +1,27 @@
 //! A worker's parts, put together: those of a process, or those of a simulation.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_bus::{Presence, Wire};
+use baton_bus::Wire;
 use baton_engine::BlockPool;
-use baton_protocol::deadlines::SUSPECT_AFTER_MS;
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{KvGeometry, KvShares, ModelInfo, WorkerState};
+use baton_protocol::{KvGeometry, KvShares, ModelInfo};
 use baton_watchdog::Pulse;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use crate::api_servers::ApiServers;
-use crate::beat::SharedLoad;
+use super::Desk;
 use crate::bus::Outbox;
 use crate::checks::Checks;
-use crate::desk::{Desk, Identity};
+use crate::common::{Common, Identity};
+use crate::context::ContextSide;
+use crate::decode::DecodeSide;
 use crate::engine_thread::EngineHandle;
 use crate::frames::TokenOutbox;
-use crate::leases::LeaseTable;
-use crate::line::Line;
 use crate::mover::Mover;
-use crate::pace::Pace;
-use crate::peers::Peers;
-use crate::pulls::Places;
+use crate::presence::{Presence, SharedLoad};
 use crate::watch::Stuck;
 
 /// What a desk is made of; all else begins empty.
@@ -41,7 +36,7 @@ pub(crate) struct Parts {
     pub(crate) tokens: Arc<TokenOutbox>,
     pub(crate) engine: EngineHandle,
     pub(crate) pool: BlockPool,
-    pub(crate) agent: Option<Mover>,
+    pub(crate) mover: Option<Mover>,
     pub(crate) lease: Duration,
     pub(crate) drain: Duration,
     pub(crate) shared_load: SharedLoad,
@@ -51,6 +46,7 @@ pub(crate) struct Parts {
 }
 
 impl Desk {
+    /// The role says which sides there are.
     pub(crate) fn new(parts: Parts) -> Self {
         let Parts {
             me,
@@ -63,7 +59,7 @@ impl Desk {
             tokens,
             engine,
             pool,
-            agent,
+            mover,
             lease,
             drain,
             shared_load,
@@ -71,50 +67,38 @@ impl Desk {
             pulse,
             stuck,
         } = parts;
-        Self {
-            peers: Peers::new(me.worker.clone(), model.clone(), kv.clone()),
-            checks: Checks {
-                model,
-                kv,
-                blocks: me.capacity.blocks,
-            },
+        let role = me.role;
+        let checks = Checks {
+            model,
+            kv,
+            blocks: me.capacity.blocks,
+        };
+        let common = Common {
             me,
+            checks,
             cluster,
             wire,
             outbox,
             tokens,
             engine,
             pool,
-            shares,
-            lease,
-            drain,
-            state: WorkerState::Serving,
-            failure: None,
-            hangs: false,
-            drain_deadline: None,
-            has_ended_drain: false,
+            mover,
             deadlines: BTreeSet::new(),
             next_key: 1,
-            prefills: BTreeMap::new(),
-            leases: LeaseTable::new(),
-            prefill_pace: Pace::default(),
-            decode_pace: Pace::default(),
-            decodes: BTreeMap::new(),
-            line: Line::default(),
-            pulls: JoinSet::new(),
-            pull_places: Places::default(),
-            agent,
-            links: JoinSet::new(),
-            api_servers: ApiServers::default(),
-            presence: Presence::new(Instant::now(), Duration::from_millis(SUSPECT_AFTER_MS)),
-            hello_answer: None,
-            shared_load,
+        };
+        let now = Instant::now();
+        Self {
+            context: role.prefills().then(|| ContextSide::new(lease)),
+            decode: role.decodes().then(|| DecodeSide::new(&common, shares)),
+            common,
+            presence: Presence::new(now, drain, shared_load),
+            hangs: false,
             stray_beats: 0,
-            end_after_failure: None,
-            may_spin,
-            awake_until: Instant::now(),
+            keys_at_beat: 1,
             pulse,
             stuck,
+            may_spin,
+            awake_until: now,
         }
     }
 }

@@ -9,7 +9,14 @@ use baton_model::ModelDir;
 use baton_protocol::{KvGeometry, KvShares, Role, TransferDescriptor};
 use baton_transfer::{Agent, AgentConfig, ArenaSource, TransferError};
 
-use crate::{Device, WorkerConfig, WorkerError, fake_kv, memory};
+use crate::config::{Device, WorkerConfig};
+use crate::error::WorkerError;
+
+mod cuda;
+mod fake_kv;
+mod memory;
+
+pub use memory::{check_host_memory, host_memory_bytes};
 
 /// A device, ready.
 pub(crate) struct Backend {

@@ -1,5 +1,8 @@
 //! A worker's life: device, engine thread, bus, desk, and all of it backwards.
 
+#[cfg(feature = "simulation")]
+mod simulated;
+
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,18 +17,20 @@ use baton_protocol::{
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
-use crate::assemble::Parts;
-use crate::beat::SharedLoad;
 use crate::bus::{self, Outbox, Publisher, Subscriptions};
-use crate::desk::{Desk, Identity};
+use crate::common::{Common, Identity};
+use crate::desk::{Desk, Parts};
 use crate::device::Backend;
 use crate::engine_thread::EngineHandle;
 use crate::frames::TokenOutbox;
 use crate::mover::Mover;
+use crate::presence::{MicroService, SharedLoad};
 use crate::random::random;
-use crate::service::MicroService;
 use crate::watch::Watching;
 use crate::{Device, WorkerConfig, WorkerError};
+
+#[cfg(feature = "simulation")]
+pub use simulated::{SimulatedConfig, SimulatedWorker};
 
 /// What is left to publish at the end may take this long.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -169,7 +174,7 @@ pub async fn run(
         pool,
         lease: Duration::from_millis(config.lease_ms.into()),
         drain: Duration::from_millis(config.drain_ms),
-        agent: agent.clone().map(Mover::Ucx),
+        mover: agent.clone().map(Mover::Ucx),
         shared_load,
         // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.
         may_spin: matches!(config.device, Device::Cuda(_)) && config.role != Role::Both,
@@ -188,15 +193,17 @@ pub async fn run(
     desk.answer_latecomers(&mut subscriptions.inbox).await;
     drop(subscriptions);
     let Desk {
-        mut engine,
-        outbox,
-        pulls,
-        links,
-        leases,
+        common,
+        context,
+        decode,
         hangs,
         ..
     } = desk;
-    drop((pulls, links, leases));
+    // What they hold of the arena goes back to the engine before it ends.
+    drop((context, decode));
+    let Common {
+        mut engine, outbox, ..
+    } = common;
     if hangs {
         engine.leave_behind();
     } else {

@@ -1,0 +1,115 @@
+//! The beat: once a second, and at once when something changed, all there is to know about this worker.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth};
+
+use super::Presence;
+use crate::common::Common;
+use crate::mover::Mover;
+
+/// A transfer thread that is well goes round its loop many times in this time.
+const PROGRESS_MAX: Duration = Duration::from_secs(3);
+
+/// The load as of the last beat, for the service's statistics.
+#[derive(Clone, Default)]
+pub(crate) struct SharedLoad(Arc<Mutex<Load>>);
+
+impl SharedLoad {
+    pub(crate) fn set(&self, load: Load) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = load;
+    }
+
+    pub(crate) fn load(&self) -> Load {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What the sides hold that a beat tells of.
+#[derive(Default)]
+pub(crate) struct Held {
+    /// Prompts in the engine.
+    pub(crate) prefills: usize,
+    /// Leases.
+    pub(crate) leases: usize,
+    /// Pulls and generations.
+    pub(crate) decodes: usize,
+    /// Pulls among them.
+    pub(crate) pulling: usize,
+}
+
+impl Held {
+    /// Whether that is nothing.
+    pub(crate) fn is_nothing(&self) -> bool {
+        self.prefills + self.leases + self.decodes == 0
+    }
+}
+
+impl Presence {
+    /// Beats now. `peers` are the context workers that KV can be pulled from, `decode_ms` how long a generation takes.
+    pub(crate) fn send_beat(
+        &self,
+        common: &Common,
+        held: &Held,
+        peers: Vec<PeerHealth>,
+        decode_ms: u32,
+    ) {
+        let Common { me, checks, .. } = common;
+        let load = load(common, held);
+        let beat = Beat {
+            v: PROTOCOL_VERSION,
+            worker: me.worker.clone(),
+            incarnation: me.incarnation,
+            role: me.role,
+            state: self.state,
+            reason: self.failure.clone(),
+            model: checks.model.clone(),
+            kv: checks.kv.clone(),
+            device: me.device.clone(),
+            weights: me.weights.label().to_owned(),
+            load,
+            capacity: me.capacity,
+            peers,
+            transport: transport(common),
+            decode_ms,
+        }
+        .within_bounds();
+        self.shared_load.set(load);
+        if let Err(error) = common.outbox.send(common.cluster.beat(&me.worker), &beat) {
+            tracing::debug!(%error, "a beat was not sent");
+        }
+    }
+}
+
+/// How KV moves, or that it does not any more.
+fn transport(common: &Common) -> String {
+    let transport = common.me.transport.clone();
+    let Some(health) = common.mover.as_ref().and_then(Mover::health) else {
+        return transport;
+    };
+    if !health.running {
+        return format!("{transport}; its thread has stopped");
+    }
+    if health.last_progress > PROGRESS_MAX {
+        let seconds = health.last_progress.as_secs_f32();
+        return format!("{transport}; no progress for {seconds:.1} s");
+    }
+    transport
+}
+
+fn load(common: &Common, held: &Held) -> Load {
+    let stats = common.pool.stats();
+    let engine = &common.engine.load;
+    Load {
+        waiting: engine.waiting.load(Ordering::Relaxed),
+        running: engine.running.load(Ordering::Relaxed),
+        waiting_tokens: engine.waiting_tokens.load(Ordering::Relaxed),
+        leased: held.leases as u32,
+        pulling: held.pulling as u32,
+        blocks_used: stats.used as u32,
+        blocks_cached: stats.cached as u32,
+        blocks_quarantined: stats.quarantined as u32,
+    }
+}
