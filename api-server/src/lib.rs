@@ -5,6 +5,12 @@
 //! the [`router`] picks from the [`membership`], over the [`bus`]; tokens come back through
 //! [`detokenize`] and [`stop`] and leave as server-sent events or as one answer.
 #![forbid(unsafe_code)]
+#![warn(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods
+)]
 
 mod admission;
 mod bound;

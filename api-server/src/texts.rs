@@ -114,7 +114,7 @@ mod tests {
     async fn what_work_owns_is_there_until_its_thread_is_done() {
         let pool = TextPool::new(1);
         let owned = Arc::new(());
-        let (go_on, going) = mpsc::channel::<()>();
+        let (go_on, going) = mpsc::sync_channel::<()>(1);
         let held = Arc::clone(&owned);
         let (short, _) = until(Duration::ZERO);
         let work = pool.run(LARGE, short, |_| Ok(()));
@@ -143,7 +143,7 @@ mod tests {
     async fn work_hears_that_the_client_left() {
         let pool = TextPool::new(1);
         let (until, left) = until(Duration::from_secs(600));
-        let (begun, has_begun) = mpsc::channel();
+        let (begun, has_begun) = mpsc::sync_channel(1);
         let leaves = std::thread::spawn(move || {
             has_begun.recv().unwrap();
             left.store(true, Ordering::Relaxed);

@@ -3,6 +3,12 @@
 //! Each subcommand is one file. Here are only the table of them, the logging they share and the rule by which an
 //! error ends the process: one sentence on standard error, exit status 1.
 #![deny(unsafe_code)]
+#![warn(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods
+)]
 
 mod allocator;
 mod api_key;

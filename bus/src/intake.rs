@@ -34,6 +34,10 @@ impl Intake {
         mut on_overflow: impl FnMut(&Message) + Send + 'static,
     ) -> Self {
         let mut subscription = subscription.into();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "bytes are what is bounded: the pump counts what it sends"
+        )]
         let (sender, messages) = mpsc::unbounded_channel();
         let held = Arc::new(AtomicUsize::new(0));
         let of_pump = Arc::clone(&held);

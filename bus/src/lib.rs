@@ -3,6 +3,12 @@
 //!
 //! What is said on the bus is in `baton-protocol`; who says it, in `baton-api-server` and `baton-worker`.
 #![forbid(unsafe_code)]
+#![warn(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods
+)]
 
 mod answers;
 mod intake;

@@ -6,6 +6,7 @@
 //! bounded by one piece of one tensor, and a broken run never looks finished.
 
 #![forbid(unsafe_code)]
+#![warn(clippy::unwrap_used)]
 
 mod checkpoint;
 mod error;

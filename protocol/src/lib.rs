@@ -15,6 +15,12 @@
 //!   compared.
 //! - Token ids travel packed ([`PackedTokens`]), 128-bit numbers as 32 hexadecimal digits.
 #![forbid(unsafe_code)]
+#![warn(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods
+)]
 
 mod codec;
 pub mod deadlines;

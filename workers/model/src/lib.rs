@@ -11,6 +11,7 @@
 //! - [`ModelDir`] is a prepared model directory: a [`Manifest`] and the weights of each rank.
 
 #![deny(unsafe_code)] // one exception: mapping a file, in `weights/mapped.rs`
+#![warn(clippy::unwrap_used)]
 
 mod config;
 mod directory;

@@ -21,6 +21,12 @@
 //! there is of it, `probe`
 //! what is told of a connection, `stage` the road through host memory for GPUs that cannot be read in place, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
 //! bell, `plan` pure arithmetic.
+#![warn(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods
+)]
 
 mod agent;
 mod arena;

@@ -75,6 +75,10 @@ pub(crate) fn run(setup: Setup, ready: &Sender<Result<Ready, TransferError>>) {
 
 /// A context and its worker. UCX looks for the host's network interfaces with the one and opens them with the other. One that is
 /// gone by then (each container has one, and takes it with it) is no reason not to start.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the agent's own thread, which has nothing else to do yet"
+)]
 fn open(tls: Option<&str>) -> Result<(Arc<Context>, Worker), TransferError> {
     let mut tries = 1;
     loop {

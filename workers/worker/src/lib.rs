@@ -20,6 +20,12 @@
 //! Three kinds of threads meet at bounded channels: tokio's, where one task, the desk, owns all state; the
 //! engine thread; and the transfer agent's. No lock is held across an await.
 #![deny(unsafe_code)]
+#![warn(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::disallowed_methods
+)]
 
 mod bus;
 mod checks;

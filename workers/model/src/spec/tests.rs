@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::weights::{WeightFormat, check_tp_size, expected_tensors, names};
 
 fn flat() -> Value {
     json!({
@@ -144,4 +145,28 @@ fn what_is_read_is_checked() {
         let error = serde_json::from_value::<ModelSpec>(broken).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
     }
+}
+
+#[test]
+fn weights_are_those_of_each_layers_kind() {
+    let mut spec = mixed();
+    attention(&mut spec, 1).qk_norm = false;
+    attention(&mut spec, 3).qkv_bias = true;
+    let tensors = expected_tensors(&spec);
+    let shape = |layer: usize, name: &str| {
+        let name = names::layer(layer, name);
+        let found = tensors.iter().find(|tensor| tensor.name == name);
+        found.map(|tensor| tensor.shape.clone())
+    };
+    assert_eq!(shape(0, names::K), Some(vec![32, 64]));
+    assert_eq!(shape(3, names::Q), Some(vec![128, 64]));
+    assert_eq!(shape(3, names::O), Some(vec![64, 128]));
+    assert_eq!(shape(3, names::K_BIAS), Some(vec![32]));
+    assert_eq!(shape(0, names::K_BIAS), None);
+    assert_eq!(shape(0, names::Q_NORM), Some(vec![16]));
+    assert_eq!(shape(1, names::Q_NORM), None);
+    // Layer 3 alone has one key/value head.
+    let error = check_tp_size(&spec, WeightFormat::Bf16, 2).unwrap_err();
+    assert!(error.to_string().contains("1 key/value heads"), "{error}");
+    assert!(check_tp_size(&uniform(), WeightFormat::Bf16, 2).is_ok());
 }
