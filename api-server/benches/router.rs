@@ -34,7 +34,8 @@ fn main() {
         2 * pairs
     );
     println!("{:>34} {:>8} {:>8} {:>8}", "", "p50", "p99", "max");
-    let all: [(&str, fn(&Cluster, usize)); 4] = [
+    type Choice = (&'static str, fn(&Cluster, usize));
+    let all: [Choice; 4] = [
         ("choose_context", |cluster, _| {
             black_box(cluster.choose_context(&[]));
         }),
