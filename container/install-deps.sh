@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one road by which system packages come: the quickstart, the tests and the image all call this file.
+# The one way by which system packages come: the quickstart, the tests and the image all call this file.
 # Quick when nothing is missing. Debian 12, Ubuntu 22.04 and 24.04; as root or with sudo.
 #
 #   container/install-deps.sh GROUP...

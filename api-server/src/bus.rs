@@ -28,7 +28,7 @@ use crate::membership::{GONE_AFTER, SUSPECT_AFTER};
 /// How often it is said, to the log and to generations, that something cannot be read or was lost.
 const FAULT_INTERVAL: Duration = Duration::from_millis(500);
 
-/// A connection on which nothing comes for three of these is made anew.
+/// A connection on which nothing comes for three of these is made again.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
 /// A job may be lost on the bus, and so may its answer: it is sent again after this time, twice this time, and so on.
@@ -221,7 +221,7 @@ impl Bus {
     }
 
     /// Tells a worker to drop a request. Does not wait: it works from a destructor too. Whatever is sent
-    /// after this call reaches the worker after the abort; a job sent anew would be dropped otherwise.
+    /// after this call reaches the worker after the abort; a job sent again would be dropped otherwise.
     pub fn abort(&self, target: &Target, request: RequestId, reason: &str) {
         // It ends at the first poll unless the connection's queue is full. Then order is lost, and a job
         // that is dropped for it comes back as failed.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-/// Tokens of context that the slow road decodes together with new ones.
+/// Tokens of context that the slow path decodes together with new ones.
 const WINDOW_TOKENS: usize = 6;
 
 /// Tokens that one character may be spread over: UTF-8 has at most four bytes.
@@ -157,10 +157,10 @@ fn fallback_byte(piece: &str) -> Option<u8> {
 pub struct Detokenizer {
     /// Bytes of a character that is not whole yet.
     partial: Vec<u8>,
-    /// The slow road: latest tokens, all of which have text, and how much of it was given out.
+    /// The slow path: latest tokens, all of which have text, and how much of it was given out.
     window: Vec<u32>,
     sent: usize,
-    /// The slow road: tokens in a row whose text ended in a broken character.
+    /// The slow path: tokens in a row whose text ended in a broken character.
     held: usize,
 }
 

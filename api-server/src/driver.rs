@@ -304,7 +304,7 @@ impl<S: Sink> Driver<S> {
                 self.server.bus.abort(&target, self.job.request, reason);
             }
             Action::Retried(reason) => {
-                tracing::warn!(request = %self.job.request, reason, "generation begun anew");
+                tracing::warn!(request = %self.job.request, reason, "generation retried");
                 self.server
                     .metrics
                     .retries_total

@@ -152,7 +152,7 @@ impl Membership {
         }
     }
 
-    /// Works out anew who can read this member's KV.
+    /// Works out who can read this member's KV.
     fn find_readers(&mut self, slot: Slot) {
         let Some(target) = self.members[slot].as_ref().map(Member::target) else {
             return;
@@ -166,7 +166,7 @@ impl Membership {
         }
     }
 
-    /// Works out anew whose KV this member can read; nobody's if it has left.
+    /// Works out whose KV this member can read; nobody's if it has left.
     fn reads(&mut self, slot: Slot) {
         for member in self.members.iter_mut().flatten() {
             if member.readers.contains(slot) {

@@ -29,7 +29,7 @@ pub struct Metrics {
     pub requests_total: IntCounterVec,
     /// Errors told to clients, by reason.
     pub errors_total: IntCounterVec,
-    /// Generations begun anew, by reason.
+    /// Generations retried, by reason.
     pub retries_total: IntCounterVec,
     /// Waits for a place on a decode worker that ended because one became free.
     pub decode_room_total: IntCounter,
@@ -99,7 +99,7 @@ impl Metrics {
             errors_total: counters("baton_errors_total", "Errors told to clients.", "reason")?,
             retries_total: counters(
                 "baton_retries_total",
-                "Generations begun anew, by reason.",
+                "Generations retried, by reason.",
                 "reason",
             )?,
             decode_room_total: decode_room,

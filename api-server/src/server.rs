@@ -107,12 +107,12 @@ impl Server {
         own_name
     }
 
-    /// What is broken, also where requests go round it: workers that do not serve, and roads for KV. Empty if all is well.
+    /// What is broken, also where requests go round it: workers that do not serve, and links for KV. Empty if all is well.
     pub fn degraded(&self) -> Vec<String> {
         let now = Instant::now();
         let members = self.members();
         let mut broken = members.complaints(now);
-        broken.extend(members.broken_roads(&self.model.fingerprint, now));
+        broken.extend(members.broken_links(&self.model.fingerprint, now));
         broken.extend(members.too_small(&self.model.fingerprint, now));
         broken
     }

@@ -151,7 +151,7 @@ impl SimulatedServer {
         self.server.faults()
     }
 
-    /// How many generations were begun anew, by reason.
+    /// How many generations were retried, by reason.
     pub fn retries(&self) -> Vec<(String, u64)> {
         let families = self.server.metrics.retries_total.collect();
         let metrics = families.iter().flat_map(MetricFamily::get_metric);

@@ -1,7 +1,7 @@
 //! What the watchdog looks at in an API server: the event loops of its threads.
 //!
 //! One that has not gone round for long answers nobody, and nothing can be done about it from within: the process is ended, and
-//! whoever supervises it starts it anew.
+//! whoever supervises it starts it again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,7 +38,7 @@ impl LoopWatch {
         self.0.watch(&pulse, LOOP_PATIENCE, move |time| {
             let seconds = time.as_secs();
             abort(format!(
-                "the API server's {name} has not gone round for {seconds} s: the process is ended, to be started anew"
+                "the API server's {name} has not gone round for {seconds} s: the process is ended, to be started again"
             ))
         });
         let shown = Shown(pulse);

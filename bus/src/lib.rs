@@ -165,7 +165,7 @@ impl BusConfig {
         urls.collect::<Vec<_>>().join(",")
     }
 
-    /// Connects, trying again with growing pauses until it works or `connect_wait` is over. `options` are made anew for
+    /// Connects, trying again with growing pauses until it works or `connect_wait` is over. `options` are made again for
     /// each try; what this configuration says comes on top of them.
     ///
     /// # Errors

@@ -41,10 +41,10 @@ pub trait Carrier: Send + Sync {
 
 /// A wire to the bus. Clones share it.
 #[derive(Clone)]
-pub struct Wire(Road);
+pub struct Wire(Backend);
 
 #[derive(Clone)]
-enum Road {
+enum Backend {
     Nats(Client, Arc<Answers>),
     Carrier(Arc<dyn Carrier>),
 }
@@ -69,7 +69,7 @@ pub enum RequestError {
 impl Wire {
     /// A wire over something else than NATS.
     pub fn over(carrier: Arc<dyn Carrier>) -> Self {
-        Self(Road::Carrier(carrier))
+        Self(Backend::Carrier(carrier))
     }
 
     /// Sends a message. Waits only where the connection's queue is full.
@@ -82,8 +82,8 @@ impl Wire {
         payload: Bytes,
     ) -> Result<(), WireError> {
         match &self.0 {
-            Road::Nats(client, _) => Ok(client.publish(subject.into(), payload).await?),
-            Road::Carrier(carrier) => {
+            Backend::Nats(client, _) => Ok(client.publish(subject.into(), payload).await?),
+            Backend::Carrier(carrier) => {
                 carrier.publish(subject.into(), None, payload);
                 Ok(())
             }
@@ -113,10 +113,10 @@ impl Wire {
         allowed: Duration,
     ) -> Result<Message, RequestError> {
         let carrier = match &self.0 {
-            Road::Nats(_, answers) => {
+            Backend::Nats(_, answers) => {
                 return answers.request(subject.into(), payload, allowed).await;
             }
-            Road::Carrier(carrier) => carrier,
+            Backend::Carrier(carrier) => carrier,
         };
         if payload.len() > carrier.max_payload() {
             return Err(RequestError::TooLarge);
@@ -140,10 +140,10 @@ impl Wire {
     /// [`WireError`].
     pub async fn subscribe(&self, subject: impl Into<Subject>) -> Result<Subscription, WireError> {
         Ok(Subscription(match &self.0 {
-            Road::Nats(client, _) => {
+            Backend::Nats(client, _) => {
                 Source::Nats(Box::new(client.subscribe(subject.into()).await?))
             }
-            Road::Carrier(carrier) => Source::Carrier(carrier.subscribe(subject.into())),
+            Backend::Carrier(carrier) => Source::Carrier(carrier.subscribe(subject.into())),
         }))
     }
 
@@ -153,8 +153,8 @@ impl Wire {
     /// [`WireError`].
     pub async fn flush(&self) -> Result<(), WireError> {
         match &self.0 {
-            Road::Nats(client, _) => Ok(client.flush().await?),
-            Road::Carrier(_) => Ok(()),
+            Backend::Nats(client, _) => Ok(client.flush().await?),
+            Backend::Carrier(_) => Ok(()),
         }
     }
 
@@ -164,26 +164,26 @@ impl Wire {
     /// [`WireError`].
     pub async fn drain(&self) -> Result<(), WireError> {
         match &self.0 {
-            Road::Nats(client, _) => Ok(client.drain().await?),
-            Road::Carrier(_) => Ok(()),
+            Backend::Nats(client, _) => Ok(client.drain().await?),
+            Backend::Carrier(_) => Ok(()),
         }
     }
 
     /// Whether the bus is there at this moment.
     pub fn is_connected(&self) -> bool {
         match &self.0 {
-            Road::Nats(client, _) => {
+            Backend::Nats(client, _) => {
                 client.connection_state() == async_nats::connection::State::Connected
             }
-            Road::Carrier(carrier) => carrier.is_connected(),
+            Backend::Carrier(carrier) => carrier.is_connected(),
         }
     }
 
     /// Largest payload that the bus carries.
     pub fn max_payload(&self) -> usize {
         match &self.0 {
-            Road::Nats(client, _) => client.max_payload(),
-            Road::Carrier(carrier) => carrier.max_payload(),
+            Backend::Nats(client, _) => client.max_payload(),
+            Backend::Carrier(carrier) => carrier.max_payload(),
         }
     }
 }
@@ -192,7 +192,7 @@ impl From<Client> for Wire {
     /// Runs inside a tokio runtime, which reads the answers to requests.
     fn from(client: Client) -> Self {
         let answers = Arc::new(Answers::new(client.clone()));
-        Self(Road::Nats(client, answers))
+        Self(Backend::Nats(client, answers))
     }
 }
 

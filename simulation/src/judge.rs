@@ -5,7 +5,7 @@ use baton_protocol::FinishReason;
 
 use crate::plan::{Plan, Scenario};
 
-/// Why generations are begun anew though nothing is wrong: a decode worker had no block left for the next token.
+/// Why generations are retried though nothing is wrong: a decode worker had no block left for the next token.
 const RETRIES_FOR_ROOM: [&str; 1] = ["preempted"];
 
 /// And if one link has died: its pulls end, and until that is known others are sent there.
@@ -55,7 +55,7 @@ impl Plan {
         })
     }
 
-    /// Whether generations may be begun anew for this reason.
+    /// Whether generations may be retried for this reason.
     pub fn may_retry(&self, reason: &str) -> bool {
         self.scenario == Scenario::Faults
             || RETRIES_FOR_ROOM.contains(&reason)

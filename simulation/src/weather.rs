@@ -1,4 +1,4 @@
-//! What becomes of messages: drawn anew for each seed, kind by kind.
+//! What becomes of messages: drawn again for each seed, kind by kind.
 
 use std::fmt;
 use std::time::Duration;

@@ -373,7 +373,7 @@ impl World {
                 if let Err(error) = life.pool.check() {
                     self.wrong(format!("{}: {error}", self.plan.workers[at].name));
                 }
-                // Whoever watches over it starts it anew.
+                // Whoever watches over it starts it again.
                 if self.workers[at].as_ref().is_some_and(WorkerLife::has_ended) {
                     self.bury(at).await;
                     self.start_worker(at).await;
@@ -430,14 +430,14 @@ impl World {
         }
     }
 
-    /// In a run in which nothing goes wrong nothing is begun anew.
+    /// In a run in which nothing goes wrong nothing is retried.
     fn look_at_retries(&mut self) {
         let servers = self.api_servers.iter().flatten();
         let retries: Vec<_> = servers.flat_map(|life| life.server.retries()).collect();
         for (reason, count) in retries {
             if !self.plan.may_retry(&reason) {
                 self.wrong(format!(
-                    "{count} generations were begun anew, because: {reason}"
+                    "{count} generations were retried, because: {reason}"
                 ));
             }
         }

@@ -33,7 +33,7 @@ token = lambda: random.randrange(3, vocabulary)  # noqa: E731
 
 
 class Context:
-    """One context for `sequences` sequences, and a batch that is filled anew for each step."""
+    """One context for `sequences` sequences, and a batch that is filled again for each step."""
 
     def __init__(self, sequences, tokens):
         parameters = ll.llama_context_default_params()

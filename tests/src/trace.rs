@@ -78,7 +78,7 @@ impl Trace {
         all
     }
 
-    /// The only generation that began since `from`: the last words of one before it may come late.
+    /// The only generation that began since `from`: messages of one before it may come late.
     ///
     /// # Panics
     /// If there is none, or another one.

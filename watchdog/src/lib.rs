@@ -3,7 +3,7 @@
 //! A loop shows that it goes on with its [`Pulse`]; a thread of its own looks at all pulses and counts, look by look, how long
 //! one has not changed. It counts its own looks, not the clock: while the process is stopped or the machine sleeps nobody looks,
 //! so coming back is no fault. What is to be done about a loop that is stuck its owner says at [`Watchdog::watch`]; where nothing
-//! can be done from within, [`abort`] ends the process, so that a supervisor starts it anew.
+//! can be done from within, [`abort`] ends the process, so that a supervisor starts it again.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

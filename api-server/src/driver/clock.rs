@@ -17,7 +17,7 @@ const PULL_SILENCE: Duration = Duration::from_millis(PULL_SILENCE_MS);
 
 impl<S: Sink> Driver<S> {
     /// Notes since when the sink is full. Nothing is heard of the workers meanwhile, so their clock
-    /// begins anew when there is room again.
+    /// begins again when there is room again.
     pub(super) fn note_room(&mut self) {
         if !self.sink.has_room() {
             self.full_since.get_or_insert_with(Instant::now);

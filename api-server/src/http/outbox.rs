@@ -211,7 +211,7 @@ impl Drop for Share {
 
 impl Inner {
     /// What was written. An event is copied out, which is one allocation of its size where a buffer that begins
-    /// anew grows four times.
+    /// again grows four times.
     fn take(&mut self) -> Bytes {
         if self.bytes.len() > EVENT_BYTES {
             return std::mem::take(&mut self.bytes).into();

@@ -1,4 +1,4 @@
-//! What breaks a generation or ends it early: begin anew, or give up, and tell whoever holds something of it.
+//! What breaks a generation or ends it early: retry, or give up, and tell whoever holds something of it.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::room::Round;
 use super::{Action, Lifecycle, Phase, Target};
 use crate::error::{ApiError, ErrorKind};
 
-/// How often a generation is begun anew after something broke.
+/// How often a generation is retried after something broke.
 pub const RETRIES_MAX: u32 = 4;
 
 /// How many workers' executors one generation may break. It may be what breaks them: then the fewer it meets the
@@ -74,7 +74,7 @@ impl Lifecycle {
         }
     }
 
-    /// Begins anew with the output so far, elsewhere if possible.
+    /// Retries with the output so far, elsewhere if possible.
     pub(super) fn retry(
         &mut self,
         reason: &'static str,

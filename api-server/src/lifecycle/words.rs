@@ -179,7 +179,7 @@ pub enum Action {
         /// Why.
         reason: &'static str,
     },
-    /// It is begun anew; for metrics and logs.
+    /// It is retried; for metrics and logs.
     Retried(&'static str),
     /// The end, by its own rules.
     Finish(FinishReason),

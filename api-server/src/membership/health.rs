@@ -77,8 +77,8 @@ impl Membership {
             .filter(move |(_, member)| has(member.beat.role) && member.serves(model, now))
     }
 
-    /// Roads for KV of this model that are broken, each with its last error. Requests go round them.
-    pub fn broken_roads(&self, model: &ModelFingerprint, now: Instant) -> Vec<String> {
+    /// Links for KV of this model that are broken, each with its last error. Requests go round them.
+    pub fn broken_links(&self, model: &ModelFingerprint, now: Instant) -> Vec<String> {
         let mut broken: Vec<String> = self
             .workers()
             .filter(|m| m.serves(model, now))
@@ -95,7 +95,7 @@ impl Membership {
         broken
     }
 
-    /// What is the matter with workers, those with a deputy too.
+    /// What is the matter with workers, also where another one stands in.
     pub fn complaints(&self, now: Instant) -> Vec<String> {
         let complaints = self
             .workers()

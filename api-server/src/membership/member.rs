@@ -23,7 +23,7 @@ pub struct Member {
     pub facts: Facts,
     /// Members that can take over KV of this incarnation.
     pub readers: Arc<SlotSet>,
-    /// The life before this one, whose last words may come late.
+    /// The life before this one, whose messages may come late.
     pub(super) former: Option<Incarnation>,
     /// Bytes of the beat.
     pub(super) bytes: usize,

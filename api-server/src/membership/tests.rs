@@ -123,16 +123,16 @@ fn a_restart_loses_the_old_life() {
     let mut members = Membership::default();
     let joined = members.beat(beat("c", Role::Context, &[]), now);
     assert_eq!(joined, Taken::Joined(0));
-    let mut reborn = beat("c", Role::Context, &[]);
-    reborn.incarnation = Incarnation(2);
-    let Taken::Restarted(0, lost) = members.beat(reborn.clone(), now) else {
+    let mut restarted = beat("c", Role::Context, &[]);
+    restarted.incarnation = Incarnation(2);
+    let Taken::Restarted(0, lost) = members.beat(restarted.clone(), now) else {
         panic!("another incarnation is a restart");
     };
     assert_eq!(lost.incarnation, Incarnation(1));
-    // Its last words overtake nobody.
+    // Its late messages overtake nobody.
     let late = members.beat(beat("c", Role::Context, &[]), now);
     assert_eq!(late, Taken::Late);
-    assert_eq!(members.beat(reborn, now), Taken::Known(0));
+    assert_eq!(members.beat(restarted, now), Taken::Known(0));
     let member = members.workers().next().unwrap();
     assert_eq!(member.beat.incarnation, Incarnation(2));
 }
@@ -147,7 +147,7 @@ fn health_names_what_is_missing() {
     assert_eq!(members.faults(&fingerprint(), now).len(), 1);
     members.beat(beat("d", Role::Decode, &["c"]), now);
     assert!(members.faults(&fingerprint(), now).is_empty());
-    assert!(members.broken_roads(&fingerprint(), now).is_empty());
+    assert!(members.broken_links(&fingerprint(), now).is_empty());
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn the_longest_sequence_is_what_a_pair_that_is_connected_can_hold() {
 }
 
 #[test]
-fn a_broken_road_is_named_until_it_is_mended() {
+fn a_broken_link_is_named_until_it_is_mended() {
     let now = Instant::now();
     let mut members = Membership::default();
     members.beat(beat("c", Role::Context, &[]), now);
@@ -195,11 +195,11 @@ fn a_broken_road_is_named_until_it_is_mended() {
         broken.peers[0].state = state;
         broken.peers[0].error = error.map(str::to_owned);
         members.beat(broken, now);
-        let roads = members.broken_roads(&fingerprint(), now);
-        assert_eq!(roads.len(), shown, "{state:?}: {roads:?}");
+        let links = members.broken_links(&fingerprint(), now);
+        assert_eq!(links.len(), shown, "{state:?}: {links:?}");
         assert!(members.faults(&fingerprint(), now).is_empty());
-        for road in roads {
-            assert_eq!(road, "e cannot read KV from c: cut");
+        for link in links {
+            assert_eq!(link, "e cannot read KV from c: cut");
         }
     }
 }

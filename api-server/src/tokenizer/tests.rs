@@ -54,7 +54,7 @@ fn smollm2_chats_and_texts_are_the_originals() {
             *ids,
             "of {text:?}"
         );
-        // The table of the fast road against the tokenizer's own decoder, special tokens left out by both.
+        // The table of the fast path against the tokenizer's own decoder, special tokens left out by both.
         let decoded = model.tokenizer.decode(ids, true).unwrap();
         assert_eq!(model.text(ids), decoded, "of {ids:?}");
     }

@@ -222,10 +222,10 @@ fn input(said: Said, attempts: u32, output: usize) -> Input {
     }
 }
 
-fn target(Who(name, reborn): Who) -> Target {
+fn target(Who(name, restarted): Who) -> Target {
     Target {
         worker: WorkerId::new(format!("w{}", name % 4)).expect("a name"),
-        incarnation: Incarnation(reborn.into()),
+        incarnation: Incarnation(restarted.into()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! What decode workers read of others' KV: descriptors, plans made of handles, and messages of the staged road.
+//! What decode workers read of others' KV: descriptors, plans made of handles, and messages of the staged transport.
 
 use std::num::NonZeroU64;
 
@@ -46,7 +46,7 @@ struct Rank {
 
 /// A descriptor that is taken has an arena with bytes, which lie in the address space, and what is read to try it lies in it. A
 /// handle against the layout of a worker: a plan that is made reads every byte of the wanted blocks once, into them and
-/// nowhere else. A message of the staged road asks for nothing outside of the arena.
+/// nowhere else. A message of the staged transport asks for nothing outside of the arena.
 pub fn transfer(data: &[u8]) {
     let Ok(case) = Case::arbitrary(&mut Unstructured::new(data)) else {
         return;

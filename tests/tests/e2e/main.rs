@@ -1,4 +1,4 @@
-//! The whole road, end to end. One binary, so that it is linked once.
+//! Real processes, end to end. One binary, so that it is linked once.
 
 mod api_server;
 mod bad_input;

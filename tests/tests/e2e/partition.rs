@@ -53,8 +53,8 @@ async fn pull_under_way(cluster: &Cluster, network: &Network, from: usize) -> (S
     (context, decode)
 }
 
-/// The state of a road as its decode worker last said it.
-fn road(message: &Message, decode: &str, context: &str) -> Option<(PeerState, Option<String>)> {
+/// The state of a link as its decode worker last said it.
+fn link(message: &Message, decode: &str, context: &str) -> Option<(PeerState, Option<String>)> {
     if message.kind() != Some(("beat", decode)) {
         return None;
     }
@@ -87,7 +87,7 @@ fn status(cluster: &Cluster) -> (String, bool) {
     (text, output.status.success())
 }
 
-/// One road of two by two is cut in the middle of a pull, and the road to a worker that joins is cut before it connects.
+/// One link of two by two is cut in the middle of a pull, and the link to a worker that joins is cut before it connects.
 #[tokio::test]
 async fn a_cut_road_is_seen_named_gone_round_and_comes_back() {
     let Some(network) = Network::new() else {
@@ -130,7 +130,7 @@ async fn a_cut_road_is_seen_named_gone_round_and_comes_back() {
             "the cut to be seen",
             from,
             SEEN_WITHIN,
-            |message| match road(message, &decode, &context)? {
+            |message| match link(message, &decode, &context)? {
                 (PeerState::Broken, error) => Some((message.at, error)),
                 _ => None,
             },
@@ -143,7 +143,7 @@ async fn a_cut_road_is_seen_named_gone_round_and_comes_back() {
     let trace = traces.values().next().expect("one generation");
     assert!(
         trace.prefills.len() >= 2,
-        "KV came over a road that was cut"
+        "KV came over a link that was cut"
     );
 
     // named, and no reason to take the whole cluster out
@@ -203,7 +203,7 @@ async fn a_cut_road_is_seen_named_gone_round_and_comes_back() {
     cluster.drained(PATIENCE).await;
 }
 
-/// With the only road cut, what is on its way ends with an error that says why, and what comes is refused at once.
+/// With the only link cut, what is on its way ends with an error that says why, and what comes is refused at once.
 #[tokio::test]
 async fn with_every_road_cut_the_error_says_so() {
     let Some(network) = Network::new() else {

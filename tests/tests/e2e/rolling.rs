@@ -220,8 +220,8 @@ async fn a_worker_that_joins_has_its_connections_before_its_first_job() {
         println!("the first job of {name} came after {waited:?}");
         assert!(waited < Duration::from_secs(2), "{name} waited {waited:?}");
 
-        // the road of that job was ready in a beat before it
-        let road: (Option<&str>, String, Incarnation) = match role {
+        // the link of that job was ready in a beat before it
+        let link: (Option<&str>, String, Incarnation) = match role {
             Role::Decode => {
                 let handle = job.read::<DecodeJob>().handle;
                 (Some(&name), handle.worker.to_string(), handle.incarnation)
@@ -231,15 +231,15 @@ async fn a_worker_that_joins_has_its_connections_before_its_first_job() {
         let was_ready = cluster.tap.heard(from, |message| {
             let beat = message.is("beat").then(|| message.read::<Beat>())?;
             let ready = message.index < job.index
-                && road.0.is_none_or(|reader| beat.worker.as_str() == reader)
+                && link.0.is_none_or(|reader| beat.worker.as_str() == reader)
                 && beat.peers.iter().any(|peer| {
                     peer.state == PeerState::Ready
-                        && peer.worker.as_str() == road.1
-                        && peer.incarnation == road.2
+                        && peer.worker.as_str() == link.1
+                        && peer.incarnation == link.2
                 });
             ready.then_some(())
         });
-        assert!(!was_ready.is_empty(), "{name} got a job before its road");
+        assert!(!was_ready.is_empty(), "{name} got a job before its link");
         load.goes_on().await;
     }
     load.stop().await;

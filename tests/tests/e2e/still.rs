@@ -67,7 +67,7 @@ async fn a_bus_that_stands_still_ends_nothing() {
     assert_eq!(
         (trace.prefills.len(), trace.decodes.len()),
         (1, 1),
-        "it was begun anew"
+        "it was retried"
     );
     cluster.ready().await;
     cluster.drained(PATIENCE).await;

@@ -1,4 +1,4 @@
-//! Something inside of a process hangs: it is seen, said, and ended, to be started anew; and every request is answered rightly.
+//! Something inside of a process hangs: it is seen, said, and ended, to be started again; and every request is answered rightly.
 
 use std::os::unix::process::ExitStatusExt;
 use std::time::Duration;

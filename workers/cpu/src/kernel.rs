@@ -112,7 +112,7 @@ pub struct Ops {
 }
 
 /// Compiles the operations with some target features on. The bodies are `#[inline(always)]`, so they are
-/// compiled, and vectorised, anew inside each of these functions.
+/// compiled, and vectorised, again inside each of these functions.
 macro_rules! compile {
     ($name:ident, $features:meta, $weights:ty, $attention:ty) => {
         mod $name {

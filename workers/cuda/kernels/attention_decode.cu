@@ -80,12 +80,12 @@ DEVICE int first_tile(int kv_len, int window) { return window > 0 && kv_len > wi
 extern "C" __constant__ const int attention_decode_launch[4] = {kThreads, kSharedBytes, kSequencesMax, kGridMax};
 
 // qkv: [sequence][(GROUP + 2)·kv_heads heads][HEAD_DIM], queries, keys, values, as the product left them; bias of a row's length, or
-// null; q_norm, k_norm [HEAD_DIM], or null; turns [sequence][HEAD_DIM/2] of (cosine, sine). out: [sequence][query
+// null; q_norm, k_norm [HEAD_DIM], or null; rope_table [sequence][HEAD_DIM/2] of (cosine, sine). out: [sequence][query
 // head][HEAD_DIM]. `header[sequences_at]`: how many sequences; seq_kv_len and seq_table have room for sequences_room, at least one.
 // scale: of q·k. window: tokens seen, 0 all.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ qkv, const u32* __restrict__ bias,
-                 const u32* __restrict__ q_norm, const u32* __restrict__ k_norm, const float4* __restrict__ turns,
+                 const u32* __restrict__ q_norm, const u32* __restrict__ k_norm, const float4* __restrict__ rope_table,
                  bf16* __restrict__ out, bf16* arena, const int* __restrict__ header, const int* __restrict__ seq_kv_len,
                  const int* __restrict__ seq_table, const int* __restrict__ tables, float* partial, int* counters,
                  int sequences_at, int sequences_room, int layer, int layers, int kv_heads, float scale, int window, float eps) {
@@ -293,7 +293,7 @@ attention_decode(const __grid_constant__ TensorMap map, const u32* __restrict__ 
     dependency_trigger();
 
     const float scale_log2 = scale * kLog2E;
-    const FromProduct from_product{qkv, bias, q_norm, k_norm, turns, kv_heads, eps};
+    const FromProduct from_product{qkv, bias, q_norm, k_norm, rope_table, kv_heads, eps};
     int stage_at = 0;
     u32 parity = 0;
 

@@ -1,7 +1,7 @@
 // Attention over the paged arena, one warp per query row and head, KV token after KV token with a running maximum and sum
 // (Milakov and Gimelshein, arXiv:1805.02867). Any even HEAD_DIM up to 256, any group, prefill and decode alike.
 //
-// This is the road for head sizes that the tensor-core kernels do not know, and what they are checked against. Every key and
+// This is the kernel for head sizes that the tensor-core kernels do not know, and what they are checked against. Every key and
 // value is read by each row that sees it, so it is far from any floor on long prompts.
 //
 // kernel attention_plain spill_bytes_max=0

@@ -41,7 +41,7 @@ private:
 // What the product left, and what is made of it how: attention_decode's arguments.
 struct FromProduct {
     const u32 *qkv, *bias, *q_norm, *k_norm;
-    const float4* turns;
+    const float4* rope_table;
     int kv_heads;
     float eps;
 };
@@ -55,7 +55,7 @@ struct Made {
     DEVICE void make(const FromProduct& from, int sequence, int kv_head, bool last, int lane) {
         const int g = lane / 4, t = lane % 4;
         const u32* const row = from.qkv + (long long)sequence * (kGroup + 2) * from.kv_heads * (kDim / 2);
-        const float4* const turn = from.turns + sequence * kQuads;
+        const float4* const turn = from.rope_table + sequence * kQuads;
         const int first_head = kv_head * kGroup, key_head = from.kv_heads * kGroup + kv_head, value_head = key_head + from.kv_heads;
         auto at_head = [&](const u32* row, int head) { return row ? row + head * (kDim / 2) : nullptr; };
         // All that is waited for is on its way before anything is used, as far as there are registers.

@@ -1,6 +1,6 @@
 // What every kernel uses: PTX wrappers with the field's names, packing, warp reductions.
 //
-// Compiled by NVRTC for one architecture at a time, so `__CUDA_ARCH__` chooses the road. Nothing here beyond
+// Compiled by NVRTC for one architecture at a time, so `__CUDA_ARCH__` chooses the code. Nothing here beyond
 // sm_80 stands outside an `#if`. Sizes are bytes unless a name says otherwise.
 #pragma once
 

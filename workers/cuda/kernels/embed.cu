@@ -51,14 +51,14 @@ extern "C" __global__ void embed_scaled(
     for (int i = threadIdx.x; i < places; i += blockDim.x) squares[row * places + i] = i == 0 ? sum : 0.0f;
 }
 
-// turns [rows][half] of (cosine, sine); frequencies [half]. Grid: rows.
-extern "C" __global__ void angles(float2* turns, const double* frequencies, const int* row_position, int half) {
+// rope_table [rows][half] of (cosine, sine); frequencies [half]. Grid: rows.
+extern "C" __global__ void angles(float2* rope_table, const double* frequencies, const int* row_position, int half) {
     dependency_trigger();
     dependency_wait();
     double position = row_position[blockIdx.x];
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         double sine, cosine;
         sincos(position * frequencies[i], &sine, &cosine);
-        turns[(long long)blockIdx.x * half + i] = make_float2((float)cosine, (float)sine);
+        rope_table[(long long)blockIdx.x * half + i] = make_float2((float)cosine, (float)sine);
     }
 }

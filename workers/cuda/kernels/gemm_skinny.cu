@@ -23,30 +23,30 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PORTABLE)
 #include "gemm_hopper.cuh"
-namespace road = hopper;
+namespace arch = hopper;
 #define TILE_OUT M_TILE
 #else
 #include "gemm_ampere.cuh"
-namespace road = ampere;
+namespace arch = ampere;
 #define TILE_OUT 128
 #endif
 
 // For the host: outputs per tile, rows per pass, threads per CTA, dynamic shared memory in bytes.
-extern "C" __device__ const int gemm_skinny_shape[4] = {TILE_OUT, N_TILE, road::THREADS, road::SHARED};
+extern "C" __device__ const int gemm_skinny_shape[4] = {TILE_OUT, N_TILE, arch::THREADS, arch::SHARED};
 
 // y = bf16(x·wᵀ + bias)
-extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_store(const __grid_constant__ SkinnyGemm p) {
-    road::gemm<STORE>(p);
+extern "C" __global__ void __launch_bounds__(arch::THREADS, 1) gemm_skinny_store(const __grid_constant__ SkinnyGemm p) {
+    arch::gemm<STORE>(p);
 }
 // residual += x·wᵀ + bias; y = bf16(residual·gamma); y_ssq
-extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_residual(const __grid_constant__ SkinnyGemm p) {
-    road::gemm<RESIDUAL>(p);
+extern "C" __global__ void __launch_bounds__(arch::THREADS, 1) gemm_skinny_residual(const __grid_constant__ SkinnyGemm p) {
+    arch::gemm<RESIDUAL>(p);
 }
 // y = bf16(silu(gate)·up), rows of w: 8 of gate, 8 of up, 8 of gate, ...
-extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_swiglu(const __grid_constant__ SkinnyGemm p) {
-    road::gemm<SWIGLU>(p);
+extern "C" __global__ void __launch_bounds__(arch::THREADS, 1) gemm_skinny_swiglu(const __grid_constant__ SkinnyGemm p) {
+    arch::gemm<SWIGLU>(p);
 }
 // y = f32(x·wᵀ)
-extern "C" __global__ void __launch_bounds__(road::THREADS, 1) gemm_skinny_logits(const __grid_constant__ SkinnyGemm p) {
-    road::gemm<LOGITS>(p);
+extern "C" __global__ void __launch_bounds__(arch::THREADS, 1) gemm_skinny_logits(const __grid_constant__ SkinnyGemm p) {
+    arch::gemm<LOGITS>(p);
 }

@@ -1,4 +1,4 @@
-// What both roads of the skinny GEMM share: its parameters, the variants, e4m3 to bf16.
+// What both architectures of the skinny GEMM share: its parameters, the variants, e4m3 to bf16.
 #pragma once
 
 #include "common.cuh"

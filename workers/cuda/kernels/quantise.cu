@@ -1,6 +1,6 @@
 // What cuBLASLt multiplies where weights are FP8: activations as e4m3 with a scale a row, made here from attention's output and
 // (beside the operations that they follow) in rms_norm.cu and swiglu.cu; or, where a GPU or a format has no such product,
-// the weights as BF16, made anew for each product.
+// the weights as BF16, made again for each product.
 //
 // Floors: quantise rows * count * (2 + 1) bytes, one block a row; dequantise outputs * inputs * (1 + 2) bytes, 16 numbers a thread.
 //

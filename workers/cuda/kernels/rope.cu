@@ -15,10 +15,10 @@
 #define EACH ((HALF + 31) / 32)
 
 // qkv [rows][(heads + 2 kv_heads) * HEAD_DIM]; bias of a row's length, or null; q_norm, k_norm [HEAD_DIM], or null;
-// turns [rows][HALF]; q [rows][heads][HEAD_DIM]; row_slot: block * block_tokens + offset, or negative for a row that is
+// rope_table [rows][HALF]; q [rows][heads][HEAD_DIM]; row_slot: block * block_tokens + offset, or negative for a row that is
 // only there to fill a batch. Grid: (ceil((heads + 2 kv_heads) / 4), rows); 128 threads.
 extern "C" __global__ void rope(
-    const u16* qkv, const u16* bias, const u16* q_norm, const u16* k_norm, float eps, const float2* turns,
+    const u16* qkv, const u16* bias, const u16* q_norm, const u16* k_norm, float eps, const float2* rope_table,
     const int* row_slot, u16* q, u16* arena, int heads, int kv_heads, int layers, int layer, int block_tokens
 ) {
     dependency_trigger();
@@ -69,7 +69,7 @@ extern "C" __global__ void rope(
     for (int k = 0; k < EACH; k++) {
         int i = lane + k * 32;
         if (i < HALF) {
-            float2 turn = is_value ? make_float2(1.0f, 0.0f) : turns[row * HALF + i];
+            float2 turn = is_value ? make_float2(1.0f, 0.0f) : rope_table[row * HALF + i];
             to[i] = bf16_of(low[k] * turn.x - high[k] * turn.y);
             to[i + HALF] = bf16_of(high[k] * turn.x + low[k] * turn.y);
         }

@@ -6,13 +6,13 @@
 //!
 //! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
 //! logits; `model/attention` chooses among the attention kernels; `model/chain` multiplies up to 8 rows, `products/skinny`
-//! few and `products/many` many; `gpu/graph` captures a decode step whole, once for each size of batch; `executor` puts them
+//! few and `products/prefill_gemm` many; `gpu/graph` captures a decode step whole, once for each size of batch; `executor` puts them
 //! together and takes the tokens back. `gpu/` knows devices, memory and kernels, but no model.
 //!
 //! # Numbers
 //! Weights, KV and what enters a product are BF16; weights may be FP8, and then what many rows are multiplied as is FP8
 //! too. Sums, the residual stream and logits are f32. No sum depends on which block comes first, so the same step gives
-//! the same bits again. Another batch size may take another road through a product and differ in rounding: unlike on a
+//! the same bits again. Another batch size may take another path through a product and differ in rounding: unlike on a
 //! CPU, logits are the same within a tolerance, not to the bit, whatever the company.
 
 // Kernels and products have as many arguments as they have.
@@ -39,7 +39,7 @@ pub use gpu::sources;
 pub use model::CudaModel;
 pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 pub use options::CudaOptions;
-pub use products::gemm::{Blas, Numbers, Output, Product};
+pub use products::gemm::{Blas, Dtype, Output, Product};
 pub use products::matrix::{Format, Matrix, Rows};
 pub use sampling::{Answer, Batch, Sampler};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};

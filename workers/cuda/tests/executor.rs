@@ -76,7 +76,7 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
     assert!(error.contains("there is no GPU 999"), "{error}");
 }
 
-/// Other batch sizes take other roads through a product: the same within the rounding of BF16 activations.
+/// Other batch sizes take other paths through a product: the same within the rounding of BF16 activations.
 #[test]
 #[ignore = "needs a GPU"]
 fn logits_hardly_depend_on_the_company() {
@@ -204,7 +204,7 @@ fn fp8_logits_are_those_of_the_plain_decoder_with_the_same_weights() {
     }
 }
 
-/// More sequences than the road of few rows takes, in a captured graph: each of one token.
+/// More sequences than the skinny GEMM takes, in a captured graph: each of one token.
 #[test]
 #[ignore = "needs a GPU"]
 fn a_large_batch_is_what_its_sequences_are_alone() {

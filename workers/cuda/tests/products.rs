@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use baton_cuda::{Blas, Buffer, Device, Numbers, Output, Product};
+use baton_cuda::{Blas, Buffer, Device, Dtype, Output, Product};
 use baton_executor_tests::Random;
 use baton_model::f32_from_e4m3;
 
@@ -106,7 +106,7 @@ impl Matrix {
             rows,
             outputs: self.outputs,
             inputs: n,
-            numbers: Numbers::E4m3 {
+            dtype: Dtype::E4m3 {
                 w_scales: if blocks {
                     self.on_device.2.at(0)
                 } else {

@@ -8,7 +8,7 @@ mod support;
 use std::time::{Duration, Instant};
 
 use baton_transfer::{Agent, Arena, PeerKey, Read};
-use support::{ROADS, Server, matches};
+use support::{Server, TRANSPORTS, matches};
 
 const ARENA_BYTES: u64 = 256 << 20;
 /// Read in one pull: some 500 tokens of an 8-billion-parameter model.
@@ -25,7 +25,7 @@ fn main() {
         .enable_time()
         .build()
         .expect("a runtime");
-    for tls in ROADS {
+    for tls in TRANSPORTS {
         runtime.block_on(measure(tls));
     }
 }

@@ -19,7 +19,7 @@
 //! Files: `agent` is the handle, `thread` the loop behind it, `worker` the UCX worker that it turns, `descriptor` what a peer says
 //! of itself, `peer` one connection, `flow` how it fares, `pull` one set of reads, `context` UCX's configuration, `arena` the memory, `memory` what
 //! there is of it, `probe`
-//! what is told of a connection, `stage` the road through host memory for GPUs that cannot be read in place, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
+//! what is told of a connection, `stage` the transport through host memory for GPUs that cannot be read in place, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
 //! bell, `plan` pure arithmetic.
 #![warn(
     clippy::unwrap_used,

@@ -109,28 +109,28 @@ pub(crate) fn transports(context: &Context) -> String {
     distinct(names)
 }
 
-/// Ends the name of a road on which the peer answers reads with messages.
+/// Ends the name of a transport on which the peer answers reads with messages.
 const EMULATED: &str = " emulated";
 
 /// How reads over this connection travel; the link is told too.
 pub(crate) fn describe(link: &Link, ucx: UcxVersion) -> String {
     let text = printed(|file| link.print_info(file));
     tracing::debug!("{text}");
-    let road = road(&text, ucx);
-    link.emulated.set(road.ends_with(EMULATED));
-    road
+    let transport = transport(&text, ucx);
+    link.emulated.set(transport.ends_with(EMULATED));
+    transport
 }
 
 /// Transports that read a GPU's memory in place.
 const READ_GPUS: [&str; 3] = ["cuda_ipc", "rc", "dc"];
 
-/// Whether this road, as [`describe`] names it, reads GPU memory in place.
-pub(crate) fn reads_gpus(road: &str) -> bool {
+/// Whether this transport, as [`describe`] names it, reads GPU memory in place.
+pub(crate) fn reads_gpus(transport: &str) -> bool {
     let reads = |name: &str| READ_GPUS.iter().any(|reads| name.starts_with(reads));
-    !road.ends_with(EMULATED) && road.split(',').any(reads)
+    !transport.ends_with(EMULATED) && transport.split(',').any(reads)
 }
 
-/// The name of the staged road over this connection: `tcp staged`.
+/// The name of the staged transport over this connection: `tcp staged`.
 pub(crate) fn describe_staged(link: &Link) -> String {
     let text = printed(|file| link.print_info(file));
     tracing::debug!("{text}");
@@ -145,7 +145,7 @@ pub(crate) fn describe_staged(link: &Link) -> String {
 /// Reads UCX's description of an endpoint: `lane[1]:  4:posix/memory.0 md[3] …` is a lane, and
 /// `get[1]: …` says that lane 1 can read remote memory by itself. Where none can, reads become messages
 /// that the peer answers. Releases since 1.14 no longer say which, but sockets never can.
-fn road(text: &str, ucx: UcxVersion) -> String {
+fn transport(text: &str, ucx: UcxVersion) -> String {
     let lanes = || text.lines().filter(|line| line.contains("lane["));
     let reads = |lane: &&str| {
         let number = lane
@@ -215,34 +215,34 @@ mod tests {
 # lane[0]:  3:sysv/memory.0 md[2]  -> md[2]/sysv/sysdev[255] am am_bw#0 keepalive
 # lane[1]:  4:posix/memory.0 md[3]  -> md[3]/posix/sysdev[255]
 # get[1]: 0..<bcopy>..(inf)";
-        assert_eq!(road(text, OLD), "posix");
+        assert_eq!(transport(text, OLD), "posix");
     }
 
     #[test]
     fn without_one_reads_are_emulated() {
         let text =
             "# lane[0]:  1:tcp/lo.0 md[1]  -> md[1]/tcp/sysdev[255] am am_bw#0 keepalive wireup\n#";
-        assert_eq!(road(text, OLD), "tcp emulated");
-        assert_eq!(road(text, UcxVersion(1, 22, 0)), "tcp emulated");
+        assert_eq!(transport(text, OLD), "tcp emulated");
+        assert_eq!(transport(text, UcxVersion(1, 22, 0)), "tcp emulated");
         assert_eq!(
-            road("# lane[0]:  3:sysv/memory.0 md[2]", UcxVersion(1, 22, 0)),
+            transport("# lane[0]:  3:sysv/memory.0 md[2]", UcxVersion(1, 22, 0)),
             "sysv"
         );
     }
 
     #[test]
     fn roads_that_read_gpus_are_told_apart() {
-        for road in ["cuda_ipc", "rc_mlx5", "tcp,cuda_ipc", "dc_mlx5,cuda_ipc"] {
-            assert!(reads_gpus(road), "{road}");
+        for transport in ["cuda_ipc", "rc_mlx5", "tcp,cuda_ipc", "dc_mlx5,cuda_ipc"] {
+            assert!(reads_gpus(transport), "{transport}");
         }
-        for road in [
+        for transport in [
             "tcp emulated",
             "tcp",
             "sysv,posix",
             "tcp,cuda_copy",
             "cuda_ipc emulated",
         ] {
-            assert!(!reads_gpus(road), "{road}");
+            assert!(!reads_gpus(transport), "{transport}");
         }
     }
 

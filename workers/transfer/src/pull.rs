@@ -242,7 +242,7 @@ impl Reading {
             ..Default::default()
         };
         if let (Some(handle), MemoryType::Cuda) = (region.handle(), region.memory()) {
-            // Or UCX registers the destination anew for each read, which takes 20 µs.
+            // Or UCX registers the destination again for each read, which takes 20 µs.
             param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
             param.memh = handle;
         }

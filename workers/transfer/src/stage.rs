@@ -1,4 +1,4 @@
-//! The staged road: KV through host memory, where a peer cannot read GPU memory in place.
+//! The staged transport: KV through host memory, where a peer cannot read GPU memory in place.
 //!
 //! A read by one side alone would have to find in the peer's host memory what nobody has told it to put there. So the reader
 //! asks: it names ranges, at most a slot's worth at a time, and some slots ahead. The peer copies them from its arena into a
@@ -84,7 +84,7 @@ pub trait Staging {
 /// Makes a [`Staging`] on the agent's thread, when the first peer needs it.
 pub type MakeStaging = Arc<dyn Fn() -> Result<Box<dyn Staging>, String> + Send + Sync>;
 
-/// What both sides of the staged road share.
+/// What both sides of the staged transport share.
 pub(crate) struct Stage {
     make: MakeStaging,
     pub(crate) inbox: Rc<Inbox>,

@@ -33,7 +33,7 @@ use crate::worker::Worker;
 pub(crate) use self::command::{Command, Guard, Ready, Setup};
 
 /// The thread spins this long after the last activity before it sleeps. A target that slept at once would
-/// be scheduled anew for each fragment of an emulated read: that was twenty times slower.
+/// be scheduled again for each fragment of an emulated read: that was twenty times slower.
 const LINGER: Duration = Duration::from_micros(200);
 
 /// And this long past the last pull into GPU memory. To fall asleep and be woken takes a quarter of a millisecond, which is a third
@@ -347,12 +347,12 @@ impl Mover {
             || self.stage.is_copying()
     }
 
-    /// What peers want of the staged road.
+    /// What peers want of the staged transport.
     fn serve(&mut self, now: Instant) -> bool {
-        let letters = self.stage.letters(self.links.values());
+        let received = self.stage.received(self.links.values());
         // With several arenas nobody was welcome.
         let bytes = self.regions.first().bytes();
-        let (busy, broken) = self.serving.turn(self.worker.handle, letters, bytes, now);
+        let (busy, broken) = self.serving.turn(self.worker.handle, received, bytes, now);
         self.close_all(broken);
         busy
     }

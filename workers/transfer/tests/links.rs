@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_transfer::{Agent, Arena, PeerKey, Read, TransferError};
-use support::{ROADS, SERVER_TEST, STAGED, Server, config, matches, range, until};
+use support::{SERVER_TEST, STAGED, Server, TRANSPORTS, config, matches, range, until};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
@@ -25,9 +25,9 @@ fn serve_an_arena() {
     support::serve();
 }
 
-/// Runs a test over each of these roads, connected to a server of 64 MiB filled with 1. Connections stall after `stall`.
+/// Runs a test over each of these transports, connected to a server of 64 MiB filled with 1. Connections stall after `stall`.
 fn over(
-    roads: &[Option<&'static str>],
+    transports: &[Option<&'static str>],
     stall: Duration,
     test: impl AsyncFn(Server, Agent, Arena, Option<&'static str>),
 ) {
@@ -35,7 +35,7 @@ fn over(
         .enable_time()
         .build()
         .expect("a runtime");
-    for &tls in roads {
+    for &tls in transports {
         println!("UCX_TLS {tls:?}");
         let server = Server::start(64 << 20, 1, tls);
         let config = config(64 << 20, tls);
@@ -136,7 +136,7 @@ fn a_peer_that_delivers_nothing_is_given_up_long_before_the_deadline() {
 #[test]
 fn a_pull_that_is_given_up_leaves_the_others_and_the_link() {
     const SOON: Duration = Duration::from_millis(300);
-    over(&ROADS, LONG, async |_server, agent, arena, _| {
+    over(&TRANSPORTS, LONG, async |_server, agent, arena, _| {
         let guard = Arc::new(());
         let aborted = pull(&agent, endless(), guard.clone(), 100 * LONG);
         under_way(&agent, 1).await;
@@ -165,7 +165,7 @@ fn a_pull_that_is_given_up_leaves_the_others_and_the_link() {
 
 #[test]
 fn pulls_of_one_link_take_turns() {
-    over(&ROADS, LONG, async |_server, agent, arena, _| {
+    over(&TRANSPORTS, LONG, async |_server, agent, arena, _| {
         // One that never ends keeps nobody from ending.
         let forever = pull(&agent, endless(), Arc::new(()), 100 * LONG);
         under_way(&agent, 1).await;

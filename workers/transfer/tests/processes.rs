@@ -12,7 +12,7 @@ use baton_transfer::fuzzing;
 use baton_transfer::{
     Agent, AgentConfig, Arena, ArenaSource, GpuMemory, PeerKey, Read, TransferError, plan_reads,
 };
-use support::{ROADS, SERVER_TEST, STAGED, Server, config, fill, matches, range, until};
+use support::{SERVER_TEST, STAGED, Server, TRANSPORTS, config, fill, matches, range, until};
 
 const MIB: u64 = 1 << 20;
 /// Long enough for a machine under load; nothing waits for it unless something is wrong.
@@ -38,13 +38,13 @@ fn gpu_of(config: &mut AgentConfig) -> &mut GpuMemory {
     }
 }
 
-/// Runs a test over each road.
-fn over_each_road(test: impl AsyncFn(Option<&'static str>)) {
+/// Runs a test over each transport.
+fn over_each_transport(test: impl AsyncFn(Option<&'static str>)) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()
         .expect("a runtime");
-    for tls in ROADS {
+    for tls in TRANSPORTS {
         println!("UCX_TLS {tls:?}");
         runtime.block_on(test(tls));
     }
@@ -66,7 +66,7 @@ async fn pulls_rightly(agent: &Agent, arena: &Arena, peer: PeerKey, seed: u64) {
 
 #[test]
 fn scattered_blocks_arrive_whole() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(64 << 20, 7, tls);
         let (agent, arena) = agent(64 * MIB, tls);
         let report = agent
@@ -119,7 +119,7 @@ fn scattered_blocks_arrive_whole() {
 
 #[test]
 fn a_killed_peer_fails_the_pull_and_nothing_else() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let mut server = Server::start(64 << 20, 1, tls);
         let other = Server::start(64 << 20, 2, tls);
         let (agent, arena) = agent(64 * MIB, tls);
@@ -187,7 +187,7 @@ impl Drop for Watch {
 
 #[test]
 fn a_pull_from_a_stopped_peer_ends_at_its_deadline() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(64 << 20, 1, tls);
         let (agent, arena) = agent(64 * MIB, tls);
         agent
@@ -247,7 +247,7 @@ fn a_pull_from_a_stopped_peer_ends_at_its_deadline() {
 
 #[test]
 fn an_abandoned_pull_lets_go_of_its_guard() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(64 << 20, 1, tls);
         let (agent, arena) = agent(64 * MIB, tls);
         agent
@@ -272,7 +272,7 @@ fn an_abandoned_pull_lets_go_of_its_guard() {
 
 #[test]
 fn a_dead_reader_does_no_harm_to_its_target() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let (target, arena) = agent(64 * MIB, tls);
         fill(&arena, 5);
         let mut reader = Server::start(64 << 20, 0, tls);
@@ -292,7 +292,7 @@ fn a_dead_reader_does_no_harm_to_its_target() {
 
 #[test]
 fn a_stopped_reader_does_not_hinder_others() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let (target, arena) = agent(64 * MIB, tls);
         fill(&arena, 5);
         let mut reader = Server::start(64 << 20, 0, tls);
@@ -377,7 +377,7 @@ fn a_peer_without_host_memory_says_so() {
 
 #[test]
 fn shutdown_ends_what_is_under_way() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(64 << 20, 1, tls);
         let (agent, _arena) = agent(64 * MIB, tls);
         agent
@@ -424,7 +424,7 @@ fn forged(good: &TransferDescriptor) -> Vec<TransferDescriptor> {
 
 #[test]
 fn damaged_and_foreign_descriptors_are_refused() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(1 << 20, 1, tls);
         let good = &server.descriptor;
         let (agent, arena) = agent(8 * MIB, tls);
@@ -489,7 +489,7 @@ fn damaged_and_foreign_descriptors_are_refused() {
 
 #[test]
 fn reads_out_of_bounds_are_refused() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(8 << 20, 1, tls);
         let (agent, arena) = agent(4 * MIB, tls);
         let unknown = agent.pull(PEER, range(0, 8), (), LONG).await.map(|_| ());
@@ -547,7 +547,7 @@ fn reads_out_of_bounds_are_refused() {
 
 #[test]
 fn a_thousand_small_pulls() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let server = Server::start(8 << 20, 9, tls);
         let (agent, arena) = agent(8 * MIB, tls);
         agent
@@ -568,7 +568,7 @@ fn a_thousand_small_pulls() {
 
 #[test]
 fn concurrent_pulls_from_two_peers() {
-    over_each_road(async |tls| {
+    over_each_transport(async |tls| {
         let servers = [
             Server::start(32 << 20, 1, tls),
             Server::start(32 << 20, 2, tls),

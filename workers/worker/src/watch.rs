@@ -1,7 +1,7 @@
 //! What the watchdog looks at in a worker, and what becomes of what hangs.
 //!
 //! A stuck executor or transfer thread is told to the desk, which takes the worker out of service and ends it. A desk that is
-//! stuck itself can do nothing: the process is ended as it is. Either way a supervisor starts it anew, and the API servers go on
+//! stuck itself can do nothing: the process is ended as it is. Either way a supervisor starts it again, and the API servers go on
 //! elsewhere.
 
 use std::fmt;
@@ -76,7 +76,7 @@ impl Watching {
         let (desk, leaving) = (Pulse::default(), Pulse::default());
         watchdog.watch(&desk, DESK_PATIENCE, |time| {
             abort(format!(
-                "the worker's desk has not gone round for {} s: the process is ended, to be started anew",
+                "the worker's desk has not gone round for {} s: the process is ended, to be started again",
                 time.as_secs()
             ))
         });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_cuda::{
-    Blas, Buffer, Compiler, CudaError, Device, Module, Numbers, Output, Product, Shape, launch,
+    Blas, Buffer, Compiler, CudaError, Device, Dtype, Module, Output, Product, Shape, launch,
     sources::Source,
 };
 use cudarc::driver::{result, sys};
@@ -85,13 +85,13 @@ pub fn matmul_rate(device: &Arc<Device>, fp8: bool) -> Result<f64, CudaError> {
         rows: N,
         outputs: N,
         inputs: N,
-        numbers: match fp8 {
-            true => Numbers::E4m3 {
+        dtype: match fp8 {
+            true => Dtype::E4m3 {
                 w_scales: scales.at(0),
                 x_scales: scales.at(0),
                 blocks: false,
             },
-            false => Numbers::Bf16,
+            false => Dtype::Bf16,
         },
         output: Output::Bf16,
     };

@@ -79,7 +79,7 @@ impl Compiler {
         Ok(image)
     }
 
-    /// Compiles anew, and has the assembler report registers and spills.
+    /// Compiles again, and has the assembler report registers and spills.
     ///
     /// # Errors
     /// As [`Compiler::compile`].

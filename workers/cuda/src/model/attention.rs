@@ -33,10 +33,10 @@ pub struct Attention {
     window: usize,
     /// Of scores.
     scale: f32,
-    road: Road,
+    kernels: Kernels,
 }
 
-enum Road {
+enum Kernels {
     Plain(Kernel),
     Tiled(Box<Tiled>),
 }
@@ -55,7 +55,7 @@ pub struct Inputs {
     /// Of the norms.
     pub eps: f32,
     /// Cosines and sines of the rows' positions.
-    pub turns: CUdeviceptr,
+    pub rope_table: CUdeviceptr,
     /// Queries, for every other step; their keys and values are in the arena.
     pub q: CUdeviceptr,
 }
@@ -101,7 +101,7 @@ impl Attention {
             && matches!(kv.block_tokens, 16 | 32 | 64)
             // The copy engine counts rows in 31 bits.
             && i32::try_from(memory.len() / (spec.head_dim * 2)).is_ok();
-        let road = if tiled {
+        let kernels = if tiled {
             let rows = memory.len() / kv.block_bytes() * kv.block_bytes() / (spec.head_dim * 2);
             let arena = (arena, rows);
             let tiled = Tiled::new(
@@ -113,14 +113,14 @@ impl Attention {
                 arena,
                 sequences,
             )?;
-            Road::Tiled(Box::new(tiled))
+            Kernels::Tiled(Box::new(tiled))
         } else {
             let defines = [format!("HEAD_DIM={}", spec.head_dim)];
             let image = compiler.compile(&sources::ATTENTION_PLAIN, &defines)?;
-            Road::Plain(Module::load(device, &image)?.kernel("attention_plain", 0)?)
+            Kernels::Plain(Module::load(device, &image)?.kernel("attention_plain", 0)?)
         };
         Ok(Self {
-            road,
+            kernels,
             heads: spec.heads,
             window: spec.sliding_window.unwrap_or(0),
             scale: 1.0 / (spec.head_dim as f32).sqrt(),
@@ -154,7 +154,7 @@ impl Attention {
     /// Units of work of a step that is no decode step: (sequence, first row within it), those that see most first, so
     /// that blocks end together.
     pub fn work(&self, rows: &Rows) -> Vec<(i32, i32)> {
-        let Road::Tiled(tiled) = &self.road else {
+        let Kernels::Tiled(tiled) = &self.kernels else {
             return Vec::new();
         };
         let mut units = Vec::new();
@@ -170,15 +170,15 @@ impl Attention {
 
     /// The most units of a step of this many rows and sequences.
     pub fn work_max(&self, rows: usize, sequences: usize) -> usize {
-        match &self.road {
-            Road::Tiled(tiled) => rows / tiled.unit_rows + sequences,
-            Road::Plain(_) => 0,
+        match &self.kernels {
+            Kernels::Tiled(tiled) => rows / tiled.unit_rows + sequences,
+            Kernels::Plain(_) => 0,
         }
     }
 
     /// Whether attention itself makes queries, keys and values of what the product left, which is little beside its reading.
     pub fn makes_queries(&self, shape: StepShape) -> bool {
-        matches!(self.road, Road::Tiled(_)) && shape.work == 0
+        matches!(self.kernels, Kernels::Tiled(_)) && shape.work == 0
     }
 
     /// Attention of one layer over all rows of a step; without units of work, each sequence has one row.
@@ -198,8 +198,8 @@ impl Attention {
         let (layer, window, arena) = (layer as i32, self.window as i32, self.arena());
         // SAFETY: the kernels' arguments, by their files.
         unsafe {
-            match &self.road {
-                Road::Plain(kernel) => launch!(
+            match &self.kernels {
+                Kernels::Plain(kernel) => launch!(
                     kernel,
                     Shape::plane(self.heads.div_ceil(4), shape.rows, 128).early(),
                     q,
@@ -219,7 +219,7 @@ impl Attention {
                     window,
                     self.scale * std::f32::consts::LOG2_E,
                 ),
-                Road::Tiled(tiled) if shape.work == 0 => launch!(
+                Kernels::Tiled(tiled) if shape.work == 0 => launch!(
                     tiled.decode,
                     tiled.decode_shape,
                     tiled.arena,
@@ -227,7 +227,7 @@ impl Attention {
                     inputs.bias,
                     inputs.q_norm,
                     inputs.k_norm,
-                    inputs.turns,
+                    inputs.rope_table,
                     out,
                     arena,
                     at.header,
@@ -245,7 +245,7 @@ impl Attention {
                     window,
                     inputs.eps,
                 ),
-                Road::Tiled(tiled) => launch!(
+                Kernels::Tiled(tiled) => launch!(
                     tiled.prefill,
                     tiled.prefill_grid(shape.work * self.kv_group.kv_heads as usize),
                     tiled.arena,

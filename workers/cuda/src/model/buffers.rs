@@ -28,7 +28,7 @@ pub(crate) struct Buffers {
     /// Sums of squares of the residual stream, `[rows][ceil(hidden / 64)]`, or as many as [`Chain::squares`] says.
     pub(crate) squares: Buffer<f32>,
     /// Cosines and sines, `[rows][head_dim / 2][2]`.
-    pub(crate) turns: Buffer<f32>,
+    pub(crate) rope_table: Buffer<f32>,
     pub(crate) frequencies: Buffer<f64>,
     pub(crate) logits: Buffer<f32>,
     /// The best token of each row of logits, and what the kernel that finds it needs.
@@ -41,12 +41,12 @@ pub(crate) struct Buffers {
 pub(crate) const ARGMAX_PARTS: usize = 32;
 
 impl Buffers {
-    /// For layers of this kind; `few` if a step of few rows may go through [`crate::products::skinny`].
+    /// For layers of this kind; `is_skinny` if a step of few rows may go through [`crate::products::skinny`].
     pub(crate) fn new(
         device: &Arc<Device>,
         spec: &ModelSpec,
         (attention, mlp): (&AttentionSpec, &GatedMlpSpec),
-        few: bool,
+        is_skinny: bool,
         options: CudaOptions,
     ) -> Result<Self, CudaError> {
         let rows = rows_max(options);
@@ -57,7 +57,7 @@ impl Buffers {
         let normed = Buffer::zeroed(device, rows.max(logits_rows) * spec.hidden, "activations")?;
         let (attended, inner) = (numbers(q)?, numbers(mlp.intermediate)?);
         let squares = Chain::squares_max(spec.hidden).max(rows * spec.hidden.div_ceil(64));
-        let skinny = |buffer: &Buffer<u16>, width| match few {
+        let skinny = |buffer: &Buffer<u16>, width| match is_skinny {
             true => Activations::new(device, buffer.at(0), rows, width),
             false => Ok(Activations::default()),
         };
@@ -73,7 +73,7 @@ impl Buffers {
             attended,
             gate_up: numbers(2 * mlp.intermediate)?,
             inner,
-            turns: Buffer::zeroed(device, rows * dim, "activations")?,
+            rope_table: Buffer::zeroed(device, rows * dim, "activations")?,
             frequencies: Buffer::of(device, &frequencies, "rotary frequencies")?,
             logits: Buffer::zeroed(device, logits_rows * spec.vocab, "logits")?,
             best: Buffer::zeroed(device, logits_rows, "tokens")?,

@@ -162,7 +162,7 @@ impl Chain {
     }
 
     /// Whether a step of so many rows is faster this way (docs/cuda-gemm.md has the models that were timed). FP8 weights come too fast
-    /// for rows that are brought anew for each tile; BF16 weights need every block to read them.
+    /// for rows that are brought again for each tile; BF16 weights need every block to read them.
     pub fn takes(&self, rows: usize) -> bool {
         let faster = |variant: &Variant| match self.format {
             Format::Bf16 => self.balanced || rows == 1,

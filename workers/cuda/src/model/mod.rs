@@ -18,9 +18,9 @@ use crate::gpu::sources;
 use crate::launch;
 use crate::options::{CudaOptions, logits_rows, rows_max};
 use crate::products::gemm::Output;
-use crate::products::many::Many;
 use crate::products::matrix::Format;
-use crate::products::skinny::{self, End, Norm, Skinny};
+use crate::products::prefill_gemm::PrefillGemm;
+use crate::products::skinny::{self, Epilogue, Norm, Skinny};
 use crate::step::{StepAddresses, StepShape};
 use attention::{Attention, Inputs};
 use buffers::{ARGMAX_PARTS, Buffers};
@@ -38,7 +38,7 @@ pub struct CudaModel {
     weights: ModelWeights,
     kernels: Kernels,
     /// Products of steps of many rows.
-    many: Many,
+    prefill_gemm: PrefillGemm,
     /// Products of steps of few rows, if the sizes allow.
     skinny: Option<Skinny>,
     /// Several products at once, of steps of fewer rows still.
@@ -72,8 +72,8 @@ impl CudaModel {
         let weights = ModelWeights::load(device, spec, source)?;
         let formats: Vec<Format> = weights.matrices().map(|matrix| matrix.format).collect();
         let rows = rows_max(options);
-        let few = Skinny::takes_layers(spec.hidden, attention, mlp);
-        let skinny = match few {
+        let is_skinny = Skinny::takes_layers(spec.hidden, attention, mlp);
+        let skinny = match is_skinny {
             true => Some(Skinny::new(device, &compiler, rows, &formats)?),
             false => None,
         };
@@ -81,8 +81,9 @@ impl CudaModel {
             Some(_) => Chain::new(device, &compiler, spec, mlp, &weights)?,
             None => None,
         };
-        let many = Many::new(device, &compiler, spec, mlp, weights.matrices(), rows)?;
-        let buffers = Buffers::new(device, spec, (attention, mlp), few, options)?;
+        let prefill_gemm =
+            PrefillGemm::new(device, &compiler, spec, mlp, weights.matrices(), rows)?;
+        let buffers = Buffers::new(device, spec, (attention, mlp), is_skinny, options)?;
         Ok(Self {
             device: device.clone(),
             spec: spec.clone(),
@@ -91,7 +92,7 @@ impl CudaModel {
             compiler,
             weights,
             kernels,
-            many,
+            prefill_gemm,
             skinny,
             chain,
             buffers,
@@ -107,7 +108,7 @@ impl CudaModel {
         if fp8().count() > 0 {
             text += &format!(", {} of them FP8", fp8().count());
         }
-        let widened = fp8().filter(|w| self.many.widens(w)).count();
+        let widened = fp8().filter(|w| self.prefill_gemm.widens(w)).count();
         if widened > 0 {
             text += &format!(
                 "; {widened} of those are made BF16 for each step of more than {} tokens: this GPU has no \
@@ -163,12 +164,19 @@ impl CudaModel {
         let half = (self.attention.head_dim / 2) as i32;
         let rows = Shape::row(shape.rows, 128).early();
         let table = self.weights.embedding.buffer.at(0);
-        let few = self.skinny.is_some() && shape.rows <= skinny::ROWS_MAX;
+        let is_skinny = self.skinny.is_some() && shape.rows <= skinny::ROWS_MAX;
         // SAFETY: the kernels' arguments, by their files; buffers hold the shape's rows.
         unsafe {
-            let (turns, frequencies) = (b.turns.at(0), b.frequencies.at(0));
-            launch!(k.angles, rows, turns, frequencies, at.row_position, half)?;
-            if few {
+            let (rope_table, frequencies) = (b.rope_table.at(0), b.frequencies.at(0));
+            launch!(
+                k.angles,
+                rows,
+                rope_table,
+                frequencies,
+                at.row_position,
+                half
+            )?;
+            if is_skinny {
                 let gamma = self.weights.layers[0].attention_norm.at(0);
                 let (x, z, squares) = (b.x.at(0), b.normed.at(0), b.squares.at(0));
                 let (token, chosen) = (at.row_token, b.best.at(0));
@@ -192,8 +200,8 @@ impl CudaModel {
                 return self.layers_in_chains(chain, attention, shape, at);
             }
             for layer in 0..self.weights.layers.len() {
-                if few {
-                    self.layer_of_few(layer, attention, shape, at)?;
+                if is_skinny {
+                    self.decode_layer(layer, attention, shape, at)?;
                 } else {
                     self.layer_of_many(layer, attention, shape, at)?;
                 }
@@ -227,7 +235,7 @@ impl CudaModel {
         };
         // SAFETY: as `layers`; weights as loaded.
         unsafe {
-            self.qkv_of_few(0, shape.rows)?;
+            self.decode_qkv(0, shape.rows)?;
             for (index, layer) in self.weights.layers.iter().enumerate() {
                 attend(k, eps, b, layer, 0, index, attention, shape, at)?;
                 chain.launch(&self.weights, index, &streams, shape.rows)?;
@@ -251,7 +259,7 @@ impl CudaModel {
             spec: ModelSpec { rms_eps: eps, .. },
             weights,
             kernels,
-            many,
+            prefill_gemm,
             buffers: b,
             ..
         } = self;
@@ -262,15 +270,15 @@ impl CudaModel {
         let bias = layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0));
         // SAFETY: as `layers`; weights as loaded, activations of this many rows.
         unsafe {
-            many.norm(&layer.qkv, normed, x, &layer.attention_norm, 0, rows)?;
-            many.multiply(&layer.qkv, normed, qkv, rows, Output::Bf16)?;
+            prefill_gemm.norm(&layer.qkv, normed, x, &layer.attention_norm, 0, rows)?;
+            prefill_gemm.multiply(&layer.qkv, normed, qkv, rows, Output::Bf16)?;
             attend(kernels, *eps, b, layer, bias, index, attention, shape, at)?;
-            many.prepare(&layer.output, attended, rows)?;
-            many.multiply(&layer.output, attended, x, rows, Output::AddF32)?;
-            many.norm(&layer.gate_up, normed, x, &layer.mlp_norm, 0, rows)?;
-            many.multiply(&layer.gate_up, normed, gate_up, rows, Output::Bf16)?;
-            many.swiglu(&layer.down, inner, gate_up, rows)?;
-            many.multiply(&layer.down, inner, x, rows, Output::AddF32)
+            prefill_gemm.prepare(&layer.output, attended, rows)?;
+            prefill_gemm.multiply(&layer.output, attended, x, rows, Output::AddF32)?;
+            prefill_gemm.norm(&layer.gate_up, normed, x, &layer.mlp_norm, 0, rows)?;
+            prefill_gemm.multiply(&layer.gate_up, normed, gate_up, rows, Output::Bf16)?;
+            prefill_gemm.swiglu(&layer.down, inner, gate_up, rows)?;
+            prefill_gemm.multiply(&layer.down, inner, x, rows, Output::AddF32)
         }
     }
 
@@ -278,7 +286,7 @@ impl CudaModel {
     ///
     /// # Safety
     /// As [`Self::layers`], and there is a [`Skinny`].
-    unsafe fn layer_of_few(
+    unsafe fn decode_layer(
         &self,
         index: usize,
         attention: &Attention,
@@ -289,8 +297,8 @@ impl CudaModel {
         let skinny = self.skinny.as_ref().expect("the caller has looked");
         let layer = &weights.layers[index];
         let (rows, squares) = (shape.rows, b.squares.at(0));
-        let norm = Some(self.norm_of_few());
-        let residual = |gamma: &Buffer<u8>| End::Residual {
+        let norm = Some(self.decode_norm());
+        let residual = |gamma: &Buffer<u8>| Epilogue::Residual {
             residual: b.x.at(0),
             gamma: gamma.at(0),
             z: b.normed.at(0),
@@ -298,10 +306,10 @@ impl CudaModel {
         };
         let next = weights.layers.get(index + 1);
         let next = next.map_or(&weights.norm, |next| &next.attention_norm);
-        let swiglu = End::SwiGlu { y: b.inner.at(0) };
+        let swiglu = Epilogue::SwiGlu { y: b.inner.at(0) };
         // SAFETY: as `layers`; weights as loaded.
         unsafe {
-            self.qkv_of_few(index, rows)?;
+            self.decode_qkv(index, rows)?;
             attend(&self.kernels, eps, b, layer, 0, index, attention, shape, at)?;
             let end = residual(&layer.mlp_norm);
             skinny.multiply(&layer.output, &b.skinny_attended, rows, None, end)?;
@@ -313,21 +321,21 @@ impl CudaModel {
     /// A layer's queries, keys and values.
     ///
     /// # Safety
-    /// As [`Self::layer_of_few`].
-    unsafe fn qkv_of_few(&self, index: usize, rows: usize) -> Result<(), CudaError> {
+    /// As [`Self::decode_layer`].
+    unsafe fn decode_qkv(&self, index: usize, rows: usize) -> Result<(), CudaError> {
         let (b, layer) = (&self.buffers, &self.weights.layers[index]);
         let skinny = self.skinny.as_ref().expect("the caller has looked");
-        let end = End::Store {
+        let end = Epilogue::Store {
             y: b.qkv.at(0),
             bias: layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0)),
         };
-        let norm = Some(self.norm_of_few());
+        let norm = Some(self.decode_norm());
         // SAFETY: as the caller's; weights as loaded.
         unsafe { skinny.multiply(&layer.qkv, &b.skinny_normed, rows, norm, end) }
     }
 
     /// What a product of few rows begins with, where a product before it has left it.
-    fn norm_of_few(&self) -> Norm {
+    fn decode_norm(&self) -> Norm {
         Norm {
             squares: self.buffers.squares.at(0),
             parts: self.spec.hidden.div_ceil(skinny::SQUARES),
@@ -346,12 +354,12 @@ impl CudaModel {
                 let norm = match self.chain_of(rows) {
                     Some(_) => Norm {
                         parts: Chain::squares(self.spec.hidden),
-                        ..self.norm_of_few()
+                        ..self.decode_norm()
                     },
-                    None => self.norm_of_few(),
+                    None => self.decode_norm(),
                 };
                 let (head, x) = (self.weights.lm_head(), &b.skinny_normed);
-                let end = End::Logits { y: b.logits.at(0) };
+                let end = Epilogue::Logits { y: b.logits.at(0) };
                 // SAFETY: the last layer has left z and the squares; buffers hold the rows.
                 unsafe {
                     skinny.multiply(head, x, rows, Some(norm), end)?;
@@ -374,7 +382,7 @@ impl CudaModel {
     ) -> Result<(), CudaError> {
         let Self {
             weights,
-            many,
+            prefill_gemm,
             buffers: b,
             ..
         } = self;
@@ -382,8 +390,8 @@ impl CudaModel {
         let (x, normed, logits) = (b.x.at(0), b.normed.at(0), b.logits.at(0));
         // SAFETY: buffers hold this many rows.
         unsafe {
-            many.norm(head, normed, x, gamma, wanted, rows)?;
-            many.multiply(head, normed, logits, rows, Output::F32)?;
+            prefill_gemm.norm(head, normed, x, gamma, wanted, rows)?;
+            prefill_gemm.multiply(head, normed, logits, rows, Output::F32)?;
             self.argmax(rows)
         }
     }
@@ -432,7 +440,7 @@ unsafe fn attend(
         q_norm,
         k_norm,
         eps,
-        turns: b.turns.at(0),
+        rope_table: b.rope_table.at(0),
         q: b.q.at(0),
     };
     let (q_heads, kv_heads) = attention.heads();
@@ -449,7 +457,7 @@ unsafe fn attend(
                 q_norm,
                 k_norm,
                 inputs.eps,
-                inputs.turns,
+                inputs.rope_table,
                 at.row_slot,
                 inputs.q,
                 attention.arena(),

@@ -1,6 +1,6 @@
 //! A model's weights on the GPU, row-major as in the checkpoint, those that are multiplied together side by side.
 //!
-//! Projections stay FP8 where every road can read them; others become BF16 here. The host never holds more of a rearranged copy
+//! Projections stay FP8 where every path can read them; others become BF16 here. The host never holds more of a rearranged copy
 //! than [`STAGE_BYTES`].
 
 use std::cell::Cell;

@@ -30,7 +30,7 @@ pub enum Output {
 
 /// What is multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Numbers {
+pub enum Dtype {
     /// BF16 by BF16.
     Bf16,
     /// e4m3 by e4m3, times scales. On Hopper alone; inputs a multiple of 16, outputs of 8. Sums of up to some thousand numbers are
@@ -70,7 +70,7 @@ pub struct Product {
     /// Columns of x and w.
     pub inputs: usize,
     /// What x and w are.
-    pub numbers: Numbers,
+    pub dtype: Dtype,
     /// What y is.
     pub output: Output,
 }
@@ -124,7 +124,7 @@ impl Blas {
             product.rows,
             product.outputs,
             product.inputs,
-            product.numbers.kind(),
+            product.dtype.kind(),
             product.output,
         );
         if !self.plans.contains_key(&key) {
@@ -141,7 +141,7 @@ impl Blas {
         let y = product.y as *mut c_void;
         // SAFETY: the caller's promise; layouts and algorithm were made for these sizes.
         unsafe {
-            point_at_scales(plan.operation, product.numbers)
+            point_at_scales(plan.operation, product.dtype)
                 .map_err(|e| failed(&product.text(), &e))?;
             result::matmul(
                 self.handle,
@@ -185,13 +185,13 @@ impl Product {
             self.rows,
             self.inputs,
             self.outputs,
-            self.numbers.kind(),
+            self.dtype.kind(),
             self.output
         )
     }
 }
 
-impl Numbers {
+impl Dtype {
     fn kind(&self) -> Kind {
         match self {
             Self::Bf16 => Kind::Bf16,
@@ -217,9 +217,9 @@ impl Plan {
             Output::Bf16 => CUDA_R_16BF,
             Output::F32 | Output::AddF32 => CUDA_R_32F,
         };
-        let numbers = match product.numbers {
-            Numbers::Bf16 => CUDA_R_16BF,
-            Numbers::E4m3 { .. } => CUDA_R_8F_E4M3,
+        let dtype = match product.dtype {
+            Dtype::Bf16 => CUDA_R_16BF,
+            Dtype::E4m3 { .. } => CUDA_R_8F_E4M3,
         };
         let operation = result::create_matmul_desc(CUBLAS_COMPUTE_32F, CUDA_R_32F)?;
         let transposed = 1i32; // CUBLAS_OP_T
@@ -231,9 +231,9 @@ impl Plan {
                 (&raw const transposed).cast(),
                 size_of_val(&transposed),
             )?;
-            set_short_sums(operation, product.numbers.kind())?;
-            let w = result::create_matrix_layout(numbers, inputs, outputs, inputs as i64)?;
-            let x = result::create_matrix_layout(numbers, inputs, rows, inputs as i64)?;
+            set_short_sums(operation, product.dtype.kind())?;
+            let w = result::create_matrix_layout(dtype, inputs, outputs, inputs as i64)?;
+            let x = result::create_matrix_layout(dtype, inputs, rows, inputs as i64)?;
             let y = result::create_matrix_layout(y_type, outputs, rows, outputs as i64)?;
             let mut plan = Self {
                 operation,
@@ -273,7 +273,7 @@ impl Plan {
         let &Self {
             operation, w, x, y, ..
         } = self;
-        let kind = product.numbers.kind();
+        let kind = product.dtype.kind();
         // SAFETY: the caller's promise; as many results are written as there is room for.
         unsafe {
             let mut candidates: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] =
@@ -297,7 +297,7 @@ impl Plan {
                 }
             }
             set_scaling(operation, kind)?;
-            point_at_scales(operation, product.numbers)?;
+            point_at_scales(operation, product.dtype)?;
             for candidate in &candidates[..count as usize] {
                 let mut checked = *candidate;
                 let algo = &candidate.algo;
@@ -368,12 +368,12 @@ unsafe fn set_scaling(
 /// A live descriptor.
 unsafe fn point_at_scales(
     operation: sys::cublasLtMatmulDesc_t,
-    numbers: Numbers,
+    dtype: Dtype,
 ) -> Result<(), cudarc::cublaslt::result::CublasError> {
     use sys::cublasLtMatmulDescAttributes_t as A;
-    let Numbers::E4m3 {
+    let Dtype::E4m3 {
         w_scales, x_scales, ..
-    } = numbers
+    } = dtype
     else {
         return Ok(());
     };

@@ -2,6 +2,6 @@
 //! `gemm` plans with cuBLASLt).
 
 pub(crate) mod gemm;
-pub(crate) mod many;
 pub(crate) mod matrix;
+pub(crate) mod prefill_gemm;
 pub(crate) mod skinny;

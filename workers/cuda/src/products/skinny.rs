@@ -28,13 +28,13 @@ const WIDE_ROWS_MIN: usize = 32;
 /// Their outputs: `M_TILE` of `kernels/gemm_hopper.cuh`.
 const WIDE_OUTPUTS: usize = 128;
 
-/// Outputs whose squares [`End::Residual`] sums up; the kernel has the same number.
+/// Outputs whose squares [`Epilogue::Residual`] sums up; the kernel has the same number.
 pub const SQUARES: usize = 64;
 
 /// The variants, for one device.
 pub struct Skinny {
     multiprocessors: usize,
-    /// Hopper's road: TMA, wgmma and clusters.
+    /// Hopper's kernels: TMA, wgmma and clusters.
     clusters: bool,
     /// Of each format of weights that there are, by rows.
     variants: [Vec<Variant>; Format::ALL.len()],
@@ -70,14 +70,14 @@ pub struct Activations {
 pub struct Norm {
     /// Sums of squares of the residual rows, `[rows][parts]`.
     pub squares: CUdeviceptr,
-    /// Sums of a row; [`End::Residual`] leaves one for each [`SQUARES`].
+    /// Sums of a row; [`Epilogue::Residual`] leaves one for each [`SQUARES`].
     pub parts: usize,
     /// Added to the mean square.
     pub eps: f32,
 }
 
 /// What becomes of the product.
-pub enum End {
+pub enum Epilogue {
     /// BF16, plus a bias or none (null).
     Store {
         /// `[rows][outputs]`.
@@ -221,7 +221,7 @@ impl Skinny {
         x: &Activations,
         rows: usize,
         norm: Option<Norm>,
-        end: End,
+        end: Epilogue,
     ) -> Result<(), CudaError> {
         let variants = &self.variants[w.format.number()];
         let at = variants.iter().position(|v| v.rows >= rows);
@@ -248,17 +248,17 @@ impl Skinny {
         // What was faster for the shapes of an 8B model (docs/cuda-gemm.md). The residual's products have too few outputs, and
         // converting FP8 takes longer than reading rows again.
         let wide = match end {
-            End::SwiGlu { .. } => true,
-            End::Store { .. } => w.format == Format::Bf16,
-            End::Residual { .. } | End::Logits { .. } => false,
+            Epilogue::SwiGlu { .. } => true,
+            Epilogue::Store { .. } => w.format == Format::Bf16,
+            Epilogue::Residual { .. } | Epilogue::Logits { .. } => false,
         };
         let (tile, blocks, cluster) = self.tile(variant, w, wide);
         let kernel = match end {
-            End::Store { y, bias } => {
+            Epilogue::Store { y, bias } => {
                 (p.y, p.bias) = (y, bias);
                 &tile.store
             }
-            End::Residual {
+            Epilogue::Residual {
                 residual,
                 gamma,
                 z,
@@ -267,11 +267,11 @@ impl Skinny {
                 (p.residual, p.gamma, p.y, p.y_ssq) = (residual, gamma, z, squares);
                 &tile.residual
             }
-            End::SwiGlu { y } => {
+            Epilogue::SwiGlu { y } => {
                 p.y = y;
                 &tile.swiglu
             }
-            End::Logits { y } => {
+            Epilogue::Logits { y } => {
                 p.y = y;
                 &tile.logits
             }

@@ -213,7 +213,7 @@ fn uniform_numbers_are_uniform() {
     assert!(chi < 103.0, "chi-square {chi}");
 }
 
-/// Frequencies over many positions against the reference's probabilities, for every road through the
+/// Frequencies over many positions against the reference's probabilities, for every path through the
 /// truncation.
 #[test]
 fn draws_follow_the_distribution() {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ucx_sys::*;
 
-use super::inbox::{Arrival, Letter};
+use super::inbox::{Arrival, Received};
 use super::message::{Message, ranges_body};
 use super::send::{Body, Sent, send};
 use super::{ASKS_MAX, RANGES_MAX, STAGING_SLOT_BYTES, Stage};
@@ -310,13 +310,13 @@ impl Chunk {
 }
 
 impl Stage {
-    /// Letters that came: a peer's welcome is noted with its link, the rest is for the serving side.
-    pub(crate) fn letters<'a>(
+    /// Messages that came: a peer's welcome is noted with its link, the rest is for the serving side.
+    pub(crate) fn received<'a>(
         &self,
         links: impl Iterator<Item = &'a Rc<Link>> + Clone,
-    ) -> Vec<Letter> {
-        let letters = std::mem::take(&mut *self.inbox.letters.borrow_mut());
-        let note = |letter: &Letter| match letter.message {
+    ) -> Vec<Received> {
+        let received = std::mem::take(&mut *self.inbox.received.borrow_mut());
+        let note = |received: &Received| match received.message {
             Message::Welcome { reader, willing } => {
                 for link in links.clone().filter(|link| link.reader == reader) {
                     link.welcome.set(Some(willing));
@@ -325,6 +325,6 @@ impl Stage {
             }
             _ => true,
         };
-        letters.into_iter().filter(note).collect()
+        received.into_iter().filter(note).collect()
     }
 }

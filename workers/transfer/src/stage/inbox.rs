@@ -13,11 +13,11 @@ use crate::TransferError;
 use crate::context::check;
 use crate::flow::Flow;
 
-/// Most letters that wait. The thread reads them each time round, so more are a peer's fault; they are dropped.
-const LETTERS_MAX: usize = 4096;
+/// Most messages that wait. The thread reads them each time round, so more are a peer's fault; they are dropped.
+const RECEIVED_MAX: usize = 4096;
 
 /// A message that waits to be acted on.
-pub(crate) struct Letter {
+pub(crate) struct Received {
     pub(super) message: Message,
     pub(super) body: Vec<u8>,
 }
@@ -43,12 +43,12 @@ impl Arrival {
     }
 }
 
-/// Bytes go straight to their slots, if somebody still waits for them; everything else becomes a letter.
+/// Bytes go straight to their slots, if somebody still waits for them; everything else waits for the thread.
 #[derive(Default)]
 pub(crate) struct Inbox {
     pub(super) staging: RefCell<Option<Box<dyn Staging>>>,
     pub(super) arrivals: RefCell<HashMap<u64, Arrival>>,
-    pub(super) letters: RefCell<VecDeque<Letter>>,
+    pub(super) received: RefCell<VecDeque<Received>>,
 }
 
 impl Inbox {
@@ -105,9 +105,9 @@ impl Inbox {
                 }
             }
             Message::Hello { .. } | Message::Welcome { .. } | Message::Ask { .. } => {
-                let mut letters = self.letters.borrow_mut();
-                if letters.len() < LETTERS_MAX {
-                    letters.push_back(Letter {
+                let mut received = self.received.borrow_mut();
+                if received.len() < RECEIVED_MAX {
+                    received.push_back(Received {
                         message,
                         body: body.to_vec(),
                     });
@@ -190,9 +190,9 @@ mod tests {
     #[test]
     fn letters_are_bounded() {
         let inbox = Inbox::default();
-        for _ in 0..LETTERS_MAX + 9 {
+        for _ in 0..RECEIVED_MAX + 9 {
             inbox.hear(Message::Hello { reader: 1 }, &[]);
         }
-        assert_eq!(inbox.letters.borrow().len(), LETTERS_MAX);
+        assert_eq!(inbox.received.borrow().len(), RECEIVED_MAX);
     }
 }

@@ -1,4 +1,4 @@
-//! What readers and peers say to each other on the staged road.
+//! What readers and peers say to each other on the staged transport.
 //!
 //! A message is a head of [`HEAD_BYTES`] (kind, flag, two numbers, little-endian) and a body.
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use ucx_sys::*;
 
-use super::inbox::Letter;
+use super::inbox::Received;
 use super::message::{Message, ranges};
 use super::send::{Body, Sent, send};
 use super::{ASKS_MAX, RANGES_MAX, SERVING_SLOTS, STAGING_SLOT_BYTES, Stage};
@@ -32,7 +32,7 @@ pub(crate) struct Serving {
     stall_after: Duration,
     readers: HashMap<u64, Rc<Link>>,
     queue: VecDeque<Ask>,
-    under_way: Vec<Parcel>,
+    under_way: Vec<Sending>,
     free: Vec<usize>,
     /// For messages that nobody waits for.
     notes: Rc<Sent>,
@@ -47,7 +47,7 @@ struct Ask {
 }
 
 /// One that is being copied or sent.
-struct Parcel {
+struct Sending {
     ask: Ask,
     link: Rc<Link>,
     slot: usize,
@@ -75,10 +75,10 @@ impl Serving {
         }
     }
 
-    /// Acts on a letter of a reader.
-    fn read(&mut self, worker: ucp_worker_h, letter: Letter, arena_bytes: u64, now: Instant) {
-        match letter.message {
-            Message::Hello { reader } => self.greet(worker, reader, &letter.body),
+    /// Acts on a message of a reader.
+    fn read(&mut self, worker: ucp_worker_h, received: Received, arena_bytes: u64, now: Instant) {
+        match received.message {
+            Message::Hello { reader } => self.greet(worker, reader, &received.body),
             Message::Ask {
                 reader,
                 chunk,
@@ -88,7 +88,7 @@ impl Serving {
                     return tracing::debug!("a reader that did not introduce itself is not served");
                 };
                 let theirs = self.queue.iter().filter(|ask| ask.reader == reader).count();
-                let wanted = ranges(&letter.body, arena_bytes, RANGES_MAX).filter(|ranges| {
+                let wanted = ranges(&received.body, arena_bytes, RANGES_MAX).filter(|ranges| {
                     let bytes = ranges
                         .iter()
                         .try_fold(0u64, |sum, range| sum.checked_add(range.end - range.start));
@@ -146,41 +146,41 @@ impl Serving {
         self.note(&link, Message::Welcome { reader, willing });
     }
 
-    /// Letters, then parcels. Returns whether anything happened, and links to close.
+    /// Messages, then what is being sent. Returns whether anything happened, and links to close.
     pub(crate) fn turn(
         &mut self,
         worker: ucp_worker_h,
-        letters: Vec<Letter>,
+        received: Vec<Received>,
         arena_bytes: u64,
         now: Instant,
     ) -> (bool, Vec<Rc<Link>>) {
-        let mut busy = !letters.is_empty();
-        for letter in letters {
-            self.read(worker, letter, arena_bytes, now);
+        let mut busy = !received.is_empty();
+        for received in received {
+            self.read(worker, received, arena_bytes, now);
         }
         busy |= self.begin(now);
         let mut index = 0;
-        while let Some(parcel) = self.under_way.get_mut(index) {
-            let before = (parcel.is_copied, parcel.sent.in_flight());
-            let ended = parcel.go_on(self.ucp, &self.stage, now);
-            busy |= before != (parcel.is_copied, parcel.sent.in_flight());
+        while let Some(sending) = self.under_way.get_mut(index) {
+            let before = (sending.is_copied, sending.sent.in_flight());
+            let ended = sending.go_on(self.ucp, &self.stage, now);
+            busy |= before != (sending.is_copied, sending.sent.in_flight());
             match ended {
                 Ok(Step::Pending) => index += 1,
                 Ok(Step::Ended { sent }) => {
-                    let parcel = self.under_way.remove(index);
-                    self.free.push(parcel.slot);
+                    let sending = self.under_way.remove(index);
+                    self.free.push(sending.slot);
                     busy = true;
                     if !sent {
-                        let chunk = parcel.ask.chunk;
-                        self.note(&parcel.link, Message::Refused { chunk });
+                        let chunk = sending.ask.chunk;
+                        self.note(&sending.link, Message::Refused { chunk });
                     }
                 }
                 Err(error) => {
                     // The slot stays out of use: a copy may still write to it.
                     tracing::error!("staging KV: {error}");
-                    let parcel = self.under_way.remove(index);
-                    let chunk = parcel.ask.chunk;
-                    self.note(&parcel.link, Message::Refused { chunk });
+                    let sending = self.under_way.remove(index);
+                    let chunk = sending.ask.chunk;
+                    self.note(&sending.link, Message::Refused { chunk });
                 }
             }
         }
@@ -223,7 +223,7 @@ impl Serving {
                 Ok(()) => {
                     self.free.pop();
                     self.stage.copying.set(self.stage.copying.get() + 1);
-                    self.under_way.push(Parcel {
+                    self.under_way.push(Sending {
                         ask,
                         link,
                         slot,
@@ -255,13 +255,13 @@ impl Serving {
     /// Lets go of what has ended, when nothing new begins.
     pub(crate) fn settle(&mut self) {
         let (stage, free) = (&self.stage, &mut self.free);
-        self.under_way.retain_mut(|parcel| {
-            if !parcel.is_copied {
-                parcel.is_copied = stage.has_ended(parcel.slot).unwrap_or(false);
+        self.under_way.retain_mut(|sending| {
+            if !sending.is_copied {
+                sending.is_copied = stage.has_ended(sending.slot).unwrap_or(false);
             }
-            let ended = parcel.is_copied && parcel.sent.in_flight() == 0;
+            let ended = sending.is_copied && sending.sent.in_flight() == 0;
             if ended {
-                free.push(parcel.slot);
+                free.push(sending.slot);
             }
             !ended
         });
@@ -273,7 +273,7 @@ impl Serving {
     }
 }
 
-/// How far a parcel is.
+/// How far what is being sent is.
 enum Step {
     Pending,
     /// It is sent, or is not to be sent any more.
@@ -282,7 +282,7 @@ enum Step {
     },
 }
 
-impl Parcel {
+impl Sending {
     fn go_on(&mut self, ucp: &Ucp, stage: &Stage, now: Instant) -> Result<Step, String> {
         if !self.is_copied {
             if !stage.has_ended(self.slot)? {

@@ -24,7 +24,7 @@ use crate::stage::{Fetching, Greeting};
 const PROBE_TIME: Duration = Duration::from_millis(50);
 
 /// In 10⁹ bytes a second: what is read in place between GPUs and not faster is answered by the peer's processor after all,
-/// so that the staged road is tried too.
+/// so that the staged transport is tried too.
 const IN_PLACE_MIN: f32 = 4.0;
 
 /// Work, and what follows it.
@@ -246,7 +246,7 @@ impl Mover {
         }
     }
 
-    /// A pull over the road that was found when the peer was connected.
+    /// A pull over the transport that was found when the peer was connected.
     pub(super) fn pulling(
         &self,
         link: Rc<Link>,
@@ -263,7 +263,7 @@ impl Mover {
         }
     }
 
-    /// Begins to try the staged road. `in_place` is what reads in place reached, if they were tried.
+    /// Begins to try the staged transport. `in_place` is what reads in place reached, if they were tried.
     pub(super) fn greet(
         &mut self,
         link: Rc<Link>,

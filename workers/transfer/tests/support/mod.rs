@@ -31,15 +31,15 @@ const PULLING: &str = "PULLING";
 const DEADLINE: Duration = Duration::from_secs(20);
 
 /// Shared memory and whatever else UCX chooses; sockets alone; or sockets, with arenas that UCX does not know, as if on GPUs.
-pub const ROADS: [Option<&str>; 3] = [None, Some("tcp,self"), Some(STAGED)];
+pub const TRANSPORTS: [Option<&str>; 3] = [None, Some("tcp,self"), Some(STAGED)];
 pub const STAGED: &str = "staged";
 
-/// What an agent on one of the [`ROADS`] is made of.
-pub fn config(arena_bytes: usize, road: Option<&str>) -> AgentConfig {
-    if road != Some(STAGED) {
+/// What an agent on one of the [`TRANSPORTS`] is made of.
+pub fn config(arena_bytes: usize, transport: Option<&str>) -> AgentConfig {
+    if transport != Some(STAGED) {
         return AgentConfig {
             arenas: vec![ArenaSource::Host { bytes: arena_bytes }],
-            tls: road.map(str::to_owned),
+            tls: transport.map(str::to_owned),
         };
     }
     let bytes = gpu_allocation_bytes(arena_bytes);

@@ -225,7 +225,7 @@ impl Peers {
         peer.error = Some(error);
     }
 
-    /// Connections that broke while nobody pulled over them are made anew before the next pull needs them.
+    /// Connections that broke while nobody pulled over them are made again before the next pull needs them.
     pub(crate) fn look(&mut self, now: Instant, is_connected: impl Fn(Incarnation) -> bool) {
         let lost = |peer: &Peer| peer.state == State::Ready && !is_connected(peer.incarnation);
         let lost: Vec<_> = self

@@ -85,7 +85,7 @@ pub(crate) struct Pulled {
 /// Why nothing came of it.
 pub(crate) struct PullFailure {
     pub(crate) failure: Failure,
-    /// Set when the connection is to blame and must be made anew.
+    /// Set when the connection is to blame and must be made again.
     pub(crate) connection: Option<String>,
 }
 
@@ -203,7 +203,7 @@ impl Pull {
     }
 }
 
-/// Whether the connection must be made anew; else only this handle was bad.
+/// Whether the connection must be made again; else only this handle was bad.
 fn is_connection_lost(error: &TransferError) -> bool {
     match error {
         TransferError::PeerFailed { .. }
@@ -304,8 +304,8 @@ mod tests {
         places.lost(lost);
         assert!(waits.await.is_none(), "at once");
         assert!(by_now(&mut waits_elsewhere).await.is_none());
-        let anew = places.place(lost).get().await;
-        assert!(anew.is_some(), "when it is connected again");
+        let again = places.place(lost).get().await;
+        assert!(again.is_some(), "when it is connected again");
     }
 
     #[test]

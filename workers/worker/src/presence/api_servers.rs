@@ -13,7 +13,7 @@ use baton_protocol::deadlines::NAME_FREE_AFTER_MS;
 use baton_protocol::{ApiServerId, Incarnation};
 use tokio::time::Instant;
 
-/// Ended lives that are remembered of one API server. Their last words come within seconds, or not at all.
+/// Ended lives that are remembered of one API server. Their last messages come within seconds, or not at all.
 const ENDED_MAX: usize = 8;
 
 /// A life that was silent for this long gives way to a new one.

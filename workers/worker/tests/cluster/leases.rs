@@ -62,19 +62,19 @@ async fn a_release_is_valid_once_and_only_with_proof() {
     let of_old = api.staged(&context.id, kept, &prompt(2, 50, 10)).await;
     api.abort(&context.id, kept).await;
     context.stop().await;
-    let reborn = Worker::start(house.config("ctx", Role::Context));
-    api.until(&reborn.id, "in its next life", |beat| {
+    let restarted = Worker::start(house.config("ctx", Role::Context));
+    api.until(&restarted.id, "in its next life", |beat| {
         beat.incarnation != of_old.incarnation
     })
     .await;
-    // Handles are numbered anew in each life: one of the same number comes.
+    // Handles are numbered again in each life: one of the same number comes.
     let mut of_new = Vec::new();
     while of_new
         .last()
         .is_none_or(|handle: &KvHandle| handle.handle != of_old.handle)
     {
         let sequence = prompt(2, 50, 10);
-        of_new.push(api.staged(&reborn.id, new_request(), &sequence).await);
+        of_new.push(api.staged(&restarted.id, new_request(), &sequence).await);
     }
     assert!(!api.release(&of_old, |_| {}).await, "of a former life");
     for handle in &of_new {
@@ -82,7 +82,7 @@ async fn a_release_is_valid_once_and_only_with_proof() {
         assert!(!api.release(handle, former).await, "said to be of one");
         assert!(api.release(handle, |_| {}).await);
     }
-    reborn.stop().await;
+    restarted.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -144,7 +144,7 @@ async fn an_api_server_that_starts_anew_ends_what_its_former_life_asked_for() {
     // By its first job, should that come before a beat.
     now.staged(&both.id, new_request(), &sequence).await;
     now.heart.abort();
-    let third = now.reborn(Incarnation(3));
+    let third = now.in_incarnation(Incarnation(3));
     // The one before it may beat again, as far as the worker knows: it waits for that a little longer than a beat.
     let kept = loop {
         let job = third.prefill_job(new_request(), &sequence);

@@ -6,6 +6,6 @@ mod hostile;
 mod leases;
 mod leaving;
 mod refusals;
-mod road;
+mod requests;
 mod shares;
 mod support;

@@ -251,8 +251,8 @@ impl Api {
         }
     }
 
-    /// Started anew, so far without a word.
-    pub fn reborn(self, incarnation: Incarnation) -> Self {
+    /// Started again, so far without a word.
+    pub fn in_incarnation(self, incarnation: Incarnation) -> Self {
         Self {
             incarnation,
             ..self

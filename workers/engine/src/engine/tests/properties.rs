@@ -112,7 +112,7 @@ proptest! {
             }
         }
         // Every sequence alone would take its tokens in steps; a preemption costs its tokens once more, and the
-        // oldest is never preempted, so in the worst case each runs anew after every other.
+        // oldest is never preempted, so in the worst case each runs again after every other.
         let work: usize = jobs.iter().map(|(job, _)| job.shared + job.own + job.generation.max_tokens as usize).sum();
         driver.run(&mut engine, work * (jobs.len() + 1) + 10);
         for key in 0..jobs.len() as u64 {

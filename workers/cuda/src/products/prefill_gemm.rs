@@ -6,7 +6,7 @@ use std::sync::Arc;
 use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
-use super::gemm::{Blas, Numbers, Output, Product};
+use super::gemm::{Blas, Dtype, Output, Product};
 use super::matrix::{BLOCK, Format, Matrix, Rows};
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
@@ -17,7 +17,7 @@ use crate::launch;
 
 /// How weights are multiplied by many rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Road {
+enum Path {
     /// They are BF16.
     Bf16,
     /// By e4m3 with a scale a row.
@@ -29,7 +29,7 @@ enum Road {
 }
 
 /// What products of many rows need.
-pub(crate) struct Many {
+pub(crate) struct PrefillGemm {
     blas: Blas,
     /// cuBLASLt takes vectors of scales on Hopper alone.
     hopper: bool,
@@ -53,7 +53,7 @@ pub(crate) struct Many {
 const NORM_KEPT: usize = 16;
 const SWIGLU_KEPT: usize = 32;
 
-impl Many {
+impl PrefillGemm {
     /// Room for `rows` rows and these weights.
     pub(crate) fn new<'a>(
         device: &Arc<Device>,
@@ -66,10 +66,10 @@ impl Many {
         let hopper = device.capability() == (9, 0);
         let (mut coded, mut widened) = (0, 0);
         for matrix in weights {
-            match road(matrix, hopper) {
-                Road::Bf16 => {}
-                Road::Rows | Road::Groups => coded = coded.max(matrix.inputs),
-                Road::Widened => widened = widened.max(matrix.inputs * matrix.outputs),
+            match path(matrix, hopper) {
+                Path::Bf16 => {}
+                Path::Rows | Path::Groups => coded = coded.max(matrix.inputs),
+                Path::Widened => widened = widened.max(matrix.inputs * matrix.outputs),
             }
         }
         let module =
@@ -97,7 +97,7 @@ impl Many {
 
     /// Whether products with w make BF16 of it first, each time.
     pub(crate) fn widens(&self, w: &Matrix) -> bool {
-        road(w, self.hopper) == Road::Widened
+        path(w, self.hopper) == Path::Widened
     }
 
     /// Norms rows of the residual stream `x`, all of them if `chosen` is null, for a product with `w`: into `y` as BF16 where that
@@ -222,17 +222,17 @@ impl Many {
         rows: usize,
         output: Output,
     ) -> Result<(), CudaError> {
-        let road = road(w, self.hopper);
-        let e4m3 = |blocks| Numbers::E4m3 {
+        let path = path(w, self.hopper);
+        let e4m3 = |blocks| Dtype::E4m3 {
             w_scales: w.scales_at(),
             x_scales: self.scales.at(0),
             blocks,
         };
-        let (x, weights, numbers) = match road {
-            Road::Bf16 => (x, w.buffer.at(0), Numbers::Bf16),
-            Road::Widened => (x, self.widened.at(0), Numbers::Bf16),
-            Road::Rows => (self.codes.at(0), w.buffer.at(0), e4m3(false)),
-            Road::Groups => (self.codes.at(0), w.buffer.at(0), e4m3(true)),
+        let (x, weights, dtype) = match path {
+            Path::Bf16 => (x, w.buffer.at(0), Dtype::Bf16),
+            Path::Widened => (x, self.widened.at(0), Dtype::Bf16),
+            Path::Rows => (self.codes.at(0), w.buffer.at(0), e4m3(false)),
+            Path::Groups => (self.codes.at(0), w.buffer.at(0), e4m3(true)),
         };
         let product = Product {
             x,
@@ -241,12 +241,12 @@ impl Many {
             rows,
             outputs: w.outputs,
             inputs: w.inputs,
-            numbers,
+            dtype,
             output,
         };
         // SAFETY: weights as loaded; the caller's promise.
         unsafe {
-            if road == Road::Widened {
+            if path == Path::Widened {
                 self.widen(w)?;
             }
             self.blas.multiply(&product)
@@ -286,28 +286,28 @@ impl Many {
 
     /// Whether w is multiplied by e4m3, and whether with a scale for each group.
     fn groups(&self, w: &Matrix) -> Option<i32> {
-        match road(w, self.hopper) {
-            Road::Bf16 | Road::Widened => None,
-            Road::Rows => Some(0),
-            Road::Groups => Some(1),
+        match path(w, self.hopper) {
+            Path::Bf16 | Path::Widened => None,
+            Path::Rows => Some(0),
+            Path::Groups => Some(1),
         }
     }
 }
 
-fn road(w: &Matrix, hopper: bool) -> Road {
+fn path(w: &Matrix, hopper: bool) -> Path {
     match w.format {
-        Format::Bf16 => Road::Bf16,
-        _ if !hopper => Road::Widened,
-        Format::Fp8Channel => Road::Rows,
+        Format::Bf16 => Path::Bf16,
+        _ if !hopper => Path::Widened,
+        Format::Fp8Channel => Path::Rows,
         // cuBLASLt wants whole blocks, rows of scales of 16 bytes, and outputs that share a scale next to each other.
         Format::Fp8Block
             if w.order == Rows::Plain
                 && w.outputs.is_multiple_of(BLOCK)
                 && w.inputs.is_multiple_of(4 * BLOCK) =>
         {
-            Road::Groups
+            Path::Groups
         }
-        Format::Fp8Block => Road::Widened,
+        Format::Fp8Block => Path::Widened,
     }
 }
 
