@@ -30,30 +30,37 @@
 #![forbid(unsafe_code)]
 
 mod arena;
+mod draft;
 mod engine;
 mod evictable;
 mod executor;
 mod fake;
 mod flight;
+mod follow;
 mod free_list;
 mod messages;
+mod output;
 mod pool;
 mod prefix;
 mod rows;
 mod sampling;
 mod scheduler;
 mod sequence;
+mod step;
 mod table;
 
 pub use arena::{arena_blocks, kv_geometry};
+pub use draft::Drafter;
 pub use engine::Engine;
-pub use executor::{
-    Executor, ExecutorError, ExecutorInfo, KvMemory, SampleRequest, SampleState, Sampled,
-    SequenceOutput, SequenceStep, StepOutput, StepPlan, TokenCount,
-};
+pub use executor::{Executor, ExecutorError, ExecutorInfo, KvMemory};
 pub use fake::{FakeConfig, FakeExecutor, FakeFaults, FakeKv, FakeMemory};
+pub use follow::{Choice, Choices};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
+pub use output::{Sampled, SampledRun, SequenceOutput, StepOutput};
 pub use pool::{BlockPool, PoolStats};
 pub use rows::{Rows, SequenceRows, Want, What, answer, count_followed, wants};
 pub use sampling::{Distribution, Draw, LOGPROB_MIN, random_bits, sample, token_logprobs, uniform};
+pub use step::{
+    Follows, SampleRequest, SampleRun, SampleState, SequenceStep, StepId, StepPlan, TokenCount,
+};
 pub use table::BlockTable;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::{FakeKv, FakeMemory, StepPlan};
+use crate::{FakeKv, FakeMemory, StepOutput, StepPlan};
 
 #[test]
 fn a_prompt_is_prefilled_handed_over_and_continued() {

@@ -82,7 +82,7 @@ prop_compose! {
 }
 
 pub fn setup() -> impl Strategy<Value = Setup> {
-    (20u32..80, 1usize..80, 1usize..12, any::<bool>(), 1usize..4).prop_map(
+    (20u32..80, 1usize..80, 1usize..12, any::<bool>(), 1usize..5).prop_map(
         |(blocks, step_tokens, sequences, prefix_cache, steps_in_flight)| Setup {
             blocks,
             step_tokens,

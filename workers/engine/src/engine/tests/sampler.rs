@@ -4,14 +4,14 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::{FakeMemory, StepPlan, sample, uniform};
+use crate::{Choices, FakeMemory, StepOutput, StepPlan, sample, uniform};
 
 /// Logits by hash of all tokens so far, then the sampling rules: what a model does, as far as the engine can tell.
 struct Sampler {
     inner: FakeExecutor,
     submitted: VecDeque<StepPlan>,
-    /// Tokens of the step collected last.
-    chosen: Vec<Option<u32>>,
+    /// What steps chose that are collected, and were not when a step still in flight was submitted.
+    chosen: VecDeque<Choices>,
     watch: Watch,
 }
 
@@ -37,6 +37,21 @@ impl Executor for Sampler {
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         assert!(self.submitted.len() < self.info().steps_in_flight);
+        for step in &plan.sequences {
+            let run = step.sample.as_ref().map_or(0, |run| run.len);
+            assert!(run <= self.info().run_max, "a run of {run}");
+            if let Some(follows) = step.follows {
+                let mut steps = self.submitted.iter();
+                let followed = steps.find(|plan| plan.id == follows.step);
+                let followed =
+                    followed.expect("it is in flight").sequences[follows.sequence].clone();
+                assert!(followed.key == step.key && followed.chooses_one());
+                assert_eq!(
+                    followed.start as usize + followed.tokens.len(),
+                    step.start as usize
+                );
+            }
+        }
         let mut watch = self.watch.0.lock().expect("no panic under the lock");
         watch.push_back(plan.blocks.clone());
         self.submitted.push_back(plan.clone());
@@ -47,26 +62,37 @@ impl Executor for Sampler {
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         let mut plan = self.submitted.pop_front().expect("a step was submitted");
         for step in &mut plan.sequences {
-            let Some(sequence) = step.follows.take() else {
+            let Some(follows) = step.follows.take() else {
                 continue;
             };
-            let chosen = self.chosen[sequence].expect("it was asked for");
+            let chosen = follows.find(self.chosen.iter())?;
             plan.tokens[step.tokens.start] = chosen;
-            let request = step.sample.as_mut().expect("only what generates follows");
-            if request.state.has_penalty() {
-                Arc::make_mut(&mut request.state).count(chosen);
+            let run = step.sample.as_mut().expect("only what generates follows");
+            if run.state.has_penalty() {
+                Arc::make_mut(&mut run.state).count(chosen);
             }
         }
         let mut output = self.inner.forward(&plan)?;
         for (step, row) in plan.sequences.iter().zip(&mut output.sequences) {
-            if let (Some(request), Some(sampled)) = (&step.sample, &mut row.sampled) {
+            let Some(run) = &step.sample else {
+                continue;
+            };
+            let tokens = &plan.tokens[step.tokens.clone()];
+            let drafts = &tokens[tokens.len() - run.len + 1..];
+            for (i, sampled) in row.sampled.iter_mut().enumerate() {
                 let hash = u64::from(sampled.token);
                 let logit = |i| uniform(hash, i) as f32 * 12.0 - 6.0;
                 let mut logits: Vec<f32> = (0..VOCAB).map(logit).collect();
-                *sampled = sample(&mut logits, request).expect("they are finite");
+                let request = run.request(i, drafts);
+                *sampled = sample(&mut logits, &request).expect("they are finite");
             }
         }
-        self.chosen = output.tokens();
+        self.chosen.push_back(Choices::of(&plan, &output));
+        let follows = |id| {
+            let steps = self.submitted.iter().flat_map(|plan| &plan.sequences);
+            steps.flat_map(|step| step.follows).any(|f| f.step == id)
+        };
+        self.chosen.retain(|choices| follows(choices.step));
         let mut watch = self.watch.0.lock().expect("no panic under the lock");
         watch.pop_front();
         Ok(output)
@@ -84,7 +110,7 @@ pub fn watched_sampler(setup: Setup) -> (Engine, Watch, Arc<FakeMemory>) {
     let executor = Sampler {
         inner: FakeExecutor::with_memory(fake(setup), memory.clone()),
         submitted: VecDeque::new(),
-        chosen: Vec::new(),
+        chosen: VecDeque::new(),
         watch: watch.clone(),
     };
     (engine_on(setup, Box::new(executor)), watch, memory)
