@@ -85,7 +85,7 @@ impl Executor for Null {
             }
         };
         let output = |step: &baton_engine::SequenceStep| SequenceOutput {
-            sampled: step.sample.iter().map(choose).collect(),
+            sampled: step.sample.as_ref().map(choose).into(),
             ..SequenceOutput::default()
         };
         self.submitted.push_back(StepOutput {

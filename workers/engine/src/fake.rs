@@ -223,7 +223,7 @@ impl FakeExecutor {
             }
             let request = run.request(i, &chosen_after[1..]);
             let hash = self.attend(blocks, request.position);
-            output.sampled.extend([self.choose(hash, &request)]);
+            output.sampled.push(self.choose(hash, &request));
         }
         output
     }

@@ -25,13 +25,23 @@ pub struct FlightRow {
     /// Whose. Not its key: after an abort that may come again before the step is over.
     pub arrival: u64,
     /// Tokens that it runs, drafts included.
-    pub tokens: usize,
-    /// Its drafts in [`Flight::drafts`].
-    pub drafts: Range<usize>,
-    /// Tokens that are chosen: none, or one more than it has drafts.
-    pub choices: usize,
+    pub tokens: u32,
     /// Log-probabilities that it reports.
-    pub targets: usize,
+    pub targets: u32,
+    /// Its drafts in [`Flight::drafts`].
+    pub drafts: Range<u32>,
+    /// A token is chosen after its last one and after each draft.
+    pub samples: bool,
+}
+
+impl FlightRow {
+    /// Tokens that are chosen for it.
+    pub fn choices(&self) -> usize {
+        match self.samples {
+            true => self.drafts.len() + 1,
+            false => 0,
+        }
+    }
 }
 
 /// All steps in flight, the oldest first.
@@ -102,7 +112,7 @@ impl Flights {
                     sequence.key
                 ));
             }
-            tokens += row.tokens;
+            tokens += row.tokens as usize;
             drafts += row.drafts.len();
         }
         if (tokens, drafts) != (sequence.in_flight, sequence.drafted) {

@@ -1,6 +1,6 @@
 //! What a step made: the tokens it chose, and what it was asked to report.
 
-use std::{iter, option, vec};
+use std::{iter, mem, option, slice, vec};
 
 use baton_protocol::TokenLogprobs;
 
@@ -57,64 +57,88 @@ pub struct Sampled {
     pub logprobs: Option<TokenLogprobs>,
 }
 
-/// The tokens chosen for one sequence in one step, in the order of their positions. One token takes no memory elsewhere.
+/// The tokens chosen for one sequence in one step, in the order of their positions. One token, which is nearly always what there
+/// is, takes no memory elsewhere.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct SampledRun {
-    first: Option<Sampled>,
-    rest: Vec<Sampled>,
+pub struct SampledRun(Run);
+
+#[derive(Clone, Debug, Default, PartialEq)]
+enum Run {
+    #[default]
+    None,
+    One(Sampled),
+    /// At least two.
+    Many(Vec<Sampled>),
 }
 
 impl SampledRun {
     /// How many.
     pub fn len(&self) -> usize {
-        usize::from(self.first.is_some()) + self.rest.len()
+        self.as_slice().len()
     }
 
     /// Whether none was chosen.
     pub fn is_empty(&self) -> bool {
-        self.first.is_none()
+        self.as_slice().is_empty()
     }
 
     /// The first.
     pub fn first(&self) -> Option<&Sampled> {
-        self.first.as_ref()
+        self.as_slice().first()
     }
 
     /// In order.
-    pub fn iter(&self) -> impl Iterator<Item = &Sampled> {
-        self.first.iter().chain(&self.rest)
+    pub fn as_slice(&self) -> &[Sampled] {
+        match &self.0 {
+            Run::None => &[],
+            Run::One(sampled) => slice::from_ref(sampled),
+            Run::Many(run) => run,
+        }
     }
 
     /// In order, to be changed.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sampled> {
-        self.first.iter_mut().chain(&mut self.rest)
+    pub fn as_mut_slice(&mut self) -> &mut [Sampled] {
+        match &mut self.0 {
+            Run::None => &mut [],
+            Run::One(sampled) => slice::from_mut(sampled),
+            Run::Many(run) => run,
+        }
+    }
+
+    /// The first, and those after it.
+    pub fn split_first(self) -> (Option<Sampled>, vec::IntoIter<Sampled>) {
+        match self.0 {
+            Run::None => (None, Vec::new().into_iter()),
+            Run::One(sampled) => (Some(sampled), Vec::new().into_iter()),
+            Run::Many(run) => {
+                let mut run = run.into_iter();
+                (run.next(), run)
+            }
+        }
+    }
+
+    /// One more, behind the others.
+    pub fn push(&mut self, sampled: Sampled) {
+        self.0 = match mem::take(&mut self.0) {
+            Run::None => Run::One(sampled),
+            Run::One(first) => Run::Many(vec![first, sampled]),
+            Run::Many(mut run) => {
+                run.push(sampled);
+                Run::Many(run)
+            }
+        };
     }
 }
 
 impl Extend<Sampled> for SampledRun {
     fn extend<I: IntoIterator<Item = Sampled>>(&mut self, run: I) {
-        let mut run = run.into_iter();
-        if self.first.is_none() {
-            self.first = run.next();
-        }
-        self.rest.extend(run);
-    }
-}
-
-impl FromIterator<Sampled> for SampledRun {
-    fn from_iter<I: IntoIterator<Item = Sampled>>(run: I) -> Self {
-        let mut made = Self::default();
-        made.extend(run);
-        made
+        run.into_iter().for_each(|sampled| self.push(sampled));
     }
 }
 
 impl From<Option<Sampled>> for SampledRun {
-    fn from(first: Option<Sampled>) -> Self {
-        Self {
-            first,
-            rest: Vec::new(),
-        }
+    fn from(sampled: Option<Sampled>) -> Self {
+        Self(sampled.map_or(Run::None, Run::One))
     }
 }
 
@@ -123,6 +147,34 @@ impl IntoIterator for SampledRun {
     type IntoIter = iter::Chain<option::IntoIter<Sampled>, vec::IntoIter<Sampled>>;
 
     fn into_iter(self) -> Self::IntoIter {
-        self.first.into_iter().chain(self.rest)
+        let (first, rest) = self.split_first();
+        first.into_iter().chain(rest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_keeps_its_order_and_costs_what_one_token_does() {
+        let sampled = |token| Sampled {
+            token,
+            logprobs: None,
+        };
+        let mut run = SampledRun::default();
+        for count in 0..5 {
+            let tokens: Vec<u32> = run.as_slice().iter().map(|s| s.token).collect();
+            assert_eq!(tokens, Vec::from_iter(0..count));
+            let owned: Vec<Sampled> = run.clone().into_iter().collect();
+            assert_eq!(owned, run.as_slice());
+            assert_eq!((run.len(), run.is_empty()), (count as usize, count == 0));
+            run.push(sampled(count));
+        }
+        assert_eq!(
+            SampledRun::from(Some(sampled(3))).first(),
+            Some(&sampled(3))
+        );
+        assert_eq!(size_of::<SampledRun>(), size_of::<Option<Sampled>>());
     }
 }

@@ -324,8 +324,10 @@ fn push_row(
         Some(tokens) => plan.tokens.extend_from_slice(tokens),
         None => plan.tokens.push(0),
     }
-    plan.tokens.extend_from_slice(drafts);
-    flight.drafts.extend_from_slice(drafts);
+    if !drafts.is_empty() {
+        plan.tokens.extend_from_slice(drafts);
+        flight.drafts.extend_from_slice(drafts);
+    }
     plan.blocks.extend_from_slice(sequence.blocks.ids());
     if sequence.prompt.logprobs_top.is_some() {
         let to = (end + 1).min(sequence.prompt_tokens);
@@ -344,10 +346,10 @@ fn push_row(
     };
     flight.rows.push(FlightRow {
         arrival: sequence.arrival,
-        tokens: step.tokens.len(),
-        drafts: first_draft..flight.drafts.len(),
-        choices: step.sample.as_ref().map_or(0, |run| run.len),
-        targets: step.targets.len(),
+        tokens: step.tokens.len() as u32,
+        targets: step.targets.len() as u32,
+        drafts: first_draft as u32..flight.drafts.len() as u32,
+        samples: step.sample.is_some(),
     });
     sequence.in_flight += step.tokens.len();
     sequence.drafted += drafts.len();

@@ -40,10 +40,17 @@ impl Engine {
         let fits = |(row, output): (&FlightRow, &SequenceOutput)| {
             let sampled = output.sampled.len();
             let count_fits = match output.failure {
-                Some(_) => sampled < row.choices.max(1),
-                None => sampled == row.choices && output.target_logprobs.len() == row.targets,
+                Some(_) => sampled < row.choices().max(1),
+                None => {
+                    sampled == row.choices() && output.target_logprobs.len() == row.targets as usize
+                }
             };
-            count_fits && output.sampled.iter().all(|sampled| sampled.token < vocab)
+            count_fits
+                && output
+                    .sampled
+                    .as_slice()
+                    .iter()
+                    .all(|sampled| sampled.token < vocab)
         };
         if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
             return Ok(());
@@ -76,8 +83,8 @@ impl Engine {
             let Some((row, output)) = row else {
                 return true;
             };
-            let drafts = &drafts[row.drafts];
-            sequence.in_flight -= row.tokens;
+            let drafts = &drafts[row.drafts.start as usize..row.drafts.end as usize];
+            sequence.in_flight -= row.tokens as usize;
             sequence.drafted -= drafts.len();
             let full_before = sequence.computed / block_tokens;
             let goes_on = commit(sequence, drafts, output.sampled, self.tokens_max, events);
@@ -124,8 +131,8 @@ impl Engine {
                 continue;
             };
             let sequence = &mut prefilling[at];
-            sequence.computed += row.tokens;
-            sequence.in_flight -= row.tokens;
+            sequence.computed += row.tokens as usize;
+            sequence.in_flight -= row.tokens as usize;
             if let Some(detail) = output.failure {
                 done.push((at, Err(detail)));
                 continue;
@@ -137,7 +144,7 @@ impl Engine {
                 drop(sequence.blocks.index(sequence.cache_salt, known));
             }
             // A prompt's last chunk chooses one token, the others none.
-            let sampled = output.sampled.into_iter().next();
+            let sampled = output.sampled.split_first().0;
             done.extend(sampled.map(|sampled| (at, Ok(sampled))));
         }
         done.sort_unstable_by_key(|(at, _)| *at);
@@ -172,8 +179,9 @@ fn commit(
     tokens_max: usize,
     events: &mut Vec<Event>,
 ) -> GoesOn {
+    let (mut next, mut rest) = sampled.split_first();
     let mut drafts = drafts.iter();
-    for sampled in sampled {
+    while let Some(sampled) = next {
         let token = sampled.token;
         let finish = sequence.finish_with(token, tokens_max);
         events.push(Event::Token {
@@ -190,6 +198,7 @@ fn commit(
         if drafts.next() != Some(&token) {
             return GoesOn::Yes;
         }
+        next = rest.next();
     }
     GoesOn::NoToken
 }

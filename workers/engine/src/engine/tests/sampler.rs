@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::{Choices, FakeMemory, StepOutput, StepPlan, sample, uniform};
+use crate::{Choices, FakeMemory, SequenceStep, StepOutput, StepPlan, sample, uniform};
 
 /// Logits by hash of all tokens so far, then the sampling rules: what a model does, as far as the engine can tell.
 struct Sampler {
@@ -15,18 +15,35 @@ struct Sampler {
     watch: Watch,
 }
 
-/// The blocks of each step in flight.
+/// The steps that were submitted.
 #[derive(Clone, Default)]
-pub struct Watch(Arc<Mutex<VecDeque<Vec<u32>>>>);
+pub struct Watch(Arc<Mutex<Watched>>);
+
+#[derive(Default)]
+struct Watched {
+    /// The blocks of each step in flight.
+    blocks: VecDeque<Vec<u32>>,
+    /// Of each step so far, its sequences and how many tokens are chosen for each.
+    runs: Vec<Vec<(u64, usize)>>,
+}
 
 impl Watch {
     pub fn blocks(&self) -> Vec<u32> {
-        let steps = self.0.lock().expect("no panic under the lock");
-        steps.iter().flatten().copied().collect()
+        self.with(|watched| watched.blocks.iter().flatten().copied().collect())
     }
 
+    /// How many are in flight.
     pub fn steps(&self) -> usize {
-        self.0.lock().expect("no panic under the lock").len()
+        self.with(|watched| watched.blocks.len())
+    }
+
+    /// Of each step so far, its sequences and how many tokens are chosen for each.
+    pub fn runs(&self) -> Vec<Vec<(u64, usize)>> {
+        self.with(|watched| watched.runs.clone())
+    }
+
+    fn with<T>(&self, run: impl FnOnce(&mut Watched) -> T) -> T {
+        run(&mut self.0.lock().expect("no panic under the lock"))
     }
 }
 
@@ -52,8 +69,11 @@ impl Executor for Sampler {
                 );
             }
         }
-        let mut watch = self.watch.0.lock().expect("no panic under the lock");
-        watch.push_back(plan.blocks.clone());
+        let run = |step: &SequenceStep| (step.key, step.sample.as_ref().map_or(0, |run| run.len));
+        self.watch.with(|watched| {
+            watched.blocks.push_back(plan.blocks.clone());
+            watched.runs.push(plan.sequences.iter().map(run).collect());
+        });
         self.submitted.push_back(plan.clone());
         Ok(())
     }
@@ -79,7 +99,7 @@ impl Executor for Sampler {
             };
             let tokens = &plan.tokens[step.tokens.clone()];
             let drafts = &tokens[tokens.len() - run.len + 1..];
-            for (i, sampled) in row.sampled.iter_mut().enumerate() {
+            for (i, sampled) in row.sampled.as_mut_slice().iter_mut().enumerate() {
                 let hash = u64::from(sampled.token);
                 let logit = |i| uniform(hash, i) as f32 * 12.0 - 6.0;
                 let mut logits: Vec<f32> = (0..VOCAB).map(logit).collect();
@@ -93,8 +113,7 @@ impl Executor for Sampler {
             steps.flat_map(|step| step.follows).any(|f| f.step == id)
         };
         self.chosen.retain(|choices| follows(choices.step));
-        let mut watch = self.watch.0.lock().expect("no panic under the lock");
-        watch.pop_front();
+        self.watch.with(|watched| watched.blocks.pop_front());
         Ok(output)
     }
 }
