@@ -19,7 +19,22 @@ use crate::{
 };
 
 /// Digest of the empty sequence.
-const EMPTY: u64 = 0x6261_746f_6e00_0001;
+pub(crate) const EMPTY: u64 = 0x6261_746f_6e00_0001;
+
+/// Digest of a token after those with another.
+pub(crate) fn digest_of(before: u64, token: u32) -> u64 {
+    mix(before.rotate_left(7) ^ u64::from(token))
+}
+
+/// A hash of all digests, by their sums over each block.
+pub(crate) fn hash_of(sums: impl Iterator<Item = u64>) -> u64 {
+    sums.fold(EMPTY, |hash, sum| mix(hash ^ sum))
+}
+
+/// The token that a hash stands for.
+pub(crate) fn pick(hash: u64, vocab: u32) -> u32 {
+    (mix(hash) % u64::from(vocab)) as u32
+}
 
 /// One 64-bit number per token of an arena: what a [`FakeExecutor`] keeps for KV.
 ///
@@ -204,7 +219,7 @@ impl FakeExecutor {
             }
         };
         for (position, token) in (step.start..).zip(tokens) {
-            digest = mix(digest.rotate_left(7) ^ u64::from(*token));
+            digest = digest_of(digest, *token);
             let (block, slot) = place(position);
             self.kv.write(block, slot, digest);
         }
@@ -289,11 +304,13 @@ impl FakeExecutor {
     /// A hash of the digests of positions `0 .. end`, each block in its place.
     fn attend(&self, blocks: &[u32], end: u32) -> u64 {
         let block_tokens = self.info.kv.block_tokens;
-        let mut hash = EMPTY;
-        for (block, first) in blocks.iter().zip((0..end).step_by(block_tokens as usize)) {
-            hash = mix(hash ^ self.kv.sum(*block, block_tokens.min(end - first)));
-        }
-        hash
+        let firsts = (0..end).step_by(block_tokens as usize);
+        hash_of(
+            blocks
+                .iter()
+                .zip(firsts)
+                .map(|(block, first)| self.kv.sum(*block, block_tokens.min(end - first))),
+        )
     }
 
     fn choose(&self, hash: u64, request: &SampleRequest) -> Sampled {
@@ -309,7 +326,7 @@ impl FakeExecutor {
             &[]
         };
         let vocab = self.info.vocab;
-        let first = (mix(hash ^ seed) % u64::from(vocab)) as u32;
+        let first = pick(hash ^ seed, vocab);
         let allowed = |token: &u32| !self.never_emit.contains(token) && !banned.contains(token);
         let token = (0..vocab)
             .map(|i| (first + i) % vocab)

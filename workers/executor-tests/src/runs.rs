@@ -82,7 +82,7 @@ fn generate(
 ) -> Vec<Vec<Sampled>> {
     let mut told: Vec<Vec<Sampled>> = vec![Vec::new(); SEQUENCES];
     let mut id = 0;
-    while let Some(first) = told.iter().position(|told| told.len() < OUTPUT) {
+    while told.iter().any(|told| told.len() < OUTPUT) {
         id += 1;
         let mut plan = StepPlan {
             id: StepId(id),
@@ -90,11 +90,8 @@ fn generate(
             ..StepPlan::default()
         };
         let mut parts = Vec::new();
-        for sequence in first..SEQUENCES {
-            let known = &told[sequence];
-            if known.len() >= OUTPUT {
-                continue;
-            }
+        let unfinished = |(_, told): &(usize, &Vec<Sampled>)| told.len() < OUTPUT;
+        for (sequence, known) in told.iter().enumerate().filter(unfinished) {
             let (start, mut tokens, drafts) = match known.last() {
                 None => (0, prompt(sequence), Vec::new()),
                 Some(last) => (

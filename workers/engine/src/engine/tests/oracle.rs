@@ -80,9 +80,9 @@ impl Drafter for Oracle {
         assert!(most > 0 && drafts.is_empty());
         let drafting = self.drafting;
         self.texts.with(|book| {
-            let known = book.texts.iter();
+            let mut known = book.texts.iter();
             // Of equal prompts with other rules, one or the other.
-            let text = known.filter(|text| text.starts_with(tokens)).next_back();
+            let text = known.rfind(|text| text.starts_with(tokens));
             let rest = text.map_or(&[][..], |text| &text[tokens.len()..]);
             match drafting {
                 Drafting::Off => {}

@@ -216,6 +216,23 @@ fn what_rejected_drafts_leave_is_no_prefix_for_anybody() {
     assert_empty(&engine);
 }
 
+#[test]
+fn the_drafter_of_the_fake_executor_is_often_right() {
+    let setup = Setup::default();
+    let drafter = crate::FakeDrafter {
+        block_tokens: BLOCK_TOKENS,
+        vocab: VOCAB,
+    };
+    let mut engine = engine(setup).with_drafter(Box::new(drafter));
+    let mut driver = Driver::default();
+    let spec = spec(&prompt(1, 10), 100);
+    driver.submit(&mut engine, 1, spec.clone());
+    driver.run(&mut engine, 1000);
+    assert_eq!(driver.outputs[&1], super::alone(&spec));
+    assert!((20..60).contains(&driver.steps), "{}", driver.steps);
+    assert_empty(&engine);
+}
+
 /// Says the same whatever comes.
 struct Parrot(Vec<u32>);
 
