@@ -44,6 +44,7 @@ impl Drafts {
 
     /// Drafts for a generating sequence, with blocks for each: as many as budget, blocks and the sequence's end leave room
     /// for. None while its last token is in flight.
+    #[inline]
     pub fn of(&mut self, sequence: &mut Sequence) -> &[u32] {
         self.drafts.clear();
         let Some(drafter) = &mut self.drafter else {

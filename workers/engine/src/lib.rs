@@ -12,21 +12,29 @@
 //!    leases the blocks to a decode worker, or goes on here.
 //! 5. [`Engine::resume`] takes a sequence whose KV is in place, computed here or pulled into a table from
 //!    [`BlockPool::reserve`].
-//! 6. It generates one token a step ([`Event::Token`]) until a rule ends it, [`Engine::abort`] takes it out, or it has to
-//!    give up its blocks ([`Event::Preempted`]).
+//! 6. It generates, one token a step or several ([`Event::Token`] for each), until a rule ends it, [`Engine::abort`] takes
+//!    it out, or it has to give up its blocks ([`Event::Preempted`]).
 //!
-//! On a device that computes while the host plans, a decode step is submitted before the last one's tokens are here: its
-//! sequences go on from what the device has chosen. One that ends meanwhile has its row thrown away.
+//! Run-ahead: on a device that computes while the host plans, a decode step is submitted before the tokens of those in flight
+//! are here. Its sequences go on from what the device chooses: [`SequenceStep::follows`] names the step and the sequence in it.
+//! One that ends meanwhile has its row thrown away.
+//!
+//! Speculative decoding: with a [`Drafter`], a sequence's part of a step is its last token and drafts of the next ones, and
+//! the executor chooses a token after each ([`SampleRun`]). All choices up to the first that is not the draft behind it stand:
+//! they are those that single steps would make, bit for bit where the executor's logits do not depend on the batch. Blocks that only rejected drafts
+//! needed come back. Until it is known how many stand, the sequence is in no further step, and the others run ahead.
 //!
 //! Where things are:
 //!
-//! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them; `flight`: steps
+//! - `engine`, `messages`: what the owner sees; `engine/collect`: what a step made, given to its sequences.
+//! - `scheduler`: which sequences run; `sequence`: one of them; `draft`: guesses of their next tokens; `flight`: steps
 //!   submitted and not collected.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
 //! - `sampling`: from logits to a token.
 //! - `arena`: how a model's KV lies in memory.
-//! - `executor`: the seam to the model; `rows`: what every executor makes of a step first; `fake`: an executor without a
-//!   model.
+//! - `executor`: the seam to the model; `step`, `output`: what goes through it.
+//! - `rows`: what every executor makes of a step first; `follow`: how it finds the token that a sequence follows.
+//! - `fake`: an executor without a model; `fake_drafter`: a drafter for it.
 #![forbid(unsafe_code)]
 
 mod arena;

@@ -172,6 +172,7 @@ enum GoesOn {
 
 /// Takes over the tokens that a step chose for a generating sequence: all up to the first that is not the draft that was run
 /// behind it, and that one. A token that ends the sequence is the last.
+#[inline]
 fn commit(
     sequence: &mut Sequence,
     drafts: &[u32],

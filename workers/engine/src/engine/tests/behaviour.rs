@@ -105,6 +105,25 @@ fn a_shared_prefix_is_computed_once() {
 }
 
 #[test]
+fn what_goes_on_from_pulled_kv_is_no_prefix() {
+    let mut engine = engine(Setup::default());
+    let spec = spec(&prompt(1, 10), 30);
+    let blocks = engine.pool().reserve(3).expect("room");
+    let resumed = ResumedSequence {
+        key: 1,
+        spec: spec.clone(),
+        next: 5,
+        blocks,
+    };
+    engine.resume(resumed).expect("taken");
+    while engine.has_work() {
+        engine.step().expect("runs");
+    }
+    let stats = engine.pool().stats();
+    assert_eq!((stats.used, stats.cached), (0, 0));
+}
+
+#[test]
 fn stop_ids_end_a_sequence_and_min_tokens_holds_them_off() {
     let mut free = spec(&prompt(5, 9), 10);
     let text = alone(&free);
