@@ -83,7 +83,7 @@ impl CudaExecutor {
             step_sequences_max: options.step_sequences_max,
             step_tokens_max: options.step_tokens_max,
             steps_in_flight: SLOTS,
-            // A longer run would take the attention of prompts, whose time is that of many rows.
+            // Longer runs would go through the kernels for prompts: there are none yet for a few rows of each sequence.
             run_max: 1,
             kv: kv.clone(),
         };

@@ -20,9 +20,10 @@
 //! One that ends meanwhile has its row thrown away.
 //!
 //! Speculative decoding: with a [`Drafter`], a sequence's part of a step is its last token and drafts of the next ones, and
-//! the executor chooses a token after each ([`SampleRun`]). All choices up to the first that is not the draft behind it stand:
-//! they are those that single steps would make, bit for bit where the executor's logits do not depend on the batch. Blocks that only rejected drafts
-//! needed come back. Until it is known how many stand, the sequence is in no further step, and the others run ahead.
+//! the executor chooses a token after each ([`SampleRun`]). All choices up to the first that differs from the draft behind it
+//! stand, that one too: they are those of single steps, bit for bit where logits do not depend on the batch. Blocks that only
+//! rejected drafts needed come back. Until it is known how many choices stand, the sequence is in no further step; the others
+//! run ahead.
 //!
 //! Where things are:
 //!

@@ -76,9 +76,9 @@ pub struct Follows {
 ///
 /// One token is chosen after each of the last `len` tokens that the sequence runs. Usually `len` is 1: the token after the
 /// last. In speculative decoding the sequence runs its last token and `len - 1` drafts, which are guesses of what comes after
-/// it. Each choice is the one that a step of its own would make, had the drafts before it been chosen: so all up to the
-/// first that differs from its draft are right, that one too, and what comes after it means nothing. The executor looks at no draft but
-/// to run it and to count it for penalties; the engine compares.
+/// it. Each choice is the one that a step of its own would make, had the drafts before it been chosen. So the choices up to
+/// the first that differs from the draft behind it are right, that one too, and those after it mean nothing. The executor runs
+/// drafts and counts them for penalties; comparing is the engine's.
 #[derive(Clone, Debug)]
 pub struct SampleRun {
     /// How many tokens to choose: 1 to [`ExecutorInfo::run_max`](crate::ExecutorInfo::run_max), and no more than the
