@@ -127,6 +127,7 @@ fn draw_workers(dice: &mut Dice, is_crowd: bool) -> Vec<WorkerSetup> {
         batch,
         step_tokens: dice.pick(&[16, 64]),
         steps_in_flight: dice.pick(&[1, 2]),
+        drafts: false,
         queue,
         prefix_cache: true,
         step_max_ms: if role == Role::Context {

@@ -208,6 +208,7 @@ fn draw_workers(dice: &mut Dice, block_tokens: u32) -> Vec<WorkerSetup> {
         batch: dice.pick(&[1, 2, 4, 8]),
         step_tokens: dice.pick(&[8, 16, 64]),
         steps_in_flight: dice.pick(&[1, 2, 2]),
+        drafts: false,
         queue: dice.pick(&[1, 4, 16]),
         prefix_cache,
         step_max_ms: dice.pick(&[1, 5, 30, 120]),

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use baton_api_server::SimulatedServer;
 use baton_engine::{
-    BlockPool, Executor, ExecutorError, ExecutorInfo, FakeCells, FakeConfig, FakeExecutor,
-    StepOutput, StepPlan, fake_geometry,
+    BlockPool, Drafter, Executor, ExecutorError, ExecutorInfo, FakeCells, FakeConfig, FakeDrafter,
+    FakeExecutor, StepOutput, StepPlan, fake_geometry,
 };
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
@@ -58,6 +58,8 @@ pub struct WorkerSetup {
     pub step_tokens: usize,
     /// Steps under way.
     pub steps_in_flight: usize,
+    /// Its engine has a drafter.
+    pub drafts: bool,
     /// Prompts that may wait.
     pub queue: usize,
     /// Keeps prefixes.
@@ -171,6 +173,12 @@ impl WorkerLife {
             drain: setup.drain,
             queue: setup.queue,
             prefix_cache: setup.prefix_cache,
+            drafter: setup.drafts.then(|| {
+                Box::new(FakeDrafter {
+                    block_tokens: setup.block_tokens,
+                    vocab: VOCAB,
+                }) as Box<dyn Drafter>
+            }),
             clock: || Instant::now().into_std(),
         };
         let (is_up, up) = watch::channel(true);

@@ -142,11 +142,14 @@ fn step_of(
             follows: None,
             start,
             blocks: blocks..blocks + BLOCKS,
-            sample: Some(SampleRequest {
-                position: start + tokens as u32,
-                state: Arc::default(),
-                ban_stop_ids: false,
-            }),
+            sample: Some(
+                SampleRequest {
+                    position: start + tokens as u32,
+                    state: Arc::default(),
+                    ban_stop_ids: false,
+                }
+                .into(),
+            ),
             targets: 0..0,
             target_top: 0,
         });

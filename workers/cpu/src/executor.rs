@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan, Want, What,
-    answer, count_followed, uniform_arena, wants,
+    Choices, Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan,
+    Want, answer, count_followed, uniform_arena, wants,
 };
 use baton_kv_memory::{Address, KvMemory};
 use baton_model::{AttentionSpec, Mixer, ModelSpec, TensorSource, Weights};
@@ -47,10 +47,8 @@ pub struct CpuExecutor {
     pool: Pool,
     buffers: Buffers,
     rows: Rows,
-    /// Tokens of the last step.
-    chosen: Vec<Option<u32>>,
-    /// Steps that were not collected yet: a step is computed when it is submitted.
-    done: VecDeque<StepOutput>,
+    /// Steps in flight, the oldest first: a step is computed when it is submitted.
+    done: VecDeque<(Choices, StepOutput)>,
 }
 
 /// Activations of a step, allocated once. Row strides are whole panels and K steps.
@@ -76,6 +74,9 @@ struct Buffers {
     /// Rows the buffers hold.
     rows: usize,
 }
+
+/// Most tokens chosen for one sequence in one step. Nothing here depends on it: attention takes any number of rows of a sequence.
+const RUN_MAX: usize = 8;
 
 /// Rows of logits computed at once: the output matrix is read once for these.
 const LOGITS_ROWS: usize = 64;
@@ -138,6 +139,7 @@ impl CpuExecutor {
             step_sequences_max: options.step_sequences_max,
             step_tokens_max: options.step_tokens_max,
             steps_in_flight: 1,
+            run_max: RUN_MAX,
         };
         let buffers = Buffers::new(&shape, &weights, options.step_tokens_max, threads);
         Ok(Self {
@@ -151,7 +153,6 @@ impl CpuExecutor {
             pool,
             buffers,
             rows: Rows::default(),
-            chosen: Vec::new(),
             done: VecDeque::new(),
         })
     }
@@ -174,7 +175,8 @@ impl Executor for CpuExecutor {
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         self.rows.fill(plan, &self.info)?;
-        self.rows.follow(&self.chosen)?;
+        let in_flight = self.done.iter().map(|(choices, _)| choices);
+        self.rows.follow(in_flight)?;
         self.embed();
         attention::pieces(
             &self.shape,
@@ -186,15 +188,14 @@ impl Executor for CpuExecutor {
             self.layer(layer);
         }
         let output = self.output(plan);
-        self.chosen = output.tokens();
-        self.done.push_back(output);
+        self.done.push_back((Choices::of(plan, &output), output));
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        self.done
-            .pop_front()
-            .ok_or_else(ExecutorError::nothing_submitted)
+        let done = self.done.pop_front();
+        let (_, output) = done.ok_or_else(ExecutorError::nothing_submitted)?;
+        Ok(output)
     }
 }
 
@@ -373,13 +374,7 @@ impl CpuExecutor {
                 }
             });
             for (want, answer) in wants.iter().zip(answers.into_iter().flatten()) {
-                let sequence = &mut output.sequences[want.sequence];
-                sequence.target_logprobs.extend(answer.target_logprobs);
-                if let What::Sample(_) = want.what {
-                    sequence.sampled = answer.sampled;
-                    sequence.logits = answer.logits;
-                    sequence.failure = answer.failure;
-                }
+                output.sequences[want.sequence].extend(answer);
             }
         }
         output

@@ -47,6 +47,22 @@ fn a_step_submitted_ahead_changes_no_token() {
 }
 
 #[test]
+fn only_what_is_in_flight_is_followed() {
+    baton_executor_tests::ahead::only_what_is_in_flight_is_followed(&|build| {
+        Box::new(executor(Kernel::best(), 2, build))
+    });
+}
+
+#[test]
+fn runs_choose_what_single_steps_do() {
+    for kernel in kernels() {
+        baton_executor_tests::runs::runs_choose_what_single_steps_do(&|build| {
+            Box::new(executor(kernel, 2, build))
+        });
+    }
+}
+
+#[test]
 fn a_row_of_nan_fails_alone() {
     for kernel in kernels() {
         baton_executor_tests::broken::rows_without_numbers(&|build| {

@@ -284,11 +284,14 @@ fn plan(
             follows: None,
             start: *start as u32,
             blocks: at..plan.blocks.len(),
-            sample: Some(SampleRequest {
-                position: end as u32,
-                state: Arc::default(),
-                ban_stop_ids: false,
-            }),
+            sample: Some(
+                SampleRequest {
+                    position: end as u32,
+                    state: Arc::default(),
+                    ban_stop_ids: false,
+                }
+                .into(),
+            ),
             targets: 0..0,
             target_top: 0,
         });

@@ -1,15 +1,17 @@
 //! One step: told to the GPU, run, and its tokens taken back; the next is told before that.
 //!
 //! Everything runs on one stream, so two steps under way share all of the GPU's memory and need two of only what the host
-//! touches: the arrays that it writes, the tokens that it reads ([`Slot`]). A token is read where it was chosen by the step that
-//! follows. Only where a plan wants logits the host chooses from them, and the next step is launched after that.
+//! touches: the arrays that it writes, the tokens that it reads ([`Slot`]). A step that follows reads a token where the step in
+//! flight has chosen it: the tokens chosen last lie on the GPU until the next step's are chosen, and with two steps in flight it is
+//! always the step right behind that reads them. Only where a plan wants logits the host chooses from them, and the next step is
+//! launched after that.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan, Want, What,
-    answer, uniform_arena, wants,
+    Choice, Choices, Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepId,
+    StepOutput, StepPlan, Want, What, answer, uniform_arena, wants,
 };
 use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
@@ -40,8 +42,6 @@ pub struct CudaExecutor {
     submitted: VecDeque<Step>,
     /// Where the next step's arrays are written.
     slot: usize,
-    /// Tokens of the last step, once it was collected.
-    chosen: Vec<Option<u32>>,
 }
 
 /// What the host and the GPU exchange for one step, beside the arrays.
@@ -51,8 +51,9 @@ struct Slot {
     done: Event,
 }
 
-/// A step under way.
+/// A step in flight.
 struct Step {
+    id: StepId,
     slot: usize,
     /// Rows whose logits the GPU computes, or has computed, last: nothing was made of them yet.
     wants: Vec<Want>,
@@ -83,6 +84,8 @@ impl CudaExecutor {
             step_sequences_max: options.step_sequences_max,
             step_tokens_max: options.step_tokens_max,
             steps_in_flight: SLOTS,
+            // Longer runs would go through the kernels for prompts: there are none yet for a few rows of each sequence.
+            run_max: 1,
             kv: kv.clone(),
         };
         let sequences = options.step_sequences_max;
@@ -110,7 +113,6 @@ impl CudaExecutor {
             sampler,
             submitted: VecDeque::with_capacity(SLOTS),
             slot: 0,
-            chosen: Vec::new(),
             info,
             model,
             attention,
@@ -165,6 +167,7 @@ impl CudaExecutor {
     fn launch(&mut self, plan: &StepPlan) -> Result<Step, CudaError> {
         let mut wants = wants(plan, &self.rows);
         let mut step = Step {
+            id: plan.id,
             slot: self.slot,
             wants: Vec::new(),
             want_logits: plan.want_logits,
@@ -279,12 +282,7 @@ impl CudaExecutor {
             let rows = host.flat_map(|logits| logits.chunks_mut(self.model.spec.vocab));
             for (want, logits) in wants.iter().zip(rows) {
                 let answer = answer(want, logits, true);
-                let output = &mut sequences[want.sequence];
-                output.target_logprobs.extend(answer.target_logprobs);
-                if let What::Sample(_) = want.what {
-                    (output.sampled, output.logits) = (answer.sampled, answer.logits);
-                    output.failure = answer.failure;
-                }
+                sequences[want.sequence].extend(answer);
             }
             return Ok(());
         }
@@ -292,28 +290,57 @@ impl CudaExecutor {
             let output = &mut sequences[want.sequence];
             match answer {
                 Answer::Target(logprobs) => output.target_logprobs.push(logprobs),
-                Answer::Sampled(Some(sampled)) => output.sampled = Some(sampled),
+                Answer::Sampled(Some(sampled)) => output.sampled = Some(sampled).into(),
                 Answer::Sampled(None) => *output = SequenceOutput::without_token(),
             }
         }
         Ok(())
     }
 
-    /// Tells the rows that follow the step before where their tokens are: here, or among the best tokens on the GPU.
-    fn follow(&mut self) -> Result<(), ExecutorError> {
+    /// Of a step in flight whose logits are wanted the host chooses the tokens, now that the next one may follow it: its memory
+    /// for logits is free again then.
+    fn choose_on_host(&mut self) -> Result<(), ExecutorError> {
         if let Some(mut last) = self.submitted.pop_back() {
-            // What the host has to choose, it chooses now; the logits on the host are free again then.
-            if last.want_logits {
-                self.answer(&mut last)?;
-            }
-            self.chosen = last.output.tokens();
-            for (row, want) in last.wants.iter().enumerate() {
-                // As an i32: -1 - row.
-                self.chosen[want.sequence] = Some(!(row as u32));
-            }
+            let answered = match last.want_logits {
+                true => self.answer(&mut last),
+                false => Ok(()),
+            };
             self.submitted.push_back(last);
+            answered?;
         }
-        self.rows.follow(&self.chosen)
+        Ok(())
+    }
+
+    /// Tells the rows that follow the step in flight where their tokens are: here, or among the best tokens on the GPU.
+    fn follow(&mut self) -> Result<(), ExecutorError> {
+        if self.rows.follows.is_empty() {
+            return Ok(());
+        }
+        // Of an earlier step the GPU has no tokens any more: whoever follows one is refused.
+        let last = self.submitted.back();
+        self.rows.follow(last.map(Step::choices).iter())
+    }
+}
+
+impl Step {
+    /// What it has chosen, or where the GPU will find it.
+    fn choices(&self) -> Choices {
+        let known = |output: &SequenceOutput| match (output.sampled.first(), &output.failure) {
+            (Some(sampled), _) => Choice::Token(sampled.token),
+            (None, Some(_)) => Choice::Failed,
+            (None, None) => Choice::NotOne,
+        };
+        let mut sequences: Vec<Choice> = self.output.sequences.iter().map(known).collect();
+        for (row, want) in self.wants.iter().enumerate() {
+            if let What::Sample(_) = want.what {
+                // As an i32: -1 - row.
+                sequences[want.sequence] = Choice::Token(!(row as u32));
+            }
+        }
+        Choices {
+            step: self.id,
+            sequences,
+        }
     }
 }
 
@@ -343,11 +370,12 @@ impl Executor for CudaExecutor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         if self.submitted.len() == SLOTS {
             return Err(ExecutorError {
-                message: format!("{SLOTS} steps are under way already"),
+                message: format!("{SLOTS} steps are in flight already"),
             });
         }
         self.rows.fill(plan, &self.info)?;
         self.model.device.bind()?;
+        self.choose_on_host()?;
         self.follow()?;
         let step = self.launch(plan)?;
         self.slot = (self.slot + 1) % SLOTS;
@@ -360,9 +388,6 @@ impl Executor for CudaExecutor {
             return Err(ExecutorError::nothing_submitted());
         };
         self.answer(&mut step)?;
-        if self.submitted.is_empty() {
-            self.chosen = step.output.tokens();
-        }
         Ok(step.output)
     }
 }

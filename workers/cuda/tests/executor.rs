@@ -57,6 +57,18 @@ fn a_step_submitted_ahead_changes_no_token() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn only_what_is_in_flight_is_followed() {
+    baton_executor_tests::ahead::only_what_is_in_flight_is_followed(&|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn runs_choose_what_single_steps_do() {
+    baton_executor_tests::runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn a_row_of_nan_fails_alone() {
     baton_executor_tests::broken::rows_without_numbers(&|b| Box::new(usual(b)));
 }
@@ -466,14 +478,17 @@ fn tokens_are_those_of_the_sampling_rules() {
             follows: None,
             start: 0,
             blocks: at..at + 1,
-            sample: Some(SampleRequest {
-                position: 1,
-                state: Arc::new(SampleState {
-                    sampling,
-                    ..SampleState::default()
-                }),
-                ban_stop_ids: false,
-            }),
+            sample: Some(
+                SampleRequest {
+                    position: 1,
+                    state: Arc::new(SampleState {
+                        sampling,
+                        ..SampleState::default()
+                    }),
+                    ban_stop_ids: false,
+                }
+                .into(),
+            ),
             targets: 0..0,
             target_top: 0,
         });
@@ -488,9 +503,9 @@ fn tokens_are_those_of_the_sampling_rules() {
         .zip(&logits.sequences)
         .zip(&plan.sequences)
     {
-        let request = sequence.sample.as_ref().expect("asked for");
-        let chosen = baton_engine::sample(&mut with_logits.logits.clone(), request);
-        assert_eq!(found.sampled, chosen);
+        let request = sequence.sample.as_ref().expect("asked for").request(0, &[]);
+        let chosen = baton_engine::sample(&mut with_logits.logits.clone(), &request);
+        assert_eq!(found.sampled.first(), chosen.as_ref());
         assert!(found.logits.is_empty());
         tokens.extend(chosen.map(|chosen| chosen.token));
     }

@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use baton_engine::{
     Engine, EngineConfig, Event, Executor, ExecutorError, ExecutorInfo, FakeConfig, FakeExecutor,
-    NewSequence, ResumedSequence, SampleRequest, SampleState, Sampled, SequenceOutput, StepOutput,
-    StepPlan, sample, uniform,
+    NewSequence, ResumedSequence, SampleRequest, SampleRun, SampleState, Sampled, SequenceOutput,
+    StepOutput, StepPlan, sample, uniform,
 };
 use baton_protocol::{CacheSalt, Generation, PackedTokens, Sampling, SequenceSpec};
 
@@ -77,7 +77,7 @@ impl Executor for Null {
     }
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        let choose = |sample: &SampleRequest| {
+        let choose = |sample: &SampleRun| {
             black_box(sample);
             Sampled {
                 token: 1,
@@ -85,7 +85,7 @@ impl Executor for Null {
             }
         };
         let output = |step: &baton_engine::SequenceStep| SequenceOutput {
-            sampled: step.sample.as_ref().map(choose),
+            sampled: step.sample.as_ref().map(choose).into(),
             ..SequenceOutput::default()
         };
         self.submitted.push_back(StepOutput {

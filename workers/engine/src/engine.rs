@@ -5,13 +5,16 @@ use std::time::Instant;
 
 use baton_protocol::{Refusal, SequenceSpec};
 
-use crate::flight::{FlightRow, Flights};
+use crate::draft::{Drafter, Drafts};
+use crate::flight::Flights;
 use crate::scheduler::Scheduler;
 use crate::sequence::Sequence;
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
-    NewSequence, ResumedSequence, Sampled, SequenceOutput, StepOutput,
+    NewSequence, ResumedSequence,
 };
+
+mod collect;
 
 /// Told to those whom a full queue turned away: some steps later things look different.
 const RETRY_AFTER_MS: u32 = 200;
@@ -56,6 +59,16 @@ impl Engine {
             stalled: false,
             failed: None,
         }
+    }
+
+    /// With guesses of what comes next, so that a step may give several tokens of a sequence: as many as the executor checks at
+    /// once ([`ExecutorInfo::run_max`]). Which tokens come is the same with any drafter and without.
+    #[must_use]
+    pub fn with_drafter(mut self, drafter: Box<dyn Drafter>) -> Self {
+        let info = self.info();
+        let drafts = Drafts::new(drafter, info.run_max, info.vocab, self.tokens_max);
+        self.scheduler.drafts = drafts;
+        self
     }
 
     /// With another clock for the times that it reports. They decide nothing here.
@@ -245,6 +258,7 @@ impl Engine {
             return Ok(false);
         }
         self.executor.submit(&self.scheduler.plan)?;
+        self.scheduler.plan.id.0 += 1;
         // The plan's hold on sampling states ends here, the executor's when the step is collected.
         self.scheduler.plan.sequences.clear();
         let flight = std::mem::take(&mut self.scheduler.flight);
@@ -324,167 +338,6 @@ impl Engine {
         Refusal::TooLong {
             tokens_max: self.tokens_max as u32,
         }
-    }
-
-    /// The executor's half of the contract: a row for each sequence, and in it what was asked for.
-    fn check_output(&self, rows: &[FlightRow], output: &StepOutput) -> Result<(), ExecutorError> {
-        let vocab = self.info().vocab;
-        let fits = |(row, output): (&FlightRow, &SequenceOutput)| {
-            let token_fits = match &output.sampled {
-                Some(sampled) => row.samples && sampled.token < vocab,
-                None => !row.samples,
-            };
-            output.failure.is_some() || token_fits && output.target_logprobs.len() == row.targets
-        };
-        if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
-            return Ok(());
-        }
-        Err(ExecutorError {
-            message: format!(
-                "{} returned an output that does not fit its plan of {} sequences; this is a defect of the executor",
-                self.info().device,
-                rows.len()
-            ),
-        })
-    }
-
-    /// Collect the oldest step in flight, if there is one.
-    fn collect_step(&mut self, events: &mut Vec<Event>) -> Result<(), ExecutorError> {
-        let Some(oldest) = self.flights.oldest() else {
-            return Ok(());
-        };
-        let output = self.executor.collect()?;
-        self.check_output(&oldest.rows, &output)?;
-        let Some(flight) = self.flights.collected() else {
-            return Ok(());
-        };
-        let mut decodes: Vec<_> = flight.rows.into_iter().zip(output.sequences).collect();
-        let prompts = decodes.split_off(flight.decodes);
-        self.collect_decodes(decodes, events);
-        self.collect_prefills(prompts, events);
-        Ok(())
-    }
-
-    /// Rows and sequences are both in order of arrival. Rows of those that have left since are thrown away.
-    fn collect_decodes(&mut self, rows: Vec<(FlightRow, SequenceOutput)>, events: &mut Vec<Event>) {
-        let Scheduler {
-            decoding,
-            pool,
-            prefix_cache,
-            ..
-        } = &mut self.scheduler;
-        let block_tokens = pool.block_tokens();
-        let mut rows = rows.into_iter().peekable();
-        decoding.retain_mut(|sequence| {
-            while rows
-                .next_if(|(row, _)| row.arrival < sequence.arrival)
-                .is_some()
-            {}
-            let row = rows.next_if(|(row, _)| row.arrival == sequence.arrival);
-            let Some((_, output)) = row else {
-                return true;
-            };
-            sequence.in_flight -= 1;
-            let Some(sampled) = output.sampled.filter(|_| output.failure.is_none()) else {
-                sequence.blocks.forget();
-                self.flights.give_back(sequence.blocks.take());
-                events.push(failed(sequence.key, output.failure));
-                return false;
-            };
-            sequence.computed += 1;
-            // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.
-            let full = sequence.computed / block_tokens;
-            if *prefix_cache
-                && sequence.computed % block_tokens == 0
-                && sequence.blocks.indexed() + 1 == full
-            {
-                let known = &sequence.tokens[..sequence.computed];
-                let given_up = sequence.blocks.index(sequence.cache_salt, known);
-                self.flights.give_back(given_up);
-            }
-            let finish = sequence.finish_with(sampled.token, self.tokens_max);
-            let index = sequence.output_tokens() as u32;
-            sequence.push(sampled.token);
-            events.push(Event::Token {
-                key: sequence.key,
-                index,
-                sampled,
-                finish,
-            });
-            if finish.is_some() && sequence.in_flight > 0 {
-                self.flights.give_back(sequence.blocks.take());
-            }
-            finish.is_none()
-        });
-    }
-
-    fn collect_prefills(
-        &mut self,
-        rows: Vec<(FlightRow, SequenceOutput)>,
-        events: &mut Vec<Event>,
-    ) {
-        let Scheduler {
-            prefilling,
-            prefix_cache,
-            ..
-        } = &mut self.scheduler;
-        let mut done: Vec<(usize, Result<Sampled, String>)> = Vec::new();
-        for (row, output) in rows {
-            let Some(at) = prefilling.iter().position(|s| s.arrival == row.arrival) else {
-                continue;
-            };
-            let sequence = &mut prefilling[at];
-            sequence.computed += row.tokens;
-            sequence.in_flight -= row.tokens;
-            if let Some(detail) = output.failure {
-                done.push((at, Err(detail)));
-                continue;
-            }
-            sequence.prompt.logprobs.extend(output.target_logprobs);
-            if *prefix_cache {
-                // A step that may be in flight already has no row of this sequence.
-                let known = &sequence.tokens[..sequence.computed];
-                drop(sequence.blocks.index(sequence.cache_salt, known));
-            }
-            done.extend(output.sampled.map(|sampled| (at, Ok(sampled))));
-        }
-        done.sort_unstable_by_key(|(at, _)| *at);
-        for (removed, (at, end)) in done.into_iter().enumerate() {
-            let sequence = prefilling.remove(at - removed);
-            events.push(match end {
-                Ok(sampled) => prefilled(sequence, sampled, self.tokens_max, (self.clock)()),
-                Err(detail) => {
-                    sequence.blocks.forget();
-                    failed(sequence.key, Some(detail))
-                }
-            });
-        }
-    }
-}
-
-fn failed(key: u64, detail: Option<String>) -> Event {
-    let detail = detail.unwrap_or_else(|| "no token was chosen".to_owned());
-    Event::Failed { key, detail }
-}
-
-fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize, now: Instant) -> Event {
-    let finish = sequence.finish_with(sampled.token, tokens_max);
-    let Sequence {
-        key,
-        blocks,
-        prompt,
-        ..
-    } = sequence;
-    let started = prompt.started.unwrap_or(prompt.submitted);
-    Event::Prefilled {
-        key,
-        blocks,
-        sampled,
-        finish,
-        cached_tokens: prompt.cached_tokens as u32,
-        prompt_logprobs: prompt.logprobs_top.map(|_| prompt.logprobs),
-        queue: started.saturating_duration_since(prompt.submitted),
-        compute: now.saturating_duration_since(started),
     }
 }
 

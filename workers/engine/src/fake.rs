@@ -14,12 +14,27 @@ use baton_protocol::{KvGeometry, KvGroup, TokenLogprobs, TopLogprob};
 
 use crate::sampling::mix;
 use crate::{
-    Executor, ExecutorError, ExecutorInfo, SampleRequest, Sampled, SequenceOutput, SequenceStep,
-    StepOutput, StepPlan,
+    Executor, ExecutorError, ExecutorInfo, Follows, SampleRequest, Sampled, SequenceOutput,
+    SequenceStep, StepOutput, StepPlan,
 };
 
 /// Digest of the empty sequence.
-const EMPTY: u64 = 0x6261_746f_6e00_0001;
+pub(crate) const EMPTY: u64 = 0x6261_746f_6e00_0001;
+
+/// Digest of a token after those with another.
+pub(crate) fn digest_of(before: u64, token: u32) -> u64 {
+    mix(before.rotate_left(7) ^ u64::from(token))
+}
+
+/// A hash of all digests, by their sums over each block.
+pub(crate) fn hash_of(sums: impl Iterator<Item = u64>) -> u64 {
+    sums.fold(EMPTY, |hash, sum| mix(hash ^ sum))
+}
+
+/// The token that a hash stands for.
+pub(crate) fn pick(hash: u64, vocab: u32) -> u32 {
+    (mix(hash) % u64::from(vocab)) as u32
+}
 
 /// One 64-bit number per token of an arena: what a [`FakeExecutor`] keeps for KV.
 ///
@@ -93,8 +108,10 @@ pub struct FakeConfig {
     pub step_tokens_max: usize,
     /// How long a step takes; 0 is full speed.
     pub step_micros: u64,
-    /// Steps that may be under way at once. The second begins when the first ends, whenever that is collected.
+    /// Steps that may be in flight at once. The second begins when the first ends, whenever that is collected.
     pub steps_in_flight: usize,
+    /// Most tokens chosen for one sequence in one step.
+    pub run_max: usize,
     /// Ids that are never chosen: end-of-sequence ids, where outputs must have their full length.
     pub never_emit: Vec<u32>,
     /// What goes wrong, for tests of what comes of it.
@@ -113,7 +130,8 @@ pub struct FakeFaults {
 }
 
 impl Default for FakeConfig {
-    /// 4096 blocks of 16 tokens, a vocabulary of 32,000, sequences of up to 8192 tokens, full speed, step by step.
+    /// 4096 blocks of 16 tokens, a vocabulary of 32,000, sequences of up to 8192 tokens, full speed, step by step, runs of up
+    /// to 8 tokens.
     fn default() -> Self {
         Self {
             kv: KvGeometry::bf16(
@@ -131,6 +149,7 @@ impl Default for FakeConfig {
             step_tokens_max: 8192,
             step_micros: 0,
             steps_in_flight: 1,
+            run_max: 8,
             never_emit: Vec::new(),
             faults: FakeFaults::default(),
         }
@@ -148,10 +167,8 @@ pub struct FakeExecutor {
     step_time: Duration,
     never_emit: Vec<u32>,
     faults: FakeFaults,
-    /// Steps under way, and when each ends.
+    /// Steps in flight, and when each ends.
     submitted: VecDeque<(StepPlan, Instant)>,
-    /// Tokens of the step collected last.
-    chosen: Vec<Option<u32>>,
 }
 
 impl FakeExecutor {
@@ -172,6 +189,7 @@ impl FakeExecutor {
             step_sequences_max: config.step_sequences_max,
             step_tokens_max: config.step_tokens_max,
             steps_in_flight: config.steps_in_flight,
+            run_max: config.run_max,
         };
         Self {
             info,
@@ -180,17 +198,11 @@ impl FakeExecutor {
             never_emit: config.never_emit,
             faults: config.faults,
             submitted: VecDeque::new(),
-            chosen: Vec::new(),
         }
     }
 
     fn run(&self, step: &SequenceStep, plan: &StepPlan) -> SequenceOutput {
-        let mut tokens = &plan.tokens[step.tokens.clone()];
-        let followed;
-        if let Some(sequence) = step.follows {
-            followed = [self.chosen[sequence].unwrap_or(0)];
-            tokens = &followed;
-        }
+        let tokens = &plan.tokens[step.tokens.clone()];
         let blocks = &plan.blocks[step.blocks.clone()];
         let block_tokens = self.info.kv.block_tokens;
         let place = |position: u32| {
@@ -207,35 +219,98 @@ impl FakeExecutor {
             }
         };
         for (position, token) in (step.start..).zip(tokens) {
-            digest = mix(digest.rotate_left(7) ^ u64::from(*token));
+            digest = digest_of(digest, *token);
             let (block, slot) = place(position);
             self.kv.write(block, slot, digest);
         }
-        if step.sample.is_some() && self.faults.no_logit.as_ref() == tokens.last() {
-            return SequenceOutput::without_token();
-        }
+        let mut output = SequenceOutput::default();
         let targets = &plan.targets[step.targets.clone()];
-        SequenceOutput {
-            sampled: step.sample.as_ref().map(|request| {
-                let end = step.start + tokens.len() as u32;
-                self.choose(self.attend(blocks, end), request)
-            }),
-            target_logprobs: targets
-                .iter()
-                .map(|t| self.logprobs(*t, step.target_top))
-                .collect(),
-            ..SequenceOutput::default()
+        let report = |target: &u32| self.logprobs(*target, step.target_top);
+        output.target_logprobs.extend(targets.iter().map(report));
+        let Some(run) = &step.sample else {
+            return output;
+        };
+        let (_, chosen_after) = tokens.split_at(tokens.len() - run.len);
+        for (i, token) in chosen_after.iter().enumerate() {
+            if self.faults.no_logit == Some(*token) {
+                output.extend(SequenceOutput::without_token());
+                break;
+            }
+            let request = run.request(i, &chosen_after[1..]);
+            let hash = self.attend(blocks, request.position);
+            output.sampled.push(self.choose(hash, &request));
+        }
+        output
+    }
+
+    /// The engine's promises, as far as texts depend on them.
+    fn check(&self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        let broken = |what: &str, key: u64| {
+            Err(ExecutorError::broken_plan(format!(
+                "{what} (sequence {key} of {})",
+                plan.id
+            )))
+        };
+        for step in &plan.sequences {
+            if let Some(run) = &step.sample {
+                if !(1..=self.info.run_max.min(step.tokens.len())).contains(&run.len) {
+                    return broken("its run is none, or too long", step.key);
+                }
+                let end = step.start as usize + step.tokens.len();
+                if run.position as usize + run.len != end + 1 {
+                    return broken("its run is not at its end", step.key);
+                }
+            }
+            let Some(follows) = step.follows else {
+                continue;
+            };
+            let followed = self.followed(&follows)?;
+            if followed.key != step.key || step.tokens.len() != 1 {
+                return broken(
+                    "it follows another sequence, or not with one token",
+                    step.key,
+                );
+            }
+            if step.start as usize != followed.start as usize + followed.tokens.len() {
+                return broken("it follows a token of another position", step.key);
+            }
+        }
+        Ok(())
+    }
+
+    fn followed(&self, follows: &Follows) -> Result<&SequenceStep, ExecutorError> {
+        let mut plans = self.submitted.iter().map(|(plan, _)| plan);
+        let Some(plan) = plans.find(|plan| plan.id == follows.step) else {
+            return Err(follows.not_in_flight());
+        };
+        let followed = plan.sequences.get(follows.sequence);
+        followed
+            .filter(|step| step.chooses_one())
+            .ok_or_else(|| follows.not_one())
+    }
+
+    /// Writes what a step has chosen into the steps in flight that follow it.
+    fn tell_followers(&mut self, plan: &StepPlan, output: &StepOutput) {
+        for (later, _) in &mut self.submitted {
+            for step in &mut later.sequences {
+                if let Some(follows) = step.follows.take_if(|follows| follows.step == plan.id) {
+                    let sampled = output.sequences[follows.sequence].sampled.first();
+                    later.tokens[step.tokens.start] = sampled.map_or(0, |sampled| sampled.token);
+                }
+            }
         }
     }
 
     /// A hash of the digests of positions `0 .. end`, each block in its place.
     fn attend(&self, blocks: &[u32], end: u32) -> u64 {
         let block_tokens = self.info.kv.block_tokens;
-        let mut hash = EMPTY;
-        for (block, first) in blocks.iter().zip((0..end).step_by(block_tokens as usize)) {
-            hash = mix(hash ^ self.kv.sum(*block, block_tokens.min(end - first)));
-        }
-        hash
+        let firsts = (0..end).step_by(block_tokens as usize);
+        hash_of(
+            blocks
+                .iter()
+                .zip(firsts)
+                .map(|(block, first)| self.kv.sum(*block, block_tokens.min(end - first))),
+        )
     }
 
     fn choose(&self, hash: u64, request: &SampleRequest) -> Sampled {
@@ -251,7 +326,7 @@ impl FakeExecutor {
             &[]
         };
         let vocab = self.info.vocab;
-        let first = (mix(hash ^ seed) % u64::from(vocab)) as u32;
+        let first = pick(hash ^ seed, vocab);
         let allowed = |token: &u32| !self.never_emit.contains(token) && !banned.contains(token);
         let token = (0..vocab)
             .map(|i| (first + i) % vocab)
@@ -280,9 +355,10 @@ impl Executor for FakeExecutor {
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         if self.submitted.len() >= self.info.steps_in_flight {
             return Err(ExecutorError {
-                message: format!("{} steps are under way already", self.submitted.len()),
+                message: format!("{} steps are in flight already", self.submitted.len()),
             });
         }
+        self.check(plan)?;
         let now = Instant::now();
         let starts = self.submitted.back().map_or(now, |(_, end)| now.max(*end));
         self.submitted
@@ -316,7 +392,7 @@ impl Executor for FakeExecutor {
         let output = StepOutput {
             sequences: steps.map(|step| self.run(step, &plan)).collect(),
         };
-        self.chosen = output.tokens();
+        self.tell_followers(&plan, &output);
         Ok(output)
     }
 }

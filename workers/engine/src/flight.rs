@@ -5,6 +5,7 @@
 //! until it was collected.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::BlockTable;
 use crate::sequence::Sequence;
@@ -15,18 +16,32 @@ pub struct Flight {
     /// In the plan's order: first `decodes` generating sequences, oldest first, then prompts.
     pub rows: Vec<FlightRow>,
     pub decodes: usize,
+    /// Drafts of all rows, one after the other.
+    pub drafts: Vec<u32>,
 }
 
 /// One sequence's part of it.
 pub struct FlightRow {
     /// Whose. Not its key: after an abort that may come again before the step is over.
     pub arrival: u64,
-    /// Tokens that it runs.
-    pub tokens: usize,
-    /// The next token is chosen.
-    pub samples: bool,
+    /// Tokens that it runs, drafts included.
+    pub tokens: u32,
     /// Log-probabilities that it reports.
-    pub targets: usize,
+    pub targets: u32,
+    /// Its drafts in [`Flight::drafts`].
+    pub drafts: Range<u32>,
+    /// A token is chosen after its last one and after each draft.
+    pub samples: bool,
+}
+
+impl FlightRow {
+    /// Tokens that are chosen for it.
+    pub fn choices(&self) -> usize {
+        match self.samples {
+            true => self.drafts.len() + 1,
+            false => 0,
+        }
+    }
 }
 
 /// All steps in flight, the oldest first.
@@ -89,11 +104,21 @@ impl Flights {
     pub fn check(&self, sequence: &Sequence) -> Result<(), String> {
         let rows = self.steps.iter().flat_map(|step| &step.rows);
         let own = rows.filter(|row| row.arrival == sequence.arrival);
-        let tokens: usize = own.map(|row| row.tokens).sum();
-        if tokens != sequence.in_flight {
+        let (mut tokens, mut drafts) = (0, 0);
+        for row in own {
+            if drafts > 0 {
+                return Err(format!(
+                    "sequence {} has a row behind drafts in flight",
+                    sequence.key
+                ));
+            }
+            tokens += row.tokens as usize;
+            drafts += row.drafts.len();
+        }
+        if (tokens, drafts) != (sequence.in_flight, sequence.drafted) {
             return Err(format!(
-                "sequence {} counts {} tokens in flight; steps run {tokens}",
-                sequence.key, sequence.in_flight
+                "sequence {} counts {} tokens in flight, {} of them drafts; steps run {tokens} and {drafts}",
+                sequence.key, sequence.in_flight, sequence.drafted
             ));
         }
         match self.leaving.iter().find(|l| l.steps > self.steps.len()) {

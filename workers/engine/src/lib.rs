@@ -12,50 +12,68 @@
 //!    leases the blocks to a decode worker, or goes on here.
 //! 5. [`Engine::resume`] takes a sequence whose KV is in place, computed here or pulled into a table from
 //!    [`BlockPool::reserve`].
-//! 6. It generates one token a step ([`Event::Token`]) until a rule ends it, [`Engine::abort`] takes it out, or it has to
-//!    give up its blocks ([`Event::Preempted`]).
+//! 6. It generates, one token a step or several ([`Event::Token`] for each), until a rule ends it, [`Engine::abort`] takes
+//!    it out, or it has to give up its blocks ([`Event::Preempted`]).
 //!
-//! On a device that computes while the host plans, a decode step is submitted before the last one's tokens are here: its
-//! sequences go on from what the device has chosen. One that ends meanwhile has its row thrown away.
+//! Run-ahead: on a device that computes while the host plans, a decode step is submitted before the tokens of those in flight
+//! are here. Its sequences go on from what the device chooses: [`SequenceStep::follows`] names the step and the sequence in it.
+//! One that ends meanwhile has its row thrown away.
+//!
+//! Speculative decoding: with a [`Drafter`], a sequence's part of a step is its last token and drafts of the next ones, and
+//! the executor chooses a token after each ([`SampleRun`]). All choices up to the first that differs from the draft behind it
+//! stand, that one too: they are those of single steps, bit for bit where logits do not depend on the batch. Blocks that only
+//! rejected drafts needed come back. Until it is known how many choices stand, the sequence is in no further step; the others
+//! run ahead.
 //!
 //! Where things are:
 //!
-//! - `engine`, `messages`: what the owner sees; `scheduler`: which sequences run; `sequence`: one of them; `flight`: steps
+//! - `engine`, `messages`: what the owner sees; `engine/collect`: what a step made, given to its sequences.
+//! - `scheduler`: which sequences run; `sequence`: one of them; `draft`: guesses of their next tokens; `flight`: steps
 //!   submitted and not collected.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
 //! - `sampling`: from logits to a token.
 //! - `arena`: how a model's KV lies in memory.
-//! - `executor`: the seam to the model; `rows`: what every executor makes of a step first; `fake`: an executor without a
-//!   model, `fake_cells`: its KV as a model's would lie.
+//! - `executor`: the seam to the model; `step`, `output`: what goes through it.
+//! - `rows`: what every executor makes of a step first; `follow`: how it finds the token that a sequence follows.
+//! - `fake`: an executor without a model; `fake_cells`: its KV as a model's would lie; `fake_drafter`: a drafter for it.
 #![forbid(unsafe_code)]
 
 mod arena;
+mod draft;
 mod engine;
 mod evictable;
 mod executor;
 mod fake;
 mod fake_cells;
+mod fake_drafter;
 mod flight;
+mod follow;
 mod free_list;
 mod messages;
+mod output;
 mod pool;
 mod prefix;
 mod rows;
 mod sampling;
 mod scheduler;
 mod sequence;
+mod step;
 mod table;
 
 pub use arena::{kv_geometry, uniform_arena};
+pub use draft::Drafter;
 pub use engine::Engine;
-pub use executor::{
-    Executor, ExecutorError, ExecutorInfo, SampleRequest, SampleState, Sampled, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan, TokenCount,
-};
+pub use executor::{Executor, ExecutorError, ExecutorInfo};
 pub use fake::{FakeConfig, FakeExecutor, FakeFaults, FakeKv, FakeMemory};
 pub use fake_cells::{FakeCells, RankWords, fake_geometry};
+pub use fake_drafter::FakeDrafter;
+pub use follow::{Choice, Choices};
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
+pub use output::{Sampled, SampledRun, SequenceOutput, StepOutput};
 pub use pool::{BlockPool, PoolStats};
 pub use rows::{Rows, SequenceRows, Want, What, answer, count_followed, wants};
 pub use sampling::{Distribution, Draw, LOGPROB_MIN, random_bits, sample, token_logprobs, uniform};
+pub use step::{
+    Follows, SampleRequest, SampleRun, SampleState, SequenceStep, StepId, StepPlan, TokenCount,
+};
 pub use table::BlockTable;

@@ -3,8 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::executor::{ExecutorError, ExecutorInfo, SampleRequest, SequenceOutput, StepPlan};
+use crate::executor::{ExecutorError, ExecutorInfo};
+use crate::follow::Choices;
+use crate::output::SequenceOutput;
 use crate::sampling::{sample, token_logprobs};
+use crate::step::{Follows, SampleRequest, StepPlan};
 
 /// The rows of a step: one per token, sequence after sequence.
 #[derive(Debug, Default)]
@@ -13,10 +16,10 @@ pub struct Rows {
     pub sequences: Vec<SequenceRows>,
     /// Position of each row.
     pub positions: Vec<u32>,
-    /// Token of each row; of one that follows the step before, 0 until [`Self::follow`].
+    /// Token of each row; of one that follows a step in flight, 0 until [`Self::follow`].
     pub tokens: Vec<u32>,
-    /// Rows whose token the step before chose, and the index of the sequence that it chose it for.
-    pub follows: Vec<(usize, usize)>,
+    /// Rows whose token a step in flight chooses, in order, and where it does.
+    pub follows: Vec<(usize, Follows)>,
     /// Block of each row's own KV, and its slot in it.
     pub places: Vec<(u32, u32)>,
     blocks: Vec<u32>,
@@ -54,7 +57,7 @@ impl Rows {
         self.blocks.clone_from(&plan.blocks);
         let total: usize = plan.sequences.iter().map(|s| s.tokens.len()).sum();
         if total > info.step_tokens_max || plan.sequences.len() > info.step_sequences_max {
-            return Err(broken(format!(
+            return Err(ExecutorError::broken_plan(format!(
                 "{total} tokens of {} sequences, but a step bears {} and {}",
                 plan.sequences.len(),
                 info.step_tokens_max,
@@ -62,7 +65,7 @@ impl Rows {
             )));
         }
         if let Some(block) = plan.blocks.iter().find(|b| **b >= info.blocks) {
-            return Err(broken(format!(
+            return Err(ExecutorError::broken_plan(format!(
                 "block {block} of an arena of {}",
                 info.blocks
             )));
@@ -73,7 +76,7 @@ impl Rows {
                 plan.blocks.get(s.blocks.clone()),
                 plan.targets.get(s.targets.clone()),
             ) else {
-                return Err(broken(format!(
+                return Err(ExecutorError::broken_plan(format!(
                     "ranges of sequence {} leave their arrays",
                     s.key
                 )));
@@ -85,7 +88,7 @@ impl Rows {
                 || info.kv.blocks_for(end) > blocks.len()
                 || targets.len() > tokens.len()
             {
-                return Err(broken(format!(
+                return Err(ExecutorError::broken_plan(format!(
                     "sequence {} has {} tokens from position {start}, {} targets and {} blocks; the model \
                      takes {} tokens",
                     s.key,
@@ -96,20 +99,32 @@ impl Rows {
                 )));
             }
             if s.follows.is_some() && tokens.len() > 1 {
-                return Err(broken(format!(
-                    "sequence {} follows the step before with {} tokens at once",
+                return Err(ExecutorError::broken_plan(format!(
+                    "sequence {} follows {} with {} tokens at once",
                     s.key,
+                    s.follows.unwrap_or_default().step,
                     tokens.len()
+                )));
+            }
+            if let Some(run) = &s.sample
+                && !(1..=tokens.len().min(info.run_max)).contains(&run.len)
+            {
+                return Err(ExecutorError::broken_plan(format!(
+                    "sequence {} has {} tokens and asks for a run of {}; a run has 1 to {}",
+                    s.key,
+                    tokens.len(),
+                    run.len,
+                    info.run_max
                 )));
             }
             let known = if s.follows.is_some() { &[] } else { tokens };
             if let Some(token) = known.iter().chain(targets).find(|t| **t >= info.vocab) {
-                return Err(broken(format!(
+                return Err(ExecutorError::broken_plan(format!(
                     "token {token} of a vocabulary of {}",
                     info.vocab
                 )));
             }
-            let follows = s.follows.map(|sequence| (self.tokens.len(), sequence));
+            let follows = s.follows.map(|follows| (self.tokens.len(), follows));
             self.follows.extend(follows);
             self.sequences.push(SequenceRows {
                 row: self.tokens.len(),
@@ -128,20 +143,16 @@ impl Rows {
         Ok(())
     }
 
-    /// Fills in the tokens of rows that follow the step before: `chosen`, by sequence of that step. Where nothing could be
-    /// chosen, 0 stays.
+    /// Fills in the tokens of rows that follow steps in flight, of which these are all.
     ///
     /// # Errors
-    /// [`ExecutorError`] if a row follows a sequence that the step before did not have.
-    pub fn follow(&mut self, chosen: &[Option<u32>]) -> Result<(), ExecutorError> {
-        for (row, sequence) in &self.follows {
-            let Some(token) = chosen.get(*sequence) else {
-                return Err(broken(format!(
-                    "row {row} follows sequence {sequence} of a step of {}",
-                    chosen.len()
-                )));
-            };
-            self.tokens[*row] = token.unwrap_or(0);
+    /// [`ExecutorError`] if one follows what is not in flight, or what has not chosen one token.
+    pub fn follow<'a>(
+        &mut self,
+        in_flight: impl Iterator<Item = &'a Choices> + Clone,
+    ) -> Result<(), ExecutorError> {
+        for (row, follows) in &self.follows {
+            self.tokens[*row] = follows.find(in_flight.clone())?;
         }
         Ok(())
     }
@@ -188,14 +199,17 @@ pub fn wants(plan: &StepPlan, rows: &Rows) -> Vec<Want> {
                 what,
             });
         }
-        if let Some(request) = &s.sample {
-            let row = at.row + at.tokens - 1;
-            wants.push(Want {
-                sequence,
-                row,
-                what: What::Sample(request.clone()),
-            });
-        }
+        let Some(run) = &s.sample else {
+            continue;
+        };
+        // A plan's tokens are read behind the first of the run alone: a sequence that follows has no others.
+        let first = s.tokens.len() - run.len;
+        let drafts = &plan.tokens[s.tokens.start + first + 1..s.tokens.end];
+        wants.extend((0..run.len).map(|i| Want {
+            sequence,
+            row: at.row + first + i,
+            what: What::Sample(run.request(i, drafts)),
+        }));
     }
     wants
 }
@@ -229,16 +243,10 @@ pub fn answer(want: &Want, logits: &mut [f32], want_logits: bool) -> SequenceOut
                 output.logits = logits.to_vec();
             }
             match sample(logits, request) {
-                Some(sampled) => output.sampled = Some(sampled),
+                Some(sampled) => output.sampled = Some(sampled).into(),
                 None => output.failure = SequenceOutput::without_token().failure,
             }
         }
     }
     output
-}
-
-fn broken(what: String) -> ExecutorError {
-    ExecutorError {
-        message: format!("broken step plan: {what}"),
-    }
 }

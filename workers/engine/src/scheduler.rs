@@ -16,20 +16,26 @@
 //! A prompt takes all its blocks on admission, so two half-done prompts never wait for each other's. Output
 //! takes blocks one at a time, and when none is left the youngest generating sequence gives up its own.
 //!
-//! While a step is in flight the next is planned if it needs nothing that only the end of the last can tell:
+//! Drafts take what is left: tokens of the step that neither decoding sequences nor prompts want, and blocks when everybody
+//! has one for the token it is sure of. So they move none of these bounds, and nobody is thrown out for a draft.
+//!
+//! While steps are in flight the next is planned if it needs nothing that only their end can tell:
 //!
 //! - it is a decode step, and no prompt could run. Beside a step of prompts what the host does is short, and those that come
 //!   until it ends can be in the next; a decode step is short itself.
 //! - every sequence in it goes on from a token that the device knows, and no penalty counts one that it does not. Else all
 //!   wait: a step without one of them would cost that one half its speed.
 //! - there is a block for everyone: nobody is thrown out for a guess.
+//!
+//! A sequence whose drafts are in flight sits out, for nobody knows which position comes next; the others go ahead.
 
 use std::collections::VecDeque;
 use std::time::Instant;
 
+use crate::draft::Drafts;
 use crate::flight::{Flight, FlightRow};
 use crate::sequence::Sequence;
-use crate::{BlockPool, Event, SequenceStep, StepPlan};
+use crate::{BlockPool, Event, Follows, SequenceStep, StepPlan};
 
 /// Prompts admitted in order of arrival though fewer would fill the step: more would only hold blocks, and miss
 /// prefixes that those before them are about to share.
@@ -51,6 +57,7 @@ pub struct Scheduler {
     pub prefilling: Vec<Sequence>,
     /// Generating sequences, oldest first.
     pub decoding: Vec<Sequence>,
+    pub drafts: Drafts,
     pub plan: StepPlan,
     /// The same step as it will be collected.
     pub flight: Flight,
@@ -81,6 +88,7 @@ impl Scheduler {
             parked: VecDeque::new(),
             prefilling: Vec::new(),
             decoding: Vec::new(),
+            drafts: Drafts::default(),
             plan: StepPlan::default(),
             flight: Flight::default(),
             tokens_max,
@@ -132,7 +140,8 @@ impl Scheduler {
         if self.prefilling.iter().any(|s| s.remaining() > 0) {
             return 0;
         }
-        let goes_on = |s: &Sequence| !s.is_ending(self.tokens_max);
+        let (drafts, tokens_max) = (&self.drafts, self.tokens_max);
+        let goes_on = |s: &Sequence| !s.is_ending(tokens_max) && !drafts.sits_out(s);
         for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
             let tokens = sequence.tokens.len() + sequence.in_flight;
             if !sequence.can_follow()
@@ -141,10 +150,7 @@ impl Scheduler {
                 return 0;
             }
         }
-        for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
-            push_row(&mut self.plan, &mut self.flight, sequence, 1);
-        }
-        self.flight.decodes = self.flight.rows.len();
+        self.push_decodes();
         self.flight.decodes
     }
 
@@ -226,14 +232,24 @@ impl Scheduler {
     fn plan_decodes(&mut self, events: &mut Vec<Event>) {
         let mut row = 0;
         while row < self.decoding.len() {
-            if !self.make_room(row, events) {
+            row += usize::from(self.make_room(row, events));
+        }
+        self.push_decodes();
+    }
+
+    /// Rows for all generating sequences that can have one; each has a block for the token it is sure of.
+    fn push_decodes(&mut self) {
+        let wanted: usize = self.prefilling.iter().map(Sequence::remaining).sum();
+        let left = self.step_tokens - self.decoding.len();
+        self.drafts.budget = left.saturating_sub(wanted);
+        for sequence in &mut self.decoding {
+            if sequence.is_ending(self.tokens_max) || self.drafts.sits_out(sequence) {
                 continue;
             }
-            let sequence = &mut self.decoding[row];
-            push_row(&mut self.plan, &mut self.flight, sequence, 1);
-            row += 1;
+            let drafts = self.drafts.of(sequence);
+            push_row(&mut self.plan, &mut self.flight, sequence, 1, drafts);
         }
-        self.flight.decodes = row;
+        self.flight.decodes = self.flight.rows.len();
     }
 
     /// See to it that this generating sequence has a block for its last token. `false` if it had to give
@@ -261,7 +277,8 @@ impl Scheduler {
         let Some(oldest) = self.prefilling.first() else {
             return;
         };
-        let mut budget = self.step_tokens - self.flight.decodes;
+        // Drafts are in it only if all prompts fit beside them.
+        let mut budget = self.step_tokens - self.plan.tokens.len();
         let guaranteed = oldest.remaining().min(budget.div_ceil(2));
         budget -= guaranteed;
 
@@ -285,20 +302,31 @@ impl Scheduler {
         }
         let sequence = &mut self.prefilling[at];
         sequence.prompt.started.get_or_insert(now);
-        push_row(&mut self.plan, &mut self.flight, sequence, tokens);
+        push_row(&mut self.plan, &mut self.flight, sequence, tokens, &[]);
     }
 }
 
-/// Plan the next `count` tokens of a sequence; with its last one goes the choice of the next.
-fn push_row(plan: &mut StepPlan, flight: &mut Flight, sequence: &mut Sequence, count: usize) {
+/// Plan the next `count` tokens of a sequence and drafts of those after them; with its last token goes the choice of the next,
+/// and one after each draft.
+fn push_row(
+    plan: &mut StepPlan,
+    flight: &mut Flight,
+    sequence: &mut Sequence,
+    count: usize,
+    drafts: &[u32],
+) {
     let start = sequence.computed + sequence.in_flight;
     let end = start + count;
     let (first_token, first_block) = (plan.tokens.len(), plan.blocks.len());
-    let first_target = plan.targets.len();
+    let (first_target, first_draft) = (plan.targets.len(), flight.drafts.len());
     let known = sequence.tokens.get(start..end);
     match known {
         Some(tokens) => plan.tokens.extend_from_slice(tokens),
         None => plan.tokens.push(0),
+    }
+    if !drafts.is_empty() {
+        plan.tokens.extend_from_slice(drafts);
+        flight.drafts.extend_from_slice(drafts);
     }
     plan.blocks.extend_from_slice(sequence.blocks.ids());
     if sequence.prompt.logprobs_top.is_some() {
@@ -309,20 +337,25 @@ fn push_row(plan: &mut StepPlan, flight: &mut Flight, sequence: &mut Sequence, c
     let step = SequenceStep {
         key: sequence.key,
         tokens: first_token..plan.tokens.len(),
-        follows: known.is_none().then_some(sequence.row),
+        follows: known.is_none().then_some(sequence.last),
         start: start as u32,
         blocks: first_block..plan.blocks.len(),
-        sample: (end >= sequence.tokens.len()).then(|| sequence.sample_request()),
+        sample: (end >= sequence.tokens.len()).then(|| sequence.sample_run(drafts.len())),
         targets: first_target..plan.targets.len(),
         target_top: sequence.prompt.logprobs_top.unwrap_or(0),
     };
     flight.rows.push(FlightRow {
         arrival: sequence.arrival,
-        tokens: count,
+        tokens: step.tokens.len() as u32,
+        targets: step.targets.len() as u32,
+        drafts: first_draft as u32..flight.drafts.len() as u32,
         samples: step.sample.is_some(),
-        targets: step.targets.len(),
     });
-    sequence.in_flight += count;
-    sequence.row = plan.sequences.len();
+    sequence.in_flight += step.tokens.len();
+    sequence.drafted += drafts.len();
+    sequence.last = Follows {
+        step: plan.id,
+        sequence: plan.sequences.len(),
+    };
     plan.sequences.push(step);
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use baton_protocol::{CacheSalt, FinishReason, SequenceSpec, TokenLogprobs};
 
-use crate::{BlockTable, SampleRequest, SampleState, TokenCount};
+use crate::{BlockTable, Follows, SampleRun, SampleState, TokenCount};
 
 /// What the engine knows of one sequence.
 pub struct Sequence {
@@ -19,10 +19,15 @@ pub struct Sequence {
     pub prompt_tokens: usize,
     /// The KV of this many tokens is in place.
     pub computed: usize,
-    /// Tokens after those that steps in flight run: of a prompt its own, else tokens that nobody knows yet but the first.
+    /// Tokens after those that steps in flight run: of a prompt its own, else the last one and tokens that nobody knows yet,
+    /// or the last one and drafts.
     pub in_flight: usize,
-    /// Its row in the last of these steps.
-    pub row: usize,
+    /// How many of these are drafts.
+    pub drafted: usize,
+    /// Where the last of these steps has it.
+    pub last: Follows,
+    /// Steps that were planned for it since the drafter was asked.
+    pub unasked: usize,
     pub blocks: BlockTable,
     pub prompt: PromptReport,
     state: Arc<SampleState>,
@@ -68,7 +73,9 @@ impl Sequence {
             prompt_tokens,
             computed: 0,
             in_flight: 0,
-            row: 0,
+            drafted: 0,
+            last: Follows::default(),
+            unasked: 0,
             blocks,
             prompt: PromptReport {
                 logprobs_top: None,
@@ -88,11 +95,15 @@ impl Sequence {
         self.tokens.len() - self.computed - self.in_flight
     }
 
-    /// Whether a step in flight surely ends this generating sequence.
+    /// Whether a step in flight surely ends this generating sequence, whatever drafts are rejected.
     pub fn is_ending(&self, tokens_max: usize) -> bool {
-        self.in_flight > 0
-            && (self.output_tokens() + self.in_flight >= self.max_tokens
-                || self.tokens.len() + self.in_flight >= tokens_max)
+        self.in_flight > 0 && self.in_flight - self.drafted >= self.tokens_left(tokens_max)
+    }
+
+    /// Tokens that it may generate yet, those in flight included. `tokens_max` bounds the whole sequence.
+    pub fn tokens_left(&self, tokens_max: usize) -> usize {
+        let output = self.max_tokens.saturating_sub(self.output_tokens());
+        output.min(tokens_max.saturating_sub(self.tokens.len()))
     }
 
     /// Whether its next row can be told before the tokens in flight are known here. Penalties count every token, and the
@@ -106,13 +117,20 @@ impl Sequence {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// How to choose the token after the last, and after those in flight.
-    pub fn sample_request(&self) -> SampleRequest {
-        SampleRequest {
+    /// How to choose the token after the last and those in flight, and after each of as many drafts.
+    pub fn sample_run(&self, drafts: usize) -> SampleRun {
+        let len = drafts + 1;
+        let stop_ids_banned = match self.state.stop_token_ids.is_empty() {
+            true => 0,
+            false => self
+                .min_tokens
+                .saturating_sub(self.output_tokens() + self.in_flight),
+        };
+        SampleRun {
+            len,
             position: (self.tokens.len() + self.in_flight) as u32,
             state: Arc::clone(&self.state),
-            ban_stop_ids: self.output_tokens() + self.in_flight < self.min_tokens
-                && !self.state.stop_token_ids.is_empty(),
+            stop_ids_banned: stop_ids_banned.min(len),
         }
     }
 
@@ -121,9 +139,7 @@ impl Sequence {
         if self.state.stop_token_ids.contains(&token) {
             return Some(FinishReason::Stop);
         }
-        let length =
-            self.output_tokens() + 1 >= self.max_tokens || self.tokens.len() + 1 >= tokens_max;
-        length.then_some(FinishReason::Length)
+        (self.tokens_left(tokens_max) <= 1).then_some(FinishReason::Length)
     }
 
     /// Append an output token.
@@ -193,7 +209,7 @@ mod tests {
             sequence.push(token);
         }
         let fresh = count_tokens(&sequence.tokens, 3);
-        assert_eq!(sequence.sample_request().state.counts, fresh);
+        assert_eq!(sequence.sample_run(0).state.counts, fresh);
         assert_eq!(
             fresh[0],
             TokenCount {
@@ -236,11 +252,11 @@ mod tests {
             max_tokens: 3,
             ..Generation::default()
         });
-        assert!(sequence.sample_request().ban_stop_ids);
+        assert_eq!(sequence.sample_run(3).stop_ids_banned, 1);
         assert_eq!(sequence.finish_with(4, 100), None);
         assert_eq!(sequence.finish_with(4, 5), Some(FinishReason::Length));
         sequence.push(4);
-        assert!(!sequence.sample_request().ban_stop_ids);
+        assert_eq!(sequence.sample_run(3).stop_ids_banned, 0);
         assert_eq!(sequence.finish_with(5, 100), Some(FinishReason::Stop));
         assert_eq!(sequence.finish_with(4, 100), Some(FinishReason::Length));
     }

@@ -73,6 +73,19 @@ impl BlockTable {
         self.pool.grow(&mut self.ids)
     }
 
+    /// Give back all but the first `blocks` blocks: what lies in the others is of nobody's use, and no step in flight
+    /// touches them.
+    pub(crate) fn truncate(&mut self, blocks: usize) {
+        debug_assert!(
+            blocks >= self.indexed,
+            "what is indexed was computed and stays"
+        );
+        if blocks < self.ids.len() {
+            self.pool.release(&self.ids[blocks..]);
+            self.ids.truncate(blocks);
+        }
+    }
+
     /// The KV of all of `tokens`, counted from the start of the sequence with this salt, is in place: index their full
     /// blocks, which may exchange blocks for equal ones that others share. Those given up for them come back: a step in
     /// flight may still read them.

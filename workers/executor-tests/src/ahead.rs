@@ -1,9 +1,11 @@
 //! Steps submitted ahead, their sequences going on from tokens that nobody has seen yet: the same tokens as step by step.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_engine::{
-    Executor, SampleRequest, SampleState, Sampled, SequenceStep, StepOutput, StepPlan,
+    Executor, Follows, SampleRequest, SampleState, Sampled, SequenceStep, StepId, StepOutput,
+    StepPlan,
 };
 use baton_model::UniformSpec;
 use baton_protocol::Sampling;
@@ -17,7 +19,7 @@ const BLOCK_TOKENS: u32 = 8;
 const BLOCKS_EACH: usize = (PROMPT + STEPS).div_ceil(BLOCK_TOKENS as usize);
 
 /// Runs random batches, in which every sequence is in most steps and at another place in each, one step at a time and
-/// then with the next step submitted before the last is collected.
+/// then with further steps submitted before the last is collected: one, and as many as the executor bears.
 ///
 /// # Panics
 /// If a token or a log-probability differs.
@@ -38,8 +40,14 @@ pub fn steps_ahead(build: Builder<'_>) {
     for seed in 0..3 {
         let batches = batches(seed);
         let expected = run(&mut *build(), &batches, 1);
-        let found = run(&mut *build(), &batches, 2);
-        assert_eq!(found, expected, "with two steps in flight, seed {seed}");
+        let depth = build().info().steps_in_flight.max(2);
+        for in_flight in 2..=depth {
+            let found = run(&mut *build(), &batches, in_flight);
+            assert_eq!(
+                found, expected,
+                "with {in_flight} steps in flight, seed {seed}"
+            );
+        }
         let mut tokens: Vec<u32> = expected.iter().flatten().map(|s| s.token).collect();
         tokens.sort_unstable();
         tokens.dedup();
@@ -65,24 +73,80 @@ fn batches(seed: u64) -> Vec<Vec<usize>> {
     batches.filter(|batch| !batch.is_empty()).collect()
 }
 
+/// Steps that cannot be followed are refused: one that was never submitted, one that was collected, a sequence that the step
+/// does not have, and one for which it chooses nothing. The step in flight is not harmed.
+///
+/// # Panics
+/// If one of them is not refused in a sentence that says why.
+pub fn only_what_is_in_flight_is_followed(build: Builder<'_>) {
+    let tiny = Tiny::new(tiny_families().remove(1), 4);
+    let mut executor = build(Build {
+        spec: &tiny.spec,
+        weights: &tiny,
+        block_tokens: BLOCK_TOKENS,
+        blocks: SEQUENCES * BLOCKS_EACH,
+    });
+    let prompts = |id: u64, sequences: &[usize]| {
+        let mut plan = StepPlan {
+            id: StepId(id),
+            ..StepPlan::default()
+        };
+        for sequence in sequences {
+            let tokens = (0..PROMPT).map(|i| (i * 5 + sequence) as u32).collect();
+            push(&mut plan, *sequence, tokens, 0, None, &[]);
+        }
+        plan
+    };
+    executor.submit(&prompts(7, &[0, 1])).expect("a step");
+    executor.collect().expect("a step");
+    let mut in_flight = prompts(8, &[0, 1, 2]);
+    in_flight.sequences[1].sample = None;
+    executor.submit(&in_flight).expect("a step");
+    for (step, sequence, word) in [
+        (6, 0, "step 6, which is not in flight"),
+        (7, 0, "step 7, which is not in flight"),
+        (9, 0, "step 9, which is not in flight"),
+        (8, 3, "does not choose one token"),
+        (8, 1, "does not choose one token"),
+    ] {
+        let mut plan = StepPlan {
+            id: StepId(9),
+            ..StepPlan::default()
+        };
+        let follows = Follows {
+            step: StepId(step),
+            sequence,
+        };
+        push(&mut plan, 0, vec![1], PROMPT, Some(follows), &[]);
+        let error = executor.submit(&plan).expect_err("refused").to_string();
+        assert!(error.contains(word), "{error}");
+    }
+    let output = executor.collect().expect("the step in flight");
+    let chosen = output.sequences.iter().map(|s| s.sampled.len());
+    assert_eq!(chosen.collect::<Vec<_>>(), [1, 0, 1]);
+}
+
+/// A step in flight: its name, and which sequences it has.
+type Flight = (StepId, Vec<usize>);
+
 /// What each sequence was told.
 fn run(executor: &mut dyn Executor, batches: &[Vec<usize>], in_flight: usize) -> Vec<Vec<Sampled>> {
     let mut told: Vec<Vec<Sampled>> = vec![Vec::new(); SEQUENCES];
     let prompts: Vec<usize> = (0..SEQUENCES).collect();
-    // Sequences of the steps in flight, the oldest first.
-    let mut flights = std::collections::VecDeque::from([prompts.clone()]);
+    // The oldest first.
+    let mut flights = VecDeque::from([(StepId(0), prompts.clone())]);
     executor.submit(&prompt_plan(&prompts)).expect("a step");
-    for batch in batches {
+    for (id, batch) in (1..).map(StepId).zip(batches) {
         if flights.len() == in_flight {
             let output = executor.collect().expect("a step");
-            take(&mut told, &flights.pop_front().expect("one"), output);
+            take(&mut told, &flights.pop_front().expect("one").1, output);
         }
-        let plan = decode_plan(batch, &told, flights.back());
+        let plan = decode_plan(id, batch, &told, &flights);
         executor.submit(&plan).expect("a step");
-        flights.push_back(batch.clone());
+        flights.push_back((id, batch.clone()));
     }
-    for flight in flights {
-        take(&mut told, &flight, executor.collect().expect("a step"));
+    for (_, batch) in flights {
+        take(&mut told, &batch, executor.collect().expect("a step"));
     }
     told
 }
@@ -90,7 +154,8 @@ fn run(executor: &mut dyn Executor, batches: &[Vec<usize>], in_flight: usize) ->
 fn take(told: &mut [Vec<Sampled>], batch: &[usize], output: StepOutput) {
     assert_eq!(output.sequences.len(), batch.len());
     for (sequence, output) in batch.iter().zip(output.sequences) {
-        told[*sequence].push(output.sampled.expect("asked for"));
+        assert_eq!(output.sampled.len(), 1, "one was asked for");
+        told[*sequence].extend(output.sampled);
     }
 }
 
@@ -104,18 +169,41 @@ fn prompt_plan(batch: &[usize]) -> StepPlan {
 }
 
 /// Sequences whose last token is in flight follow it, the others have it.
-fn decode_plan(batch: &[usize], told: &[Vec<Sampled>], last: Option<&Vec<usize>>) -> StepPlan {
-    let mut plan = StepPlan::default();
+fn decode_plan(
+    id: StepId,
+    batch: &[usize],
+    told: &[Vec<Sampled>],
+    flights: &VecDeque<Flight>,
+) -> StepPlan {
+    let mut plan = StepPlan {
+        id,
+        ..StepPlan::default()
+    };
     for sequence in batch {
-        let follows = last.and_then(|last| last.iter().position(|other| other == sequence));
+        let place = |(step, batch): &Flight| {
+            let sequence = batch.iter().position(|other| other == sequence)?;
+            Some(Follows {
+                step: *step,
+                sequence,
+            })
+        };
+        let unknown: Vec<Follows> = flights.iter().filter_map(place).collect();
+        let follows = unknown.last().copied();
         let known = &told[*sequence];
-        let start = PROMPT + known.len() - usize::from(follows.is_none());
+        let tokens = known.len() + unknown.len();
         // What stands beside `follows` means nothing.
         let token = match follows {
             Some(_) => u32::MAX,
             None => known.last().expect("told").token,
         };
-        push(&mut plan, *sequence, vec![token], start, follows, known);
+        push(
+            &mut plan,
+            *sequence,
+            vec![token],
+            PROMPT + tokens - 1,
+            follows,
+            known,
+        );
     }
     plan
 }
@@ -125,7 +213,7 @@ fn push(
     sequence: usize,
     tokens: Vec<u32>,
     start: usize,
-    follows: Option<usize>,
+    follows: Option<Follows>,
     known: &[Sampled],
 ) {
     let mut state = SampleState {
@@ -144,18 +232,21 @@ fn push(
         follows,
         start: start as u32,
         blocks: block..plan.blocks.len(),
-        sample: Some(SampleRequest {
-            position: end as u32,
-            state: Arc::new(state),
-            ban_stop_ids: false,
-        }),
+        sample: Some(
+            SampleRequest {
+                position: end as u32,
+                state: Arc::new(state),
+                ban_stop_ids: false,
+            }
+            .into(),
+        ),
         targets: 0..0,
         target_top: 0,
     });
 }
 
 /// Each sequence has a rule of its own.
-fn sampling(sequence: usize) -> Sampling {
+pub(crate) fn sampling(sequence: usize) -> Sampling {
     let base = Sampling {
         temperature: 1.5,
         seed: sequence as u64,

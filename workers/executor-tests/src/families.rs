@@ -1,6 +1,6 @@
 //! Every family against the plain decoder.
 
-use baton_engine::{Executor, SequenceStep, StepPlan};
+use baton_engine::{Executor, SequenceStep, StepId, StepPlan};
 use baton_model::WeightFormat;
 
 use crate::{Build, Builder, Part, Random, Tiny, step, tiny_families};
@@ -88,6 +88,7 @@ pub fn prompt_log_probabilities(error_max: f64, build: Builder<'_>) {
         blocks: 10,
     });
     let plan = StepPlan {
+        id: StepId(1),
         sequences: vec![SequenceStep {
             key: 1,
             tokens: 0..TOKENS,
@@ -104,7 +105,7 @@ pub fn prompt_log_probabilities(error_max: f64, build: Builder<'_>) {
         want_logits: false,
     };
     let output = executor.forward(&plan).expect("a step").sequences.remove(0);
-    assert!(output.sampled.is_none() && output.logits.is_empty());
+    assert!(output.sampled.is_empty() && output.logits.is_empty());
     assert_eq!(output.target_logprobs.len(), TOKENS - 1);
     for (i, found) in output.target_logprobs.iter().enumerate() {
         let total = reference[i].iter().map(|x| x.exp()).sum::<f64>().ln();

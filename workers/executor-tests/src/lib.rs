@@ -4,7 +4,8 @@
 //! - [`families()`](families::families): every model family against a plain decoder in f64 ([`Tiny::reference`]), and
 //!   [`fp8_families`](families::fp8_families) the same with FP8 weights.
 //! - [`company`]: logits with and without neighbours, in any chunks.
-//! - [`ahead`]: steps submitted before the last was collected.
+//! - [`ahead`]: steps submitted before the last was collected, and what they may follow.
+//! - [`runs`]: several tokens of a sequence chosen in one step, by an executor that says it can.
 //! - [`broken`]: a row of NaN among others.
 //! - [`golden`]: real weights against Transformers.
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod company;
 pub mod families;
 pub mod golden;
 mod plain;
+pub mod runs;
 mod steps;
 mod tiny;
 

@@ -34,11 +34,14 @@ pub fn step(executor: &mut dyn Executor, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
             follows: None,
             start: part.range.start as u32,
             blocks,
-            sample: Some(SampleRequest {
-                position: part.range.end as u32,
-                state: Arc::default(),
-                ban_stop_ids: false,
-            }),
+            sample: Some(
+                SampleRequest {
+                    position: part.range.end as u32,
+                    state: Arc::default(),
+                    ban_stop_ids: false,
+                }
+                .into(),
+            ),
             targets: 0..0,
             target_top: 0,
         });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_bus::{Subscription, Wire};
-use baton_engine::{BlockPool, Engine, EngineConfig, Executor};
+use baton_engine::{BlockPool, Drafter, Engine, EngineConfig, Executor};
 use baton_model::WeightFormat;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
@@ -49,6 +49,8 @@ pub struct SimulatedConfig {
     pub queue: usize,
     /// Keep finished prefixes.
     pub prefix_cache: bool,
+    /// Guesses tokens for the engine.
+    pub drafter: Option<Box<dyn Drafter>>,
     /// The engine's clock.
     pub clock: fn() -> std::time::Instant,
 }
@@ -72,7 +74,7 @@ impl SimulatedWorker {
     /// # Errors
     /// [`WorkerError`] if the wire takes no subscriptions.
     pub async fn new(
-        config: SimulatedConfig,
+        mut config: SimulatedConfig,
         wire: Wire,
         executor: Box<dyn Executor>,
         network: Arc<dyn KvNetwork>,
@@ -85,7 +87,10 @@ impl SimulatedWorker {
             queue_max: config.queue,
             prefix_cache: config.prefix_cache,
         };
-        let engine = Engine::new(executor, engine).with_clock(config.clock);
+        let mut engine = Engine::new(executor, engine).with_clock(config.clock);
+        if let Some(drafter) = config.drafter.take() {
+            engine = engine.with_drafter(drafter);
+        }
         let pool = engine.pool();
         let tokens = Arc::new(TokenOutbox::default());
         let sequences_max = config.queue + info.step_sequences_max;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::{FakeKv, FakeMemory, StepPlan};
+use crate::{FakeKv, FakeMemory, StepOutput, StepPlan};
 
 #[test]
 fn a_prompt_is_prefilled_handed_over_and_continued() {
@@ -102,6 +102,25 @@ fn a_shared_prefix_is_computed_once() {
         assert_eq!(driver.outputs[&key], alone(&spec));
     }
     assert_empty(&engine);
+}
+
+#[test]
+fn what_goes_on_from_pulled_kv_is_no_prefix() {
+    let mut engine = engine(Setup::default());
+    let spec = spec(&prompt(1, 10), 30);
+    let blocks = engine.pool().reserve(3).expect("room");
+    let resumed = ResumedSequence {
+        key: 1,
+        spec: spec.clone(),
+        next: 5,
+        blocks,
+    };
+    engine.resume(resumed).expect("taken");
+    while engine.has_work() {
+        engine.step().expect("runs");
+    }
+    let stats = engine.pool().stats();
+    assert_eq!((stats.used, stats.cached), (0, 0));
 }
 
 #[test]

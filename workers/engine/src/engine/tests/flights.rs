@@ -16,6 +16,8 @@ const TWO: Setup = Setup {
     queue: 1000,
     prefix_cache: true,
     steps_in_flight: 2,
+    run_max: 8,
+    drafting: Drafting::Off,
 };
 
 fn two() -> (Engine, Driver) {
@@ -169,8 +171,10 @@ proptest! {
     /// them: every text is the one it has alone, and no block is given back under a step.
     #[test]
     fn nobody_can_tell_from_the_tokens(setup in setup(), deeds in prop::collection::vec(deed(), 1..120)) {
-        let (mut engine, watch, memory) = watched_sampler(setup);
-        let mut driver = Driver { watch, ..Driver::default() };
+        let (engine, watch, memory) = watched_sampler(setup);
+        let texts = Texts::default();
+        let mut engine = texts.drafting(engine, setup.drafting);
+        let mut driver = Driver { watch, texts, ..Driver::default() };
         let (mut keys, mut aborted, mut outside) = (0, Vec::new(), VecDeque::new());
         for deed in deeds {
             match deed {

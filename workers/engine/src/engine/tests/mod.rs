@@ -3,14 +3,17 @@ use std::collections::HashMap;
 use baton_protocol::{CacheSalt, FinishReason, Generation, PackedTokens};
 
 use super::*;
-use crate::{FakeConfig, FakeExecutor};
+use crate::{FakeConfig, FakeExecutor, Sampled};
 
 mod behaviour;
 mod fairness;
 mod flights;
+mod oracle;
 mod properties;
+mod runs;
 mod sampler;
 
+use oracle::{Drafting, Texts};
 use sampler::{Watch, sampler, watched_sampler};
 
 const BLOCK_TOKENS: u32 = 4;
@@ -24,6 +27,8 @@ struct Setup {
     queue: usize,
     prefix_cache: bool,
     steps_in_flight: usize,
+    run_max: usize,
+    drafting: Drafting,
 }
 
 impl Default for Setup {
@@ -35,6 +40,8 @@ impl Default for Setup {
             queue: 1000,
             prefix_cache: true,
             steps_in_flight: 1,
+            run_max: 8,
+            drafting: Drafting::Off,
         }
     }
 }
@@ -45,6 +52,7 @@ fn fake(setup: Setup) -> FakeConfig {
         vocab: VOCAB,
         tokens_max: 512,
         steps_in_flight: setup.steps_in_flight,
+        run_max: setup.run_max,
         ..FakeConfig::default()
     };
     config.kv.block_tokens = BLOCK_TOKENS;
@@ -97,16 +105,21 @@ fn submit(engine: &mut Engine, key: u64, spec: SequenceSpec) -> Result<(), Refus
 struct Driver {
     specs: HashMap<u64, SequenceSpec>,
     outputs: HashMap<u64, Vec<u32>>,
+    /// Tokens of resumed sequences, with what is reported of them.
+    sampled: HashMap<u64, Vec<Sampled>>,
     finished: HashMap<u64, FinishReason>,
     cached_tokens: u32,
     preemptions: usize,
     failed: Vec<u64>,
     steps: usize,
     watch: Watch,
+    /// What a drafter may know.
+    texts: Texts,
 }
 
 impl Driver {
     fn submit(&mut self, engine: &mut Engine, key: u64, spec: SequenceSpec) {
+        self.texts.learn(&spec);
         submit(engine, key, spec.clone()).expect("taken");
         self.specs.insert(key, spec);
         self.outputs.insert(key, Vec::new());
@@ -158,6 +171,7 @@ impl Driver {
                     let output = self.outputs.get_mut(&key).expect("known");
                     assert_eq!(output.len(), index as usize, "sequence {key} has a gap");
                     output.push(sampled.token);
+                    self.sampled.entry(key).or_default().push(sampled);
                     self.finished.extend(finish.map(|finish| (key, finish)));
                 }
                 Event::Failed { key, detail } => {
@@ -179,6 +193,13 @@ impl Driver {
         for block in self.watch.blocks() {
             let held = engine.pool().is_held(block);
             assert!(held, "block {block} was given back under a step in flight");
+        }
+        // Prompts are resumed in the blocks that they need, and rejected drafts leave nothing.
+        let decoding = engine.scheduler.decoding.iter();
+        for sequence in decoding.filter(|sequence| sequence.in_flight == 0) {
+            let needed = sequence.tokens.len().div_ceil(BLOCK_TOKENS as usize);
+            let held = sequence.blocks.len();
+            assert!(held <= needed, "{held} blocks for {needed} are held");
         }
     }
 
@@ -211,6 +232,8 @@ const ROOMY: Setup = Setup {
     queue: 1000,
     prefix_cache: false,
     steps_in_flight: 1,
+    run_max: 1,
+    drafting: Drafting::Off,
 };
 
 /// The text of one sequence that has the engine to itself.

@@ -5,10 +5,13 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn watched(setup: Setup) -> (Engine, Driver) {
+pub fn watched(setup: Setup) -> (Engine, Driver) {
     let (engine, watch, _) = watched_sampler(setup);
+    let texts = Texts::default();
+    let engine = texts.drafting(engine, setup.drafting);
     let driver = Driver {
         watch,
+        texts,
         ..Driver::default()
     };
     (engine, driver)
@@ -81,17 +84,27 @@ prop_compose! {
     }
 }
 
-pub fn setup() -> impl Strategy<Value = Setup> {
-    (20u32..80, 1usize..80, 1usize..12, any::<bool>(), 1usize..4).prop_map(
-        |(blocks, step_tokens, sequences, prefix_cache, steps_in_flight)| Setup {
-            blocks,
-            step_tokens,
-            sequences,
-            queue: 1000,
-            prefix_cache,
-            steps_in_flight,
-        },
-    )
+fn drafting() -> impl Strategy<Value = Drafting> {
+    prop_oneof![
+        Just(Drafting::Off),
+        Just(Drafting::Right),
+        any::<u64>().prop_map(Drafting::Sometimes),
+        Just(Drafting::Wrong),
+    ]
+}
+
+prop_compose! {
+    pub fn setup()(
+        blocks in 20u32..80,
+        step_tokens in 1usize..80,
+        sequences in 1usize..12,
+        prefix_cache in any::<bool>(),
+        steps_in_flight in 1usize..5,
+        run_max in 1usize..9,
+        drafting in drafting(),
+    ) -> Setup {
+        Setup { blocks, step_tokens, sequences, queue: 1000, prefix_cache, steps_in_flight, run_max, drafting }
+    }
 }
 
 proptest! {

@@ -1,0 +1,231 @@
+//! What a step made, given to its sequences.
+
+use std::time::Instant;
+
+use super::Engine;
+use crate::flight::{Flight, FlightRow};
+use crate::scheduler::Scheduler;
+use crate::sequence::Sequence;
+use crate::{Event, ExecutorError, Sampled, SampledRun, SequenceOutput, StepOutput};
+
+/// A sequence's part of a step, and what it has made.
+type Collected = (FlightRow, SequenceOutput);
+
+impl Engine {
+    /// Collect the oldest step in flight, if there is one.
+    pub(super) fn collect_step(&mut self, events: &mut Vec<Event>) -> Result<(), ExecutorError> {
+        let Some(oldest) = self.flights.oldest() else {
+            return Ok(());
+        };
+        let output = self.executor.collect()?;
+        self.check_output(&oldest.rows, &output)?;
+        let Some(flight) = self.flights.collected() else {
+            return Ok(());
+        };
+        let Flight {
+            rows,
+            decodes,
+            drafts,
+        } = flight;
+        let mut decoded: Vec<Collected> = rows.into_iter().zip(output.sequences).collect();
+        let prompts = decoded.split_off(decodes);
+        self.collect_decodes(decoded, &drafts, events);
+        self.collect_prefills(prompts, events);
+        Ok(())
+    }
+
+    /// The executor's half of the contract: a row for each sequence, and in it what was asked for.
+    fn check_output(&self, rows: &[FlightRow], output: &StepOutput) -> Result<(), ExecutorError> {
+        let vocab = self.info().vocab;
+        let fits = |(row, output): (&FlightRow, &SequenceOutput)| {
+            let sampled = output.sampled.len();
+            let count_fits = match output.failure {
+                Some(_) => sampled < row.choices().max(1),
+                None => {
+                    sampled == row.choices() && output.target_logprobs.len() == row.targets as usize
+                }
+            };
+            count_fits
+                && output
+                    .sampled
+                    .as_slice()
+                    .iter()
+                    .all(|sampled| sampled.token < vocab)
+        };
+        if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
+            return Ok(());
+        }
+        Err(ExecutorError {
+            message: format!(
+                "{} returned an output that does not fit its plan of {} sequences; this is a defect of the executor",
+                self.info().device,
+                rows.len()
+            ),
+        })
+    }
+
+    /// Rows and sequences are both in order of arrival. Rows of those that have left since are thrown away.
+    fn collect_decodes(&mut self, rows: Vec<Collected>, drafts: &[u32], events: &mut Vec<Event>) {
+        let Scheduler {
+            decoding,
+            pool,
+            prefix_cache,
+            ..
+        } = &mut self.scheduler;
+        let block_tokens = pool.block_tokens();
+        let mut rows = rows.into_iter().peekable();
+        decoding.retain_mut(|sequence| {
+            while rows
+                .next_if(|(row, _)| row.arrival < sequence.arrival)
+                .is_some()
+            {}
+            let row = rows.next_if(|(row, _)| row.arrival == sequence.arrival);
+            let Some((row, output)) = row else {
+                return true;
+            };
+            let drafts = &drafts[row.drafts.start as usize..row.drafts.end as usize];
+            sequence.in_flight -= row.tokens as usize;
+            sequence.drafted -= drafts.len();
+            let full_before = sequence.computed / block_tokens;
+            let goes_on = commit(sequence, drafts, output.sampled, self.tokens_max, events);
+            // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.
+            if *prefix_cache
+                && sequence.computed / block_tokens > full_before
+                && sequence.blocks.indexed() == full_before
+            {
+                let known = &sequence.tokens[..sequence.computed];
+                let given_up = sequence.blocks.index(sequence.cache_salt, known);
+                self.flights.give_back(given_up);
+            }
+            match goes_on {
+                GoesOn::Yes => {
+                    if !drafts.is_empty() {
+                        // No later step touches what rejected drafts have filled: the sequence sat out.
+                        let needed = sequence.tokens.len().div_ceil(block_tokens);
+                        sequence.blocks.truncate(needed);
+                    }
+                    return true;
+                }
+                GoesOn::NoToken => {
+                    sequence.blocks.forget();
+                    events.push(failed(sequence.key, output.failure));
+                }
+                GoesOn::Finished => {}
+            }
+            if sequence.in_flight > 0 {
+                self.flights.give_back(sequence.blocks.take());
+            }
+            false
+        });
+    }
+
+    fn collect_prefills(&mut self, rows: Vec<Collected>, events: &mut Vec<Event>) {
+        let Scheduler {
+            prefilling,
+            prefix_cache,
+            ..
+        } = &mut self.scheduler;
+        let mut done: Vec<(usize, Result<Sampled, String>)> = Vec::new();
+        for (row, output) in rows {
+            let Some(at) = prefilling.iter().position(|s| s.arrival == row.arrival) else {
+                continue;
+            };
+            let sequence = &mut prefilling[at];
+            sequence.computed += row.tokens as usize;
+            sequence.in_flight -= row.tokens as usize;
+            if let Some(detail) = output.failure {
+                done.push((at, Err(detail)));
+                continue;
+            }
+            sequence.prompt.logprobs.extend(output.target_logprobs);
+            if *prefix_cache {
+                // A step that may be in flight already has no row of this sequence.
+                let known = &sequence.tokens[..sequence.computed];
+                drop(sequence.blocks.index(sequence.cache_salt, known));
+            }
+            // A prompt's last chunk chooses one token, the others none.
+            let sampled = output.sampled.split_first().0;
+            done.extend(sampled.map(|sampled| (at, Ok(sampled))));
+        }
+        done.sort_unstable_by_key(|(at, _)| *at);
+        for (removed, (at, end)) in done.into_iter().enumerate() {
+            let sequence = prefilling.remove(at - removed);
+            events.push(match end {
+                Ok(sampled) => prefilled(sequence, sampled, self.tokens_max, (self.clock)()),
+                Err(detail) => {
+                    sequence.blocks.forget();
+                    failed(sequence.key, Some(detail))
+                }
+            });
+        }
+    }
+}
+
+/// Whether a sequence generates on after a step.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum GoesOn {
+    Yes,
+    Finished,
+    /// A token that it needs could not be chosen.
+    NoToken,
+}
+
+/// Takes over the tokens that a step chose for a generating sequence: all up to the first that is not the draft that was run
+/// behind it, and that one. A token that ends the sequence is the last.
+#[inline]
+fn commit(
+    sequence: &mut Sequence,
+    drafts: &[u32],
+    sampled: SampledRun,
+    tokens_max: usize,
+    events: &mut Vec<Event>,
+) -> GoesOn {
+    let (mut next, mut rest) = sampled.split_first();
+    let mut drafts = drafts.iter();
+    while let Some(sampled) = next {
+        let token = sampled.token;
+        let finish = sequence.finish_with(token, tokens_max);
+        events.push(Event::Token {
+            key: sequence.key,
+            index: sequence.output_tokens() as u32,
+            sampled,
+            finish,
+        });
+        sequence.computed += 1;
+        sequence.push(token);
+        if finish.is_some() {
+            return GoesOn::Finished;
+        }
+        if drafts.next() != Some(&token) {
+            return GoesOn::Yes;
+        }
+        next = rest.next();
+    }
+    GoesOn::NoToken
+}
+
+fn failed(key: u64, detail: Option<String>) -> Event {
+    let detail = detail.unwrap_or_else(|| "no token was chosen".to_owned());
+    Event::Failed { key, detail }
+}
+
+fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize, now: Instant) -> Event {
+    let finish = sequence.finish_with(sampled.token, tokens_max);
+    let Sequence {
+        key,
+        blocks,
+        prompt,
+        ..
+    } = sequence;
+    let started = prompt.started.unwrap_or(prompt.submitted);
+    Event::Prefilled {
+        key,
+        blocks,
+        sampled,
+        finish,
+        cached_tokens: prompt.cached_tokens as u32,
+        prompt_logprobs: prompt.logprobs_top.map(|_| prompt.logprobs),
+        queue: started.saturating_duration_since(prompt.submitted),
+        compute: now.saturating_duration_since(started),
+    }
+}
