@@ -25,6 +25,7 @@ mod job;
 pub mod limits;
 mod membership;
 mod packed;
+mod peers;
 mod sampling;
 pub mod subjects;
 mod token_frame;
@@ -44,10 +45,10 @@ pub use job::{
     SequenceSpec,
 };
 pub use membership::{
-    ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, PeerHealth, PeerState, Role, WorkerDescriptor,
-    WorkerState,
+    ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, Role, WorkerDescriptor, WorkerState,
 };
 pub use packed::{Base64Bytes, PackedTokens};
+pub use peers::{PeerChanges, PeerHealth, PeerState, PeersReply};
 pub use sampling::{FinishReason, Generation, Sampling, TokenLogprobs, TopLogprob};
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
 

@@ -26,6 +26,7 @@ use crate::line::Line;
 use crate::mover::Mover;
 use crate::pace::Pace;
 use crate::peers::Peers;
+use crate::peers_told::PeersTold;
 use crate::pulls::Places;
 use crate::watch::Stuck;
 
@@ -71,6 +72,7 @@ impl Desk {
         } = parts;
         Self {
             peers: Peers::new(me.worker.clone(), model.clone(), kv.clone()),
+            peers_told: PeersTold::default(),
             checks: Checks {
                 model,
                 kv,
@@ -104,7 +106,8 @@ impl Desk {
             links: JoinSet::new(),
             api_servers: ApiServers::default(),
             presence: Presence::new(Instant::now(), Duration::from_millis(SUSPECT_AFTER_MS)),
-            hello_answer: None,
+            beat_due: None,
+            last_beat: Instant::now(),
             shared_load,
             stray_beats: 0,
             end_after_failure: None,

@@ -4,14 +4,23 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth};
+use async_nats::Message;
+use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth, PeersReply};
 use baton_transfer::PeerKey;
+use tokio::time::Instant;
 
 use crate::desk::Desk;
 use crate::mover::Mover;
+use crate::peers_told::Told;
 
 /// A transfer thread that is well goes round its loop many times in this time.
 const PROGRESS_MAX: Duration = Duration::from_secs(3);
+
+/// News of connections that come within this time are told together.
+const NEWS_WAIT: Duration = Duration::from_millis(10);
+
+/// Beats with such news come no faster than this: everybody listens to them.
+const NEWS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The load as of the last beat, for the service's statistics.
 #[derive(Clone, Default)]
@@ -29,15 +38,20 @@ impl SharedLoad {
 
 impl Desk {
     /// Beats now.
-    pub(crate) fn send_beat(&self) {
-        let beat = self.beat();
+    pub(crate) fn send_beat(&mut self) {
+        self.last_beat = Instant::now();
+        let told = self.peers_told.tell(self.peer_health());
+        if told.is_part {
+            self.beat_soon();
+        }
+        let beat = self.beat(told);
         self.shared_load.set(beat.load);
         if let Err(error) = self.outbox.send(self.cluster.beat(&self.me.worker), &beat) {
             tracing::debug!(%error, "a beat was not sent");
         }
     }
 
-    fn beat(&self) -> Beat {
+    fn beat(&self, told: Told) -> Beat {
         Beat {
             v: PROTOCOL_VERSION,
             worker: self.me.worker.clone(),
@@ -51,11 +65,37 @@ impl Desk {
             weights: self.me.weights.label().to_owned(),
             load: self.load(),
             capacity: self.me.capacity,
-            peers: self.peer_health(),
+            peers: told.peers,
+            changes: told.changes,
             transport: self.transport(),
             decode_ms: self.decode_pace.mean_ms(),
         }
         .within_bounds()
+    }
+
+    /// Beats within a moment: many connections that come about together are one beat, as far as there is room in it.
+    pub(crate) fn beat_soon(&mut self) {
+        let now = Instant::now();
+        let due = (self.last_beat + NEWS_INTERVAL).max(now + NEWS_WAIT);
+        self.beat_due.get_or_insert(due);
+    }
+
+    /// Somebody missed what beats told of the peers.
+    pub(crate) fn on_peers_asked(&mut self, message: &Message) {
+        let Some(reply) = message.reply.clone() else {
+            return;
+        };
+        let Some((version, peers)) = self.peers_told.all(Instant::now()) else {
+            return;
+        };
+        let all = PeersReply {
+            v: PROTOCOL_VERSION,
+            worker: self.me.worker.clone(),
+            incarnation: self.me.incarnation,
+            version,
+            peers,
+        };
+        self.send(reply, &all);
     }
 
     /// Context workers, and how fast pulls from them are.

@@ -85,7 +85,7 @@ impl Desk {
                     .connect_failed(Instant::now(), &worker, incarnation, error);
             }
         }
-        self.send_beat();
+        self.beat_soon();
     }
 }
 

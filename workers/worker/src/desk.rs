@@ -40,6 +40,7 @@ use crate::line::Line;
 use crate::mover::Mover;
 use crate::pace::Pace;
 use crate::peers::Peers;
+use crate::peers_told::PeersTold;
 use crate::pulls::{Places, Pulled};
 use crate::watch::Stuck;
 
@@ -97,13 +98,15 @@ pub(crate) struct Desk {
     pub(crate) pull_places: Places,
     pub(crate) agent: Option<Mover>,
     pub(crate) peers: Peers,
+    pub(crate) peers_told: PeersTold,
     pub(crate) links: JoinSet<LinkOutcome>,
 
     pub(crate) api_servers: ApiServers,
     /// Whether we hear ourselves, without which silence says nothing of others.
     pub(crate) presence: Presence,
-    /// When whoever said hello is to hear a beat.
-    pub(crate) hello_answer: Option<Instant>,
+    /// When a beat is due besides those of the clock: somebody said hello, or there is news.
+    pub(crate) beat_due: Option<Instant>,
+    pub(crate) last_beat: Instant,
     pub(crate) shared_load: SharedLoad,
     /// Beats in a row that found blocks in use by nobody.
     pub(crate) stray_beats: u32,
@@ -220,6 +223,8 @@ impl Desk {
             self.on_renew(&message);
         } else if subject == cluster.abort(me) {
             self.on_abort(&message);
+        } else if subject == cluster.peers(me) {
+            self.on_peers_asked(&message);
         } else if subject == cluster.beat(me) {
             self.on_echo();
         }
@@ -314,8 +319,8 @@ impl Desk {
         {
             self.end_drain();
         }
-        if self.hello_answer.is_some_and(|due| due <= now) {
-            self.hello_answer = None;
+        if self.beat_due.is_some_and(|due| due <= now) {
+            self.beat_due = None;
             self.send_beat();
         }
         if self.hears(now) {
@@ -343,7 +348,7 @@ impl Desk {
         let budget = self.deadlines.first().map(|(deadline, _)| *deadline);
         [
             self.end_after_failure,
-            self.hello_answer,
+            self.beat_due,
             self.leases.next_deadline(),
             budget,
             peers.filter(|_| self.hears(Instant::now())),

@@ -35,7 +35,7 @@ impl Desk {
 
     /// Somebody wants to know who is there. One beat answers all who ask within a moment.
     pub(crate) fn on_hello(&mut self) {
-        self.hello_answer
+        self.beat_due
             .get_or_insert_with(|| Instant::now() + HELLO_WAIT);
     }
 

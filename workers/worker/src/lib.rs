@@ -44,6 +44,7 @@ mod memory;
 mod mover;
 mod pace;
 mod peers;
+mod peers_told;
 mod pulls;
 mod random;
 mod run;

@@ -9,13 +9,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use baton_protocol::deadlines::GONE_AFTER_MS;
+use baton_protocol::limits::PEERS_MAX;
 use baton_protocol::{
     Beat, Incarnation, KvGeometry, ModelInfo, PeerHealth, PeerState, WorkerId, WorkerState,
 };
 use tokio::time::Instant;
-
-/// Context workers one decode worker connects to. More are left out, with a warning.
-const PEERS_MAX: usize = 1_024;
 
 /// First pause before a broken connection is tried again; doubled each time.
 const RETRY_MIN: Duration = Duration::from_millis(250);
@@ -395,6 +393,7 @@ mod tests {
             load: Load::default(),
             capacity: Capacity::default(),
             peers: Vec::new(),
+            changes: None,
             transport: String::new(),
             decode_ms: 0,
         }

@@ -29,6 +29,7 @@ use crate::desk::{Desk, Identity};
 use crate::engine_thread::{EngineEvent, EngineTask};
 use crate::frames::TokenOutbox;
 use crate::mover::Mover;
+use crate::peers_told::PeersTold;
 
 /// A future of whoever carries KV.
 pub type KvFuture<T> = Pin<Box<dyn Future<Output = Result<T, TransferError>> + Send>>;
@@ -156,8 +157,9 @@ impl SimulatedWorker {
             .subscribe(cluster.describe(&worker))
             .await
             .map_err(|error| system("subscribing on the bus", error.to_string()))?;
-        let subscriptions = Subscriptions::new(&wire, &cluster, &worker, &outbox).await?;
-        let desk = Desk::new(Parts {
+        let subscriptions =
+            Subscriptions::new(&wire, &cluster, &worker, role.decodes(), &outbox).await?;
+        let mut desk = Desk::new(Parts {
             me: Identity {
                 worker,
                 incarnation,
@@ -187,6 +189,8 @@ impl SimulatedWorker {
             pulse: Pulse::default(),
             stuck: mpsc::channel(1).1,
         });
+        // So few that even here most beats tell changes only, and some not all of them.
+        desk.peers_told = PeersTold::of(1);
         Ok(Self {
             desk,
             subscriptions,
