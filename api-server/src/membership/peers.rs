@@ -197,7 +197,7 @@ mod tests {
     }
 
     enum Message {
-        Beat(Beat),
+        Beat(Box<Beat>),
         All(PeersReply),
     }
 
@@ -215,7 +215,7 @@ mod tests {
             }
             let (mut sender, mut late) = (Sender::new(1), std::collections::VecDeque::new());
             let hear = |members: &mut Membership, message: Message, now| match message {
-                Message::Beat(beat) => drop(members.beat(beat, now)),
+                Message::Beat(beat) => drop(members.beat(*beat, now)),
                 Message::All(all) => members.peers(all),
             };
             for happens in all {
@@ -223,7 +223,7 @@ mod tests {
                     Happens::Changes(number, state) => {
                         // Each change of one peer is told before its next.
                         let beat = sender.beat();
-                        hear(&mut members, Message::Beat(beat), now);
+                        hear(&mut members, Message::Beat(Box::new(beat)), now);
                         sender.changes(number, state);
                     }
                     Happens::Restarts => {
@@ -231,7 +231,7 @@ mod tests {
                         late.clear();
                     }
                     Happens::Beats { is_lost, is_late } => {
-                        let message = Message::Beat(sender.beat());
+                        let message = Message::Beat(Box::new(sender.beat()));
                         match (is_lost, is_late) {
                             (true, _) => {}
                             (_, true) => late.push_back(message),
@@ -255,7 +255,7 @@ mod tests {
             let worker = WorkerId::new("d").unwrap();
             for _ in 0..2 {
                 now += ASK_INTERVAL;
-                hear(&mut members, Message::Beat(sender.beat()), now);
+                hear(&mut members, Message::Beat(Box::new(sender.beat())), now);
                 if members.asks(&worker, now) {
                     prop_assert!(!members.asks(&worker, now), "once is enough");
                     members.peers(sender.all());
