@@ -201,6 +201,31 @@ mod tests {
         All(PeersReply),
     }
 
+    #[test]
+    fn an_answer_that_beats_have_overtaken_changes_nothing() {
+        let (mut members, now) = (Membership::default(), Instant::now());
+        let mut sender = Sender::new(1);
+        sender.changes(0, Some(PeerState::Ready));
+        members.beat(sender.beat(), now);
+        let overtaken = sender.all();
+        sender.changes(0, Some(PeerState::Broken));
+        members.beat(sender.beat(), now);
+        let state = |members: &Membership| {
+            let member = members.workers().next().unwrap();
+            (member.peers[0].state, member.version)
+        };
+        assert_eq!(state(&members), (PeerState::Broken, Some(2)));
+        members.peers(overtaken.clone());
+        assert_eq!(state(&members), (PeerState::Broken, Some(2)));
+        let of_another_life = PeersReply {
+            incarnation: Incarnation(2),
+            version: 9,
+            ..overtaken
+        };
+        members.peers(of_another_life);
+        assert_eq!(state(&members), (PeerState::Broken, Some(2)));
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(1_000))]
 
