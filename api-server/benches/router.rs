@@ -21,6 +21,9 @@ const PAIRS: usize = 500;
 const UNDER_WAY: usize = 10_000;
 const PROMPT_TOKENS: usize = 2_048;
 
+/// One choice of the round of this number.
+type Act = fn(&Cluster, usize);
+
 fn main() {
     // Cargo passes its own flags; `cargo test --benches` asks only whether this runs.
     let quick = std::env::args().any(|arg| arg == "--test");
@@ -34,8 +37,7 @@ fn main() {
         2 * pairs
     );
     println!("{:>34} {:>8} {:>8} {:>8}", "", "p50", "p99", "max");
-    type Choice = (&'static str, fn(&Cluster, usize));
-    let all: [Choice; 4] = [
+    let all: [(&str, Act); 4] = [
         ("choose_context", |cluster, _| {
             black_box(cluster.choose_context(&[]));
         }),
@@ -269,6 +271,7 @@ fn beat(
             queue: 256,
         },
         peers,
+        changes: None,
         transport: "ucx 1.18.0 rc_mlx5,cuda_ipc".to_owned(),
         decode_ms: 9_000,
     }

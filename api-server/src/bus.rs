@@ -14,7 +14,8 @@ use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Abort, ApiBeat, ApiServerId, DecodeJob, DecodeReply, Hello, Incarnation, PROTOCOL_VERSION,
-    PrefillJob, PrefillReply, ProtocolError, Renew, Renewed, RequestId, Versioned, decode, encode,
+    PeersReply, PrefillJob, PrefillReply, ProtocolError, Renew, Renewed, RequestId, Versioned,
+    WorkerId, decode, encode,
 };
 use futures::FutureExt;
 use tokio::sync::Notify;
@@ -186,6 +187,19 @@ impl Bus {
         timeout: Duration,
     ) -> Result<Renewed, NoReply> {
         self.request(self.cluster.renew(&to.worker), renew, timeout)
+            .await
+    }
+
+    /// Asks a worker for all its peers. The answer comes at once, unless it is asked too often.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn peers(&self, worker: &WorkerId, timeout: Duration) -> Result<PeersReply, NoReply> {
+        let hello = Hello {
+            v: PROTOCOL_VERSION,
+            from: self.name.to_string(),
+        };
+        self.request(self.cluster.peers(worker), &hello, timeout)
             .await
     }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use baton_protocol::{ApiBeat, Beat, KvHandle, ModelFingerprint, WorkerId};
+use baton_protocol::{ApiBeat, Beat, KvHandle, ModelFingerprint, PeersReply, WorkerId};
 use tokio::time::Instant;
 
 use crate::lifecycle::Target;
@@ -32,6 +32,16 @@ impl Fleet {
             Taken::Late | Taken::NoRoom => {}
         }
         taken
+    }
+
+    /// Whether this worker's peers are to be asked for: see [`Membership::asks`].
+    pub fn asks(&mut self, worker: &WorkerId, now: Instant) -> bool {
+        self.members.asks(worker, now)
+    }
+
+    /// Takes in all peers of a worker.
+    pub fn peers(&mut self, reply: PeersReply) {
+        self.members.peers(reply);
     }
 
     /// Takes an API server's beat in.
@@ -174,8 +184,8 @@ mod tests {
         assert!(seen.faults(&model, now).is_empty());
         assert_eq!(seen.workers().count(), 2);
         let d = WorkerId::new("d").unwrap();
-        assert_eq!(seen.worker(&d).unwrap().beat.peers.len(), 1);
-        assert_eq!(fleet.members().worker(&d).unwrap().beat.peers.len(), 0);
+        assert_eq!(seen.worker(&d).unwrap().peers.len(), 1);
+        assert_eq!(fleet.members().worker(&d).unwrap().peers.len(), 0);
         assert!(Arc::ptr_eq(
             &seen.worker(&WorkerId::new("c").unwrap()).unwrap().beat,
             &fleet

@@ -5,19 +5,23 @@
 
 mod health;
 mod member;
+mod peers;
 mod slots;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_protocol::deadlines::{GONE_AFTER_MS, SUSPECT_AFTER_MS};
-use baton_protocol::{ApiBeat, ApiServerId, Beat, KvGeometry, ModelFingerprint, Role, WorkerId};
+use baton_protocol::deadlines::{BEAT_INTERVAL_MS, GONE_AFTER_MS, SUSPECT_AFTER_MS};
+use baton_protocol::{
+    ApiBeat, ApiServerId, Beat, KvGeometry, ModelFingerprint, PeersReply, Role, WorkerId,
+};
 use tokio::time::Instant;
 
 pub use self::member::{Facts, Member};
 pub use self::slots::{Slot, SlotSet};
 
+use self::peers::HeardPeers;
 use self::slots::Table;
 use crate::lifecycle::Target;
 
@@ -29,9 +33,12 @@ pub const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
 /// Most workers that are remembered; beats of others are ignored.
 pub const WORKERS_MAX: usize = 4096;
 
-/// Most bytes that beats of all workers take together. One of a worker with 100 peers takes some 20 KB; beats of workers that
-/// find no room are ignored as those of too many workers are.
-pub const BEATS_BYTES_MAX: usize = 48 << 20;
+/// Most bytes that beats and peers of all workers take together. A peer takes some 130: 500 decode workers that know 500 context
+/// workers each take 31 MiB. Beats of workers that find no room are ignored as those of too many workers are.
+pub const BEATS_BYTES_MAX: usize = 40 << 20;
+
+/// A worker's peers are asked for this seldom: an answer comes within this time, or not at all.
+pub const ASK_INTERVAL: Duration = Duration::from_millis(BEAT_INTERVAL_MS);
 
 /// All workers and API servers heard of lately.
 #[derive(Clone, Debug, Default)]
@@ -69,78 +76,75 @@ impl Membership {
     pub fn beat(&mut self, mut beat: Beat, now: Instant) -> Taken {
         let slot = self.names.get(&beat.worker).copied();
         let known = slot.and_then(|slot| self.members[slot].as_ref());
-        let beat_bytes = beat.bytes();
+        if known.is_some_and(|known| known.former == Some(beat.incarnation)) {
+            return Taken::Late;
+        }
+        let same_life = known.filter(|known| known.beat.incarnation == beat.incarnation);
+        let heard = HeardPeers::of(&mut beat, same_life);
+        let beat_bytes = beat.bytes() + heard.bytes;
         let bytes = self.bytes + beat_bytes - known.map_or(0, |known| known.bytes);
         if bytes > BEATS_BYTES_MAX || (known.is_none() && self.names.len() >= WORKERS_MAX) {
             return Taken::NoRoom;
         }
-        if known.is_some_and(|known| known.former == Some(beat.incarnation)) {
-            return Taken::Late;
-        }
         self.bytes = bytes;
-        // Senders name them in this order.
-        beat.peers.sort_by(|a, b| a.worker.cmp(&b.worker));
-        match slot {
-            Some(slot) => self.update(slot, beat, beat_bytes, now),
-            None => Taken::Joined(self.join(beat, beat_bytes, now)),
+        let old = slot.and_then(|slot| self.members[slot].take());
+        let (model, kv) = self.number(&beat, old.as_ref());
+        let member = Member {
+            facts: Facts::new(&beat, model, kv),
+            seen: now,
+            readers: old
+                .as_ref()
+                .map(|old| Arc::clone(&old.readers))
+                .unwrap_or_default(),
+            former: old.as_ref().and_then(|old| old.former),
+            bytes: beat_bytes,
+            peers: heard.peers,
+            peers_bytes: heard.bytes,
+            version: heard.version,
+            is_behind: heard.is_behind,
+            asked: old.as_ref().and_then(|old| old.asked),
+            beat: Arc::new(beat),
+        };
+        match (slot, old) {
+            (Some(slot), Some(old)) => self.replace(slot, old, member),
+            _ => Taken::Joined(self.join(member)),
         }
     }
 
-    fn join(&mut self, beat: Beat, bytes: usize, now: Instant) -> Slot {
+    /// Numbers of its model and its geometry.
+    fn number(&mut self, beat: &Beat, old: Option<&Member>) -> (u32, u32) {
+        // Taken before the old ones are given: a value that stays keeps its number.
+        let model = self.models.take(&beat.model.fingerprint);
+        let kv = self.geometries.take(&beat.kv);
+        if let Some(old) = old {
+            self.models.give(old.facts.model);
+            self.geometries.give(old.facts.kv);
+        }
+        (model, kv)
+    }
+
+    fn join(&mut self, member: Member) -> Slot {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.members.push(None);
             self.members.len() - 1
         });
-        let at = self.order_of(&beat.worker);
+        let at = self.order_of(&member.beat.worker);
         Arc::make_mut(&mut self.order).insert(at, slot);
-        Arc::make_mut(&mut self.names).insert(beat.worker.clone(), slot);
-        let model = self.models.take(&beat.model.fingerprint);
-        let kv = self.geometries.take(&beat.kv);
-        self.members[slot] = Some(Member {
-            facts: Facts::new(&beat, model, kv),
-            beat: Arc::new(beat),
-            seen: now,
-            readers: Arc::default(),
-            former: None,
-            bytes,
-        });
+        Arc::make_mut(&mut self.names).insert(member.beat.worker.clone(), slot);
+        self.members[slot] = Some(member);
         self.find_readers(slot);
         self.reads(slot);
         slot
     }
 
-    fn update(&mut self, slot: Slot, beat: Beat, bytes: usize, now: Instant) -> Taken {
-        let member = self.members[slot].as_mut();
-        let member = member.expect("a name stands for a member");
-        let (mut model, mut kv) = (member.facts.model, member.facts.kv);
-        if !self.models.is(model, &beat.model.fingerprint) {
-            self.models.give(model);
-            model = self.models.take(&beat.model.fingerprint);
-        }
-        if !self.geometries.is(kv, &beat.kv) {
-            self.geometries.give(kv);
-            kv = self.geometries.take(&beat.kv);
-        }
-        let old = std::mem::replace(
-            member,
-            Member {
-                facts: Facts::new(&beat, model, kv),
-                beat: Arc::new(beat),
-                seen: now,
-                readers: Arc::clone(&member.readers),
-                former: member.former,
-                bytes,
-            },
-        );
+    fn replace(&mut self, slot: Slot, old: Member, mut member: Member) -> Taken {
         let lost = (old.beat.incarnation != member.beat.incarnation).then(|| old.target());
-        let whom = |member: &Member| (member.beat.role == Role::Both, member.beat.incarnation);
-        let same_reads = whom(&old) == whom(member)
-            && old
-                .ready()
-                .map(|peer| (&peer.worker, peer.incarnation))
-                .eq(member.ready().map(|peer| (&peer.worker, peer.incarnation)));
+        let same_reads = old.reads_the_same(&member);
         if let Some(lost) = &lost {
             member.former = Some(lost.incarnation);
+        }
+        self.members[slot] = Some(member);
+        if lost.is_some() {
             self.find_readers(slot);
         }
         if !same_reads {
@@ -149,6 +153,56 @@ impl Membership {
         match lost {
             Some(lost) => Taken::Restarted(slot, lost),
             None => Taken::Known(slot),
+        }
+    }
+
+    /// Whether this worker's peers are to be asked for now: a change of them was missed, and nobody asked just now.
+    pub fn asks(&mut self, worker: &WorkerId, now: Instant) -> bool {
+        let member = self
+            .names
+            .get(worker)
+            .and_then(|slot| self.members[*slot].as_mut());
+        let Some(member) = member.filter(|member| member.is_behind) else {
+            return false;
+        };
+        let is_due = |asked| now.saturating_duration_since(asked) >= ASK_INTERVAL;
+        let asks = member.asked.is_none_or(is_due);
+        if asks {
+            member.asked = Some(now);
+        }
+        asks
+    }
+
+    /// Takes in all peers of a worker. An answer that beats have overtaken, or of another life, changes nothing.
+    pub fn peers(&mut self, reply: PeersReply) {
+        let Some(slot) = self.slot(&reply.worker) else {
+            return;
+        };
+        let Some(old) = self.members[slot].as_ref() else {
+            return;
+        };
+        let is_late = old.version.is_some_and(|version| version > reply.version);
+        if old.beat.incarnation != reply.incarnation || is_late {
+            return;
+        }
+        let heard = HeardPeers::all(reply.peers, Some(reply.version));
+        let bytes = old.bytes - old.peers_bytes + heard.bytes;
+        if self.bytes - old.bytes + bytes > BEATS_BYTES_MAX {
+            return;
+        }
+        self.bytes = self.bytes - old.bytes + bytes;
+        let member = Member {
+            peers: heard.peers,
+            peers_bytes: heard.bytes,
+            version: heard.version,
+            is_behind: false,
+            bytes,
+            ..old.clone()
+        };
+        let same_reads = old.reads_the_same(&member);
+        self.members[slot] = Some(member);
+        if !same_reads {
+            self.reads(slot);
         }
     }
 

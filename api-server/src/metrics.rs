@@ -148,7 +148,7 @@ fn log_counters(out: &mut String) {
 /// One gauge per number of a beat. They come from membership as it is, so a worker that left leaves none.
 fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
     type Read = fn(&baton_protocol::Beat) -> f64;
-    let gauges: [(&str, &str, Read); 12] = [
+    let gauges: [(&str, &str, Read); 11] = [
         ("waiting", "Sequences waiting for their first step.", |b| {
             b.load.waiting.into()
         }),
@@ -176,15 +176,6 @@ fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
         ("queue_capacity", "Jobs that may wait.", |b| {
             b.capacity.queue.into()
         }),
-        (
-            "peers_ready",
-            "Context workers that KV can be pulled from.",
-            |b| {
-                let ready =
-                    |p: &&baton_protocol::PeerHealth| p.state == baton_protocol::PeerState::Ready;
-                b.peers.iter().filter(ready).count() as f64
-            },
-        ),
     ];
     // Writing to memory cannot fail.
     for (name, help, read) in gauges {
@@ -200,6 +191,19 @@ fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
                 "baton_worker_{name}{{worker=\"{worker}\",role=\"{role}\"}} {value}"
             );
         }
+    }
+    let _ = writeln!(
+        out,
+        "# HELP baton_worker_peers_ready Context workers that KV can be pulled from.\n\
+         # TYPE baton_worker_peers_ready gauge"
+    );
+    for member in members.workers() {
+        let (worker, role) = (&member.beat.worker, member.beat.role.label());
+        let ready = member.ready().count();
+        let _ = writeln!(
+            out,
+            "baton_worker_peers_ready{{worker=\"{worker}\",role=\"{role}\"}} {ready}"
+        );
     }
     let _ = writeln!(
         out,

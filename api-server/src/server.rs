@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation};
+use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation, PeersReply};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
@@ -127,9 +127,12 @@ impl Server {
 }
 
 impl Watcher for Server {
-    fn beat(&self, beat: Beat, now: Instant) {
+    fn beat(&self, beat: Beat, now: Instant) -> bool {
         let joins = (beat.worker.clone(), beat.role.label(), beat.device.clone());
-        let taken = self.fleet().beat(beat, now);
+        let (taken, asks) = {
+            let mut fleet = self.fleet();
+            (fleet.beat(beat, now), fleet.asks(&joins.0, now))
+        };
         match taken {
             Taken::Joined(_) => {
                 let (worker, role, device) = joins;
@@ -139,6 +142,11 @@ impl Watcher for Server {
             Taken::NoRoom => self.bus_fault("beat_no_room"),
             Taken::Known(_) | Taken::Late => {}
         }
+        asks
+    }
+
+    fn peers(&self, reply: PeersReply) {
+        self.fleet().peers(reply);
     }
 
     fn api_beat(&self, beat: ApiBeat, now: Instant) {

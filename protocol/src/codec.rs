@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::{BEAT_BYTES_MAX, MESSAGE_BYTES_MAX, SMALL_BYTES_MAX};
 use crate::{
-    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PrefillJob,
+    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PeersReply, PrefillJob,
     PrefillReply, ProtocolError, Release, Released, Renew, Renewed, TokenFrame, WorkerDescriptor,
 };
 
@@ -59,6 +59,15 @@ versioned!(
 impl Versioned for Beat {
     const NAME: &'static str = "Beat";
     const BYTES_MAX: usize = BEAT_BYTES_MAX;
+
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+}
+
+impl Versioned for PeersReply {
+    const NAME: &'static str = "PeersReply";
+    const BYTES_MAX: usize = MESSAGE_BYTES_MAX;
 
     fn check(&self) -> Result<(), String> {
         Self::check(self)

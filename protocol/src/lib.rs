@@ -32,6 +32,7 @@ mod kv;
 pub mod limits;
 mod membership;
 mod packed;
+mod peers;
 mod sampling;
 pub mod subjects;
 mod token_frame;
@@ -50,10 +51,10 @@ pub use job::{
 };
 pub use kv::{BlockRun, KvDtype, KvGeometry, KvGroup, KvShare, KvShares};
 pub use membership::{
-    ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, PeerHealth, PeerState, Role, WorkerDescriptor,
-    WorkerState,
+    ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, Role, WorkerDescriptor, WorkerState,
 };
 pub use packed::{Base64Bytes, PackedTokens};
+pub use peers::{PeerChanges, PeerHealth, PeerState, PeersReply};
 pub use sampling::{FinishReason, Generation, Sampling, TokenLogprobs, TopLogprob};
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
 pub use transfer::{MemoryType, RankRegion, TransferDescriptor, UcxVersion};

@@ -7,14 +7,17 @@ pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Most alternatives reported with a token.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
 
-/// Largest beat. One with [`PEERS_MAX`] peers, each with the longest error, takes half of it.
-pub const BEAT_BYTES_MAX: usize = 1 << 20;
+/// Largest beat. One with [`PEERS_TOLD_MAX`] peers, each with the longest error, takes half of it.
+pub const BEAT_BYTES_MAX: usize = 128 << 10;
 
 /// Largest message that holds a few names and numbers and nothing else: a hello, an API server's beat, a release, an abort.
 pub const SMALL_BYTES_MAX: usize = 16 << 10;
 
-/// Most peers of a beat. A decode worker of a larger cluster reports those that it can pull from, as far as they go.
-pub const PEERS_MAX: usize = 256;
+/// Most peers that one beat tells of, those that are gone included. A worker that has no more tells all of them each time.
+pub const PEERS_TOLD_MAX: usize = 16;
+
+/// Most peers of a worker: context workers that one decode worker connects to.
+pub const PEERS_MAX: usize = 1_024;
 
 /// Longest sentence, name of a device, of a model or of transports in a beat, in bytes. Senders cut theirs ([`crate::cut`]).
 pub const SENTENCE_BYTES_MAX: usize = 256;

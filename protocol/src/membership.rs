@@ -2,7 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{PEERS_MAX, SENTENCE_BYTES_MAX};
+use crate::limits::{PEERS_TOLD_MAX, SENTENCE_BYTES_MAX};
+use crate::peers::{PeerChanges, PeerHealth, PeerState};
 use crate::{
     ApiServerId, Incarnation, KvGeometry, KvShares, ModelFingerprint, TransferDescriptor, WorkerId,
     cut,
@@ -100,40 +101,6 @@ pub struct Capacity {
     pub queue: u32,
 }
 
-/// Whether KV can be pulled from one context worker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum PeerState {
-    /// Being connected.
-    Connecting,
-    /// Connected and probed.
-    Ready,
-    /// The last connection or pull failed; it is tried again.
-    Broken,
-}
-
-/// A decode worker's view of one context worker.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct PeerHealth {
-    /// The context worker.
-    pub worker: WorkerId,
-    /// Which life of it.
-    pub incarnation: Incarnation,
-    /// Whether pulls work.
-    pub state: PeerState,
-    /// UCX transports in use, as UCX names them.
-    pub transport: String,
-    /// Rate reached by the probe at connect, in GB/s; 0 before it.
-    pub gigabytes_per_second: f32,
-    /// Rate that pulls over the present connection reach, in GB/s: a moving average over the time in which something was
-    /// outstanding. None before the first pull; senders of old say none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pulled_gigabytes_per_second: Option<f32>,
-    /// The last error, if any.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-}
-
 /// Any worker, published on `beat.<worker>` every [`crate::deadlines::BEAT_INTERVAL_MS`] and at once after
 /// [`Hello`] or a change of state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -165,9 +132,12 @@ pub struct Beat {
     pub load: Load,
     /// What it can hold.
     pub capacity: Capacity,
-    /// Decode workers: the context workers they can pull from.
+    /// Decode workers: the context workers that they know. All of them, or with `changes` those that changed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerHealth>,
+    /// Of a worker that knows more than [`PEERS_TOLD_MAX`] context workers: what `peers` builds upon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changes: Option<PeerChanges>,
     /// How it moves KV, for people: `ucx 1.13.1 posix,cma,tcp`, or why it cannot.
     #[serde(default)]
     pub transport: String,
@@ -194,13 +164,7 @@ impl Beat {
             ("weights", &self.weights),
             ("transport", &self.transport),
         ];
-        let of_peers = self.peers.iter().flat_map(|peer| {
-            let error = peer.error.as_deref().unwrap_or_default();
-            [
-                ("peer's transport", peer.transport.as_str()),
-                ("peer's error", error),
-            ]
-        });
+        let of_peers = self.peers.iter().flat_map(PeerHealth::texts);
         for (what, text) in texts.into_iter().chain(of_peers) {
             let bytes = text.len();
             if bytes > SENTENCE_BYTES_MAX {
@@ -209,10 +173,14 @@ impl Beat {
                 ));
             }
         }
-        match self.peers.len() {
-            peers if peers > PEERS_MAX => {
-                Err(format!("it has {peers} peers, {PEERS_MAX} are allowed"))
-            }
+        let gone = self
+            .changes
+            .as_ref()
+            .map_or(0, |changes| changes.gone.len());
+        match self.peers.len() + gone {
+            peers if peers > PEERS_TOLD_MAX => Err(format!(
+                "it tells of {peers} peers, {PEERS_TOLD_MAX} are allowed"
+            )),
             _ => Ok(()),
         }
     }
@@ -225,24 +193,17 @@ impl Beat {
         [&mut self.device, &mut self.weights, &mut self.transport]
             .into_iter()
             .for_each(short);
-        if self.peers.len() > PEERS_MAX {
+        if self.peers.len() > PEERS_TOLD_MAX {
             self.peers
                 .sort_by_key(|peer| peer.state != PeerState::Ready);
-            self.peers.truncate(PEERS_MAX);
+            self.peers.truncate(PEERS_TOLD_MAX);
         }
-        for peer in &mut self.peers {
-            short(&mut peer.transport);
-            peer.error.iter_mut().for_each(short);
-        }
+        self.peers.iter_mut().for_each(PeerHealth::cut);
         self
     }
 
     /// Bytes that it holds in memory, about.
     pub fn bytes(&self) -> usize {
-        let peer = |peer: &PeerHealth| {
-            let error = peer.error.as_ref().map_or(0, String::len);
-            size_of::<PeerHealth>() + peer.worker.as_str().len() + peer.transport.len() + error
-        };
         size_of::<Self>()
             + self.worker.as_str().len()
             + self.reason.as_ref().map_or(0, String::len)
@@ -250,7 +211,7 @@ impl Beat {
             + self.device.len()
             + self.weights.len()
             + self.transport.len()
-            + self.peers.iter().map(peer).sum::<usize>()
+            + self.peers.iter().map(PeerHealth::bytes).sum::<usize>()
     }
 }
 

@@ -64,6 +64,11 @@ impl Cluster {
         self.of("describe", worker)
     }
 
+    /// Requests for all of a worker's peers: a [`crate::Hello`], answered with a [`crate::PeersReply`].
+    pub fn peers(&self, worker: &WorkerId) -> String {
+        self.of("peers", worker)
+    }
+
     /// Everything that is sent to one worker: one subscription, so that what one sender sent in order
     /// (a job, then its abort) is also received in order. Holds the worker's own beats too.
     pub fn inbox(&self, worker: &WorkerId) -> String {

@@ -124,8 +124,30 @@ fn beat() -> Beat {
             pulled_gigabytes_per_second: Some(5.25),
             error: None,
         }],
+        changes: None,
         transport: "ucx 1.13.1".to_owned(),
         decode_ms: 6_400,
+    }
+}
+
+fn beat_of_changes() -> Beat {
+    Beat {
+        changes: Some(PeerChanges {
+            since: 41,
+            version: 42,
+            gone: vec![worker("context-7")],
+        }),
+        ..beat()
+    }
+}
+
+fn peers_reply() -> PeersReply {
+    PeersReply {
+        v: V,
+        worker: worker("decode-0"),
+        incarnation: Incarnation(0x99aa_bbcc_ddee_ff00),
+        version: 42,
+        peers: beat().peers,
     }
 }
 
@@ -174,6 +196,8 @@ fn golden<M: Versioned + PartialEq + Debug>(file: &str, message: &M) {
 #[test]
 fn every_message_is_as_its_file_says() {
     golden("beat.json", &beat());
+    golden("beat_of_changes.json", &beat_of_changes());
+    golden("peers_reply.json", &peers_reply());
     golden(
         "hello.json",
         &Hello {
@@ -499,7 +523,7 @@ fn oversized_beats() -> Vec<Beat> {
     add(&|beat| beat.transport = long());
     add(&|beat| beat.peers[0].transport = long());
     add(&|beat| beat.peers[0].error = Some(long()));
-    add(&|beat| beat.peers = vec![peer.clone(); limits::PEERS_MAX + 1]);
+    add(&|beat| beat.peers = vec![peer.clone(); limits::PEERS_TOLD_MAX + 1]);
     all
 }
 
@@ -526,16 +550,36 @@ fn the_largest_beat_within_its_bounds_fits_the_bus_and_peers_that_can_be_read_ar
     (peer.transport, peer.error) = (worst.clone(), Some(worst.clone()));
     peer.state = PeerState::Broken;
     largest.reason = Some(worst.clone());
-    largest.peers = vec![peer; 2 * limits::PEERS_MAX];
+    largest.peers = vec![peer; 2 * limits::PEERS_TOLD_MAX];
     let last = largest.peers.last_mut().expect("there are some");
     last.state = PeerState::Ready;
     let largest = largest.within_bounds();
     assert_eq!(largest.check(), Ok(()));
-    assert_eq!(largest.peers.len(), limits::PEERS_MAX);
+    assert_eq!(largest.peers.len(), limits::PEERS_TOLD_MAX);
     assert_eq!(largest.peers[0].state, PeerState::Ready);
     let bytes = encode(&largest).expect("within the bound of a beat");
     assert!(bytes.len() <= limits::BEAT_BYTES_MAX);
     decode::<Beat>(&bytes).expect("and it is read");
+}
+
+#[test]
+fn the_largest_list_of_peers_fits_the_bus_and_larger_ones_are_refused() {
+    let worst = "\u{1}".repeat(2 * limits::SENTENCE_BYTES_MAX);
+    let mut peer = beat().peers[0].clone();
+    (peer.transport, peer.error) = (worst.clone(), Some(worst));
+    peer.cut();
+    let mut reply = peers_reply();
+    reply.peers = vec![peer.clone(); limits::PEERS_MAX];
+    let bytes = encode(&reply).expect("within the bound of a message");
+    assert_eq!(decode::<PeersReply>(&bytes).expect("is read"), reply);
+    reply.peers.push(peer);
+    let bytes = encode(&reply).expect("within the bound of a message");
+    let error = decode::<PeersReply>(&bytes).expect_err("one too many");
+    assert!(error.to_string().contains("are allowed"), "{error}");
+    reply.peers.truncate(1);
+    reply.peers[0].transport = "x".repeat(limits::SENTENCE_BYTES_MAX + 1);
+    let bytes = encode(&reply).expect("within the bound of a message");
+    decode::<PeersReply>(&bytes).expect_err("too long a sentence");
 }
 
 #[test]

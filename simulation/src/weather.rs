@@ -20,7 +20,7 @@ pub enum Kind {
     Renew,
     /// Token frames.
     Tokens,
-    /// Beats of workers and API servers, and hello.
+    /// Beats of workers and API servers, hello, and questions for all peers.
     Beat,
     /// Requests for a description.
     Describe,

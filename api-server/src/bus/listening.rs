@@ -6,14 +6,14 @@ use std::time::Duration;
 use async_nats::Message;
 use baton_bus::{Intake, Seldom, Subscription};
 use baton_protocol::subjects::speaker;
-use baton_protocol::{ApiBeat, Beat, TokenFrame, deadlines, decode};
+use baton_protocol::{ApiBeat, Beat, PeersReply, TokenFrame, WorkerId, deadlines, decode};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{Bus, FAULT_INTERVAL};
 use crate::error::ApiServerError;
 use crate::inbox::{Event, Registry, STRAYS_MAX, lock};
-use crate::membership::{GONE_AFTER, SUSPECT_AFTER};
+use crate::membership::{ASK_INTERVAL, GONE_AFTER, SUSPECT_AFTER};
 
 /// Bytes of token frames that may wait. Some are dropped beyond it, which their numbers tell.
 const FRAMES_BYTES_MAX: usize = 64 << 20;
@@ -35,8 +35,10 @@ const HELLO_WAIT: Duration = Duration::from_millis(10);
 
 /// What beats and connection events are reported to.
 pub trait Watcher: Send + Sync + 'static {
-    /// A worker beat.
-    fn beat(&self, beat: Beat, now: Instant);
+    /// A worker beat. The answer is whether its peers are to be asked for.
+    fn beat(&self, beat: Beat, now: Instant) -> bool;
+    /// A worker told all its peers.
+    fn peers(&self, reply: PeersReply);
     /// An API server beat.
     fn api_beat(&self, beat: ApiBeat, now: Instant);
     /// The bus is there, for the first time or again: what was said meanwhile is lost.
@@ -252,11 +254,28 @@ impl<W: Watcher> Membership<W> {
     fn on_beat(&self, message: &Message) {
         match decode::<Beat>(&message.payload) {
             Ok(beat) if speaker(&message.subject) == beat.worker.as_str() => {
-                self.watcher.beat(beat, Instant::now());
+                let worker = beat.worker.clone();
+                if self.watcher.beat(beat, Instant::now()) {
+                    self.ask_peers(worker);
+                }
             }
             Ok(_) => self.faults.note("beat_forged", message),
             Err(_) => self.faults.note("beat_unreadable", message),
         }
+    }
+
+    /// Asks for all peers of a worker, of which something was missed. Should the answer be lost, a later beat asks again.
+    fn ask_peers(&self, worker: WorkerId) {
+        let (bus, watcher) = (self.bus.clone(), Arc::clone(&self.watcher));
+        tokio::spawn(async move {
+            match bus.peers(&worker, ASK_INTERVAL).await {
+                Ok(reply) if reply.worker == worker => watcher.peers(reply),
+                Ok(reply) => {
+                    tracing::warn!(%worker, other = %reply.worker, "another worker's peers came");
+                }
+                Err(error) => tracing::debug!(%worker, ?error, "no answer about peers"),
+            }
+        });
     }
 
     fn on_api_beat(&mut self, message: &Message) {

@@ -203,7 +203,7 @@ pub fn worker_rows(members: &Membership, now: Instant) -> impl Iterator<Item = W
         kv: &member.beat.kv,
         load: member.beat.load,
         capacity: member.beat.capacity,
-        peers: &member.beat.peers,
+        peers: &member.peers,
     })
 }
 

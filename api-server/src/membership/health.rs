@@ -82,7 +82,7 @@ impl Membership {
         let mut broken: Vec<String> = self
             .workers()
             .filter(|m| m.serves(model, now))
-            .flat_map(|m| m.beat.peers.iter().map(move |peer| (m, peer)))
+            .flat_map(|m| m.peers.iter().map(move |peer| (m, peer)))
             .filter(|(_, peer)| peer.state != PeerState::Ready)
             .filter_map(|(m, peer)| {
                 // one that is being connected for the first time has no error yet

@@ -15,8 +15,16 @@ use crate::lifecycle::Target;
 /// A worker and when it was last heard. A clone shares the beat.
 #[derive(Clone, Debug)]
 pub struct Member {
-    /// Its last beat, its peers in the order of their names.
+    /// Its last beat, without its peers.
     pub beat: Arc<Beat>,
+    /// All its peers as far as its beats were heard, in the order of their names.
+    pub peers: Arc<[PeerHealth]>,
+    /// Which version of them that is; none where beats tell all of them.
+    pub(super) version: Option<u64>,
+    /// A change of them was missed.
+    pub(super) is_behind: bool,
+    /// When they were last asked for.
+    pub(super) asked: Option<Instant>,
     /// When that came.
     pub seen: Instant,
     /// What a choice reads of the beat.
@@ -25,8 +33,9 @@ pub struct Member {
     pub readers: Arc<SlotSet>,
     /// The life before this one, whose messages may come late.
     pub(super) former: Option<Incarnation>,
-    /// Bytes of the beat.
+    /// Bytes of the beat and of its peers.
     pub(super) bytes: usize,
+    pub(super) peers_bytes: usize,
 }
 
 /// What a choice reads of a beat, copied to where members stand side by side: a choice looks at all of them.
@@ -123,7 +132,7 @@ impl Member {
         let own = self.beat.role == Role::Both
             && self.beat.worker == context.worker
             && self.beat.incarnation == context.incarnation;
-        let peers = &self.beat.peers;
+        let peers = &self.peers;
         let first = peers.partition_point(|peer| peer.worker < context.worker);
         let of_this_name = peers[first..]
             .iter()
@@ -133,9 +142,17 @@ impl Member {
             .any(|peer| peer.incarnation == context.incarnation)
     }
 
+    /// Whether it reads the KV of the same workers as this other state of it.
+    pub(super) fn reads_the_same(&self, other: &Self) -> bool {
+        let own = |member: &Self| (member.beat.role == Role::Both, member.beat.incarnation);
+        let mine = self.ready().map(|peer| (&peer.worker, peer.incarnation));
+        let others = other.ready().map(|peer| (&peer.worker, peer.incarnation));
+        own(self) == own(other) && (Arc::ptr_eq(&self.peers, &other.peers) || mine.eq(others))
+    }
+
     /// The peers whose KV it can read.
-    pub(super) fn ready(&self) -> impl Iterator<Item = &PeerHealth> {
-        self.beat.peers.iter().filter(is_ready)
+    pub fn ready(&self) -> impl Iterator<Item = &PeerHealth> {
+        self.peers.iter().filter(is_ready)
     }
 }
 

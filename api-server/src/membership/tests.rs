@@ -50,6 +50,7 @@ pub(crate) fn beat(name: &str, role: Role, peers: &[&str]) -> Beat {
                 error: None,
             })
             .collect(),
+        changes: None,
         transport: String::new(),
         decode_ms: 0,
     }

@@ -443,6 +443,13 @@ proptest! {
                 }
             }
         }
+        let members = fleet.members();
+        for context in members.workers() {
+            let target = context.target();
+            let reads = members.slots().filter(|(_, member)| member.reaches(&target));
+            let readers: std::collections::BTreeSet<_> = reads.map(|(slot, _)| slot).collect();
+            prop_assert!(context.readers.iter().eq(readers), "the readers of {target:?}");
+        }
         let plain_idle = plain.own.values().all(|own| *own == Outstanding::default());
         prop_assert_eq!(fleet.is_idle(), plain_idle);
     }

@@ -347,6 +347,7 @@ impl FakeWorker {
             } else {
                 Vec::new()
             },
+            changes: None,
             transport: "none".to_owned(),
             decode_ms: script.decode_ms,
         };

@@ -202,6 +202,7 @@ fn beat(beaten: Beaten) -> Beat {
                 error: None,
             })
             .collect(),
+        changes: None,
         transport: String::new(),
         decode_ms: waiting,
         reason: None,

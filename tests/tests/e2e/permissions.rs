@@ -60,6 +60,7 @@ async fn a_cluster_serves_within_its_permissions_and_nobody_speaks_for_another()
         "baton.test.tokens.api-0.context-0",
         "baton.test.prefill.context-0",
         "baton.test.renew.context-0",
+        "baton.test.peers.context-0",
         "baton.test.abort.context-0",
         "baton.test.api-beat.api-0",
         "_INBOX.api-0.answer",

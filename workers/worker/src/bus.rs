@@ -75,7 +75,8 @@ const BEATS_BYTES_MAX: usize = 4 << 20;
 pub(crate) struct Subscriptions {
     /// Jobs, aborts and releases for this worker, in the order they were sent.
     pub(crate) inbox: Intake,
-    beats: Intake,
+    /// Other workers' beats, for who pulls from them.
+    beats: Option<Intake>,
     api_beats: Intake,
     hello: Intake,
     /// Whose turn it was last.
@@ -91,11 +92,13 @@ pub(crate) enum Heard {
 }
 
 impl Subscriptions {
-    /// Subscribes, and waits until the server knows.
+    /// Subscribes, and waits until the server knows. `with_beats`: to other workers' beats too, of which there are as many a second
+    /// as there are workers.
     pub(crate) async fn new(
         wire: &Wire,
         cluster: &Cluster,
         worker: &WorkerId,
+        with_beats: bool,
         outbox: &Outbox,
     ) -> Result<Self, WorkerError> {
         let refused = |detail: String| WorkerError::System {
@@ -122,7 +125,10 @@ impl Subscriptions {
         };
         let all = Self {
             inbox: Intake::new(inbox, INBOX_BYTES_MAX, refuse),
-            beats: beats(cluster.beats()).await?,
+            beats: match with_beats {
+                true => Some(beats(cluster.beats()).await?),
+                false => None,
+            },
             api_beats: beats(cluster.api_beats()).await?,
             hello: beats(cluster.hello()).await?,
             turn: 0,
@@ -139,7 +145,11 @@ impl Subscriptions {
             self.turn = (self.turn + 1) % 4;
             let heard = match self.turn {
                 0 => self.inbox.try_next().map(Heard::Inbox),
-                1 => self.beats.try_next().map(Heard::Beat),
+                1 => self
+                    .beats
+                    .as_mut()
+                    .and_then(Intake::try_next)
+                    .map(Heard::Beat),
                 2 => self.api_beats.try_next().map(Heard::ApiBeat),
                 _ => self.hello.try_next().map(|_| Heard::Hello),
             };
@@ -159,7 +169,7 @@ impl Subscriptions {
         let heard = tokio::select! {
             biased;
             message = self.inbox.next() => message.map(Heard::Inbox),
-            message = self.beats.next() => message.map(Heard::Beat),
+            message = next_beat(&mut self.beats) => message.map(Heard::Beat),
             message = self.api_beats.next() => message.map(Heard::ApiBeat),
             message = self.hello.next() => message.map(|_| Heard::Hello),
         };
@@ -167,6 +177,14 @@ impl Subscriptions {
             what: "listening on the bus",
             detail: "the connection was closed".to_owned(),
         })
+    }
+}
+
+/// The next beat; none ever comes to who does not listen to them.
+async fn next_beat(beats: &mut Option<Intake>) -> Option<Message> {
+    match beats {
+        Some(beats) => beats.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -73,7 +73,7 @@ impl DecodeSide {
     }
 
     /// A connection was made, or was not. Whether there is news of it.
-    pub(super) fn on_link(
+    pub(crate) fn on_link(
         &mut self,
         common: &Common,
         outcome: Result<LinkOutcome, JoinError>,

@@ -100,17 +100,13 @@ impl DecodeSide {
         }
     }
 
-    /// One has. Whether there is news of a connection.
-    pub(crate) fn on_ended(&mut self, common: &mut Common, ended: Ended) -> bool {
-        match ended {
-            Ended::Pull(pulled) => self.on_pulled(common, pulled),
-            Ended::Link(link) => self.on_link(common, link),
-        }
-    }
-
     /// The pull is over: the engine goes on from its KV, or the API server is told to try again. Says whether its connection
     /// is lost, which others want to know.
-    fn on_pulled(&mut self, common: &mut Common, pulled: Result<Pulled, JoinError>) -> bool {
+    pub(crate) fn on_pulled(
+        &mut self,
+        common: &mut Common,
+        pulled: Result<Pulled, JoinError>,
+    ) -> bool {
         let lost = pulled.as_ref().err().map(JoinError::id);
         let Some(Pulled { key, outcome }) = task_outcome("pull", pulled) else {
             lost.into_iter()

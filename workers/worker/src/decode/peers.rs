@@ -10,14 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_protocol::deadlines::GONE_AFTER_MS;
+use baton_protocol::limits::PEERS_MAX;
 use baton_protocol::{
     Beat, Incarnation, KvGeometry, ModelInfo, PeerHealth, PeerState, WorkerId, WorkerState,
 };
 use baton_transfer::BlockMap;
 use tokio::time::Instant;
-
-/// Context workers one decode worker connects to. More are left out, with a warning.
-const PEERS_MAX: usize = 1_024;
 
 /// First pause before a broken connection is tried again; doubled each time.
 const RETRY_MIN: Duration = Duration::from_millis(250);

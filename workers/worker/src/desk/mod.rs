@@ -39,7 +39,7 @@ pub(crate) struct Desk {
     pub(crate) context: Option<ContextSide>,
     /// Generates; `None` where the role does not.
     pub(crate) decode: Option<DecodeSide>,
-    presence: Presence,
+    pub(crate) presence: Presence,
     /// Its engine thread hangs, and cannot be waited for.
     pub(crate) hangs: bool,
     /// Beats in a row that found blocks in use by nobody.
@@ -152,6 +152,10 @@ impl Desk {
             self.on_renew(&message);
         } else if subject == cluster.abort(me) {
             self.on_abort(&message);
+        } else if subject == cluster.peers(me) {
+            if let Some(reply) = message.reply {
+                self.presence.on_peers_asked(&self.common, reply);
+            }
         } else if subject == cluster.beat(me) {
             self.on_echo();
         }
@@ -321,8 +325,17 @@ impl Desk {
         let Some(decode) = &mut self.decode else {
             return;
         };
-        if decode.on_ended(&mut self.common, ended) {
-            self.send_beat();
+        match ended {
+            decode::Ended::Pull(pulled) => {
+                if decode.on_pulled(&mut self.common, pulled) {
+                    self.send_beat();
+                }
+            }
+            decode::Ended::Link(link) => {
+                if decode.on_link(&self.common, link) {
+                    self.presence.beat_soon(Instant::now());
+                }
+            }
         }
     }
 
@@ -385,13 +398,14 @@ impl Desk {
     }
 
     /// Beats now.
-    pub(crate) fn send_beat(&self) {
+    pub(crate) fn send_beat(&mut self) {
         let decode = self.decode.as_ref();
         let peers = decode.map(|decode| decode.peer_health(&self.common));
         let decode_ms = decode.map_or(0, DecodeSide::mean_ms);
         let peers = peers.unwrap_or_default();
+        let held = self.held();
         self.presence
-            .send_beat(&self.common, &self.held(), peers, decode_ms);
+            .send_beat(&self.common, &held, peers, decode_ms);
     }
 
     /// Our own beat came back.

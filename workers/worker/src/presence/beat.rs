@@ -4,14 +4,24 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth};
+use async_nats::Subject;
+use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth, PeersReply};
+use tokio::time::Instant;
 
 use super::Presence;
+#[cfg(feature = "simulation")]
+use super::peers_told::PeersTold;
 use crate::common::Common;
 use crate::mover::Mover;
 
 /// A transfer thread that is well goes round its loop many times in this time.
 const PROGRESS_MAX: Duration = Duration::from_secs(3);
+
+/// News of connections that come within this time are told together.
+const NEWS_WAIT: Duration = Duration::from_millis(10);
+
+/// Beats with such news come no faster than this: everybody listens to them.
+const NEWS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The load as of the last beat, for the service's statistics.
 #[derive(Clone, Default)]
@@ -50,7 +60,7 @@ impl Held {
 impl Presence {
     /// Beats now. `peers` are the context workers that KV can be pulled from, `decode_ms` how long a generation takes.
     pub(crate) fn send_beat(
-        &self,
+        &mut self,
         common: &Common,
         held: &Held,
         peers: Vec<PeerHealth>,
@@ -58,6 +68,12 @@ impl Presence {
     ) {
         let Common { me, checks, .. } = common;
         let load = load(common, held);
+        let now = Instant::now();
+        self.last_beat = now;
+        let told = self.peers_told.tell(peers);
+        if told.is_part {
+            self.beat_soon(now);
+        }
         let beat = Beat {
             v: PROTOCOL_VERSION,
             worker: me.worker.clone(),
@@ -71,7 +87,8 @@ impl Presence {
             weights: me.weights.label().to_owned(),
             load,
             capacity: me.capacity,
-            peers,
+            peers: told.peers,
+            changes: told.changes,
             transport: transport(common),
             decode_ms,
         }
@@ -80,6 +97,33 @@ impl Presence {
         if let Err(error) = common.outbox.send(common.cluster.beat(&me.worker), &beat) {
             tracing::debug!(%error, "a beat was not sent");
         }
+    }
+
+    /// Beats within a moment: many connections that come about together are one beat, as far as there is room in it.
+    pub(crate) fn beat_soon(&mut self, now: Instant) {
+        let due = (self.last_beat + NEWS_INTERVAL).max(now + NEWS_WAIT);
+        self.beat_due.get_or_insert(due);
+    }
+
+    /// Somebody missed what beats told of the peers.
+    pub(crate) fn on_peers_asked(&mut self, common: &Common, reply: Subject) {
+        let Some((version, peers)) = self.peers_told.all(Instant::now()) else {
+            return;
+        };
+        let all = PeersReply {
+            v: PROTOCOL_VERSION,
+            worker: common.me.worker.clone(),
+            incarnation: common.me.incarnation,
+            version,
+            peers,
+        };
+        common.send(reply, &all);
+    }
+
+    /// Of so many peers a beat tells all, and only changes of more.
+    #[cfg(feature = "simulation")]
+    pub(crate) fn tell_at_once(&mut self, peers: usize) {
+        self.peers_told = PeersTold::of(peers);
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod api_servers;
 mod beat;
+mod peers_told;
 mod service;
 
 use std::time::Duration;
@@ -17,6 +18,7 @@ pub(crate) use beat::{Held, SharedLoad};
 pub(crate) use service::MicroService;
 
 use api_servers::ApiServers;
+use peers_told::PeersTold;
 
 /// Others who say hello within this time get the same beat.
 const HELLO_WAIT: Duration = Duration::from_millis(10);
@@ -39,8 +41,10 @@ pub(crate) struct Presence {
     has_ended_drain: bool,
     hearing: baton_bus::Presence,
     api_servers: ApiServers,
-    /// When whoever said hello is to hear a beat.
-    hello_answer: Option<Instant>,
+    /// When a beat is due besides those of the clock: somebody said hello, or there is news.
+    beat_due: Option<Instant>,
+    last_beat: Instant,
+    peers_told: PeersTold,
     shared_load: SharedLoad,
 }
 
@@ -56,7 +60,9 @@ impl Presence {
             has_ended_drain: false,
             hearing: baton_bus::Presence::new(now, Duration::from_millis(SUSPECT_AFTER_MS)),
             api_servers: ApiServers::default(),
-            hello_answer: None,
+            beat_due: None,
+            last_beat: now,
+            peers_told: PeersTold::default(),
             shared_load,
         }
     }
@@ -100,12 +106,12 @@ impl Presence {
 
     /// Somebody wants to know who is there. One beat answers all who ask within a moment.
     pub(crate) fn on_hello(&mut self, now: Instant) {
-        self.hello_answer.get_or_insert_with(|| now + HELLO_WAIT);
+        self.beat_due.get_or_insert(now + HELLO_WAIT);
     }
 
-    /// Whether whoever said hello is to hear a beat now. It says so once.
+    /// Whether a beat is due now besides those of the clock. It says so once.
     pub(crate) fn owes_beat(&mut self, now: Instant) -> bool {
-        self.hello_answer.take_if(|due| *due <= now).is_some()
+        self.beat_due.take_if(|due| *due <= now).is_some()
     }
 
     /// A beat or a job came from this life of an API server. Whether that is a new one: what the former one asked for is over.
@@ -187,7 +193,7 @@ impl Presence {
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let deadlines = [
             self.end_after_failure,
-            self.hello_answer,
+            self.beat_due,
             self.drain_deadline_ahead(),
         ];
         deadlines.into_iter().flatten().min()

@@ -145,8 +145,14 @@ pub async fn run(
     };
     let mut publisher = tokio::spawn(publisher.run());
     let shared_load = SharedLoad::default();
-    let mut subscriptions =
-        Subscriptions::new(&wire, &config.cluster, &config.worker, &outbox).await?;
+    let mut subscriptions = Subscriptions::new(
+        &wire,
+        &config.cluster,
+        &config.worker,
+        config.role.decodes(),
+        &outbox,
+    )
+    .await?;
     let service =
         MicroService::start(&client, &config.cluster, &descriptor, shared_load.clone()).await?;
     let mut desk = Desk::new(Parts {

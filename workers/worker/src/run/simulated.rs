@@ -144,8 +144,9 @@ impl SimulatedWorker {
             .subscribe(cluster.describe(&worker))
             .await
             .map_err(|error| system("subscribing on the bus", error.to_string()))?;
-        let subscriptions = Subscriptions::new(&wire, &cluster, &worker, &outbox).await?;
-        let desk = Desk::new(Parts {
+        let subscriptions =
+            Subscriptions::new(&wire, &cluster, &worker, role.decodes(), &outbox).await?;
+        let mut desk = Desk::new(Parts {
             me: Identity {
                 worker,
                 incarnation,
@@ -176,6 +177,8 @@ impl SimulatedWorker {
             pulse: Pulse::default(),
             stuck: mpsc::channel(1).1,
         });
+        // So few that even here most beats tell changes only, and some not all of them.
+        desk.presence.tell_at_once(1);
         Ok(Self {
             desk,
             subscriptions,

@@ -39,6 +39,7 @@ fn beat(worker: &str, incarnation: u64) -> Beat {
         load: Load::default(),
         capacity: Capacity::default(),
         peers: Vec::new(),
+        changes: None,
         transport: String::new(),
         decode_ms: 0,
     }
