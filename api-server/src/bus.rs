@@ -22,9 +22,9 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use crate::error::ApiServerError;
-use crate::inbox::{Event, Registry, lock};
-use crate::lifecycle::{NoReply, Target};
-use crate::membership::{GONE_AFTER, SUSPECT_AFTER};
+use crate::fleet::membership::{GONE_AFTER, SUSPECT_AFTER};
+use crate::request::inbox::{Event, Registry, lock};
+use crate::request::lifecycle::{NoReply, Target};
 
 /// How often it is said, to the log and to generations, that something cannot be read or was lost.
 const FAULT_INTERVAL: Duration = Duration::from_millis(500);

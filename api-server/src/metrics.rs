@@ -8,7 +8,7 @@ use prometheus::{
 };
 use tokio::time::Instant;
 
-use crate::membership::Membership;
+use crate::fleet::membership::Membership;
 
 /// Counters and histograms.
 pub struct Metrics {

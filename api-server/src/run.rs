@@ -21,11 +21,11 @@ use crate::bus::Bus;
 use crate::config::ApiServerConfig;
 use crate::error::ApiServerError;
 use crate::http;
-use crate::inbox::{Event, Registry, lock};
 use crate::metrics::Metrics;
+use crate::request::inbox::{Event, Registry, lock};
 use crate::server::{Name, Server};
-use crate::texts::TextPool;
-use crate::tokenizer::ModelText;
+use crate::text::texts::TextPool;
+use crate::text::tokenizer::ModelText;
 use crate::watch::LoopWatch;
 
 /// Serves until `shutdown` is ready: then refuses new connections, lets requests in flight finish for a

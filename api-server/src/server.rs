@@ -13,15 +13,15 @@ use tokio::time::Instant;
 use crate::bound::Bound;
 use crate::bus::{Bus, Watcher};
 use crate::config::Limits;
-use crate::decode_room::DecodeRoom;
 use crate::fleet::Fleet;
-use crate::inbox::{Event, Registry, lock};
+use crate::fleet::membership::{Membership, Taken};
 use crate::keys::ApiKeys;
-use crate::lifecycle::Target;
-use crate::membership::{Membership, Taken};
 use crate::metrics::Metrics;
-use crate::texts::TextPool;
-use crate::tokenizer::ModelText;
+use crate::request::decode_room::DecodeRoom;
+use crate::request::inbox::{Event, Registry, lock};
+use crate::request::lifecycle::Target;
+use crate::text::texts::TextPool;
+use crate::text::tokenizer::ModelText;
 
 pub use self::name::Name;
 

@@ -19,16 +19,16 @@ use tokio::time::Instant;
 use crate::bound::Bound;
 use crate::bus::Bus;
 use crate::config::Limits;
-use crate::driver::{Job, Sink, drive};
 use crate::error::ApiServerError;
-use crate::inbox::{Event, Inbox, Mailbox, Registry};
+use crate::fleet::membership::SUSPECT_AFTER;
+use crate::fleet::router::prefix_chain;
 use crate::keys::ApiKeys;
-use crate::membership::SUSPECT_AFTER;
 use crate::metrics::Metrics;
-use crate::router::prefix_chain;
+use crate::request::driver::{Job, Sink, drive};
+use crate::request::inbox::{Event, Inbox, Mailbox, Registry};
 use crate::server::{Name, Server};
-use crate::texts::TextPool;
-use crate::tokenizer::ModelText;
+use crate::text::texts::TextPool;
+use crate::text::tokenizer::ModelText;
 
 /// A running API server. Runs inside a `LocalSet` on one thread.
 pub struct SimulatedServer {

@@ -12,8 +12,8 @@ use tokio::time::Instant;
 
 use super::{Bus, FAULT_INTERVAL};
 use crate::error::ApiServerError;
-use crate::inbox::{Event, Registry, STRAYS_MAX, lock};
-use crate::membership::{ASK_INTERVAL, GONE_AFTER, SUSPECT_AFTER};
+use crate::fleet::membership::{ASK_INTERVAL, GONE_AFTER, SUSPECT_AFTER};
+use crate::request::inbox::{Event, Registry, STRAYS_MAX, lock};
 
 /// Bytes of token frames that may wait. Some are dropped beyond it, which their numbers tell.
 const FRAMES_BYTES_MAX: usize = 64 << 20;

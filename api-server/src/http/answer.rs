@@ -15,13 +15,13 @@ use super::outbox::Outbox;
 use super::presence::Presence;
 use super::sse::SseBody;
 use super::whole::{self, Held};
-use crate::driver::{Job, drive};
-use crate::echo::Echo;
 use crate::error::{ApiError, ErrorKind};
-use crate::inbox::{Inbox, Mailbox};
+use crate::fleet::router::prefix_chain;
 use crate::openai::{ApiKind, Extent, Params, Shape, Tally};
-use crate::router::prefix_chain;
+use crate::request::driver::{Job, drive};
+use crate::request::inbox::{Inbox, Mailbox};
 use crate::server::Server;
+use crate::text::echo::Echo;
 
 /// How long a stream's status waits for its first token: an early failure gets a status of its own, and
 /// a client that waits longer sees keep-alives.

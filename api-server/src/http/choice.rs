@@ -7,13 +7,13 @@ use tokio::sync::oneshot;
 
 use super::outbox::Share;
 use super::whole::{Held, Whole};
-use crate::detokenize::Detokenizer;
-use crate::driver::Sink;
-use crate::echo::Echo;
 use crate::error::{ApiError, ErrorKind};
 use crate::openai::{LOGPROB_BYTES, LogprobEntry, Shape, Usage};
+use crate::request::driver::Sink;
 use crate::server::Server;
-use crate::stop::StopMatcher;
+use crate::text::detokenize::Detokenizer;
+use crate::text::echo::Echo;
+use crate::text::stop::StopMatcher;
 
 /// Where a choice goes.
 pub enum Destination {

@@ -13,13 +13,13 @@ use super::presence::Presence;
 use super::respond::refuse;
 use super::status::unknown_model;
 use crate::admission::Place;
-use crate::echo::Echo;
 use crate::error::{ApiError, ErrorKind};
-use crate::inbox::Mailbox;
 use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt};
+use crate::request::inbox::Mailbox;
 use crate::server::Server;
-use crate::texts::Until;
-use crate::tokenizer::TextError;
+use crate::text::echo::Echo;
+use crate::text::texts::Until;
+use crate::text::tokenizer::TextError;
 
 /// Output tokens of a text completion that names none: OpenAI's.
 const COMPLETION_TOKENS: u32 = 16;

@@ -28,7 +28,7 @@ use actix_web::{App, HttpServer, rt, web};
 
 pub use self::status::worker_rows;
 use crate::error::{ApiError, ErrorKind};
-use crate::inbox::Mailbox;
+use crate::request::inbox::Mailbox;
 use crate::server::Server;
 use crate::watch::LoopWatch;
 

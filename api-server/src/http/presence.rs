@@ -8,8 +8,8 @@ use tokio::time::Instant;
 
 use super::outbox::Outbox;
 use crate::admission::Place;
-use crate::inbox::{Event, Inbox};
-use crate::texts::Until;
+use crate::request::inbox::{Event, Inbox};
+use crate::text::texts::Until;
 
 /// The client of one request, from its admission to the last byte of its answer. Owned by the handler, then by the answer's body,
 /// and by nobody else: the HTTP library drops whichever there is when the connection ends. Whatever is done for the request in any

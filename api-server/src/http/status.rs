@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::respond::{self, error_response};
 use crate::error::{ApiError, ErrorKind};
-use crate::membership::Membership;
+use crate::fleet::membership::Membership;
 use crate::server::Server;
 
 /// `GET /v1/models`.

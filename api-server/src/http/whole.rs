@@ -17,7 +17,7 @@ use super::respond;
 use crate::bound::Bound;
 use crate::openai::{LogprobEntry, Shape, Tally, Usage};
 use crate::server::Server;
-use crate::tokenizer::ModelText;
+use crate::text::tokenizer::ModelText;
 
 /// Bytes that are rendered at once: a fraction of a millisecond.
 const PIECE_BYTES: usize = 64 << 10;
@@ -231,7 +231,7 @@ mod tests {
 
     use super::*;
     use crate::openai::ApiKind;
-    use crate::tokenizer::tests::opened;
+    use crate::text::tokenizer::tests::opened;
 
     /// Choices of much text and many log-probabilities.
     fn choices(all: &Arc<Bound>, count: usize, tokens: usize) -> Vec<Whole> {

@@ -6,7 +6,7 @@ use super::fields::{Fields, whole, wrong_type};
 use super::params::{Params, alternatives};
 use crate::config::Limits;
 use crate::error::ApiError;
-use crate::tokenizer::GenerationDefaults;
+use crate::text::tokenizer::GenerationDefaults;
 
 /// One prompt.
 #[derive(Clone, Debug, PartialEq)]

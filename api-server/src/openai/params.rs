@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use super::fields::{Fields, whole, wrong_type};
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
-use crate::tokenizer::{GenerationDefaults, ModelText};
+use crate::text::tokenizer::{GenerationDefaults, ModelText};
 
 /// Most entries of `logit_bias` and of `stop_token_ids`.
 const IDS_MAX: usize = 1024;

@@ -7,7 +7,7 @@ use baton_protocol::{FinishReason, TopLogprob};
 
 use super::Usage;
 use crate::error::ApiError;
-use crate::tokenizer::ModelText;
+use crate::text::tokenizer::ModelText;
 
 /// Which of the two APIs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -79,7 +79,7 @@ mod tests {
     use super::*;
     use crate::config::Limits;
     use crate::openai::ChatRequest;
-    use crate::tokenizer::GenerationDefaults;
+    use crate::text::tokenizer::GenerationDefaults;
     use serde_json::json;
 
     fn check(more: serde_json::Value, prompt: Extent) -> Result<(), ApiError> {

@@ -12,7 +12,7 @@ use baton_protocol::deadlines::{BEAT_INTERVAL_MS, NAME_CLAIM_MS};
 use baton_protocol::{ApiBeat, ApiServerId, Incarnation};
 use tokio::time::Instant;
 
-use crate::membership::GONE_AFTER;
+use crate::fleet::membership::GONE_AFTER;
 
 /// How long a newcomer listens.
 const CLAIM: Duration = Duration::from_millis(NAME_CLAIM_MS);

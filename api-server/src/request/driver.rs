@@ -1,0 +1,441 @@
+//! Carries one generation through its lifecycle: does what the state machine says, over the bus, and
+//! tells it what came of it. One local task per choice.
+
+mod clock;
+mod jobs;
+mod lease;
+mod placed;
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_protocol::deadlines::SILENCE_AFTER_LOSS_MS;
+use baton_protocol::{CacheSalt, DecodeReply, FinishReason, Generation, RequestId, TokenLogprobs};
+use tokio::time::Instant;
+
+use crate::error::{ApiError, ErrorKind};
+use crate::request::decode_room::Ticket;
+use crate::request::inbox::{Event, Inbox, Registered};
+use crate::request::lifecycle::{Action, Input, Lifecycle, Phase, Rules, Target};
+use crate::server::Server;
+
+use self::lease::Lease;
+use self::placed::Placed;
+
+/// After the bus lost messages: the news of the end may have been among them.
+const SILENCE_AFTER_LOSS: Duration = Duration::from_millis(SILENCE_AFTER_LOSS_MS);
+
+/// Time between two words to a worker that generates what it should not have any more.
+const DISOWN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// One generation to carry out.
+pub struct Job {
+    /// Its id.
+    pub request: RequestId,
+    /// Its prompt.
+    pub prompt: Arc<[u32]>,
+    /// The prompt's hash chain.
+    pub chain: Arc<[u64]>,
+    /// Whose KV it may use.
+    pub cache_salt: CacheSalt,
+    /// The rules.
+    pub generation: Generation,
+    /// Report the prompt's log-probabilities.
+    pub prompt_logprobs: Option<u8>,
+    /// When the HTTP request came.
+    pub arrived: Instant,
+    /// When its time is over.
+    pub deadline: Instant,
+}
+
+/// Where a generation's output goes.
+pub trait Sink {
+    /// What the first prefill tells of the prompt.
+    fn prompt(&mut self, cached_tokens: u32, logprobs: Option<Vec<TokenLogprobs>>);
+    /// New tokens; `stop`: the last one is a stop id. True if a stop string ended the text.
+    fn tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool;
+    /// Sends what came since the last flush.
+    fn flush(&mut self);
+    /// Whether more may come: the client has read most of what was sent.
+    fn has_room(&self) -> bool;
+    /// Waits until there is room.
+    fn room(&self) -> impl Future<Output = ()>;
+    /// The end.
+    fn end(&mut self, end: Result<FinishReason, ApiError>);
+}
+
+/// Carries out one generation to its end. Its inbox gets events for as long as it is registered.
+pub async fn drive(
+    server: Arc<Server>,
+    job: Job,
+    inbox: Arc<Inbox>,
+    registered: Registered,
+    sink: impl Sink,
+) {
+    let _registered = registered;
+    let rules = Rules {
+        max_tokens: job.generation.max_tokens,
+        stop_token_ids: job.generation.stop_token_ids.clone(),
+        min_tokens: job.generation.min_tokens,
+    };
+    let mut actions = Vec::new();
+    let lifecycle = Lifecycle::new(rules, &mut actions);
+    let now = Instant::now();
+    server.metrics.requests_in_flight.inc();
+    let mut driver = Driver {
+        server,
+        job,
+        lifecycle,
+        sink,
+        actions,
+        reply: None,
+        placed: None,
+        lease: None,
+        ticket: None,
+        wait_until: None,
+        heard: now,
+        stall_by: None,
+        disown_next: now,
+        last_token: None,
+        full_since: None,
+        stop_found: false,
+    };
+    driver.run(&inbox).await;
+}
+
+struct Driver<S: Sink> {
+    server: Arc<Server>,
+    job: Job,
+    lifecycle: Lifecycle,
+    sink: S,
+    actions: Vec<Action>,
+    reply: Option<Pin<Box<dyn Future<Output = Input>>>>,
+    placed: Option<Placed>,
+    /// Of the KV that waits for a decode worker or is being pulled.
+    lease: Option<Lease>,
+    /// Its place among those that wait for room.
+    ticket: Option<Ticket>,
+    wait_until: Option<Instant>,
+    /// When a decode worker was last heard, or asked.
+    heard: Instant,
+    /// Set after a loss on the bus: something must be heard until then.
+    stall_by: Option<Instant>,
+    /// When a worker may be told again that this generation was taken from it.
+    disown_next: Instant,
+    last_token: Option<Instant>,
+    /// The client has left the sink full since then.
+    full_since: Option<Instant>,
+    /// The text has come to a stop string.
+    stop_found: bool,
+}
+
+impl<S: Sink> Driver<S> {
+    async fn run(&mut self, inbox: &Inbox) {
+        let mut events = VecDeque::new();
+        self.carry_out();
+        self.sink.flush();
+        let timer = tokio::time::sleep_until(self.wake_at());
+        tokio::pin!(timer);
+        while !self.lifecycle.ended() {
+            self.note_room();
+            // Times only move away while tokens come, so a timer that fires early is set again then.
+            if self.wake_at() < timer.deadline() {
+                timer.as_mut().reset(self.wake_at());
+            }
+            tokio::select! {
+                biased;
+                // Noted at the top: a client that has read is not one that does not read, however long the next token takes.
+                () = self.sink.room(), if self.full_since.is_some() => {}
+                () = next_events(&self.sink, inbox, &mut events) => {
+                    // What there is no room for stays as it came: token ids, bounded by max_tokens.
+                    while self.sink.has_room() && let Some(event) = events.pop_front() {
+                        self.event(event);
+                    }
+                }
+                input = reply(&mut self.reply) => {
+                    self.reply = None;
+                    self.input(input);
+                }
+                is_alive = renewed(&mut self.lease) => {
+                    // One that is being pulled may just have been released: then its decode worker says what came of it.
+                    if !is_alive {
+                        self.input(Input::LeaseLost);
+                    }
+                }
+                () = told(self.ticket.as_ref()), if self.waits_for_decode() => {
+                    self.wait_until = None;
+                    self.server.metrics.decode_room_total.inc();
+                    self.input(Input::RoomMade);
+                }
+                () = timer.as_mut() => {
+                    self.time(Instant::now());
+                    timer.as_mut().reset(self.wake_at());
+                }
+            }
+            self.sink.flush();
+        }
+    }
+
+    fn waits_for_decode(&self) -> bool {
+        self.wait_until.is_some() && matches!(self.lifecycle.phase(), Phase::Staged { .. })
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            // One that this generation was taken from has nothing to say any more, and others never had.
+            Event::Item { from, .. } if self.lifecycle.decode() != Some(&*from) => {
+                self.disown(&from);
+            }
+            Event::Item { item, .. } => {
+                if let Some(placed) = &mut self.placed {
+                    placed.admitted = true;
+                }
+                self.heard = Instant::now();
+                self.stall_by = None;
+                self.input(Input::Item(item));
+            }
+            Event::WorkerLost(target) => self.input(Input::WorkerLost(target)),
+            Event::FramesLost => self.stall_by = Some(Instant::now() + SILENCE_AFTER_LOSS),
+            Event::BusBack => {
+                self.stall_by = Some(Instant::now() + SILENCE_AFTER_LOSS);
+                self.input(Input::BusBack);
+            }
+            Event::ClientLeft => self.input(Input::ClientLeft),
+            Event::Leaving => self.input(Input::Leaving),
+            Event::NameLost => self.input(Input::NameLost),
+        }
+    }
+
+    /// A worker still generates what was taken from it: it was deaf when it was told, or the telling was lost. It names the request
+    /// again with each step until it has heard, so that it is told now and then, not each time.
+    fn disown(&mut self, worker: &Target) {
+        let now = Instant::now();
+        if self.lifecycle.ended() || now < self.disown_next {
+            return;
+        }
+        self.disown_next = now + DISOWN_INTERVAL;
+        let involved = self.lifecycle.involved();
+        // An abort ends whatever its receiver has of the request, a later try too.
+        if !involved.iter().any(|other| other.worker == worker.worker) {
+            let bus = &self.server.bus;
+            bus.abort_stray(worker, self.job.request, "another worker has it now");
+        }
+    }
+
+    fn input(&mut self, input: Input) {
+        let is_handle = matches!(input, Input::Prefill(_));
+        if let (Input::Decode(Ok(DecodeReply::Admitted { .. })), Some(placed)) =
+            (&input, &mut self.placed)
+        {
+            placed.admitted = true;
+        }
+        self.lifecycle.step(input, &mut self.actions);
+        if is_handle && let Some(handle) = self.lifecycle.handle() {
+            self.lease = Some(Lease::new(self.job.request, handle, Instant::now()));
+        }
+        self.carry_out();
+        let has_place = self.placed.as_ref().is_some_and(|placed| placed.admitted);
+        if self.lifecycle.handle().is_none() {
+            (self.lease, self.ticket) = (None, None);
+        } else if has_place {
+            self.ticket = None;
+        }
+    }
+
+    fn carry_out(&mut self) {
+        while !self.actions.is_empty() {
+            for action in std::mem::take(&mut self.actions) {
+                self.act(action);
+            }
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        match action {
+            Action::ChooseContext => {
+                self.placed = None;
+                let input = match self.overbooked() {
+                    Some(overbooked) => overbooked,
+                    None => Input::Chosen(self.choose_context()),
+                };
+                self.lifecycle.step(input, &mut self.actions);
+            }
+            Action::ChooseDecode => {
+                self.placed = self.staged();
+                let lease = self.lease.as_ref();
+                let input = match lease.is_some_and(|lease| lease.is_over(Instant::now())) {
+                    true => Input::LeaseLost,
+                    false => Input::Chosen(self.choose_decode()),
+                };
+                self.lifecycle.step(input, &mut self.actions);
+            }
+            Action::SendPrefill(context) => self.send_prefill(context),
+            Action::SendDecode { decode, attempt } => self.send_decode(decode, attempt),
+            Action::Prompt {
+                cached_tokens,
+                queue_ms,
+                logprobs,
+            } => {
+                self.prompt_done(cached_tokens, queue_ms, logprobs);
+            }
+            Action::Pulled(report) => {
+                let metrics = &self.server.metrics;
+                metrics.kv_pull_seconds.observe(f64::from(report.seconds));
+                metrics.kv_pull_bytes.observe(report.bytes as f64);
+            }
+            Action::Emit {
+                tokens,
+                logprobs,
+                stop,
+            } => self.emit(&tokens, logprobs, stop),
+            Action::Wait(time) => {
+                self.wait_until = Some(Instant::now() + time);
+                if let Phase::Staged { .. } = self.lifecycle.phase() {
+                    let room = &self.server.decode_room;
+                    self.ticket.get_or_insert_with(|| room.wait()).waits_on();
+                } else {
+                    self.placed = None;
+                }
+            }
+            Action::Abort { target, reason } => {
+                self.server.bus.abort(&target, self.job.request, reason);
+            }
+            Action::Retried(reason) => {
+                tracing::warn!(request = %self.job.request, reason, "generation retried");
+                self.server
+                    .metrics
+                    .retries_total
+                    .with_label_values(&[reason])
+                    .inc();
+            }
+            // The token that completes a stop string may be the last of max_tokens too.
+            Action::Finish(_) if self.stop_found => self.end(Ok(FinishReason::Stop)),
+            Action::Finish(finish) => self.end(Ok(finish)),
+            Action::Fail(error) => {
+                let error = self.explained(error);
+                self.end(Err(error));
+            }
+        }
+    }
+
+    /// Where nobody can serve, or the bus cannot bring an answer, that is said too.
+    fn explained(&self, mut error: ApiError) -> ApiError {
+        if error.kind == ErrorKind::NoWorker {
+            let faults = self.server.faults();
+            for fault in faults.iter().rev() {
+                error.message = format!("{fault}: {}", error.message);
+            }
+        } else if error.kind == ErrorKind::Deadline
+            && let Some(fault) = self.server.bus.fault(Instant::now())
+        {
+            error.message = format!("{}; {fault}", error.message);
+        }
+        error
+    }
+
+    fn prompt_done(&mut self, cached: u32, queue_ms: f32, logprobs: Option<Vec<TokenLogprobs>>) {
+        let metrics = &self.server.metrics;
+        metrics.queue_seconds.observe(f64::from(queue_ms) / 1e3);
+        metrics
+            .tokens_total
+            .with_label_values(&["prompt"])
+            .inc_by(self.job.prompt.len() as u64);
+        metrics
+            .tokens_total
+            .with_label_values(&["cached"])
+            .inc_by(u64::from(cached));
+        self.sink.prompt(cached, logprobs);
+    }
+
+    fn emit(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) {
+        let now = Instant::now();
+        let metrics = &self.server.metrics;
+        match self.last_token {
+            None => metrics
+                .ttft_seconds
+                .observe((now - self.job.arrived).as_secs_f64()),
+            Some(last) => {
+                let each = (now - last).as_secs_f64() / tokens.len() as f64;
+                metrics.inter_token_seconds.observe(each);
+            }
+        }
+        self.last_token = Some(now);
+        if let Phase::Staged { handle } = self.lifecycle.phase() {
+            self.server
+                .fleet()
+                .remember(&handle.worker, &self.job.chain);
+        }
+        if self.sink.tokens(tokens, logprobs, stop) {
+            self.stop_found = true;
+            self.actions.clear();
+            self.lifecycle.step(Input::StopFound, &mut self.actions);
+        }
+    }
+
+    fn end(&mut self, end: Result<FinishReason, ApiError>) {
+        self.placed = None;
+        self.reply = None;
+        let outcome = match &end {
+            Ok(FinishReason::Stop) => "stop",
+            Ok(FinishReason::Length) => "length",
+            Err(error) => error.kind.row().label,
+        };
+        let metrics = &self.server.metrics;
+        metrics.requests_total.with_label_values(&[outcome]).inc();
+        let output = self.lifecycle.output().len() as u64;
+        metrics
+            .tokens_total
+            .with_label_values(&["output"])
+            .inc_by(output);
+        if let Err(error) = &end {
+            tracing::info!(request = %self.job.request, outcome, %error, "generation failed");
+        }
+        self.sink.end(end);
+    }
+}
+
+impl<S: Sink> Drop for Driver<S> {
+    fn drop(&mut self) {
+        self.server.metrics.requests_in_flight.dec();
+        // Dropped before its end: the server is going down.
+        for target in self.lifecycle.involved() {
+            self.server
+                .bus
+                .abort(&target, self.job.request, "api server is leaving");
+        }
+    }
+}
+
+/// Waits for room, and then for events unless some are left.
+async fn next_events(sink: &impl Sink, inbox: &Inbox, events: &mut VecDeque<Event>) {
+    sink.room().await;
+    if events.is_empty() {
+        inbox.take(events).await;
+    }
+}
+
+/// Waits for the answer to a renewal; false if the lease has ended.
+async fn renewed(lease: &mut Option<Lease>) -> bool {
+    match lease {
+        Some(lease) => lease.renewed().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits until there may be a place on a decode worker.
+async fn told(ticket: Option<&Ticket>) {
+    match ticket {
+        Some(ticket) => ticket.told().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn reply(pending: &mut Option<Pin<Box<dyn Future<Output = Input>>>>) -> Input {
+    match pending {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}

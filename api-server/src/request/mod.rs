@@ -1,0 +1,6 @@
+//! One request: its lifecycle, and who carries it out.
+
+pub mod decode_room;
+pub mod driver;
+pub mod inbox;
+pub mod lifecycle;
