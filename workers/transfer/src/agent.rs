@@ -1,23 +1,23 @@
 //! The handle that the rest of a worker holds.
 
 use std::any::Any;
-use std::collections::{HashMap, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use baton_protocol::{TransferDescriptor, UcxVersion};
+use baton_protocol::TransferDescriptor;
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded};
 use tokio::sync::oneshot;
 
 use crate::arena::{Arena, ArenaSource};
 use crate::descriptor::PeerPlan;
 use crate::flow::STALL;
-use crate::peer::PeerKey;
+use crate::key::PeerKey;
 use crate::probe::PeerReport;
 use crate::pull::{PullStats, Read};
 use crate::thread::{Command, Ready};
+use crate::vitals::Vitals;
 use crate::wake::Wake;
 use crate::{TransferError, thread};
 
@@ -91,50 +91,6 @@ struct Shared {
     ended: Receiver<()>,
 }
 
-/// What the thread tells of itself.
-pub(crate) struct Vitals {
-    pub(crate) epoch: Instant,
-    pub(crate) running: AtomicBool,
-    pub(crate) turn_micros: AtomicU64,
-    pub(crate) peers: AtomicUsize,
-    pub(crate) in_flight: AtomicUsize,
-    pub(crate) requests: AtomicUsize,
-    pub(crate) quarantined: AtomicUsize,
-    /// Bytes a second that pulls reach, of peers that were pulled from.
-    rates: Mutex<HashMap<PeerKey, f64>>,
-    /// Peers with a connection.
-    connected: Mutex<HashSet<PeerKey>>,
-}
-
-impl Vitals {
-    pub(crate) fn tell_rate(&self, peer: PeerKey, rate: f64) {
-        self.rates().insert(peer, rate);
-    }
-
-    pub(crate) fn forget_rate(&self, peer: PeerKey) {
-        self.rates().remove(&peer);
-    }
-
-    /// A connection was made, or is closed.
-    pub(crate) fn tell_connected(&self, peer: PeerKey, is_connected: bool) {
-        let mut connected = self.connected();
-        match is_connected {
-            true => connected.insert(peer),
-            false => connected.remove(&peer),
-        };
-    }
-
-    fn connected(&self) -> MutexGuard<'_, HashSet<PeerKey>> {
-        self.connected
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn rates(&self) -> MutexGuard<'_, HashMap<PeerKey, f64>> {
-        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Agent {
     /// Loads UCX, makes the arenas and starts the thread. Blocks for some 10 ms. The arenas come back in their order.
     ///
@@ -158,17 +114,7 @@ impl Agent {
         let (ready_sender, ready) = bounded(1);
         let (ended_sender, ended) = bounded(0);
         let wake = Arc::new(Wake::new()?);
-        let vitals = Arc::new(Vitals {
-            epoch: Instant::now(),
-            running: AtomicBool::new(true),
-            turn_micros: AtomicU64::new(0),
-            peers: AtomicUsize::new(0),
-            in_flight: AtomicUsize::new(0),
-            requests: AtomicUsize::new(0),
-            quarantined: AtomicUsize::new(0),
-            rates: Mutex::default(),
-            connected: Mutex::default(),
-        });
+        let vitals = Arc::new(Vitals::new());
         let arena_bytes = config.arenas.iter().map(ArenaSource::host_bytes);
         let arena_bytes = arena_bytes.fold(0, usize::saturating_add);
         let setup = thread::Setup {
@@ -390,12 +336,6 @@ impl Drop for Shared {
         let _ = self.commands.try_send(Command::Shutdown);
         self.wake.ring();
     }
-}
-
-/// Version of a loaded UCX.
-pub(crate) fn version(ucp: &ucx_sys::Ucp) -> UcxVersion {
-    let (major, minor, release) = ucp.version();
-    UcxVersion(major, minor, release)
 }
 
 #[cfg(test)]

@@ -7,11 +7,20 @@ use baton_kv_memory::{Address, KvMemory};
 use baton_protocol::{Base64Bytes, MemoryType, RankRegion};
 use ucx_sys::*;
 
-use crate::context::{Context, check, status_text};
-use crate::probe::{self, scratch_bytes};
+use crate::context::{Context, check, status_text, transports};
 use crate::seal::{Kind, seal};
-use crate::stage::MakeStaging;
+use crate::staging::MakeStaging;
 use crate::{TransferError, memory};
+
+/// Bytes behind the arena that probes read into; also the length of one probe read. As large as what real pulls
+/// read at once, so that the rate is theirs: a block of a large model, and between GPUs, which need more to come near
+/// their peak, sixteen.
+pub(crate) const fn scratch_bytes(memory: MemoryType) -> usize {
+    match memory {
+        MemoryType::Host => 4 << 20,
+        MemoryType::Cuda => 64 << 20,
+    }
+}
 
 /// Where an arena's memory comes from.
 #[derive(Clone, Debug)]
@@ -207,7 +216,7 @@ impl Region {
         let ucp = context.ucp;
         let mut handle = null_mut();
         // A UCX without CUDA might take the address for one in host memory.
-        let refused = if !gpu.registered || !probe::transports(&context).contains("cuda") {
+        let refused = if !gpu.registered || !transports(&context).contains("cuda") {
             gpu.registered
                 .then(|| "it has no transport for CUDA".to_owned())
         } else {

@@ -3,10 +3,14 @@
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::{null, null_mut};
 
+use baton_protocol::UcxVersion;
 use ucx_sys::*;
 
 use crate::TransferError;
-use crate::pull::EMULATED_READ_BYTES;
+use crate::printed::{distinct, printed, transport_name};
+
+/// Length of one read where the peer answers with messages. UCX is told to send as much in one piece.
+pub(crate) const EMULATED_READ_BYTES: u64 = 256 << 10;
 
 /// A setting without which the agent does not do what it promises. An environment variable `UCX_…` of the
 /// same name wins over it.
@@ -229,6 +233,26 @@ pub(crate) fn status_text(ucp: &Ucp, status: ucs_status_t) -> String {
     unsafe { CStr::from_ptr((ucp.ucs_status_string)(status)) }
         .to_string_lossy()
         .into_owned()
+}
+
+/// Version of a loaded UCX.
+pub(crate) fn version(ucp: &Ucp) -> UcxVersion {
+    let (major, minor, release) = ucp.version();
+    UcxVersion(major, minor, release)
+}
+
+/// Transports that UCX found on this host: `posix,cma,tcp`.
+pub(crate) fn transports(context: &Context) -> String {
+    let text = printed(|file| {
+        // SAFETY: context and stream are valid.
+        unsafe { (context.ucp.ucp_context_print_info)(context.handle, file) }
+    });
+    tracing::trace!("{text}");
+    let names = text
+        .lines()
+        .filter(|line| line.contains("resource"))
+        .filter_map(transport_name);
+    distinct(names)
 }
 
 #[cfg(test)]

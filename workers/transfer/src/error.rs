@@ -6,7 +6,7 @@ use std::time::Duration;
 use baton_protocol::UcxVersion;
 use ucx_sys::LoadError;
 
-use crate::PeerKey;
+use crate::key::PeerKey;
 
 /// Why a transfer, or the agent itself, failed.
 #[derive(Clone, Debug, PartialEq)]

@@ -16,17 +16,11 @@
 //! to it.** The `guard` of a pull owns the destination blocks; the agent returns it with the success or
 //! drops it when the last UCX request has ended, whatever became of the caller, the peer or the deadline.
 //!
-//! Files: `agent` is the handle, `thread` the loop behind it, `worker` the UCX worker that it turns, `descriptor` what a peer says
-//! of itself, `peer` one connection, `flow` how it fares, `pull` one set of reads, `context` UCX's configuration, `arena` the memory, `memory` what
-//! there is of it, `probe`
-//! what is told of a connection, `stage` the transport through host memory for GPUs that cannot be read in place, `seal` the check on bytes that UCX itself would trust blindly, `wake` the
-//! bell, `plan` pure arithmetic.
-#![warn(
-    clippy::unwrap_used,
-    clippy::print_stdout,
-    clippy::print_stderr,
-    clippy::disallowed_methods
-)]
+//! Files: `agent` is the handle, `thread` the loop behind it, `vitals` how that fares, `worker` the UCX worker that it turns;
+//! `descriptor` what a peer says of itself, `seal` the check on bytes that UCX itself would trust blindly, `peer` one connection,
+//! `flow` how it fares, `probe` what is told of it; `plan` which ranges to read, `pull` one set of reads; `context` UCX's configuration,
+//! `printed` what it prints, `arena` the memory, `memory` what there is of it; `stage` the transport through host memory for GPUs that
+//! cannot be read in place, `staging` that memory; `wake` the bell.
 
 mod agent;
 mod arena;
@@ -34,25 +28,29 @@ mod context;
 mod descriptor;
 mod error;
 mod flow;
+mod key;
 pub mod memory;
 mod peer;
 mod plan;
+mod printed;
 mod probe;
 mod pull;
 mod seal;
 mod stage;
+mod staging;
 mod thread;
+mod vitals;
 mod wake;
 mod worker;
 
 pub use agent::{Agent, AgentConfig, AgentHealth};
 pub use arena::{Arena, ArenaSource, GpuMemory, gpu_allocation_bytes};
 pub use error::TransferError;
-pub use peer::PeerKey;
+pub use key::PeerKey;
 pub use plan::{BlockMap, plan_reads};
 pub use probe::PeerReport;
 pub use pull::{PullStats, Read};
-pub use stage::{MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};
+pub use staging::{MakeStaging, STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};
 
 /// What reads bytes that peers send, for the fuzz targets and for nobody else.
 #[doc(hidden)]
@@ -63,8 +61,9 @@ pub mod fuzzing {
     use baton_protocol::{Base64Bytes, MemoryType, RankRegion, TransferDescriptor, UcxVersion};
 
     use crate::TransferError;
+    use crate::arena::scratch_bytes;
     use crate::descriptor::PeerPlan;
-    use crate::probe::{scratch_bytes, walk};
+    use crate::probe::walk;
     use crate::seal::{Kind, seal};
     pub use crate::stage::ranges_asked;
 

@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::ffi::c_void;
-use std::fmt;
 use std::num::NonZeroU64;
 use std::ptr::null_mut;
 use std::rc::Rc;
@@ -14,20 +13,11 @@ use libc::FILE;
 use ucx_sys::*;
 
 use crate::TransferError;
-use crate::agent::Vitals;
 use crate::context::{check, status_text};
 use crate::descriptor::{PeerPlan, RankPlan};
 use crate::flow::Flow;
-
-/// Names a peer: its incarnation number, so that a restarted worker is another peer.
-#[derive(Clone, Copy, Debug, Eq, PartialEq, Hash)]
-pub struct PeerKey(pub u64);
-
-impl fmt::Display for PeerKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:016x}", self.0)
-    }
-}
+use crate::key::PeerKey;
+use crate::vitals::Vitals;
 
 /// A rank's arena as seen from here.
 pub(crate) struct RemoteRegion {

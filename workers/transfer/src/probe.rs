@@ -2,25 +2,13 @@
 
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::ptr::null_mut;
 
-use baton_protocol::{MemoryType, UcxVersion};
-use libc::FILE;
+use baton_protocol::UcxVersion;
 
-use crate::arena::Region;
-use crate::context::Context;
+use crate::arena::{Region, scratch_bytes};
 use crate::peer::Link;
+use crate::printed::{distinct, printed, transport_name};
 use crate::pull::Read;
-
-/// Bytes behind the arena that probes read into; also the length of one probe read. As large as what real pulls
-/// read at once, so that the rate is theirs: a block of a large model, and between GPUs, which need more to come near
-/// their peak, sixteen.
-pub(crate) const fn scratch_bytes(memory: MemoryType) -> usize {
-    match memory {
-        MemoryType::Host => 4 << 20,
-        MemoryType::Cuda => 64 << 20,
-    }
-}
 
 /// Bytes of the first read from each rank: enough to set the connection up and to show that the key
 /// works.
@@ -95,20 +83,6 @@ pub(crate) fn walk(
     })
 }
 
-/// Transports that UCX found on this host: `posix,cma,tcp`.
-pub(crate) fn transports(context: &Context) -> String {
-    let text = printed(|file| {
-        // SAFETY: context and stream are valid.
-        unsafe { (context.ucp.ucp_context_print_info)(context.handle, file) }
-    });
-    tracing::trace!("{text}");
-    let names = text
-        .lines()
-        .filter(|line| line.contains("resource"))
-        .filter_map(transport_name);
-    distinct(names)
-}
-
 /// Ends the name of a transport on which the peer answers reads with messages.
 const EMULATED: &str = " emulated";
 
@@ -163,46 +137,6 @@ fn transport(text: &str, ucx: UcxVersion) -> String {
     }
 }
 
-/// The `posix` of `… posix/memory …`.
-fn transport_name(line: &str) -> Option<String> {
-    let word = line.split_whitespace().find(|word| {
-        word.split_once('/').is_some_and(|(name, device)| {
-            !device.is_empty() && name.contains(|c: char| c.is_ascii_lowercase())
-        })
-    })?;
-    let name = word.split('/').next()?;
-    Some(name.rsplit(':').next()?.to_owned())
-}
-
-fn distinct(names: impl Iterator<Item = String>) -> String {
-    let mut seen: Vec<String> = Vec::new();
-    for name in names {
-        if !seen.contains(&name) {
-            seen.push(name);
-        }
-    }
-    seen.join(",")
-}
-
-/// What a C function prints to a stream.
-fn printed(print: impl FnOnce(*mut FILE)) -> String {
-    let (mut text, mut length) = (null_mut(), 0);
-    // SAFETY: both are places to write to and outlive the stream.
-    let file = unsafe { libc::open_memstream(&mut text, &mut length) };
-    if file.is_null() {
-        return String::new();
-    }
-    print(file);
-    // SAFETY: opened above; closing it completes `text` and `length`.
-    unsafe { libc::fclose(file) };
-    // SAFETY: the closed stream left `length` bytes at `text`.
-    let bytes = unsafe { std::slice::from_raw_parts(text.cast::<u8>(), length) };
-    let string = String::from_utf8_lossy(bytes).into_owned();
-    // SAFETY: the stream's buffer is to be freed by us.
-    unsafe { libc::free(text.cast()) };
-    string
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn roads_that_read_gpus_are_told_apart() {
+    fn transports_that_read_gpus_are_told_apart() {
         for transport in ["cuda_ipc", "rc_mlx5", "tcp,cuda_ipc", "dc_mlx5,cuda_ipc"] {
             assert!(reads_gpus(transport), "{transport}");
         }
@@ -244,17 +178,5 @@ mod tests {
         ] {
             assert!(!reads_gpus(transport), "{transport}");
         }
-    }
-
-    #[test]
-    fn resources_are_named() {
-        assert_eq!(
-            transport_name("#      resource 4  :  md 3  dev 3  flags -- posix/memory"),
-            Some("posix".into())
-        );
-        assert_eq!(
-            transport_name("#            md 0  :  component 0  self "),
-            None
-        );
     }
 }

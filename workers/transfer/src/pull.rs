@@ -12,10 +12,11 @@ use baton_protocol::MemoryType;
 use ucx_sys::*;
 
 use crate::TransferError;
-use crate::agent::Vitals;
 use crate::arena::{Region, Regions};
+use crate::context::EMULATED_READ_BYTES;
 use crate::flow::Flow;
 use crate::peer::Link;
+use crate::vitals::Vitals;
 
 /// How much is posted at once. On a slow link [`Flow`] allows less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,9 +41,6 @@ const DIRECT_GPU: Window = Window {
     read_bytes: 256 << 20,
     reads: 32,
 };
-
-/// Length of one read where the peer answers with messages. UCX is told to send as much in one piece.
-pub(crate) const EMULATED_READ_BYTES: u64 = 256 << 10;
 
 /// Where the peer answers with messages: one read at a time, whose answer is one piece. If the connection
 /// breaks between two pieces of an answer, or while another request waits, UCX aborts the *peer's* process;

@@ -23,7 +23,8 @@ use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
+
+use crate::staging::{MakeStaging, STAGING_SLOTS, Staging};
 
 pub(crate) use self::fetch::{Fetching, Greeting};
 pub(crate) use self::host::HostStaging;
@@ -38,12 +39,6 @@ pub fn ranges_asked(head: &[u8], body: &[u8], arena_bytes: u64) -> Option<Vec<Ra
     }
 }
 
-/// Bytes of a slot, and of what is asked for at once. Some of them in flight fill a link of 100 Gbit/s over a millisecond.
-pub const STAGING_SLOT_BYTES: usize = 1 << 20;
-
-/// Slots: half of them for what is sent, half for what comes.
-pub const STAGING_SLOTS: usize = 64;
-
 /// Slots for what is sent are those below.
 const SERVING_SLOTS: usize = STAGING_SLOTS / 2;
 
@@ -52,37 +47,6 @@ const ASKS_MAX: usize = 8;
 
 /// Most ranges of one slot.
 const RANGES_MAX: usize = 64;
-
-/// Host memory beside an arena, in [`STAGING_SLOTS`] slots of [`STAGING_SLOT_BYTES`], and copies between the two. Used by the
-/// agent's thread alone.
-///
-/// Ranges are of bytes of the arena (of its whole allocation: probes go behind it), and not longer in all than a slot. They lie in
-/// the slot one behind the other. A slot has one copy under way at most.
-pub trait Staging {
-    /// A slot's bytes. Nothing is under way in it.
-    fn slot(&mut self, slot: usize) -> &mut [u8];
-
-    /// Starts copying from the arena into a slot.
-    ///
-    /// # Errors
-    /// What is wrong, as a sentence.
-    fn fetch(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String>;
-
-    /// Starts copying from a slot into the arena.
-    ///
-    /// # Errors
-    /// What is wrong, as a sentence.
-    fn store(&mut self, slot: usize, ranges: &[Range<u64>]) -> Result<(), String>;
-
-    /// Whether the slot's copy has ended.
-    ///
-    /// # Errors
-    /// What is wrong, as a sentence: then it is not known whether it ever will.
-    fn is_done(&mut self, slot: usize) -> Result<bool, String>;
-}
-
-/// Makes a [`Staging`] on the agent's thread, when the first peer needs it.
-pub type MakeStaging = Arc<dyn Fn() -> Result<Box<dyn Staging>, String> + Send + Sync>;
 
 /// What both sides of the staged transport share.
 pub(crate) struct Stage {

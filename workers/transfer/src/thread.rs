@@ -3,6 +3,7 @@
 mod command;
 mod ending;
 mod transfers;
+mod work;
 
 use std::collections::HashMap;
 use std::mem::ManuallyDrop;
@@ -16,17 +17,20 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError};
 use ucx_sys::Ucp;
 
 use self::ending::{Closing, Quarantined};
-use self::transfers::{Then, Transfer, Work};
+use self::transfers::{Then, Transfer};
+use self::work::Work;
 use crate::TransferError;
-use crate::agent::{Vitals, version};
-use crate::arena::{Arena, ArenaSource, Region, Regions};
-use crate::context::Context;
+use crate::arena::{Arena, ArenaSource, Region, Regions, scratch_bytes};
+use crate::context::{Context, transports, version};
 use crate::descriptor::PeerPlan;
-use crate::peer::{Link, PeerKey};
+use crate::key::PeerKey;
+use crate::peer::Link;
 use crate::probe;
 use crate::pull::{Read, Reading};
 use crate::seal::{Kind, seal};
-use crate::stage::{HostStaging, MakeStaging, Serving, Stage, Staging};
+use crate::stage::{HostStaging, Serving, Stage};
+use crate::staging::{MakeStaging, Staging};
+use crate::vitals::Vitals;
 use crate::wake::Wake;
 use crate::worker::Worker;
 
@@ -145,7 +149,7 @@ impl Mover {
         }
         let (context, worker) = open(tls.as_deref())?;
         let ucp = context.ucp;
-        let summary = format!("ucx {} {}", version(ucp), probe::transports(&context));
+        let summary = format!("ucx {} {}", version(ucp), transports(&context));
         let staging = match &sources[..] {
             [ArenaSource::Gpu(gpu)] => Some(gpu.staging.clone()),
             _ => None,
@@ -397,7 +401,7 @@ fn beside(region: &Arc<Region>) -> MakeStaging {
     let region = region.clone();
     Arc::new(move || {
         // What behind the arena is scratch space belongs to it.
-        let bytes = region.scratch() + probe::scratch_bytes(region.memory()) as u64;
+        let bytes = region.scratch() + scratch_bytes(region.memory()) as u64;
         // SAFETY: the region is mapped as long as the thread, which alone has the slots, holds it. A reader that sees a range
         // half written is told by the release.
         let staging = unsafe { HostStaging::new(region.at(0), bytes) };

@@ -9,9 +9,10 @@ use ucx_sys::*;
 use super::inbox::{Arrival, Received};
 use super::message::{Message, ranges_body};
 use super::send::{Body, Sent, send};
-use super::{ASKS_MAX, RANGES_MAX, STAGING_SLOT_BYTES, Stage};
+use super::{ASKS_MAX, RANGES_MAX, Stage};
 use crate::peer::Link;
 use crate::pull::{Progress, Read, Why};
+use crate::staging::STAGING_SLOT_BYTES;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 

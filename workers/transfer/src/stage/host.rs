@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};
+use crate::staging::{STAGING_SLOT_BYTES, STAGING_SLOTS, Staging};
 
 /// Copies are made at once.
 pub(crate) struct HostStaging {

@@ -7,11 +7,11 @@ use std::rc::Rc;
 
 use ucx_sys::*;
 
-use super::Staging;
 use super::message::{AM_ID, Message};
 use crate::TransferError;
 use crate::context::check;
 use crate::flow::Flow;
+use crate::staging::Staging;
 
 /// Most messages that wait. The thread reads them each time round, so more are a peer's fault; they are dropped.
 const RECEIVED_MAX: usize = 4096;

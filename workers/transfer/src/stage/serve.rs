@@ -11,11 +11,13 @@ use ucx_sys::*;
 use super::inbox::Received;
 use super::message::{Message, ranges};
 use super::send::{Body, Sent, send};
-use super::{ASKS_MAX, RANGES_MAX, SERVING_SLOTS, STAGING_SLOT_BYTES, Stage};
-use crate::agent::Vitals;
+use super::{ASKS_MAX, RANGES_MAX, SERVING_SLOTS, Stage};
+use crate::context::EMULATED_READ_BYTES;
 use crate::descriptor::PeerPlan;
-use crate::peer::{Link, PeerKey};
-use crate::pull::EMULATED_READ_BYTES;
+use crate::key::PeerKey;
+use crate::peer::Link;
+use crate::staging::STAGING_SLOT_BYTES;
+use crate::vitals::Vitals;
 
 /// Most readers at once.
 const READERS_MAX: usize = 256;

@@ -9,12 +9,12 @@ use crossbeam_channel::Receiver;
 use tokio::sync::oneshot;
 
 use crate::TransferError;
-use crate::agent::Vitals;
 use crate::arena::{Arena, ArenaSource};
 use crate::descriptor::PeerPlan;
-use crate::peer::PeerKey;
+use crate::key::PeerKey;
 use crate::probe::PeerReport;
 use crate::pull::{PullStats, Read};
+use crate::vitals::Vitals;
 use crate::wake::Wake;
 
 pub(crate) type Guard = Box<dyn Any + Send>;

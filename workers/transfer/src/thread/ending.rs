@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use ucx_sys::UCS_INPROGRESS;
 
-use super::transfers::Work;
+use super::work::Work;
 use super::{Guard, Mover};
 use crate::TransferError;
-use crate::peer::{Link, PeerKey};
+use crate::key::PeerKey;
+use crate::peer::Link;
 
 /// At shutdown UCX gets this long to end what it has in flight.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
