@@ -26,13 +26,18 @@ pub fn fake_geometry(block_tokens: u32, kv_heads: u32, layers: u32) -> KvGeometr
 
 /// The arenas of a worker's ranks, in 64-bit words.
 pub trait RankWords: Send + Sync {
-    /// The word at byte `offset`, a multiple of 8, of a rank's arena.
-    fn word(&self, rank: usize, offset: u64) -> &AtomicU64;
+    /// `count` words from byte `offset`, a multiple of 8, of a rank's arena on.
+    fn words(&self, rank: usize, offset: u64, count: usize) -> &[AtomicU64];
+
+    /// The word at byte `offset`.
+    fn word(&self, rank: usize, offset: u64) -> &AtomicU64 {
+        &self.words(rank, offset, 1)[0]
+    }
 }
 
 impl RankWords for Vec<Vec<AtomicU64>> {
-    fn word(&self, rank: usize, offset: u64) -> &AtomicU64 {
-        &self[rank][(offset / DIGEST_BYTES) as usize]
+    fn words(&self, rank: usize, offset: u64, count: usize) -> &[AtomicU64] {
+        &self[rank][(offset / DIGEST_BYTES) as usize..][..count]
     }
 }
 
@@ -102,13 +107,21 @@ impl<W: RankWords> FakeCells<W> {
         &self.words
     }
 
-    /// Every copy of a token's digest, with its mark.
-    fn copies(&self, block: u32, slot: u32) -> impl Iterator<Item = (&AtomicU64, u64)> {
+    /// Every copy of the digests of `slots` tokens from `slot` on, with their mark.
+    fn copies(
+        &self,
+        block: u32,
+        slot: u32,
+        slots: u32,
+    ) -> impl Iterator<Item = (&[AtomicU64], u64)> {
         let ranks = self.ranks.iter().enumerate();
         ranks.flat_map(move |(rank, of)| {
             let begin = u64::from(block) * of.block_bytes + u64::from(slot) * DIGEST_BYTES;
-            let cells = of.cells.iter();
-            cells.map(move |cell| (self.words.word(rank, begin + cell.offset), cell.mark))
+            let words = move |cell: &Cell| {
+                let words = self.words.words(rank, begin + cell.offset, slots as usize);
+                (words, cell.mark)
+            };
+            of.cells.iter().map(words)
         })
     }
 }
@@ -123,21 +136,42 @@ fn mark(group: usize, head: u32, layer: u32) -> u64 {
 
 impl<W: RankWords> FakeKv for FakeCells<W> {
     fn write(&self, block: u32, slot: u32, digest: u64) {
-        for (word, mark) in self.copies(block, slot) {
-            word.store(digest ^ mark, Ordering::Relaxed);
+        for (words, mark) in self.copies(block, slot, 1) {
+            words[0].store(digest ^ mark, Ordering::Relaxed);
         }
     }
 
     /// What was stored; something else if the copies do not agree.
     fn read(&self, block: u32, slot: u32) -> u64 {
         let mut digests = self
-            .copies(block, slot)
-            .map(|(word, mark)| word.load(Ordering::Relaxed) ^ mark);
+            .copies(block, slot, 1)
+            .map(|(words, mark)| words[0].load(Ordering::Relaxed) ^ mark);
         let first = digests.next().unwrap_or_default();
         digests.fold(first, |read, digest| match digest == first {
             true => read,
             false => mix(read ^ digest),
         })
+    }
+
+    /// Digests of a block lie side by side in each cell: those of one cell are summed, and compared with the others.
+    fn sum(&self, block: u32, slots: u32) -> u64 {
+        let sum = |(words, mark): (&[AtomicU64], u64)| {
+            let digests = words.iter().map(|word| word.load(Ordering::Relaxed) ^ mark);
+            digests.fold(0, u64::wrapping_add)
+        };
+        let mut copies = self.copies(block, 0, slots);
+        let Some((first, first_mark)) = copies.next() else {
+            return 0;
+        };
+        let agree = |(words, mark): (&[AtomicU64], u64)| {
+            let differs = first_mark ^ mark;
+            let mut pairs = first.iter().zip(words);
+            pairs.all(|(a, b)| a.load(Ordering::Relaxed) ^ b.load(Ordering::Relaxed) == differs)
+        };
+        match copies.all(agree) {
+            true => sum((first, first_mark)),
+            false => (0..slots).fold(0, |sum, slot| sum.wrapping_add(self.read(block, slot))),
+        }
     }
 }
 
@@ -154,10 +188,15 @@ mod tests {
             cells.write(1, 3, 77);
             assert_eq!(cells.read(1, 3), 77);
             assert_eq!(cells.read(0, 3), cells.read(1, 2), "neither was written");
+            let sum =
+                |slots| (0..slots).fold(0, |sum: u64, slot| sum.wrapping_add(cells.read(1, slot)));
+            assert_eq!([3, 4].map(|slots| cells.sum(1, slots)), [3, 4].map(sum));
+            let whole = cells.sum(1, 4);
             for rank in 0..ranks as usize {
                 let word = cells.words().word(rank, cells.ranks[rank].block_bytes + 24);
                 word.fetch_xor(1, Ordering::Relaxed);
                 assert_ne!(cells.read(1, 3), 77);
+                assert_ne!(cells.sum(1, 4), whole);
                 word.fetch_xor(1, Ordering::Relaxed);
             }
         }

@@ -5,6 +5,7 @@
 //! the wrong bytes shows as wrong tokens.
 #![allow(unsafe_code)] // atomics over the arenas
 
+use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -46,16 +47,20 @@ pub(crate) fn executor(
 struct Arenas(Vec<Arc<dyn KvMemory>>);
 
 impl RankWords for Arenas {
-    fn word(&self, rank: usize, offset: u64) -> &AtomicU64 {
+    fn words(&self, rank: usize, offset: u64, count: usize) -> &[AtomicU64] {
         let memory = &self.0[rank];
-        let is_inside = offset.is_multiple_of(8) && offset + 8 <= memory.len() as u64;
-        assert!(is_inside, "byte {offset} is outside rank {rank}'s arena");
+        let bytes = count * size_of::<AtomicU64>();
+        let is_inside = offset.is_multiple_of(8) && offset as usize + bytes <= memory.len();
+        assert!(
+            is_inside,
+            "{bytes} bytes at {offset} are outside rank {rank}'s arena"
+        );
         let Some(base) = memory.address().host() else {
             unreachable!("the fake device's arenas are in host memory");
         };
-        // SAFETY: the arena lives and stays where it is as long as `memory`, which `self` holds; the eight
-        // bytes are inside it, and aligned, for it begins on a page. Others write here only by transfers into
+        // SAFETY: the arena lives and stays where it is as long as `memory`, which `self` holds; the words
+        // are inside it, and aligned, for it begins on a page. Others write here only by transfers into
         // blocks that no sequence holds at that time.
-        unsafe { AtomicU64::from_ptr(base.add(offset as usize).as_ptr().cast()) }
+        unsafe { slice::from_raw_parts(base.add(offset as usize).as_ptr().cast(), count) }
     }
 }
