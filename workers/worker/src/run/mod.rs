@@ -3,6 +3,7 @@
 #[cfg(feature = "simulation")]
 mod simulated;
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use crate::bus::{self, Outbox, Publisher, Subscriptions};
+use crate::checks::Checks;
 use crate::common::{Common, Identity};
 use crate::desk::{Desk, Parts};
 use crate::device::Backend;
@@ -156,31 +158,38 @@ pub async fn run(
     let service =
         MicroService::start(&client, &config.cluster, &descriptor, shared_load.clone()).await?;
     let mut desk = Desk::new(Parts {
-        me: Identity {
-            worker: config.worker.clone(),
-            incarnation,
-            role: config.role,
-            device: info.device.clone(),
-            weights,
-            transport,
-            capacity: Capacity {
-                blocks: info.blocks,
-                batch: info.step_sequences_max as u32,
-                queue: config.queue as u32,
+        common: Common {
+            me: Identity {
+                worker: config.worker.clone(),
+                incarnation,
+                role: config.role,
+                device: info.device.clone(),
+                weights,
+                transport,
+                capacity: Capacity {
+                    blocks: info.blocks,
+                    batch: info.step_sequences_max as u32,
+                    queue: config.queue as u32,
+                },
             },
+            checks: Checks {
+                model,
+                kv: info.kv.clone(),
+                blocks: info.blocks,
+            },
+            cluster: config.cluster.clone(),
+            wire,
+            outbox,
+            tokens,
+            engine,
+            pool,
+            mover: agent.clone().map(Mover::Ucx),
+            deadlines: BTreeSet::new(),
+            next_key: 1,
         },
-        model,
-        kv: info.kv.clone(),
         shares,
-        cluster: config.cluster.clone(),
-        wire,
-        outbox,
-        tokens,
-        engine,
-        pool,
         lease: Duration::from_millis(config.lease_ms.into()),
         drain: Duration::from_millis(config.drain_ms),
-        mover: agent.clone().map(Mover::Ucx),
         shared_load,
         // Hosts of GPUs have cores to spare; where the CPU computes it needs them all.
         may_spin: matches!(config.device, Device::Cuda(_)) && config.role != Role::Both,

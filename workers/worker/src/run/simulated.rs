@@ -1,6 +1,7 @@
 //! A worker without NATS, UCX, threads and a device of its own: what the simulation runs. Desk, leases, pulls,
 //! peers, publisher and engine are the real thing.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::WorkerError;
 use crate::bus::{Outbox, Publisher, Subscriptions};
+use crate::checks::Checks;
 use crate::common::{Common, Identity};
 use crate::desk::{Desk, Parts};
 use crate::engine_thread::{EngineEvent, EngineTask};
@@ -147,29 +149,36 @@ impl SimulatedWorker {
         let subscriptions =
             Subscriptions::new(&wire, &cluster, &worker, role.decodes(), &outbox).await?;
         let mut desk = Desk::new(Parts {
-            me: Identity {
-                worker,
-                incarnation,
-                role,
-                device: info.device.clone(),
-                weights: WeightFormat::Bf16,
-                transport: "simulated".to_owned(),
-                capacity: Capacity {
-                    blocks: info.blocks,
-                    batch: info.step_sequences_max as u32,
-                    queue: config.queue as u32,
+            common: Common {
+                me: Identity {
+                    worker,
+                    incarnation,
+                    role,
+                    device: info.device.clone(),
+                    weights: WeightFormat::Bf16,
+                    transport: "simulated".to_owned(),
+                    capacity: Capacity {
+                        blocks: info.blocks,
+                        batch: info.step_sequences_max as u32,
+                        queue: config.queue as u32,
+                    },
                 },
+                checks: Checks {
+                    model,
+                    kv: info.kv,
+                    blocks: info.blocks,
+                },
+                cluster,
+                wire: wire.clone(),
+                outbox,
+                tokens,
+                engine: handle,
+                pool,
+                mover: Some(Mover::Simulated(network)),
+                deadlines: BTreeSet::new(),
+                next_key: 1,
             },
-            model,
-            kv: info.kv,
             shares,
-            cluster,
-            wire: wire.clone(),
-            outbox,
-            tokens,
-            engine: handle,
-            pool,
-            mover: Some(Mover::Simulated(network)),
             lease: config.lease,
             drain: config.drain,
             shared_load: SharedLoad::default(),
