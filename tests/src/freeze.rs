@@ -1,7 +1,9 @@
-//! Threads that hang: one of a process is stopped where it stands, and the others go on, as when a driver's call never returns.
-#![allow(unsafe_code)] // ptrace
+//! Threads that hang: one of a process is stopped where it stands, and the others go on, as when a driver's call never returns. And whole
+//! processes that do.
+#![allow(unsafe_code)] // ptrace, waitid
 
 use std::ffi::c_int;
+use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
@@ -15,6 +17,15 @@ const INTERRUPT: u32 = 0x4207;
 
 /// How often it is looked whether a frozen thread has ended.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Returns when a child of this process, to which SIGSTOP was sent, stands still with all its threads, or has ended.
+pub(crate) fn stopped(pid: u32) {
+    let mut seen = MaybeUninit::<libc::siginfo_t>::uninit();
+    let what = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT;
+    // It fails only where the process was waited for already.
+    // SAFETY: `seen` is one `siginfo_t`; `WNOWAIT` leaves the process to be waited for.
+    unsafe { libc::waitid(libc::P_PID, pid, seen.as_mut_ptr(), what) };
+}
 
 /// Frozen threads. They go on when this is dropped.
 pub struct Frozen {

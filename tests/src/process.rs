@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use crate::freeze;
 use crate::wait::eventually;
 
 /// Lines of a log that a failing test shows.
@@ -130,9 +131,13 @@ impl Process {
             .unwrap_or_default()
     }
 
-    /// Sends it a signal. It alone gets it, not its group.
+    /// Sends it a signal. It alone gets it, not its group. After [`Signal::Stop`] it stands still when this returns: the signal alone does not
+    /// promise that, on another core a process may go on for a moment.
     pub fn signal(&self, signal: Signal) {
         send(signal, &self.id().to_string());
+        if signal == Signal::Stop {
+            freeze::stopped(self.id());
+        }
     }
 
     /// Whether it has ended, and how.

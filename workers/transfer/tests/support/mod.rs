@@ -8,6 +8,7 @@
 use std::alloc::{Layout, alloc_zeroed};
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -227,8 +228,15 @@ impl Server {
         self.child.wait().expect("it is our child");
     }
 
+    /// Stops it; returns when it stands still. The signal alone promises nothing: on another core the process may go on for a moment, and
+    /// answer what was asked after it.
     pub fn stop(&self) {
         self.signal(libc::SIGSTOP);
+        let mut seen = MaybeUninit::<libc::siginfo_t>::uninit();
+        let what = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT;
+        // SAFETY: `seen` is one `siginfo_t`; the process is our child and not yet waited for, nor is it by this (`WNOWAIT`).
+        let rc = unsafe { libc::waitid(libc::P_PID, self.child.id(), seen.as_mut_ptr(), what) };
+        assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
     }
 
     pub fn resume(&self) {
