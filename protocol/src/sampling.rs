@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// How one token is chosen from the logits. The defaults choose greedily.
 ///
 /// Order of operations, the same in every executor: `logit_bias`, banned ids (stop ids before
-/// `min_tokens`), repetition, frequency and presence penalties, temperature, top-k, top-p, min-p, draw.
+/// `min_tokens`), repetition, frequency and presence penalties, the grammar's mask, temperature, top-k, top-p, min-p, draw.
 /// Log-probabilities are of the distribution before temperature and truncation, after bias and penalties.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

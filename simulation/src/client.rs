@@ -116,6 +116,7 @@ fn alone(spec: SequenceSpec, block_tokens: u32, tokens_max: u32) -> (Vec<u32>, F
         key: 0,
         spec: spec.clone(),
         prompt_logprobs: None,
+        constraint: None,
     };
     engine.submit(prompt).expect("it fits");
     let mut output = Vec::new();
@@ -135,6 +136,7 @@ fn alone(spec: SequenceSpec, block_tokens: u32, tokens_max: u32) -> (Vec<u32>, F
                             spec: spec.clone(),
                             next: sampled.token,
                             blocks,
+                            constraint: None,
                         };
                         engine.resume(resumed).expect("it fits");
                     }

@@ -109,6 +109,7 @@ pub fn bus_jobs(data: &[u8]) {
                     key,
                     spec,
                     prompt_logprobs: prompt_logprobs.map(|top| top % 21),
+                    constraint: None,
                 });
                 if submitted.is_err() {
                     specs.remove(&key);
@@ -193,6 +194,7 @@ fn resume(engine: &mut Engine, key: u64, spec: SequenceSpec, next: u32, blocks: 
         spec,
         next,
         blocks,
+        constraint: None,
     });
 }
 

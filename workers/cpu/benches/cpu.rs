@@ -147,6 +147,7 @@ fn step_of(
                     position: start + tokens as u32,
                     state: Arc::default(),
                     ban_stop_ids: false,
+                    mask: None,
                 }
                 .into(),
             ),

@@ -203,6 +203,7 @@ fn engine(executor: &Arc<Mutex<CudaExecutor>>, batch: usize, steps_in_flight: us
             },
             next: 2,
             blocks: blocks.expect("the arena holds them"),
+            constraint: None,
         };
         engine.resume(resumed).unwrap_or_else(|r| panic!("{r}"));
     }
@@ -289,6 +290,7 @@ fn plan(
                     position: end as u32,
                     state: Arc::default(),
                     ban_stop_ids: false,
+                    mask: None,
                 }
                 .into(),
             ),

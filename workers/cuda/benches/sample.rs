@@ -140,6 +140,7 @@ fn measure(
                 position: 7,
                 state: Arc::new(state),
                 ban_stop_ids: false,
+                mask: None,
             };
             Want {
                 sequence: row,

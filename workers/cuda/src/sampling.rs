@@ -426,6 +426,7 @@ mod tests {
                 position: 3,
                 state: Arc::new(state),
                 ban_stop_ids,
+                mask: None,
             }),
         }
     }

@@ -486,6 +486,7 @@ fn tokens_are_those_of_the_sampling_rules() {
                         ..SampleState::default()
                     }),
                     ban_stop_ids: false,
+                    mask: None,
                 }
                 .into(),
             ),

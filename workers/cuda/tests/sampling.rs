@@ -197,6 +197,7 @@ fn compare(
                     position: random.below(1000) as u32,
                     state: Arc::new(state(random, vocab)),
                     ban_stop_ids: random.below(2) == 0,
+                    mask: None,
                 }),
             };
             let sequence = row;

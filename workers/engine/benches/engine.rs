@@ -122,6 +122,7 @@ fn decode_ns(executor: Box<dyn Executor>, batch: usize) -> f64 {
                 key: key as u64,
                 spec: spec.clone(),
                 prompt_logprobs: None,
+                constraint: None,
             };
             engine.submit(new).expect("the queue is long enough");
         }
@@ -144,6 +145,7 @@ fn decode_ns(executor: Box<dyn Executor>, batch: usize) -> f64 {
                 spec: specs[key as usize].clone(),
                 next: sampled.token,
                 blocks,
+                constraint: None,
             };
             engine.resume(resumed).expect("there is room");
         }
@@ -255,6 +257,7 @@ fn sample_micros(logits: &[f32], sampling: &Sampling) -> f64 {
             position,
             state: Arc::clone(&state),
             ban_stop_ids: false,
+            mask: None,
         };
         let start = Instant::now();
         black_box(sample(&mut row, &request));

@@ -50,6 +50,9 @@ impl Drafts {
         let Some(drafter) = &mut self.drafter else {
             return &[];
         };
+        if !sequence.constrained.is_free() {
+            return &[]; // a mask is known for one token
+        }
         if sequence.in_flight > 0 {
             sequence.unasked += 1;
             return &[];

@@ -8,7 +8,7 @@ use baton_protocol::{Refusal, SequenceSpec};
 use crate::draft::{Drafter, Drafts};
 use crate::flight::Flights;
 use crate::scheduler::Scheduler;
-use crate::sequence::Sequence;
+use crate::sequence::{Constrained, Sequence};
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
     NewSequence, ResumedSequence,
@@ -111,6 +111,7 @@ impl Engine {
         let blocks = BlockTable::new(self.pool(), Vec::new(), 0);
         let mut sequence = Sequence::new(new.key, self.arrivals, new.spec, blocks, (self.clock)());
         sequence.prompt.logprobs_top = new.prompt_logprobs;
+        sequence.constrained = Constrained::by(new.constraint);
         self.arrivals += 1;
         self.scheduler.waiting.push_back(sequence);
         Ok(())
@@ -127,6 +128,7 @@ impl Engine {
             spec,
             next,
             blocks,
+            constraint,
         } = resumed;
         self.check_spec(key, &spec)?;
         let malformed = |detail: &str| {
@@ -160,6 +162,7 @@ impl Engine {
         let mut sequence = Sequence::new(key, self.arrivals, spec, blocks, (self.clock)());
         sequence.computed = tokens;
         sequence.push(next);
+        sequence.constrained = Constrained::by(constraint);
         self.arrivals += 1;
         scheduler.parked.push_back(sequence);
         Ok(())
@@ -252,7 +255,7 @@ impl Engine {
     fn submit_step(&mut self, events: &mut Vec<Event>) -> Result<bool, ExecutorError> {
         let rows = match self.flights.is_empty() {
             true => self.scheduler.plan((self.clock)(), events),
-            false => self.scheduler.plan_ahead(),
+            false => self.scheduler.plan_ahead((self.clock)()),
         };
         if rows == 0 {
             return Ok(false);

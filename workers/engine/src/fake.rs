@@ -238,7 +238,13 @@ impl FakeExecutor {
             }
             let request = run.request(i, &chosen_after[1..]);
             let hash = self.attend(blocks, request.position);
-            output.sampled.push(self.choose(hash, &request));
+            match self.choose(hash, &request) {
+                Some(sampled) => output.sampled.push(sampled),
+                None => {
+                    output.extend(SequenceOutput::without_token());
+                    break;
+                }
+            }
         }
         output
     }
@@ -313,7 +319,7 @@ impl FakeExecutor {
         )
     }
 
-    fn choose(&self, hash: u64, request: &SampleRequest) -> Sampled {
+    fn choose(&self, hash: u64, request: &SampleRequest) -> Option<Sampled> {
         let state = &*request.state;
         let seed = if state.sampling.temperature > 0.0 {
             mix(state.sampling.seed)
@@ -327,15 +333,18 @@ impl FakeExecutor {
         };
         let vocab = self.info.vocab;
         let first = pick(hash ^ seed, vocab);
-        let allowed = |token: &u32| !self.never_emit.contains(token) && !banned.contains(token);
-        let token = (0..vocab)
-            .map(|i| (first + i) % vocab)
-            .find(allowed)
-            .unwrap_or(first);
-        Sampled {
+        let mask = request.mask.as_deref();
+        let masked = |token: u32| mask.is_some_and(|mask| !mask.allows(token));
+        let allowed = |token: &u32| {
+            !self.never_emit.contains(token) && !banned.contains(token) && !masked(*token)
+        };
+        let mut tokens = (0..vocab).map(|i| (first + i) % vocab);
+        // Without a mask something is always chosen, so that a tiny vocabulary can be told never to end.
+        let token = tokens.find(allowed).or(mask.is_none().then_some(first));
+        token.map(|token| Sampled {
             token,
             logprobs: state.sampling.logprobs.map(|top| self.logprobs(token, top)),
-        }
+        })
     }
 
     fn logprobs(&self, token: u32, top: u8) -> TokenLogprobs {

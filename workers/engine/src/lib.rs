@@ -25,11 +25,14 @@
 //! rejected drafts needed come back. Until it is known how many choices stand, the sequence is in no further step; the others
 //! run ahead.
 //!
+//! Structured output: a sequence with a [`Constraint`] may only go on with tokens that its mask allows. The mask depends on the
+//! token before, so such a sequence is in one step at a time, as one with penalties is.
+//!
 //! Where things are:
 //!
 //! - `engine`, `messages`: what the owner sees; `engine/collect`: what a step made, given to its sequences.
-//! - `scheduler`: which sequences run; `sequence`: one of them; `draft`: guesses of their next tokens; `flight`: steps
-//!   submitted and not collected.
+//! - `scheduler`: which sequences run; `sequence`: one of them; `draft`: guesses of their next tokens; `constraint`: which of
+//!   these may come; `flight`: steps submitted and not collected.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
 //! - `sampling`: from logits to a token.
 //! - `arena`: how a model's KV lies in memory.
@@ -39,6 +42,7 @@
 #![forbid(unsafe_code)]
 
 mod arena;
+mod constraint;
 mod draft;
 mod engine;
 mod evictable;
@@ -61,6 +65,7 @@ mod step;
 mod table;
 
 pub use arena::{kv_geometry, uniform_arena};
+pub use constraint::{Constraint, Mask, TokenMask};
 pub use draft::Drafter;
 pub use engine::Engine;
 pub use executor::{Executor, ExecutorError, ExecutorInfo};

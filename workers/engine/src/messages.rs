@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use baton_protocol::{FinishReason, SequenceSpec, TokenLogprobs};
 
-use crate::{BlockTable, Sampled};
+use crate::{BlockTable, Constraint, Sampled};
 
 /// Bounds of an engine. What exceeds the executor's own bounds is cut to them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub struct EngineConfig {
 }
 
 /// A prompt to run, or prompt and output so far after a retry.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct NewSequence {
     /// The caller's name for it, unique among what is in the engine.
     pub key: u64,
@@ -29,6 +29,8 @@ pub struct NewSequence {
     /// Report the log-probabilities of the prompt's tokens too, with this many alternatives. Such a prompt is
     /// computed whole: cached prefixes have no logits.
     pub prompt_logprobs: Option<u8>,
+    /// What its output must follow, which has taken the output in `spec`.
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 /// A sequence whose KV is in place.
@@ -42,6 +44,8 @@ pub struct ResumedSequence {
     pub next: u32,
     /// Blocks of this engine's pool that hold the KV of all of `spec.tokens`; there may be more.
     pub blocks: BlockTable,
+    /// What its output must follow, which has taken the output in `spec` and `next`.
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 /// What a step brought about.
@@ -77,7 +81,7 @@ pub enum Event {
         /// Set when it ended the generation: the sequence has left and its blocks are given back.
         finish: Option<FinishReason>,
     },
-    /// No next token could be chosen for a sequence, and no retry here would help: it has left and its blocks are given back.
+    /// No next token could be chosen for a sequence, or none that its constraint allows, and no retry here would help: it has left and its blocks are given back.
     Failed {
         /// Which.
         key: u64,

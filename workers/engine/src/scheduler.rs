@@ -27,10 +27,13 @@
 //!   wait: a step without one of them would cost that one half its speed.
 //! - there is a block for everyone: nobody is thrown out for a guess.
 //!
+//! A sequence with a constraint needs the mask of its next token, which depends on the token before: it is in one step at a
+//! time, and sits out where its mask is late.
+//!
 //! A sequence whose drafts are in flight sits out, for nobody knows which position comes next; the others go ahead.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::draft::Drafts;
 use crate::flight::{Flight, FlightRow};
@@ -40,6 +43,9 @@ use crate::{BlockPool, Event, Follows, SequenceStep, StepPlan};
 /// Prompts admitted in order of arrival though fewer would fill the step: more would only hold blocks, and miss
 /// prefixes that those before them are about to share.
 const PROMPTS_IN_FLIGHT: usize = 4;
+
+/// How long a step is held back for masks that are not made yet: much less than a step takes, and more than a mask.
+const MASK_PATIENCE: Duration = Duration::from_millis(1);
 
 /// The engine's sequences, and the step being planned.
 pub struct Scheduler {
@@ -123,13 +129,14 @@ impl Scheduler {
     pub fn plan(&mut self, now: Instant, events: &mut Vec<Event>) -> usize {
         self.begin_plan();
         self.admit();
+        self.ask_for_masks(now + MASK_PATIENCE, events);
         self.plan_decodes(events);
         self.plan_prefills(now);
         self.plan.sequences.len()
     }
 
     /// Plan a step behind those in flight; the number of its rows, 0 if it has to wait for them.
-    pub fn plan_ahead(&mut self) -> usize {
+    pub fn plan_ahead(&mut self, now: Instant) -> usize {
         self.begin_plan();
         let prompts_in_flight = self.prefilling.iter().any(|s| s.in_flight > 0);
         if prompts_in_flight && !self.waiting.is_empty() {
@@ -140,8 +147,12 @@ impl Scheduler {
         if self.prefilling.iter().any(|s| s.remaining() > 0) {
             return 0;
         }
+        for sequence in self.decoding.iter_mut().filter(|s| s.in_flight == 0) {
+            sequence.constrained.ask(now);
+        }
         let (drafts, tokens_max) = (&self.drafts, self.tokens_max);
-        let goes_on = |s: &Sequence| !s.is_ending(tokens_max) && !drafts.sits_out(s);
+        let is_late = |s: &Sequence| s.in_flight == 0 && s.constrained.is_late();
+        let goes_on = |s: &Sequence| !s.is_ending(tokens_max) && !drafts.sits_out(s) && !is_late(s);
         for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
             let tokens = sequence.tokens.len() + sequence.in_flight;
             if !sequence.can_follow()
@@ -229,6 +240,22 @@ impl Scheduler {
         self.waiting.iter().position(fits)
     }
 
+    /// Asks for the masks that the next tokens need, all of them until `deadline` at most. A sequence that gets none leaves.
+    fn ask_for_masks(&mut self, deadline: Instant, events: &mut Vec<Event>) {
+        let mut ask = |sequence: &mut Sequence| {
+            sequence.constrained.ask(deadline);
+            let failure = sequence.constrained.failure.take();
+            let failed = failure.is_some();
+            events.extend(failure.map(|detail| Event::Failed {
+                key: sequence.key,
+                detail,
+            }));
+            !failed
+        };
+        self.decoding.retain_mut(&mut ask);
+        self.prefilling.retain_mut(ask);
+    }
+
     fn plan_decodes(&mut self, events: &mut Vec<Event>) {
         let mut row = 0;
         while row < self.decoding.len() {
@@ -243,7 +270,10 @@ impl Scheduler {
         let left = self.step_tokens - self.decoding.len();
         self.drafts.budget = left.saturating_sub(wanted);
         for sequence in &mut self.decoding {
-            if sequence.is_ending(self.tokens_max) || self.drafts.sits_out(sequence) {
+            if sequence.is_ending(self.tokens_max)
+                || self.drafts.sits_out(sequence)
+                || sequence.constrained.is_late()
+            {
                 continue;
             }
             let drafts = self.drafts.of(sequence);
@@ -301,6 +331,12 @@ impl Scheduler {
             return;
         }
         let sequence = &mut self.prefilling[at];
+        // The last token of a prompt waits for the mask of the one that is chosen after it.
+        let is_last = tokens == sequence.remaining() && sequence.constrained.is_late();
+        let tokens = tokens - usize::from(is_last);
+        if tokens == 0 {
+            return;
+        }
         sequence.prompt.started.get_or_insert(now);
         push_row(&mut self.plan, &mut self.flight, sequence, tokens, &[]);
     }

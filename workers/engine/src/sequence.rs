@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use baton_protocol::{CacheSalt, FinishReason, SequenceSpec, TokenLogprobs};
 
-use crate::{BlockTable, Follows, SampleRun, SampleState, TokenCount};
+use crate::{BlockTable, Constraint, Follows, Mask, SampleRun, SampleState, TokenCount, TokenMask};
 
 /// What the engine knows of one sequence.
 pub struct Sequence {
@@ -30,6 +30,7 @@ pub struct Sequence {
     pub unasked: usize,
     pub blocks: BlockTable,
     pub prompt: PromptReport,
+    pub constrained: Constrained,
     state: Arc<SampleState>,
     min_tokens: usize,
     max_tokens: usize,
@@ -44,6 +45,46 @@ pub struct PromptReport {
     pub submitted: Instant,
     /// When its first step began.
     pub started: Option<Instant>,
+}
+
+/// What a sequence's output must follow, if anything.
+#[derive(Debug, Default)]
+pub struct Constrained {
+    constraint: Option<Box<dyn Constraint>>,
+    /// The mask of the next token, once it is known and until a row takes it.
+    mask: Option<Arc<TokenMask>>,
+    /// Why there will be none.
+    pub failure: Option<String>,
+}
+
+impl Constrained {
+    pub fn by(constraint: Option<Box<dyn Constraint>>) -> Self {
+        Self {
+            constraint,
+            ..Self::default()
+        }
+    }
+
+    /// Whether any token may come.
+    pub fn is_free(&self) -> bool {
+        self.constraint.is_none()
+    }
+
+    /// Whether the next token cannot be chosen yet.
+    pub fn is_late(&self) -> bool {
+        self.constraint.is_some() && self.mask.is_none()
+    }
+
+    /// Asks for the mask of the next token where it is missing, until `deadline` at most.
+    pub fn ask(&mut self, deadline: Instant) {
+        if let (Some(constraint), None, None) = (&mut self.constraint, &self.mask, &self.failure) {
+            match constraint.mask(deadline) {
+                Mask::Ready(mask) => self.mask = Some(mask),
+                Mask::Late => {}
+                Mask::Failed(detail) => self.failure = Some(detail),
+            }
+        }
+    }
 }
 
 impl Sequence {
@@ -84,6 +125,7 @@ impl Sequence {
                 submitted: now,
                 started: None,
             },
+            constrained: Constrained::default(),
             state: Arc::new(state),
             min_tokens: generation.min_tokens as usize,
             max_tokens: generation.max_tokens as usize,
@@ -107,9 +149,12 @@ impl Sequence {
     }
 
     /// Whether its next row can be told before the tokens in flight are known here. Penalties count every token, and the
-    /// device adds only the one that the row follows.
+    /// device adds only the one that the row follows. A mask depends on the token before it.
     pub fn can_follow(&self) -> bool {
-        self.in_flight <= 1 || !self.state.has_penalty()
+        match self.constrained.is_free() {
+            true => self.in_flight <= 1 || !self.state.has_penalty(),
+            false => self.in_flight == 0,
+        }
     }
 
     /// Output tokens so far; also the output index of the next one.
@@ -118,7 +163,7 @@ impl Sequence {
     }
 
     /// How to choose the token after the last and those in flight, and after each of as many drafts.
-    pub fn sample_run(&self, drafts: usize) -> SampleRun {
+    pub fn sample_run(&mut self, drafts: usize) -> SampleRun {
         let len = drafts + 1;
         let stop_ids_banned = match self.state.stop_token_ids.is_empty() {
             true => 0,
@@ -131,6 +176,7 @@ impl Sequence {
             position: (self.tokens.len() + self.in_flight) as u32,
             state: Arc::clone(&self.state),
             stop_ids_banned: stop_ids_banned.min(len),
+            mask: self.constrained.mask.take(),
         }
     }
 
@@ -140,6 +186,31 @@ impl Sequence {
             return Some(FinishReason::Stop);
         }
         (self.tokens_left(tokens_max) <= 1).then_some(FinishReason::Length)
+    }
+
+    /// Tells the constraint, if there is one, of a token that is about to be pushed; why generation ends with it, if it does.
+    ///
+    /// # Errors
+    /// Why the constraint cannot go on with it.
+    pub fn finish_of(
+        &mut self,
+        token: u32,
+        tokens_max: usize,
+    ) -> Result<Option<FinishReason>, String> {
+        let finish = self.finish_with(token, tokens_max);
+        let Some(constraint) = &mut self.constrained.constraint else {
+            return Ok(finish);
+        };
+        if finish == Some(FinishReason::Stop) {
+            return Ok(finish);
+        }
+        // An output that is whole with its last token ended by itself, whatever bound it reached.
+        let is_whole = constraint.accept(token)?;
+        Ok(if is_whole {
+            Some(FinishReason::Stop)
+        } else {
+            finish
+        })
     }
 
     /// Append an output token.

@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use baton_protocol::Sampling;
 
+use crate::TokenMask;
+
 /// Names a step. The engine counts them up, so no two steps of an engine have the same one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StepId(pub u64);
@@ -90,6 +92,8 @@ pub struct SampleRun {
     pub state: Arc<SampleState>,
     /// The first so many choices cannot be a stop id: they come before `min_tokens`.
     pub stop_ids_banned: usize,
+    /// Which tokens the first choice may be; `None` allows all. With a mask `len` is 1, and the sequence follows no step in flight.
+    pub mask: Option<Arc<TokenMask>>,
 }
 
 impl SampleRun {
@@ -104,6 +108,7 @@ impl SampleRun {
             position: self.position + i as u32,
             state,
             ban_stop_ids: i < self.stop_ids_banned,
+            mask: self.mask.clone().filter(|_| i == 0),
         }
     }
 }
@@ -116,6 +121,7 @@ impl From<SampleRequest> for SampleRun {
             position: request.position,
             state: request.state,
             stop_ids_banned: usize::from(request.ban_stop_ids),
+            mask: request.mask,
         }
     }
 }
@@ -129,6 +135,8 @@ pub struct SampleRequest {
     pub state: Arc<SampleState>,
     /// Ids that cannot be chosen now: stop ids before `min_tokens`.
     pub ban_stop_ids: bool,
+    /// Which tokens may be chosen; `None` allows all.
+    pub mask: Option<Arc<TokenMask>>,
 }
 
 /// A sequence's sampling parameters, and the counts its penalties need.

@@ -237,6 +237,7 @@ fn push(
                 position: end as u32,
                 state: Arc::new(state),
                 ban_stop_ids: false,
+                mask: None,
             }
             .into(),
         ),

@@ -103,6 +103,7 @@ fn plan(sequences: &[usize], follow: bool) -> StepPlan {
                         ..SampleState::default()
                     }),
                     ban_stop_ids: false,
+                    mask: None,
                 }
                 .into(),
             ),

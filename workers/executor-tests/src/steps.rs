@@ -39,6 +39,7 @@ pub fn step(executor: &mut dyn Executor, parts: &[Part<'_>]) -> Vec<Vec<f32>> {
                     position: part.range.end as u32,
                     state: Arc::default(),
                     ban_stop_ids: false,
+                    mask: None,
                 }
                 .into(),
             ),

@@ -189,6 +189,7 @@ impl EngineThread {
                         key,
                         spec,
                         prompt_logprobs,
+                        constraint: None,
                     }),
                     None => Err(Refusal::Draining),
                 };
@@ -215,6 +216,7 @@ impl EngineThread {
                         spec,
                         next,
                         blocks,
+                        constraint: None,
                     }),
                     None => Err(Refusal::Draining),
                 };

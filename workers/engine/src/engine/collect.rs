@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use baton_protocol::FinishReason;
+
 use super::Engine;
 use crate::flight::{Flight, FlightRow};
 use crate::scheduler::Scheduler;
@@ -108,7 +110,8 @@ impl Engine {
                 }
                 GoesOn::NoToken => {
                     sequence.blocks.forget();
-                    events.push(failed(sequence.key, output.failure));
+                    let detail = output.failure.or(sequence.constrained.failure.take());
+                    events.push(failed(sequence.key, detail));
                 }
                 GoesOn::Finished => {}
             }
@@ -149,9 +152,13 @@ impl Engine {
         }
         done.sort_unstable_by_key(|(at, _)| *at);
         for (removed, (at, end)) in done.into_iter().enumerate() {
-            let sequence = prefilling.remove(at - removed);
-            events.push(match end {
-                Ok(sampled) => prefilled(sequence, sampled, self.tokens_max, (self.clock)()),
+            let mut sequence = prefilling.remove(at - removed);
+            let finish = end.and_then(|sampled| {
+                let finish = sequence.finish_of(sampled.token, self.tokens_max)?;
+                Ok((sampled, finish))
+            });
+            events.push(match finish {
+                Ok((sampled, finish)) => prefilled(sequence, sampled, finish, (self.clock)()),
                 Err(detail) => {
                     sequence.blocks.forget();
                     failed(sequence.key, Some(detail))
@@ -184,7 +191,13 @@ fn commit(
     let mut drafts = drafts.iter();
     while let Some(sampled) = next {
         let token = sampled.token;
-        let finish = sequence.finish_with(token, tokens_max);
+        let finish = match sequence.finish_of(token, tokens_max) {
+            Ok(finish) => finish,
+            Err(detail) => {
+                sequence.constrained.failure = Some(detail);
+                return GoesOn::NoToken;
+            }
+        };
         events.push(Event::Token {
             key: sequence.key,
             index: sequence.output_tokens() as u32,
@@ -209,8 +222,12 @@ fn failed(key: u64, detail: Option<String>) -> Event {
     Event::Failed { key, detail }
 }
 
-fn prefilled(sequence: Sequence, sampled: Sampled, tokens_max: usize, now: Instant) -> Event {
-    let finish = sequence.finish_with(sampled.token, tokens_max);
+fn prefilled(
+    sequence: Sequence,
+    sampled: Sampled,
+    finish: Option<FinishReason>,
+    now: Instant,
+) -> Event {
     let Sequence {
         key,
         blocks,

@@ -31,6 +31,9 @@ pub fn sample(logits: &mut [f32], request: &SampleRequest) -> Option<Sampled> {
     let state = &*request.state;
     let sampling = &state.sampling;
     penalties::apply(logits, state, request.ban_stop_ids);
+    if let Some(mask) = &request.mask {
+        mask.apply(logits);
+    }
     let peak = numeric::clean_and_max(logits);
     let peak_token = numeric::position(logits, peak);
     if peak == f32::NEG_INFINITY {

@@ -11,6 +11,7 @@ fn request(state: SampleState, position: u32) -> SampleRequest {
         position,
         state: Arc::new(state),
         ban_stop_ids: false,
+        mask: None,
     }
 }
 
@@ -125,6 +126,7 @@ fn bias_bans_and_penalties_in_order() {
         position: 0,
         state: Arc::new(state),
         ban_stop_ids: true,
+        mask: None,
     };
     let mut logits = [3.0, 4.0, -1.0, 1.0, 50.0];
     penalties::apply(&mut logits, &request.state, true);

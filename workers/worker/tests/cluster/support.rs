@@ -594,6 +594,7 @@ pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
             key: 1,
             spec: spec.clone(),
             prompt_logprobs: None,
+            constraint: None,
         })
         .unwrap();
     let mut tokens = Vec::new();
@@ -612,6 +613,7 @@ pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
                             spec: spec.clone(),
                             next: sampled.token,
                             blocks,
+                            constraint: None,
                         };
                         engine.resume(resumed).unwrap();
                     }

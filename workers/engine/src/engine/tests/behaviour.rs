@@ -65,6 +65,7 @@ fn two_engines_make_the_text_of_one() {
             spec: spec.clone(),
             next: sampled.token,
             blocks: target,
+            constraint: None,
         };
         decode.resume(resumed).expect("taken");
     }
@@ -114,6 +115,7 @@ fn what_goes_on_from_pulled_kv_is_no_prefix() {
         spec: spec.clone(),
         next: 5,
         blocks,
+        constraint: None,
     };
     engine.resume(resumed).expect("taken");
     while engine.has_work() {
@@ -198,6 +200,7 @@ fn foreign_or_short_blocks_are_not_resumed() {
             spec: spec(&prompt(1, 9), 5),
             next: 3,
             blocks,
+            constraint: None,
         };
         assert!(matches!(
             engine.resume(resumed),
@@ -315,6 +318,7 @@ fn prompt_logprobs_cover_the_prompt_and_nothing_else() {
             key,
             spec: with_output.clone(),
             prompt_logprobs: Some(2),
+            constraint: None,
         };
         engine.submit(new).expect("taken");
         let mut events = Vec::new();

@@ -3,9 +3,10 @@ use std::collections::HashMap;
 use baton_protocol::{CacheSalt, FinishReason, Generation, PackedTokens};
 
 use super::*;
-use crate::{FakeConfig, FakeExecutor, Sampled};
+use crate::{Constraint, FakeConfig, FakeExecutor, Sampled};
 
 mod behaviour;
+mod constraints;
 mod fairness;
 mod flights;
 mod oracle;
@@ -13,6 +14,7 @@ mod properties;
 mod runs;
 mod sampler;
 
+use constraints::Rule;
 use oracle::{Drafting, Texts};
 use sampler::{Watch, sampler, watched_sampler};
 
@@ -92,10 +94,20 @@ fn prompt(seed: u32, len: usize) -> Vec<u32> {
 }
 
 fn submit(engine: &mut Engine, key: u64, spec: SequenceSpec) -> Result<(), Refusal> {
+    submit_with(engine, key, spec, None)
+}
+
+fn submit_with(
+    engine: &mut Engine,
+    key: u64,
+    spec: SequenceSpec,
+    constraint: Option<Box<dyn Constraint>>,
+) -> Result<(), Refusal> {
     engine.submit(NewSequence {
         key,
         spec,
         prompt_logprobs: None,
+        constraint,
     })
 }
 
@@ -104,6 +116,8 @@ fn submit(engine: &mut Engine, key: u64, spec: SequenceSpec) -> Result<(), Refus
 #[derive(Default)]
 struct Driver {
     specs: HashMap<u64, SequenceSpec>,
+    /// What outputs must follow.
+    rules: HashMap<u64, Rule>,
     outputs: HashMap<u64, Vec<u32>>,
     /// Tokens of resumed sequences, with what is reported of them.
     sampled: HashMap<u64, Vec<Sampled>>,
@@ -119,10 +133,18 @@ struct Driver {
 
 impl Driver {
     fn submit(&mut self, engine: &mut Engine, key: u64, spec: SequenceSpec) {
-        self.texts.learn(&spec);
-        submit(engine, key, spec.clone()).expect("taken");
+        if !self.rules.contains_key(&key) {
+            self.texts.learn(&spec);
+        }
+        submit_with(engine, key, spec.clone(), self.constraint(key)).expect("taken");
         self.specs.insert(key, spec);
         self.outputs.insert(key, Vec::new());
+    }
+
+    /// Of what must come after the output so far.
+    fn constraint(&self, key: u64) -> Option<Box<dyn Constraint>> {
+        let output = self.outputs.get(&key).map_or(&[][..], Vec::as_slice);
+        self.rules.get(&key).map(|rule| rule.after(output))
     }
 
     fn so_far(&self, key: u64) -> SequenceSpec {
@@ -157,6 +179,7 @@ impl Driver {
                                 spec,
                                 next: sampled.token,
                                 blocks,
+                                constraint: self.constraint(key),
                             };
                             engine.resume(resumed).expect("taken");
                         }
@@ -180,7 +203,8 @@ impl Driver {
                 }
                 Event::Preempted { key } => {
                     self.preemptions += 1;
-                    submit(engine, key, self.so_far(key)).expect("taken again");
+                    let constraint = self.constraint(key);
+                    submit_with(engine, key, self.so_far(key), constraint).expect("taken again");
                 }
             }
         }
@@ -210,7 +234,11 @@ impl Driver {
                 "not done after {steps_max} steps: {engine:?}"
             );
             self.step(engine);
-            assert!(!engine.is_stalled(), "nobody outside holds a block");
+            let may_stall = !self.rules.is_empty();
+            assert!(
+                may_stall || !engine.is_stalled(),
+                "nobody outside holds a block"
+            );
         }
     }
 }
