@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::limits::GRAMMAR_BYTES_MAX;
 use crate::{
     ApiServerId, CacheSalt, Failure, Generation, HandleId, Incarnation, KvHandle, ModelFingerprint,
     Nonce, PackedTokens, Refusal, RequestId, TokenLogprobs, WorkerId,
@@ -44,6 +45,11 @@ impl SequenceSpec {
         }
         if self.output_tokens() >= self.generation.max_tokens {
             return malformed("the output already has max_tokens tokens");
+        }
+        if let Some(grammar) = &self.generation.grammar
+            && grammar.text().len() > GRAMMAR_BYTES_MAX
+        {
+            return malformed("the grammar is too long");
         }
         Ok(())
     }

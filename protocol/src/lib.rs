@@ -55,7 +55,7 @@ pub use membership::{
 };
 pub use packed::{Base64Bytes, PackedTokens};
 pub use peers::{PeerChanges, PeerHealth, PeerState, PeersReply};
-pub use sampling::{FinishReason, Generation, Sampling, TokenLogprobs, TopLogprob};
+pub use sampling::{FinishReason, Generation, Grammar, Sampling, TokenLogprobs, TopLogprob};
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
 pub use transfer::{MemoryType, RankRegion, TransferDescriptor, UcxVersion};
 

@@ -4,6 +4,9 @@
 /// tokens takes 5.4 MB.
 pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 
+/// Longest text of a grammar, in bytes.
+pub const GRAMMAR_BYTES_MAX: usize = 256 << 10;
+
 /// Most alternatives reported with a token.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
 

@@ -64,6 +64,32 @@ pub struct Generation {
     pub min_tokens: u32,
     /// Generation ends after this many tokens, counted from the end of the prompt. At least 1.
     pub max_tokens: u32,
+    /// What the output must follow, besides all else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grammar: Option<Grammar>,
+}
+
+/// What an output must follow. No other token than those that it allows is chosen; where it allows an end, stop ids are, too. An
+/// output after which nothing may come ends with [`FinishReason::Stop`]; one that is cut by `max_tokens` may be no whole one.
+///
+/// Whoever sends one has made sure that it can be compiled; a worker refuses one that cannot as [`Malformed`](crate::Refusal::Malformed).
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Grammar {
+    /// JSON that is valid by this JSON schema, given as JSON text.
+    JsonSchema(String),
+    /// Text that this regular expression matches as a whole, in the syntax of Rust's `regex` crate.
+    Regex(String),
+    /// Text of this grammar, in llguidance's dialect of Lark.
+    Lark(String),
+}
+
+impl Grammar {
+    /// Its text.
+    pub fn text(&self) -> &str {
+        let (Self::JsonSchema(text) | Self::Regex(text) | Self::Lark(text)) = self;
+        text
+    }
 }
 
 /// Why a generation ended by its own rules.

@@ -53,6 +53,7 @@ fn sequence() -> SequenceSpec {
             stop_token_ids: vec![2],
             min_tokens: 0,
             max_tokens: 64,
+            grammar: Some(Grammar::JsonSchema(r#"{"type":"object"}"#.to_owned())),
         },
         cache_salt: CacheSalt(0x5a17),
     }

@@ -75,6 +75,7 @@ impl Job {
                 stop_token_ids: self.stop_token_ids.clone(),
                 min_tokens: self.min_tokens,
                 max_tokens: self.max_tokens,
+                grammar: None,
             },
             cache_salt: CacheSalt::NONE,
         }

@@ -567,6 +567,7 @@ pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
             stop_token_ids: vec![EOS],
             min_tokens: 0,
             max_tokens,
+            grammar: None,
         },
         cache_salt: CacheSalt::NONE,
     }
