@@ -137,7 +137,7 @@ impl Params {
             stop_token_ids,
             min_tokens: self.min_tokens,
             max_tokens,
-            grammar: self.grammar.clone(),
+            grammar: None,
         })
     }
 }

@@ -1,7 +1,8 @@
 // A token of each row of logits by the engine's rules, whatever they are, and log-probabilities: token for token what
 // `baton_engine::sample` chooses from the same logits.
 //
-// Bias, bans and penalties touch few logits: they are changed in place. What then decides is order and sums. The order
+// Bias, bans and penalties touch few logits: they are changed in place. A mask, a bit a token, gives all logits that it does not allow
+// minus infinity: vocab / 8 bytes more are read, and up to vocab * 4 written. What then decides is order and sums. The order
 // is that of ranks.cuh; weights are exp((logit - peak) / temperature) by the engine's polynomial, without fused
 // multiply-add, in units of 2^-44: sums of integers need no order of their own. Kept is a prefix of the order:
 //
@@ -24,8 +25,8 @@ extern "C" __constant__ const int sample_launch[4] = {THREADS, LIST_GOAL, GROUPS
 
 namespace {
 
-// Bias, bans, penalties, in this order, to the logits of this block's part.
-DEVICE void edit(const Part& part, const Row& mine, const Edit* edits, const int* row_token) {
+// Bias, bans, penalties, the mask, in this order, to the logits of this block's part.
+DEVICE void edit(const Part& part, const Row& mine, const Edit* edits, const u32* masks, const int* row_token) {
     const u32 first = part.first * GROUP, end = min(part.end * GROUP, part.vocab);
     auto inside = [&](u32 token) { return token >= first && token < end; };
     const Edit* biases = edits + mine.edits;
@@ -63,16 +64,22 @@ DEVICE void edit(const Part& part, const Row& mine, const Edit* edits, const int
     }
     if (!__syncthreads_or(counted) && threadIdx.x == 0 && mine.pending >= 0) punish(pending, 1);
     __syncthreads();
+    if (mine.mask >= 0) {
+        const u32* mask = masks + (size_t)mine.mask * ((part.vocab + 31) / 32);
+        for (u32 i = first + threadIdx.x; i < end; i += THREADS)
+            if (!(mask[i / 32] >> (i % 32) & 1)) part.row[i] = -INFINITY;
+        __syncthreads();
+    }
 }
 
 } // namespace
 
 // tokens [rows]: the best token of each row before (of logits that nobody has edited), the chosen one after, -1 if none is possible; logits
 // [rows][vocab], which edits change; heads [rows] and tops [rows][tops_stride] of rows with log-probabilities; row_token: tokens
-// of the step's rows.
+// of the step's rows; masks [..][ceil(vocab / 32)]: of the rows that have one.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
-    int* tokens, float* logits, const Row* rows, const Edit* edits, const int* row_token, Head* heads, Top* tops,
-    int vocab, int tops_stride
+    int* tokens, float* logits, const Row* rows, const Edit* edits, const u32* masks, const int* row_token,
+    Head* heads, Top* tops, int vocab, int tops_stride
 ) {
     __shared__ Shared shared;
     dependency_wait();
@@ -80,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     if (tid < sizeof(Row) / 8) ((u64*)&shared.row)[tid] = ((const u64*)(rows + at))[tid];
     __syncthreads();
     const Row& mine = shared.row;
-    const bool edited = mine.biases + mine.bans + mine.counts > 0 || mine.pending >= 0;
+    const bool edited = mine.biases + mine.bans + mine.counts > 0 || mine.pending >= 0 || mine.mask >= 0;
     const bool draws = mine.given < 0 && mine.inverse > 0.0f, reports = mine.top >= 0;
     if (!edited && !draws && !reports) return; // the best token is there
 
@@ -99,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(
     if (nucleus) goal = LIST_GOAL;
     goal = min(goal, vocab);
 
-    if (edited) edit(part, mine, edits, row_token);
+    if (edited) edit(part, mine, edits, masks, row_token);
 
     // The peak, and a bound that at least `goal` tokens reach.
     u64 peak_rank = 0, bound = 0;

@@ -26,6 +26,8 @@ struct Row {
     int pending;              // a row of the step whose token counts once more, or -1
     int given;                // the token that is asked about, or -1 for one to choose
     int top;                  // most likely tokens to report; -1: no log-probabilities
+    int mask;                 // which mask says what tokens may be chosen, or -1 for all
+    int unused;
 };
 
 struct Edit {

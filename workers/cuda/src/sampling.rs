@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use baton_engine::{Distribution, Draw, LOGPROB_MIN, SampleRequest, Sampled, Want, What};
+use baton_engine::{
+    Distribution, Draw, LOGPROB_MIN, SampleRequest, Sampled, TokenMask, Want, What,
+};
 use baton_protocol::{TokenLogprobs, TopLogprob};
 use cudarc::driver::sys::CUdeviceptr;
 
@@ -41,6 +43,9 @@ struct Row {
     given: i32,
     /// Most likely tokens to report; -1 without log-probabilities.
     top: i32,
+    /// Which of the batch's masks says what tokens may be chosen, or -1 for all.
+    mask: i32,
+    unused: i32,
 }
 
 /// A token and what is done to its logit: bits of a bias, nothing, or how often it stands in the output.
@@ -88,6 +93,8 @@ pub struct Sampler {
     vocab: usize,
     rows: Buffer<Row>,
     edits: Buffer<Edit>,
+    /// Of the rows that have one, one after the other.
+    masks: Buffer<u32>,
     heads: Buffer<Head>,
     tops: Buffer<Top>,
 }
@@ -96,6 +103,7 @@ pub struct Sampler {
 pub struct Batch {
     rows: Pinned<Row>,
     edits: Pinned<Edit>,
+    masks: Pinned<u32>,
     tokens: Pinned<i32>,
     heads: Pinned<Head>,
     tops: Pinned<Top>,
@@ -138,6 +146,7 @@ impl Sampler {
             vocab,
             rows: Buffer::zeroed(device, rows, "sampling parameters")?,
             edits: Buffer::zeroed(device, 1 << 12, "sampling parameters")?,
+            masks: Buffer::zeroed(device, 1, "masks")?,
             heads: Buffer::zeroed(device, rows, "log-probabilities")?,
             tops: Buffer::zeroed(device, rows * TOPS_MAX, "log-probabilities")?,
         })
@@ -152,6 +161,7 @@ impl Sampler {
         Ok(Batch {
             rows: Pinned::zeroed(device, rows)?,
             edits: Pinned::zeroed(device, self.edits.len())?,
+            masks: Pinned::zeroed(device, 1)?,
             tokens: Pinned::zeroed(device, rows)?,
             heads: Pinned::zeroed(device, rows)?,
             tops: Pinned::zeroed(device, rows * TOPS_MAX)?,
@@ -160,7 +170,7 @@ impl Sampler {
     }
 
     /// Chooses the tokens of the first rows of `logits`, one for each want, and starts copying what was chosen to the host.
-    /// Never waits for the GPU, but to make room for more edits than there ever were.
+    /// Never waits for the GPU, but to make room for more edits or masks than there ever were.
     ///
     /// `follows` says of a want whether its sequence goes on from a token that the step before chose: that token then is in
     /// `row_token` and not in the sequence's counts.
@@ -181,8 +191,10 @@ impl Sampler {
         row_token: CUdeviceptr,
     ) -> Result<(), CudaError> {
         let edits = wants.iter().map(edits_of).sum();
-        self.make_room(batch, edits)?;
-        let mut edits = 0;
+        let words = self.vocab.div_ceil(32);
+        let masks = wants.iter().filter_map(mask_of).count() * words;
+        self.make_room(batch, edits, masks)?;
+        let (mut edits, mut masked) = (0, 0);
         let mut plain = true;
         for (row, want) in batch.rows.iter_mut().zip(wants) {
             *row = pack(
@@ -192,6 +204,17 @@ impl Sampler {
                 &mut batch.edits,
                 &mut edits,
             );
+            if let Some(mask) = mask_of(want) {
+                row.mask = masked as i32;
+                let words = &mut batch.masks[masked * words..][..words];
+                // Ids beyond a mask's end may not be chosen.
+                let given = mask.words().iter().copied().chain(std::iter::repeat(0));
+                words
+                    .iter_mut()
+                    .zip(given)
+                    .for_each(|(to, from)| *to = from);
+                masked += 1;
+            }
             plain &= row.is_plain();
         }
         let tops = batch.rows[..wants.len()].iter().map(|row| row.top).max();
@@ -203,6 +226,9 @@ impl Sampler {
                 if edits > 0 {
                     batch.edits.upload(edits, self.edits.at(0))?;
                 }
+                if masks > 0 {
+                    batch.masks.upload(masks, self.masks.at(0))?;
+                }
                 launch!(
                     self.kernel,
                     self.shape(wants.len()),
@@ -210,6 +236,7 @@ impl Sampler {
                     logits,
                     self.rows.at(0),
                     self.edits.at(0),
+                    self.masks.at(0),
                     row_token,
                     self.heads.at(0),
                     self.tops.at(0),
@@ -240,7 +267,19 @@ impl Sampler {
         Shape::plane(blocks, rows, self.threads).cluster(blocks)
     }
 
-    fn make_room(&mut self, batch: &mut Batch, edits: usize) -> Result<(), CudaError> {
+    fn make_room(
+        &mut self,
+        batch: &mut Batch,
+        edits: usize,
+        masks: usize,
+    ) -> Result<(), CudaError> {
+        let room = masks.next_power_of_two();
+        if masks > self.masks.len() {
+            self.masks = Buffer::zeroed(&self.device, room, "masks")?;
+        }
+        if masks > batch.masks.len() {
+            batch.masks = Pinned::zeroed(&self.device, room)?;
+        }
         let room = edits.next_power_of_two();
         if edits > self.edits.len() {
             self.edits = Buffer::zeroed(&self.device, room, "sampling parameters")?;
@@ -310,12 +349,15 @@ impl Row {
         pending: -1,
         given: -1,
         top: -1,
+        mask: -1,
+        unused: 0,
     };
 
     /// Whether the kernel leaves the best token as it is.
     fn is_plain(&self) -> bool {
         let edits = self.biases + self.bans + self.counts;
-        self.inverse_temperature == 0.0 && self.top < 0 && edits == 0 && self.pending < 0
+        let changed = edits > 0 || self.pending >= 0 || self.mask >= 0;
+        self.inverse_temperature == 0.0 && self.top < 0 && !changed
     }
 }
 
@@ -331,6 +373,14 @@ fn blocks(rows: usize, vocab: usize, multiprocessors: usize) -> usize {
         *blocks <= filled && blocks * rows <= usable
     };
     [8, 4, 2].into_iter().find(fits).unwrap_or(1)
+}
+
+/// What tokens a want may be answered with, if not all.
+fn mask_of(want: &Want) -> Option<&TokenMask> {
+    match &want.what {
+        What::Target { .. } => None,
+        What::Sample(request) => request.mask.as_deref(),
+    }
 }
 
 /// Edits that a want needs room for.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use baton_cuda::{Answer, Batch, Buffer, Compiler, Device, Sampler};
 use baton_engine::{
-    SampleRequest, SampleState, TokenCount, Want, What, random_bits, sample, token_logprobs,
+    SampleRequest, SampleState, TokenCount, TokenMask, Want, What, random_bits, sample,
+    token_logprobs,
 };
 use baton_protocol::Sampling;
 
@@ -57,6 +58,23 @@ fn logits(random: &mut Random, vocab: usize) -> Vec<f32> {
         _ => random.bell() * scale,
     };
     (0..vocab).map(&mut logit).collect()
+}
+
+/// Of three rows one has a mask: of a few tokens, of most, or of one; now and then it ends before the vocabulary does.
+fn mask(random: &mut Random, vocab: usize) -> Option<Arc<TokenMask>> {
+    let ids = match random.below(4) {
+        0 => vocab.div_ceil(2).max(1),
+        _ => vocab,
+    };
+    let one_in = match random.below(9) {
+        0 => 1,
+        1 => 50,
+        2 => ids,
+        _ => return None,
+    };
+    let first = random.below(one_in);
+    let allowed = (first..ids).step_by(one_in).map(|id| id as u32);
+    Some(Arc::new(TokenMask::of(ids as u32, allowed)))
 }
 
 fn state(random: &mut Random, vocab: usize) -> SampleState {
@@ -197,7 +215,7 @@ fn compare(
                     position: random.below(1000) as u32,
                     state: Arc::new(state(random, vocab)),
                     ban_stop_ids: random.below(2) == 0,
-                    mask: None,
+                    mask: mask(random, vocab),
                 }),
             };
             let sequence = row;

@@ -3,10 +3,12 @@
 //! Commands come in through a bounded channel and events go out through another; tokens go straight to
 //! the [`TokenOutbox`]. With work it steps back to back, without it sleeps until a command comes. When a
 //! step finds no free block it sleeps until blocks come back, and when the bus is slow, until there is
-//! room for tokens, with no step in flight: commands (aborts above all) are carried out meanwhile.
+//! room for tokens, with no step in flight: commands (aborts above all) are carried out meanwhile. A sequence with a grammar
+//! is held back until its constraint is made ([`crate::grammars`]).
 
 mod handle;
-mod held;
+mod held_back;
+mod held_blocks;
 #[cfg(feature = "simulation")]
 mod task;
 
@@ -16,18 +18,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_engine::{Engine, Event, ExecutorError, NewSequence, ResumedSequence};
+use baton_engine::{Constraint, Engine, Event, ExecutorError, NewSequence, ResumedSequence};
 use baton_protocol::{
     ApiServerId, End, Failure, FailureCode, FrameItem, PackedTokens, PullReport, Refusal,
 };
 use baton_watchdog::Pulse;
-use crossbeam_channel::{Receiver, RecvTimeoutError, TryRecvError};
+use crossbeam_channel::{Receiver, TryRecvError, after, never, select};
 use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::frames::{Route, TokenOutbox};
+use crate::grammars::{Grammars, News};
+
+use held_back::{Begins, HeldBack};
 
 pub(crate) use handle::{Command, EngineEvent, EngineHandle, EngineWaker, LoadGauge, Prefilled};
-pub(crate) use held::HeldBlocks;
+pub(crate) use held_blocks::HeldBlocks;
 #[cfg(feature = "simulation")]
 pub(crate) use task::EngineTask;
 
@@ -38,6 +43,7 @@ struct EngineThread {
     /// `None` once the executor broke.
     engine: Option<Engine>,
     commands: Receiver<Command>,
+    held: HeldBack,
     events: mpsc::Sender<EngineEvent>,
     tokens: Arc<TokenOutbox>,
     stalled: Arc<AtomicBool>,
@@ -70,6 +76,14 @@ enum Turn {
     End,
 }
 
+/// What a wait ended with.
+enum Came {
+    /// `None` if nobody can send one any more.
+    Command(Option<Command>),
+    News(Option<News>),
+    Nothing,
+}
+
 /// Whether the thread goes on.
 #[derive(Clone, Copy)]
 enum Flow {
@@ -80,6 +94,7 @@ enum Flow {
 impl EngineThread {
     fn new(
         engine: Engine,
+        grammars: Option<Grammars>,
         commands: Receiver<Command>,
         events: mpsc::Sender<EngineEvent>,
         tokens: Arc<TokenOutbox>,
@@ -90,6 +105,7 @@ impl EngineThread {
         Self {
             engine: Some(engine),
             commands,
+            held: HeldBack::new(grammars),
             events,
             tokens,
             stalled,
@@ -141,8 +157,11 @@ impl EngineThread {
         self.engine.as_ref().is_some_and(Engine::has_work)
     }
 
-    /// Carries out all commands that are there.
+    /// Carries out all commands that are there, and those that waited for a constraint which is there.
     fn take_commands(&mut self) -> Flow {
+        while let Ok(news) = self.held.news().try_recv() {
+            self.hear(news);
+        }
         loop {
             match self.commands.try_recv() {
                 Ok(command) => {
@@ -162,80 +181,66 @@ impl EngineThread {
     /// Sleeps until a command comes, or until the time is over.
     fn wait(&mut self, at_most: Option<Duration>) -> Flow {
         self.pulse.rest();
-        let command = match at_most {
-            Some(at_most) => self.commands.recv_timeout(at_most),
-            None => self
-                .commands
-                .recv()
-                .map_err(|_| RecvTimeoutError::Disconnected),
+        let over = at_most.map_or_else(never, after);
+        let came = select! {
+            recv(self.commands) -> command => Came::Command(command.ok()),
+            recv(self.held.news()) -> news => Came::News(news.ok()),
+            recv(over) -> _ => Came::Nothing,
         };
         self.pulse.beat();
+        match came {
+            Came::Command(Some(command)) => self.carry_out(command),
+            Came::Command(None) => Flow::End,
+            Came::News(news) => {
+                news.into_iter().for_each(|news| self.hear(news));
+                Flow::On
+            }
+            Came::Nothing => Flow::On,
+        }
+    }
+
+    /// A sequence that was held back can begin, or cannot.
+    fn hear(&mut self, news: News) {
+        let News::Built { key, built } = news else {
+            return; // a mask: the engine asks for it
+        };
+        let Some(command) = self.held.take(key) else {
+            return; // aborted meanwhile
+        };
+        match built {
+            Ok(constraint) => self.begin(command, Some(constraint)),
+            Err(detail) => self.turn_away(command, detail),
+        }
+    }
+
+    /// A sequence whose grammar cannot be followed here does not begin.
+    fn turn_away(&mut self, command: Command, detail: String) {
         match command {
-            Ok(command) => self.carry_out(command),
-            Err(RecvTimeoutError::Timeout) => Flow::On,
-            Err(RecvTimeoutError::Disconnected) => Flow::End,
+            Command::Decode { key, .. } => {
+                let failure = Failure::new(FailureCode::NoToken, detail);
+                self.end_decoding(key, End::Failed(failure.clone()));
+                self.say(EngineEvent::Ended { key, failure });
+            }
+            Command::Prefill { key, .. } => self.say(EngineEvent::Left {
+                key,
+                refusal: Some(Refusal::Malformed { detail }),
+            }),
+            Command::Abort { .. } | Command::Wake | Command::Shutdown => {}
         }
     }
 
     fn carry_out(&mut self, command: Command) -> Flow {
         match command {
-            Command::Prefill {
-                key,
-                spec,
-                prompt_logprobs,
-            } => {
-                let taken = match &mut self.engine {
-                    Some(engine) => engine.submit(NewSequence {
-                        key,
-                        spec,
-                        prompt_logprobs,
-                        constraint: None,
-                    }),
-                    None => Err(Refusal::Draining),
-                };
-                if let Err(refusal) = taken {
-                    self.say(EngineEvent::Left {
-                        key,
-                        refusal: Some(refusal),
-                    });
-                }
-            }
-            Command::Decode {
-                key,
-                route,
-                spec,
-                next,
-                blocks,
-                pulled,
-            } => {
-                tracing::debug!(request = %route.request, "its next step is the first here");
-                let index = spec.output_tokens() + 1;
-                let taken = match &mut self.engine {
-                    Some(engine) => engine.resume(ResumedSequence {
-                        key,
-                        spec,
-                        next,
-                        blocks,
-                        constraint: None,
-                    }),
-                    None => Err(Refusal::Draining),
-                };
-                self.decoding.insert(
-                    key,
-                    Decoding {
-                        route,
-                        index,
-                        pulled: Some(pulled),
-                    },
-                );
-                if let Err(refusal) = taken {
-                    // Its KV was released for it: another try must begin with the prompt.
-                    let failure = Failure::new(FailureCode::Preempted, refusal.to_string());
-                    self.end_decoding(key, End::Failed(failure));
-                    self.say(EngineEvent::Left { key, refusal: None });
+            Command::Prefill { .. } | Command::Decode { .. } => {
+                self.expect_tokens(&command);
+                match self.held.hold(command) {
+                    Ok(()) => {}
+                    Err(Begins::Now(command)) => self.begin(command, None),
+                    Err(Begins::Never(command, detail)) => self.turn_away(command, detail),
                 }
             }
             Command::Abort { key, failure } => {
+                drop(self.held.take(key));
                 if let Some(engine) = &mut self.engine {
                     engine.abort(key);
                 }
@@ -253,6 +258,79 @@ impl EngineThread {
         }
         self.report_load();
         Flow::On
+    }
+
+    /// Notes where the tokens of a sequence go that generates.
+    fn expect_tokens(&mut self, command: &Command) {
+        if let Command::Decode {
+            key,
+            route,
+            spec,
+            pulled,
+            ..
+        } = command
+        {
+            let decoding = Decoding {
+                route: route.clone(),
+                index: spec.output_tokens() + 1,
+                pulled: Some(*pulled),
+            };
+            self.decoding.insert(*key, decoding);
+        }
+    }
+
+    /// Gives the engine a sequence.
+    fn begin(&mut self, command: Command, constraint: Option<Box<dyn Constraint>>) {
+        match command {
+            Command::Prefill {
+                key,
+                spec,
+                prompt_logprobs,
+            } => {
+                let taken = match &mut self.engine {
+                    Some(engine) => engine.submit(NewSequence {
+                        key,
+                        spec,
+                        prompt_logprobs,
+                        constraint,
+                    }),
+                    None => Err(Refusal::Draining),
+                };
+                if let Err(refusal) = taken {
+                    self.say(EngineEvent::Left {
+                        key,
+                        refusal: Some(refusal),
+                    });
+                }
+            }
+            Command::Decode {
+                key,
+                route,
+                spec,
+                next,
+                blocks,
+                ..
+            } => {
+                tracing::debug!(request = %route.request, "its next step is the first here");
+                let taken = match &mut self.engine {
+                    Some(engine) => engine.resume(ResumedSequence {
+                        key,
+                        spec,
+                        next,
+                        blocks,
+                        constraint,
+                    }),
+                    None => Err(Refusal::Draining),
+                };
+                if let Err(refusal) = taken {
+                    // Its KV was released for it: another try must begin with the prompt.
+                    let failure = Failure::new(FailureCode::Preempted, refusal.to_string());
+                    self.end_decoding(key, End::Failed(failure));
+                    self.say(EngineEvent::Left { key, refusal: None });
+                }
+            }
+            Command::Abort { .. } | Command::Wake | Command::Shutdown => {}
+        }
     }
 
     /// Has the engine run and sends on what it made. False if nothing could run.
@@ -366,6 +444,7 @@ impl EngineThread {
     fn fail(&mut self, message: String) {
         tracing::error!(%message, "the executor broke: this worker serves no more");
         self.engine = None;
+        self.held.clear();
         let keys: Vec<_> = self.decoding.keys().copied().collect();
         for key in keys {
             let failure = Failure::new(FailureCode::Executor, message.clone());
@@ -392,7 +471,7 @@ impl EngineThread {
         let load = self.engine.as_ref().map(Engine::load).unwrap_or_default();
         self.load
             .waiting
-            .store(load.waiting as u32, Ordering::Relaxed);
+            .store((load.waiting + self.held.len()) as u32, Ordering::Relaxed);
         self.load
             .running
             .store(load.running as u32, Ordering::Relaxed);

@@ -38,6 +38,7 @@ mod device;
 mod engine_thread;
 mod error;
 mod frames;
+mod grammars;
 mod mover;
 mod pace;
 mod presence;

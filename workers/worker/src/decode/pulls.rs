@@ -320,7 +320,7 @@ mod tests {
         let engine = Engine::new(Box::new(executor), config);
         let pool = engine.pool();
         let tokens = Arc::new(TokenOutbox::default());
-        let (mut engine, _events) = EngineHandle::start(engine, tokens, 8).unwrap();
+        let (mut engine, _events) = EngineHandle::start(engine, None, tokens, 8).unwrap();
         let guard = |is_done| {
             let blocks = HeldBlocks::new(pool.reserve(3).unwrap(), engine.waker.clone());
             Guard {

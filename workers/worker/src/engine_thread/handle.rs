@@ -14,6 +14,7 @@ use tokio::sync::{Notify, mpsc};
 use super::EngineThread;
 use crate::WorkerError;
 use crate::frames::{Route, TokenOutbox};
+use crate::grammars::Grammars;
 
 /// What the engine thread is asked to do.
 pub(crate) enum Command {
@@ -104,14 +105,15 @@ pub(crate) struct EngineHandle {
 }
 
 impl EngineHandle {
-    /// Starts the thread. `sequences_max` bounds how many sequences the desk has in the engine at once; each
+    /// Starts the thread. Without `grammars` it refuses sequences that have one. `sequences_max` bounds how many sequences the desk has in the engine at once; each
     /// costs at most two commands and two events, so neither channel overflows.
     pub(crate) fn start(
         engine: Engine,
+        grammars: Option<Grammars>,
         tokens: Arc<TokenOutbox>,
         sequences_max: usize,
     ) -> Result<(Self, mpsc::Receiver<EngineEvent>), WorkerError> {
-        let (mut handle, thread, events) = Self::new(engine, tokens, sequences_max);
+        let (mut handle, thread, events) = Self::new(engine, grammars, tokens, sequences_max);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(|| thread.run())
@@ -126,6 +128,7 @@ impl EngineHandle {
     /// The two ends, with nobody to run the engine yet.
     pub(super) fn new(
         engine: Engine,
+        grammars: Option<Grammars>,
         tokens: Arc<TokenOutbox>,
         sequences_max: usize,
     ) -> (Self, EngineThread, mpsc::Receiver<EngineEvent>) {
@@ -137,6 +140,7 @@ impl EngineHandle {
         let pulse = Pulse::default();
         let thread = EngineThread::new(
             engine,
+            grammars,
             receiver,
             events,
             tokens,

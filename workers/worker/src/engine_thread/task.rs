@@ -23,7 +23,7 @@ impl EngineTask {
         tokens: Arc<TokenOutbox>,
         sequences_max: usize,
     ) -> (EngineHandle, Self, mpsc::Receiver<EngineEvent>) {
-        let (handle, thread, events) = EngineHandle::new(engine, tokens, sequences_max);
+        let (handle, thread, events) = EngineHandle::new(engine, None, tokens, sequences_max);
         let bell = Arc::clone(&handle.waker.bell);
         (handle, Self { thread, bell }, events)
     }

@@ -6,6 +6,8 @@ use baton_protocol::{CacheSalt, Generation, RequestId, SequenceSpec};
 
 use super::*;
 
+mod grammars;
+
 /// Works until the given step, and then fails or panics.
 struct Breaking {
     inner: FakeExecutor,
@@ -42,6 +44,10 @@ struct Fixture {
 }
 
 fn start(executor: impl Executor + 'static) -> Fixture {
+    start_with(executor, None)
+}
+
+fn start_with(executor: impl Executor + 'static, grammars: Option<Grammars>) -> Fixture {
     let config = EngineConfig {
         step_tokens_max: 64,
         sequences_max: 8,
@@ -51,7 +57,7 @@ fn start(executor: impl Executor + 'static) -> Fixture {
     let engine = Engine::new(Box::new(executor), config);
     let pool = engine.pool();
     let tokens = Arc::new(TokenOutbox::default());
-    let (engine, events) = EngineHandle::start(engine, tokens.clone(), 16).unwrap();
+    let (engine, events) = EngineHandle::start(engine, grammars, tokens.clone(), 16).unwrap();
     Fixture {
         engine,
         events,
@@ -72,12 +78,16 @@ fn spec(max_tokens: u32) -> SequenceSpec {
     }
 }
 
-fn decode(fixture: &Fixture, key: u64, max_tokens: u32) {
-    let route = Route {
+fn route(key: u64) -> Route {
+    Route {
         api_server: ApiServerId::new("api").unwrap(),
         request: RequestId(key.into()),
         attempt: 0,
-    };
+    }
+}
+
+fn decode(fixture: &Fixture, key: u64, max_tokens: u32) {
+    let route = route(key);
     let blocks = fixture.pool.reserve(2).unwrap();
     let (spec, pulled) = (spec(max_tokens), PullReport::default());
     assert!(fixture.engine.send(Command::Decode {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use baton_bus::Wire;
 use baton_engine::{Engine, EngineConfig};
-use baton_model::ModelDir;
+use baton_model::{ModelDir, TOKENIZER};
 use baton_protocol::limits::SENTENCE_BYTES_MAX;
 use baton_protocol::{
     Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, Role, WorkerDescriptor,
@@ -25,6 +25,7 @@ use crate::desk::{Desk, Parts};
 use crate::device::Backend;
 use crate::engine_thread::EngineHandle;
 use crate::frames::TokenOutbox;
+use crate::grammars::Grammars;
 use crate::mover::Mover;
 use crate::presence::{MicroService, SharedLoad};
 use crate::random::random;
@@ -127,8 +128,10 @@ pub async fn run(
     );
     let pool = engine.pool();
     let tokens = Arc::new(TokenOutbox::default());
+    let grammars = Grammars::new(config.model_dir.join(TOKENIZER), info.vocab);
     let (engine, events) = EngineHandle::start(
         engine,
+        Some(grammars),
         tokens.clone(),
         config.queue + info.step_sequences_max,
     )?;
