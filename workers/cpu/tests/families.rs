@@ -54,6 +54,13 @@ fn only_what_is_in_flight_is_followed() {
 }
 
 #[test]
+fn masks_are_obeyed() {
+    baton_executor_tests::masks::masks_are_obeyed(&|build| {
+        Box::new(executor(Kernel::best(), 2, build))
+    });
+}
+
+#[test]
 fn runs_choose_what_single_steps_do() {
     for kernel in kernels() {
         baton_executor_tests::runs::runs_choose_what_single_steps_do(&|build| {

@@ -500,7 +500,7 @@ mod tests {
 
     #[test]
     fn rows_are_packed_as_the_kernel_reads_them() {
-        assert_eq!((size_of::<Row>(), align_of::<Row>()), (64, 8));
+        assert_eq!((size_of::<Row>(), align_of::<Row>()), (72, 8));
         assert_eq!((size_of::<Head>(), size_of::<Top>()), (16, 8));
         let mut edits = [Edit::default(); 16];
         let mut used = 0;
@@ -551,6 +551,8 @@ mod tests {
             pending: 5,
             given: -1,
             top: 100,
+            mask: -1,
+            unused: 0,
         };
         assert_eq!(row, expected);
         let target = packed(

@@ -63,6 +63,12 @@ fn only_what_is_in_flight_is_followed() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn masks_are_obeyed() {
+    baton_executor_tests::masks::masks_are_obeyed(&|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn runs_choose_what_single_steps_do() {
     baton_executor_tests::runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(b)));
 }

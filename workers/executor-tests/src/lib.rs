@@ -6,6 +6,7 @@
 //! - [`company`]: logits with and without neighbours, in any chunks.
 //! - [`ahead`]: steps submitted before the last was collected, and what they may follow.
 //! - [`runs`]: several tokens of a sequence chosen in one step, by an executor that says it can.
+//! - [`masks`]: tokens chosen among those that a mask allows.
 //! - [`broken`]: a row of NaN among others.
 //! - [`golden`]: real weights against Transformers.
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod broken;
 pub mod company;
 pub mod families;
 pub mod golden;
+pub mod masks;
 mod plain;
 pub mod runs;
 mod steps;

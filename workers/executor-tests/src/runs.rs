@@ -165,6 +165,7 @@ fn push(
             position: (start + tokens.len()).saturating_sub(run) as u32 + 1,
             state: Arc::new(state),
             stop_ids_banned: MIN_TOKENS.saturating_sub(known.len()).min(run),
+            mask: None,
         }),
         targets: 0..0,
         target_top: 0,
