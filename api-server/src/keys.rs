@@ -15,7 +15,7 @@ use crate::bound::Bound;
 use crate::error::{ApiError, ErrorKind};
 
 /// What load balancers and Prometheus ask for, without a key.
-pub const OPEN_PATHS: [&str; 3] = ["/health", "/live", "/metrics"];
+pub const OPEN_PATHS: [&str; 4] = ["/health", "/live", "/metrics", "/ping"];
 
 /// Shorter keys can be guessed.
 const KEY_BYTES_MIN: usize = 16;

@@ -50,7 +50,9 @@ pub mod fuzzing {
     pub use crate::text::stop::StopMatcher;
     pub use crate::text::template::{ChatTemplate, Prompt as ChatPrompt};
     pub use crate::text::texts::Until;
-    pub use crate::text::tokenizer::{GenerationDefaults, ModelText, TextError};
+    pub use crate::text::tokenizer::{
+        GenerationDefaults, Keep, ModelText, Rendering, Side, TextError,
+    };
 }
 #[cfg(feature = "simulation")]
 pub use {

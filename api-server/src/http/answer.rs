@@ -17,7 +17,7 @@ use super::sse::SseBody;
 use super::whole::{self, Held};
 use crate::error::{ApiError, ErrorKind};
 use crate::fleet::router::prefix_chain;
-use crate::openai::{ApiKind, Extent, Params, Shape, Tally};
+use crate::openai::{ApiKind, Extent, Params, Shape, Shown, Tally};
 use crate::request::driver::{Job, drive};
 use crate::request::inbox::{Inbox, Mailbox};
 use crate::server::Server;
@@ -54,17 +54,29 @@ pub async fn answer(
     let extents = prompts.iter().map(|prompt| Extent {
         echo_bytes: prompt.echo.as_ref().map_or(0, |echo| echo.text.len()),
         echo_tokens: prompt.echo.as_ref().map_or(0, |_| prompt.tokens.len()),
+        prompt_tokens: prompt.tokens.len(),
         max_tokens: prompt.generation.max_tokens as usize,
     });
     params.check_size(extents, server.limits.answer_bytes_max)?;
     let id = random_id()?;
+    let token_ids = params.token_ids.then(|| {
+        let prompts = prompts.iter().map(|prompt| Arc::clone(&prompt.tokens));
+        (prompts.collect(), params.n as usize)
+    });
+    let shown = Shown {
+        stream: params.stream,
+        include_usage: params.include_usage,
+        continuous_usage: params.continuous_usage,
+        logprobs: params.sampling.logprobs.is_some(),
+        tokens_as_ids: params.tokens_as_ids,
+        token_ids,
+    };
     let shape = Arc::new(Shape::new(
         kind,
         &id.to_string(),
         &server.model_name,
-        params.stream,
-        params.include_usage,
-        params.sampling.logprobs.is_some(),
+        &server.model.system_fingerprint(),
+        shown,
     ));
     let prompt_tokens = prompts
         .iter()
@@ -125,7 +137,6 @@ impl Request<'_> {
         mut to: impl FnMut() -> Destination,
     ) -> Result<(), ApiError> {
         let deadline = self.arrived + self.server.request_budget;
-        let want_logprobs = self.params.sampling.logprobs.is_some();
         // Without a seed of the client's every choice draws its own numbers.
         let seed = if self.params.seeded {
             self.params.sampling.seed
@@ -155,9 +166,8 @@ impl Request<'_> {
                     Arc::clone(self.server),
                     index,
                     to(),
-                    self.params.stops.clone(),
-                    self.params.min_tokens,
-                    want_logprobs,
+                    self.params,
+                    prompt.tokens.len(),
                     echo,
                 );
                 let inbox = Arc::new(Inbox::default());

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::outbox::Share;
 use super::whole::{Held, Whole};
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{LOGPROB_BYTES, LogprobEntry, Shape, Usage};
+use crate::openai::{ID_BYTES, LOGPROB_BYTES, LogprobEntry, Params, Piece, Shape, Usage};
 use crate::request::driver::Sink;
 use crate::server::Server;
 use crate::text::detokenize::Detokenizer;
@@ -40,11 +40,19 @@ pub struct Choice {
     stops: StopMatcher,
     min_tokens: u32,
     want_logprobs: bool,
+    want_ids: bool,
+    /// Special tokens are text.
+    special_tokens: bool,
+    /// What ends it is text.
+    include_stop: bool,
+    /// Only the prompt is shown.
+    prompt_only: bool,
     echo: Option<Arc<Echo>>,
     opened: bool,
     /// Not yet sent, or all of it for an answer in one piece.
     text: String,
     logprobs: Vec<LogprobEntry>,
+    token_ids: Vec<u32>,
     /// Characters of text so far, what is held back included.
     characters: usize,
     piece: String,
@@ -57,32 +65,40 @@ impl Choice {
         server: Arc<Server>,
         index: usize,
         to: Destination,
-        stops: Vec<String>,
-        min_tokens: u32,
-        want_logprobs: bool,
+        params: &Params,
+        prompt_tokens: usize,
         echo: Option<Arc<Echo>>,
     ) -> Self {
+        let stops = StopMatcher::new(params.stops.clone());
         Self {
             server,
             index,
             to,
             detokenizer: Detokenizer::default(),
-            stops: StopMatcher::new(stops),
-            min_tokens,
-            want_logprobs,
+            stops: stops.keeping_stop(params.include_stop),
+            min_tokens: params.min_tokens,
+            want_logprobs: params.sampling.logprobs.is_some(),
+            want_ids: params.token_ids,
+            special_tokens: params.special_tokens,
+            include_stop: params.include_stop,
+            prompt_only: params.max_tokens == Some(0),
             echo,
             opened: false,
             text: String::new(),
             logprobs: Vec::new(),
+            token_ids: Vec::new(),
             characters: 0,
             piece: String::new(),
-            usage: Usage::default(),
+            usage: Usage {
+                prompt: prompt_tokens as u64,
+                ..Usage::default()
+            },
         }
     }
 
     /// Notes what an answer that is not a stream holds. One for which there is no memory any more has failed: whoever waits for it is
     /// told, and the client's leave of the other choices ends this one too.
-    fn note_held(&mut self, text_before: usize, logprobs_before: usize) {
+    fn note_held(&mut self, text_before: usize, logprobs_before: usize, ids_before: usize) {
         let Destination::Whole(gathering) = &mut self.to else {
             return;
         };
@@ -90,6 +106,7 @@ impl Choice {
         let alternatives: usize = new.iter().map(|entry| entry.top.capacity()).sum();
         let bytes = (self.text.len() - text_before)
             + size_of_val(new)
+            + size_of::<u32>() * (self.token_ids.len() - ids_before)
             + alternatives * size_of::<TopLogprob>();
         if gathering
             .as_mut()
@@ -108,6 +125,7 @@ impl Choice {
         }
         self.text = String::new();
         self.logprobs = Vec::new();
+        self.token_ids = Vec::new();
     }
 
     /// As [`Sink::tokens`].
@@ -115,22 +133,31 @@ impl Choice {
         let mut logprobs = logprobs.into_iter();
         for (i, token) in tokens.iter().enumerate() {
             self.usage.completion += 1;
+            if self.want_ids {
+                self.token_ids.push(*token);
+            }
             if self.want_logprobs {
                 let next = logprobs.next();
                 let vocabulary = &self.server.model.vocabulary;
-                // A special token has no text here.
-                let broken = match vocabulary.special(*token) {
+                // A special token has no text here, unless it is asked for.
+                let broken = match vocabulary.special(*token) && !self.special_tokens {
                     true => 0,
                     false => self.detokenizer.broken_before(vocabulary, *token),
                 };
                 self.add_logprobs(*token, next, self.characters + broken);
             }
-            if stop && i + 1 == tokens.len() {
+            if stop && i + 1 == tokens.len() && !self.include_stop {
                 break;
             }
             self.piece.clear();
-            self.detokenizer
-                .push(&self.server.model.vocabulary, *token, &mut self.piece);
+            let vocabulary = &self.server.model.vocabulary;
+            match self.special_tokens {
+                true => {
+                    self.detokenizer
+                        .push_special_too(vocabulary, *token, &mut self.piece);
+                }
+                false => self.detokenizer.push(vocabulary, *token, &mut self.piece),
+            }
             if self.want_logprobs {
                 self.characters += self.piece.chars().count();
             }
@@ -177,16 +204,17 @@ impl Sink for Choice {
         self.characters = echo.characters;
         self.text.push_str(&echo.text);
         self.detokenizer = echo.detokenizer.clone();
-        self.note_held(0, 0);
+        self.note_held(0, 0, 0);
     }
 
     fn tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
-        if matches!(self.to, Destination::Whole(None)) {
+        if self.prompt_only || matches!(self.to, Destination::Whole(None)) {
             return false;
         }
         let (text_before, logprobs_before) = (self.text.len(), self.logprobs.len());
+        let ids_before = self.token_ids.len();
         let stopped = self.add_tokens(tokens, logprobs, stop);
-        self.note_held(text_before, logprobs_before);
+        self.note_held(text_before, logprobs_before, ids_before);
         stopped
     }
 
@@ -194,7 +222,8 @@ impl Sink for Choice {
         match &self.to {
             Destination::Stream(share, _) => {
                 let logprobs: usize = self.logprobs.iter().map(|entry| 1 + entry.top.len()).sum();
-                share.has_room(self.text.len() + logprobs * LOGPROB_BYTES)
+                let ids = self.token_ids.len() * ID_BYTES;
+                share.has_room(self.text.len() + logprobs * LOGPROB_BYTES + ids)
             }
             Destination::Whole(_) => true,
         }
@@ -210,19 +239,25 @@ impl Sink for Choice {
         let Destination::Stream(share, shape) = &self.to else {
             return;
         };
-        if self.text.is_empty() && self.logprobs.is_empty() {
+        if self.text.is_empty() && self.logprobs.is_empty() && self.token_ids.is_empty() {
             return;
         }
-        let (index, model) = (self.index, &self.server.model);
+        let (index, model, usage) = (self.index, &self.server.model, self.usage);
+        let piece = Piece {
+            text: &self.text,
+            logprobs: &self.logprobs,
+            token_ids: &self.token_ids,
+        };
         let first = !std::mem::replace(&mut self.opened, true);
         share.write(|out| {
             if first {
-                shape.role_chunk(index, out);
+                shape.role_chunk(index, usage, out);
             }
-            shape.text_chunk(index, &self.text, &self.logprobs, model, out);
+            shape.text_chunk(index, piece, usage, model, out);
         });
         self.text.clear();
         self.logprobs.clear();
+        self.token_ids.clear();
     }
 
     fn end(&mut self, end: Result<FinishReason, ApiError>) {
@@ -245,12 +280,12 @@ impl Sink for Choice {
         self.flush();
         match (&mut self.to, end) {
             (Destination::Stream(share, shape), Ok(finish)) => {
-                let (index, opened) = (self.index, self.opened);
+                let (index, opened, usage) = (self.index, self.opened, self.usage);
                 share.write(|out| {
                     if !opened {
-                        shape.role_chunk(index, out);
+                        shape.role_chunk(index, usage, out);
                     }
-                    shape.finish_chunk(index, finish, out);
+                    shape.finish_chunk(index, finish, usage, out);
                 });
                 share.done(self.index, self.usage, shape);
             }
@@ -266,6 +301,7 @@ impl Sink for Choice {
                     let whole = end.map(|finish| Whole {
                         text: std::mem::take(&mut self.text),
                         logprobs: std::mem::take(&mut self.logprobs),
+                        token_ids: std::mem::take(&mut self.token_ids),
                         finish,
                         usage: self.usage,
                         _held: held,

@@ -81,14 +81,21 @@ async fn try_chat(
     let work = move |until: &Until| {
         let _room = room;
         let model = &on_server.model;
-        let ChatRequest { params, messages } =
-            ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
+        let ChatRequest {
+            params,
+            messages,
+            rendering,
+        } = ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
         drop(bytes);
         check_model(&on_server, &params)?;
         place.grow(params.n as usize - 1)?;
         let refused = |error: TextError| error.of("messages", model);
-        let prompt = model.render_chat(messages, until).map_err(refused)?;
-        let tokens = model.encode_chat(&prompt, until).map_err(refused)?;
+        let keep = params.keep(model, None);
+        let prompt = model.render_chat_as(messages, rendering, keep, until);
+        let prompt = prompt.map_err(refused)?;
+        let special = params.add_special_tokens.unwrap_or(false);
+        let tokens = model.encode_chat_as(&prompt, special, keep, until);
+        let tokens = tokens.map_err(refused)?;
         drop(prompt);
         let generation = params.generation(model, "messages", tokens.len(), None)?;
         let prepared = Prepared {
@@ -162,12 +169,19 @@ fn prepare(
     until: &Until,
 ) -> Result<Prepared, ApiError> {
     let model = &server.model;
+    let keep = params.keep(model, Some(COMPLETION_TOKENS));
     let (tokens, text) = match prompt {
         Prompt::Text(text) => {
-            let tokens = model.encode(&text, true, until);
-            (tokens.map_err(|e| e.of("prompt", model))?, Some(text))
+            let special = params.add_special_tokens.unwrap_or(true);
+            let tokens = model.encode_kept(&text, special, keep, until);
+            // What is repeated is what is left of it.
+            let text = keep.is_none().then_some(text);
+            (tokens.map_err(|e| e.of("prompt", model))?, text)
         }
-        Prompt::Tokens(tokens) => (tokens, None),
+        Prompt::Tokens(mut tokens) => {
+            keep.iter().for_each(|keep| keep.cut(&mut tokens));
+            (tokens, None)
+        }
     };
     if tokens.is_empty() {
         return Err(ApiError::param("prompt", "prompt has no tokens"));

@@ -10,6 +10,7 @@ mod presence;
 mod respond;
 mod sse;
 mod status;
+mod tokenize;
 mod whole;
 
 use std::any::Any;
@@ -24,7 +25,7 @@ use actix_web::body::{BodySize, BoxBody, MessageBody};
 use actix_web::dev::{Server as HttpServerHandle, ServiceRequest, ServiceResponse};
 use actix_web::http::{ConnectionType, Version};
 use actix_web::middleware::{Next, from_fn};
-use actix_web::{App, HttpServer, rt, web};
+use actix_web::{App, HttpServer, guard, rt, web};
 
 pub use self::status::worker_rows;
 use crate::error::{ApiError, ErrorKind};
@@ -59,29 +60,27 @@ pub fn serve(
             .wrap(from_fn(close_after_answer))
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
-            .service(only(
-                web::resource("/v1/chat/completions").route(web::post().to(completions::chat)),
+            .service(post(
+                "/v1/chat/completions",
+                web::post().to(completions::chat),
             ))
+            .service(post("/v1/completions", web::post().to(completions::text)))
+            .service(post("/tokenize", web::post().to(tokenize::tokenize)))
+            .service(post("/detokenize", web::post().to(tokenize::detokenize)))
+            .service(get("/v1/models", || web::route().to(status::models)))
+            .service(get("/v1/models/{model:.*}", || {
+                web::route().to(status::model)
+            }))
+            .service(get("/health", || web::route().to(status::health)))
+            .service(get("/live", || web::route().to(status::live)))
+            .service(get("/metrics", || web::route().to(status::metrics)))
+            .service(get("/cluster", || web::route().to(status::cluster)))
+            .service(get("/version", || web::route().to(status::version)))
             .service(only(
-                web::resource("/v1/completions").route(web::post().to(completions::text)),
-            ))
-            .service(only(
-                web::resource("/v1/models").route(web::get().to(status::models)),
-            ))
-            .service(only(
-                web::resource("/v1/models/{model:.*}").route(web::get().to(status::model)),
-            ))
-            .service(only(
-                web::resource("/health").route(web::get().to(status::health)),
-            ))
-            .service(only(
-                web::resource("/live").route(web::get().to(status::live)),
-            ))
-            .service(only(
-                web::resource("/metrics").route(web::get().to(status::metrics)),
-            ))
-            .service(only(
-                web::resource("/cluster").route(web::get().to(status::cluster)),
+                web::resource("/ping")
+                    .route(web::get().to(status::health))
+                    .route(web::head().to(status::health))
+                    .route(web::post().to(status::health)),
             ))
             .default_service(web::to(status::unknown_path))
     };
@@ -130,6 +129,17 @@ fn close_when_stalled(connection: &dyn Any, stall: Duration) {
     if let Err(error) = rustix::net::sockopt::set_tcp_user_timeout(stream, milliseconds) {
         tracing::debug!(%error, "TCP_USER_TIMEOUT was not set");
     }
+}
+
+/// A path that takes bodies.
+fn post(path: &str, route: actix_web::Route) -> actix_web::Resource {
+    only(web::resource(path).route(route))
+}
+
+/// A path that is read; HEAD answers as GET does, and leaves the body out.
+fn get(path: &str, route: impl Fn() -> actix_web::Route) -> actix_web::Resource {
+    let resource = web::resource(path).route(route().guard(guard::Get()));
+    only(resource.route(route().guard(guard::Head())))
 }
 
 /// Other methods on a known path are told so.

@@ -233,14 +233,15 @@ mod tests {
     use baton_protocol::FinishReason;
 
     use super::*;
-    use crate::openai::ApiKind;
+    use crate::openai::{ApiKind, Shown};
 
     /// What a stream of two choices says, one of which ends.
     fn stream(second: impl FnOnce(Share, &Shape)) -> String {
-        let shape = Shape::new(ApiKind::Completion, "1", "m", true, false, false);
+        let shape = Shape::new(ApiKind::Completion, "1", "m", "f", Shown::default());
         let outbox = Outbox::new(2, Tally::new(1, 1, 2));
         let (first, other) = (outbox.share(), outbox.share());
-        first.write(|out| shape.finish_chunk(0, FinishReason::Stop, out));
+        let usage = Usage::default();
+        first.write(|out| shape.finish_chunk(0, FinishReason::Stop, usage, out));
         first.done(0, Usage::default(), &shape);
         drop(first);
         assert!(!outbox.inner.borrow().ended, "the other goes on");

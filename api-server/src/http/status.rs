@@ -44,18 +44,29 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
     }
 }
 
-fn model_object(server: &Server) -> Value {
+/// Longest sequence that can be served.
+pub fn longest_sequence(server: &Server) -> u32 {
     let longest = server
         .members()
         .longest_sequence(&server.model.fingerprint, Instant::now());
     // While no pair of workers serves, what the model could do.
     let held = longest.map_or(u32::MAX, |(held, _)| held);
+    held.min(server.model.tokens_max)
+}
+
+/// `GET /version`.
+pub async fn version() -> HttpResponse {
+    let body = json!({"version": env!("CARGO_PKG_VERSION")});
+    respond::json(StatusCode::OK, body.to_string())
+}
+
+fn model_object(server: &Server) -> Value {
     json!({
         "id": server.model_name,
         "object": "model",
         "created": server.started_unix,
         "owned_by": "baton",
-        "max_model_len": held.min(server.model.tokens_max),
+        "max_model_len": longest_sequence(server),
     })
 }
 

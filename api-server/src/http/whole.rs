@@ -31,6 +31,8 @@ pub struct Whole {
     pub text: String,
     /// Log-probabilities, if asked for.
     pub logprobs: Vec<LogprobEntry>,
+    /// Token ids, if asked for.
+    pub token_ids: Vec<u32>,
     /// Why it ended.
     pub finish: FinishReason,
     /// Output tokens, and prompt tokens that were cached.
@@ -136,6 +138,8 @@ struct Answer {
     shape: Arc<Shape>,
     tally: Tally,
     choices: std::iter::Enumerate<std::vec::IntoIter<Whole>>,
+    /// The number of the choice that is being written.
+    index: usize,
     step: Step,
 }
 
@@ -157,6 +161,7 @@ impl Answer {
             shape,
             tally,
             choices: choices.into_iter().enumerate(),
+            index: 0,
             step: Step::Open,
         }
     }
@@ -184,6 +189,7 @@ impl Answer {
             Step::Choice => match self.choices.next() {
                 Some((index, whole)) => {
                     self.tally.add(index, whole.usage);
+                    self.index = index;
                     shape.open_choice(index, out);
                     Step::Text(whole, 0)
                 }
@@ -216,7 +222,7 @@ impl Answer {
                 }
             }
             Step::Finish(whole) => {
-                shape.close_choice(whole.finish, out);
+                shape.close_choice(self.index, &whole.token_ids, whole.finish, out);
                 Step::Choice
             }
             Step::Over => Step::Over,
@@ -230,7 +236,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::openai::ApiKind;
+    use crate::openai::{ApiKind, Shown};
     use crate::text::tokenizer::tests::opened;
 
     /// Choices of much text and many log-probabilities.
@@ -248,6 +254,7 @@ mod tests {
                 // Whose characters lie across the ends of steps.
                 text: "aü\"\n".repeat(20 * tokens),
                 logprobs: (0..tokens).map(entry).collect(),
+                token_ids: Vec::new(),
                 finish: FinishReason::Length,
                 usage: Usage {
                     completion: tokens as u64,
@@ -264,7 +271,11 @@ mod tests {
         let model = opened(7, "{}").unwrap();
         for kind in [ApiKind::Chat, ApiKind::Completion] {
             let all = Arc::new(Bound::new(1 << 20));
-            let shape = Arc::new(Shape::new(kind, "1", "m", false, false, true));
+            let shown = Shown {
+                logprobs: true,
+                ..Shown::default()
+            };
+            let shape = Arc::new(Shape::new(kind, "1", "m", "f", shown));
             let tally = Tally::new(1, 1, 3);
             let mut answer = Answer::new(shape, tally, choices(&all, 3, 3_000));
             let mut document = Vec::new();

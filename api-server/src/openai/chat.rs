@@ -1,12 +1,13 @@
 //! `POST /v1/chat/completions`: the request.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value};
 
 use super::fields::{Fields, wrong_type};
 use super::params::{Params, alternatives};
+use super::table::{Door, misspelled};
 use crate::config::Limits;
 use crate::error::ApiError;
-use crate::text::tokenizer::GenerationDefaults;
+use crate::text::tokenizer::{GenerationDefaults, Rendering};
 
 /// A chat request, checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +16,8 @@ pub struct ChatRequest {
     pub params: Params,
     /// Messages for the template; `content` is one string.
     pub messages: Vec<Value>,
+    /// How the template is rendered.
+    pub rendering: Rendering,
 }
 
 impl ChatRequest {
@@ -27,12 +30,16 @@ impl ChatRequest {
         defaults: &GenerationDefaults,
         limits: &Limits,
     ) -> Result<Self, ApiError> {
-        let mut fields = Fields::parse(body)?;
-        refuse_unsupported(&fields)?;
-        let mut params = Params::read(&fields, defaults, limits)?;
+        let mut fields = Fields::parse(Door::Chat, body)?;
+        let mut params = Params::read(Door::Chat, &fields, 1, defaults, limits)?;
         params.sampling.logprobs = logprobs(&fields)?;
+        let rendering = rendering(&mut fields)?;
         let messages = messages(fields.take("messages"))?;
-        Ok(Self { params, messages })
+        Ok(Self {
+            params,
+            messages,
+            rendering,
+        })
     }
 }
 
@@ -49,45 +56,84 @@ fn logprobs(fields: &Fields) -> Result<Option<u8>, ApiError> {
     }
 }
 
-/// What would change the answer if it were ignored, and is not there yet.
-fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
-    let unsupported = |param: &str, what: &str| {
-        Err(ApiError::param(
-            param,
-            format!("{what} is not supported by this server"),
-        ))
+/// How the template is to be rendered.
+///
+/// # Errors
+/// 400 with the parameter's name.
+pub fn rendering(fields: &mut Fields) -> Result<Rendering, ApiError> {
+    const VARIABLES: &str = "chat_template_kwargs";
+    let continues = fields.bool("continue_final_message")?.unwrap_or(false);
+    let opens = fields.bool("add_generation_prompt")?;
+    if continues && opens == Some(true) {
+        let message = "continue_final_message goes on with the last message, and add_generation_prompt begins another: ask for one of them";
+        return Err(ApiError::param("continue_final_message", message));
+    }
+    let variables = match fields.take(VARIABLES) {
+        None => Map::new(),
+        Some(Value::Object(variables)) => variables,
+        Some(other) => return Err(wrong_type(VARIABLES, "an object", &other)),
     };
-    for name in ["tools", "functions"] {
-        match fields.value(name) {
-            None => {}
-            Some(Value::Array(list)) if list.is_empty() => {}
-            Some(_) => return unsupported(name, "tool calling"),
-        }
+    if let Some(name) = RESERVED.iter().find(|name| variables.contains_key(**name)) {
+        let param = format!("{VARIABLES}.{name}");
+        let message = format!(
+            "{param} is not for the request to set there: name other variables of the template"
+        );
+        return Err(ApiError::param(param, message));
     }
-    if let Some(format) = fields.value("response_format") {
-        match format.get("type").and_then(Value::as_str) {
-            Some("text") => {}
-            Some(kind) => {
-                return unsupported("response_format", &format!("response_format {kind:?}"));
-            }
-            None => {
-                return Err(wrong_type(
-                    "response_format",
-                    "an object with a type",
-                    format,
-                ));
-            }
-        }
-    }
-    if let Some(modalities) = fields.value("modalities")
-        && *modalities != json!(["text"])
-    {
-        return unsupported("modalities", "any modality but text");
-    }
-    Ok(())
+    Ok(Rendering {
+        add_generation_prompt: opens.unwrap_or(!continues),
+        continue_final_message: continues,
+        variables,
+    })
 }
 
-fn messages(value: Option<Value>) -> Result<Vec<Value>, ApiError> {
+/// Variables of the template that have a field of their own, or are the model's.
+const RESERVED: [&str; 8] = [
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "bos_token",
+    "eos_token",
+    "chat_template",
+    "tokenize",
+];
+
+/// Fields of a message that Baton or templates know. Others reach the template too, unless they are misspelled.
+const OF_MESSAGES: [&str; 8] = [
+    "role",
+    "content",
+    "name",
+    "refusal",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+];
+
+/// Fields of a message that would change what the model reads, and that no template knows.
+const NOT_OF_MESSAGES: [(&str, &str); 4] = [
+    ("function_call", "say it in tool_calls"),
+    ("audio", "models here read only text"),
+    ("prefix", "use continue_final_message"),
+    ("partial", "use continue_final_message"),
+];
+
+/// Fields of a text part.
+const OF_PARTS: [&str; 5] = [
+    "type",
+    "text",
+    "refusal",
+    // of prompt caches that are told where prefixes end
+    "cache_control",
+    "prompt_cache_breakpoint",
+];
+
+/// The messages of a chat, ready for the template.
+///
+/// # Errors
+/// 400 that names the message.
+pub fn messages(value: Option<Value>) -> Result<Vec<Value>, ApiError> {
     let list = match value {
         Some(Value::Array(list)) if !list.is_empty() => list,
         Some(Value::Array(_)) => {
@@ -110,6 +156,9 @@ fn message(i: usize, mut message: Value) -> Result<Value, ApiError> {
     let Some(object) = message.as_object_mut() else {
         return Err(wrong_type(&at(""), "an object", &message));
     };
+    // A client that sends back what it got sends all that was not there as null, and templates ask what is there.
+    object.retain(|_, value| !value.is_null());
+    check_fields(object, &at(""))?;
     match object.get("role") {
         Some(Value::String(role)) if !role.is_empty() => {}
         Some(other) => return Err(wrong_type(&at(".role"), "a role name", other)),
@@ -123,9 +172,13 @@ fn message(i: usize, mut message: Value) -> Result<Value, ApiError> {
     let content = match object.remove("content") {
         Some(Value::String(text)) => text,
         Some(Value::Array(parts)) => joined(&at(".content"), &parts)?,
-        // An assistant that only called tools has said nothing.
-        Some(Value::Null) | None if object["role"] == "assistant" => String::new(),
-        Some(Value::Null) | None => {
+        // An assistant that refused has said that; one that only called tools has said nothing.
+        None if object["role"] == "assistant" => match object.remove("refusal") {
+            None => String::new(),
+            Some(Value::String(text)) => text,
+            Some(other) => return Err(wrong_type(&at(".refusal"), "a string", &other)),
+        },
+        None => {
             let param = at(".content");
             let message = format!("{param} is required");
             return Err(ApiError::param(param, message));
@@ -142,18 +195,44 @@ fn message(i: usize, mut message: Value) -> Result<Value, ApiError> {
     Ok(message)
 }
 
+/// Refuses fields of a message, or of this path, that are not what their sender thinks.
+fn check_fields(message: &Map<String, Value>, path: &str) -> Result<(), ApiError> {
+    for (name, value) in message {
+        let at = || format!("{path}.{name}");
+        if let Some((_, instead)) = NOT_OF_MESSAGES.iter().find(|(not, _)| not == name) {
+            if *value != Value::Bool(false) {
+                let message = format!("{} is not supported by this server: {instead}", at());
+                return Err(ApiError::param(at(), message));
+            }
+        } else if let Some(meant) = misspelled(name, &OF_MESSAGES) {
+            let message = format!("there is no field {}: do you mean {meant}?", at());
+            return Err(ApiError::param(at(), message));
+        }
+    }
+    Ok(())
+}
+
 /// Text parts as one text, a line each.
 fn joined(name: &str, parts: &[Value]) -> Result<String, ApiError> {
     let texts = parts.iter().enumerate().map(|(i, part)| {
         let param = format!("{name}[{i}]");
-        match (part, part.get("type").and_then(Value::as_str)) {
+        let mut names = part.as_object().into_iter().flat_map(Map::keys);
+        let other = names.find(|name| !OF_PARTS.contains(&name.as_str()));
+        let kind = part.get("type").and_then(Value::as_str);
+        match (part, kind) {
             (Value::String(text), _) => Ok(text.as_str()),
-            (_, Some("text")) => match part.get("text") {
-                Some(Value::String(text)) => Ok(text.as_str()),
-                other => Err(wrong_type(
+            (_, Some(kind @ ("text" | "refusal"))) => match (part.get(kind), other) {
+                (Some(Value::String(text)), None) => Ok(text.as_str()),
+                (_, Some(other)) => {
+                    let other: String = other.chars().take(64).collect();
+                    let param = format!("{param}.{other}");
+                    let message = format!("there is no field {param} in a text part");
+                    Err(ApiError::param(param, message))
+                }
+                (text, None) => Err(wrong_type(
                     &param,
                     "a text part",
-                    other.unwrap_or(&Value::Null),
+                    text.unwrap_or(&Value::Null),
                 )),
             },
             (_, Some(kind)) => {
@@ -169,6 +248,7 @@ fn joined(name: &str, parts: &[Value]) -> Result<String, ApiError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn parse(body: Value) -> Result<ChatRequest, ApiError> {
         let body = body.to_string();
@@ -203,6 +283,26 @@ mod tests {
                 json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
                 "messages[0].content[0]",
             ),
+            (
+                json!({"messages": [{"role": "assistant", "contents": "x"}]}),
+                "messages[0].contents",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "content": "x", "prefix": true}]}),
+                "messages[0].prefix",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "detail": 1}]}]}),
+                "messages[0].content[0].detail",
+            ),
+            (
+                json!({"messages": [user], "continue_final_message": true, "add_generation_prompt": true}),
+                "continue_final_message",
+            ),
+            (
+                json!({"messages": [user], "chat_template_kwargs": {"eos_token": "x"}}),
+                "chat_template_kwargs.eos_token",
+            ),
             (json!({"messages": [user], "tools": [{}]}), "tools"),
             (
                 json!({"messages": [user], "response_format": {"type": "json_schema"}}),
@@ -221,6 +321,43 @@ mod tests {
             let error = parse(body.clone()).expect_err(&body.to_string());
             assert_eq!(error.param.as_deref(), Some(name), "{body}");
         }
+    }
+
+    /// As `model_dump()` of an SDK's message gives it.
+    #[test]
+    fn a_message_may_be_sent_back_as_it_came() {
+        let back = json!({"role": "assistant", "content": "yes", "refusal": null, "annotations": [], "audio": null,
+            "function_call": null, "tool_calls": null, "reasoning_content": null});
+        let refused = json!({"role": "assistant", "content": null, "refusal": "No."});
+        let request = parse(json!({"messages": [back, refused]})).unwrap();
+        let kept = json!({"role": "assistant", "content": "yes", "annotations": []});
+        assert_eq!(request.messages[0], kept);
+        assert_eq!(request.messages[1]["content"], "No.");
+    }
+
+    #[test]
+    fn a_chat_that_goes_on_opens_no_turn() {
+        let user = json!({"role": "user", "content": "hi"});
+        let rendering = |more: Value| {
+            let mut body = json!({"messages": [user]});
+            for (name, value) in more.as_object().unwrap() {
+                body[name] = value.clone();
+            }
+            let rendering = parse(body).unwrap().rendering;
+            (
+                rendering.add_generation_prompt,
+                rendering.continue_final_message,
+            )
+        };
+        assert_eq!(rendering(json!({})), (true, false));
+        assert_eq!(
+            rendering(json!({"continue_final_message": true})),
+            (false, true)
+        );
+        assert_eq!(
+            rendering(json!({"add_generation_prompt": false})),
+            (false, false)
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::fields::{Fields, whole, wrong_type};
 use super::params::{Params, alternatives};
+use super::table::Door;
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::text::tokenizer::GenerationDefaults;
@@ -38,19 +39,11 @@ impl CompletionRequest {
         defaults: &GenerationDefaults,
         limits: &Limits,
     ) -> Result<Self, ApiError> {
-        let mut fields = Fields::parse(body)?;
-        for name in ["suffix", "best_of"] {
-            let harmless = |value: &Value| whole(value) == Some(1) || value.as_str() == Some("");
-            if fields.value(name).is_some_and(|value| !harmless(value)) {
-                return Err(ApiError::param(
-                    name,
-                    format!("{name} is not supported by this server"),
-                ));
-            }
-        }
-        let mut params = Params::read(&fields, defaults, limits)?;
-        params.sampling.logprobs = alternatives(&fields, "logprobs")?;
+        let mut fields = Fields::parse(Door::Text, body)?;
         let echo = fields.bool("echo")?.unwrap_or(false);
+        let max_tokens_min = if echo { 0 } else { 1 };
+        let mut params = Params::read(Door::Text, &fields, max_tokens_min, defaults, limits)?;
+        params.sampling.logprobs = alternatives(&fields, "logprobs")?;
         let prompts = prompts(fields.take("prompt"))?;
         let choices = prompts.len() * params.n as usize;
         if choices > limits.choices_max {
@@ -144,6 +137,16 @@ mod tests {
             let error = parse(json!({"prompt": wrong})).unwrap_err();
             assert_eq!(error.param.as_deref(), Some("prompt"), "{wrong}");
         }
+    }
+
+    #[test]
+    fn nothing_but_a_prompt_that_is_repeated_is_an_answer_of_its_own() {
+        let nothing = |echo: bool| parse(json!({"prompt": "a", "max_tokens": 0, "echo": echo}));
+        assert_eq!(nothing(true).unwrap().params.max_tokens, Some(0));
+        assert_eq!(
+            nothing(false).unwrap_err().param.as_deref(),
+            Some("max_tokens")
+        );
     }
 
     #[test]

@@ -2,21 +2,22 @@
 
 use serde_json::{Map, Value};
 
+use super::table::{self, Door};
 use crate::error::{ApiError, ErrorKind};
 
 /// Most values of a body, each item of a list counted: a parsed value takes up to 80 bytes, whatever few it had in the body.
 const VALUES_MAX: usize = 1 << 20;
 
-/// The fields of a request. Unknown ones are nobody's business; `null` is the same as absent.
+/// The fields of a request: all of them known, and none that would be ignored. `null` is the same as absent.
 #[derive(Debug)]
 pub struct Fields(Map<String, Value>);
 
 impl Fields {
-    /// Parses a body.
+    /// Parses a body that came to this door.
     ///
     /// # Errors
-    /// 400 for anything but a JSON object.
-    pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+    /// 400 for anything but a JSON object, and for fields that this door does not know or do.
+    pub fn parse(door: Door, body: &[u8]) -> Result<Self, ApiError> {
         let bad = |message: String| ApiError::new(ErrorKind::InvalidRequest, message);
         if let Err(error) = std::str::from_utf8(body) {
             return Err(bad(format!(
@@ -30,7 +31,10 @@ impl Fields {
             )));
         }
         match serde_json::from_slice(body) {
-            Ok(Value::Object(map)) => Ok(Self(map)),
+            Ok(Value::Object(map)) => {
+                table::check(door, &map)?;
+                Ok(Self(map))
+            }
             Ok(_) => Err(bad("the body must be a JSON object".to_owned())),
             Err(error) => Err(bad(format!("the body is not valid JSON: {error}"))),
         }
@@ -148,33 +152,37 @@ mod tests {
 
     #[test]
     fn a_body_of_a_million_little_values_is_refused_before_it_grows() {
-        let body = |items: usize| format!("{{\"a\":[{}0]}}", "[0],".repeat(items));
-        let error = Fields::parse(body(VALUES_MAX / 2).as_bytes()).unwrap_err();
+        let body = |items: usize| format!("{{\"user\":[{}0]}}", "[0],".repeat(items));
+        let error = Fields::parse(Door::Text, body(VALUES_MAX / 2).as_bytes()).unwrap_err();
         assert!(
             error.message.contains("more than 1048576 values"),
             "{error}"
         );
-        assert!(Fields::parse(body(VALUES_MAX / 4).as_bytes()).is_ok());
-        let text = format!("{{\"a\":\"\\\"{}\"}}", ",[{:".repeat(VALUES_MAX));
-        assert!(Fields::parse(text.as_bytes()).is_ok(), "text is one value");
+        assert!(Fields::parse(Door::Text, body(VALUES_MAX / 4).as_bytes()).is_ok());
+        let text = format!("{{\"user\":\"\\\"{}\"}}", ",[{:".repeat(VALUES_MAX));
+        assert!(
+            Fields::parse(Door::Text, text.as_bytes()).is_ok(),
+            "text is one value"
+        );
     }
 
     #[test]
     fn wrong_types_name_the_field() {
-        let fields = Fields::parse(br#"{"n":"2","t":3,"x":null,"f":2.0}"#).unwrap();
+        let fields =
+            Fields::parse(Door::Text, br#"{"n":"2","seed":3,"echo":null,"top_k":2.0}"#).unwrap();
         assert_eq!(
             fields.integer("n", 1, 8).unwrap_err().param.as_deref(),
             Some("n")
         );
         assert_eq!(
-            fields.integer("t", 1, 2).unwrap_err().message,
-            "t must be from 1 to 2, got 3"
+            fields.integer("seed", 1, 2).unwrap_err().message,
+            "seed must be from 1 to 2, got 3"
         );
-        assert_eq!(fields.bool("x").unwrap(), None);
-        assert_eq!(fields.integer("f", 0, 9).unwrap(), Some(2));
-        assert!(Fields::parse(b"[1]").is_err());
+        assert_eq!(fields.bool("echo").unwrap(), None);
+        assert_eq!(fields.integer("top_k", 0, 9).unwrap(), Some(2));
+        assert!(Fields::parse(Door::Text, b"[1]").is_err());
         assert!(
-            Fields::parse(b"{\"a\":\"\xff\"}")
+            Fields::parse(Door::Text, b"{\"a\":\"\xff\"}")
                 .unwrap_err()
                 .message
                 .contains("UTF-8")

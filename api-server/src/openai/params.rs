@@ -6,9 +6,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::fields::{Fields, whole, wrong_type};
+use super::table::{self, Door};
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
-use crate::text::tokenizer::{GenerationDefaults, ModelText};
+use crate::text::tokenizer::{GenerationDefaults, Keep, ModelText, Side};
 
 /// Most entries of `logit_bias` and of `stop_token_ids`.
 const IDS_MAX: usize = 1024;
@@ -27,9 +28,15 @@ pub struct Params {
     pub stream: bool,
     /// Report usage at the end of the stream.
     pub include_usage: bool,
+    /// Report usage so far with each event of the stream.
+    pub continuous_usage: bool,
     /// Strings that end a generation.
     pub stops: Vec<String>,
-    /// Most output tokens, if the client says.
+    /// What ends a generation is part of its text.
+    pub include_stop: bool,
+    /// Special tokens of the output are part of its text.
+    pub special_tokens: bool,
+    /// Most output tokens, if the client says. 0 is for a prompt that is only repeated.
     pub max_tokens: Option<u32>,
     /// No stop before this many tokens.
     pub min_tokens: u32,
@@ -43,30 +50,45 @@ pub struct Params {
     pub seeded: bool,
     /// Whose KV the prompt may use.
     pub cache_salt: CacheSalt,
+    /// What to keep of a prompt that is longer; as many tokens as there is room for, if it names no number.
+    pub truncation: Option<(Option<u32>, Side)>,
+    /// Whether the tokenizer's own tokens are added at the ends of the prompt, if the client says.
+    pub add_special_tokens: Option<bool>,
+    /// Report token ids.
+    pub token_ids: bool,
+    /// Name tokens by their ids in log-probabilities.
+    pub tokens_as_ids: bool,
 }
 
 impl Params {
-    /// Reads the shared parameters.
+    /// Reads the shared parameters of a body that came to this door and asks for `max_tokens_min` tokens at least.
     ///
     /// # Errors
     /// 400 with the parameter's name.
     pub fn read(
+        door: Door,
         fields: &Fields,
+        max_tokens_min: i64,
         defaults: &GenerationDefaults,
         limits: &Limits,
     ) -> Result<Self, ApiError> {
         let max = i64::from(u32::MAX);
-        let max_completion = fields.integer("max_completion_tokens", 1, max)?;
-        let max_tokens = fields.integer("max_tokens", 1, max)?;
+        let max_completion = fields.integer("max_completion_tokens", max_tokens_min, max)?;
+        let max_tokens = fields.integer("max_tokens", max_tokens_min, max)?;
         let choices_max = limits.choices_max as i64;
         let seed = fields.integer("seed", i64::MIN, i64::MAX)?;
         let stream = fields.bool("stream")?.unwrap_or(false);
+        let (include_usage, continuous_usage) = stream_options(door, fields, stream)?;
+        let flag = |name: &str| Ok::<_, ApiError>(fields.bool(name)?.unwrap_or(false));
         Ok(Self {
             model: fields.string("model")?.map(str::to_owned),
             n: fields.integer("n", 1, choices_max)?.unwrap_or(1) as u32,
             stream,
-            include_usage: include_usage(fields)? && stream,
+            include_usage,
+            continuous_usage,
             stops: stops(fields, limits.stops_max)?,
+            include_stop: flag("include_stop_str_in_output")?,
+            special_tokens: fields.bool("skip_special_tokens")? == Some(false),
             max_tokens: max_completion.or(max_tokens).map(|n| n as u32),
             min_tokens: fields.integer("min_tokens", 0, max)?.unwrap_or(0) as u32,
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
@@ -74,6 +96,21 @@ impl Params {
             sampling: sampling(fields, defaults, seed)?,
             seeded: seed.is_some(),
             cache_salt: cache_salt(fields)?,
+            truncation: truncation(fields)?,
+            add_special_tokens: fields.bool("add_special_tokens")?,
+            token_ids: flag("return_token_ids")?,
+            tokens_as_ids: flag("return_tokens_as_token_ids")?,
+        })
+    }
+
+    /// What is kept of a longer prompt, if not all of it. `default_max_tokens` is what the output has if the client does not say.
+    pub fn keep(&self, model: &ModelText, default_max_tokens: Option<u32>) -> Option<Keep> {
+        let (tokens, side) = self.truncation?;
+        let output = self.max_tokens.or(default_max_tokens).unwrap_or(1).max(1);
+        let room = model.tokens_max.saturating_sub(output).max(1);
+        Some(Keep {
+            tokens: tokens.unwrap_or(room) as usize,
+            side,
         })
     }
 
@@ -106,7 +143,8 @@ impl Params {
                 );
                 return Err(too_long("max_tokens", message));
             }
-            Some(asked) => asked,
+            // Of a prompt that is only repeated, what follows is made and not shown: a prefill gives a token.
+            Some(asked) => asked.max(1),
             None => default_max_tokens.map_or(room, |default| default.min(room)),
         };
         if self.min_tokens > max_tokens {
@@ -208,19 +246,45 @@ fn sampling(
     })
 }
 
-fn include_usage(fields: &Fields) -> Result<bool, ApiError> {
-    match fields.value("stream_options") {
-        None => Ok(false),
-        Some(Value::Object(options)) => match options.get("include_usage") {
-            None | Some(Value::Null) => Ok(false),
-            Some(Value::Bool(yes)) => Ok(*yes),
-            Some(other) => Err(wrong_type(
-                "stream_options.include_usage",
-                "a boolean",
-                other,
-            )),
-        },
-        Some(other) => Err(wrong_type("stream_options", "an object", other)),
+/// Whether usage is reported at the end, and with each event.
+fn stream_options(door: Door, fields: &Fields, stream: bool) -> Result<(bool, bool), ApiError> {
+    const NAME: &str = "stream_options";
+    let Some(value) = fields.value(NAME) else {
+        return Ok((false, false));
+    };
+    if !stream {
+        let message = "stream_options needs stream to be true";
+        return Err(ApiError::param(NAME, message));
+    }
+    let options = table::object(door, NAME, value)?;
+    let flag = |name: &str| match options.get(name) {
+        None | Some(Value::Null) => Ok(false),
+        Some(Value::Bool(yes)) => Ok(*yes),
+        Some(other) => Err(wrong_type(&format!("{NAME}.{name}"), "a boolean", other)),
+    };
+    let (at_end, always) = (flag("include_usage")?, flag("continuous_usage_stats")?);
+    Ok((at_end, at_end && always))
+}
+
+fn truncation(fields: &Fields) -> Result<Option<(Option<u32>, Side)>, ApiError> {
+    let (name, most) = ("truncate_prompt_tokens", i64::from(u32::MAX));
+    let tokens = fields.integer(name, -1, most)?;
+    let side = match fields.string("truncation_side")? {
+        None | Some("left") => Side::Left,
+        Some("right") => Side::Right,
+        Some(_) => {
+            let message = "truncation_side must be \"left\" or \"right\"";
+            return Err(ApiError::param("truncation_side", message));
+        }
+    };
+    match tokens {
+        None => Ok(None),
+        Some(-1) => Ok(Some((None, side))),
+        Some(0) => {
+            let message = format!("{name} must be -1 or at least 1, got 0");
+            Err(ApiError::param(name, message))
+        }
+        Some(tokens) => Ok(Some((Some(tokens as u32), side))),
     }
 }
 
@@ -314,8 +378,9 @@ mod tests {
     use serde_json::json;
 
     fn read(body: Value) -> Result<Params, ApiError> {
-        let fields = Fields::parse(body.to_string().as_bytes()).unwrap();
-        Params::read(&fields, &GenerationDefaults::default(), &Limits::default())
+        let fields = Fields::parse(Door::Text, body.to_string().as_bytes())?;
+        let (defaults, limits) = (GenerationDefaults::default(), Limits::default());
+        Params::read(Door::Text, &fields, 1, &defaults, &limits)
     }
 
     #[test]
@@ -349,9 +414,15 @@ mod tests {
             (json!({"stop": ""}), "stop"),
             (json!({"stream": "yes"}), "stream"),
             (
-                json!({"stream_options": {"include_usage": 1}}),
+                json!({"stream": true, "stream_options": {"include_usage": 1}}),
                 "stream_options.include_usage",
             ),
+            (json!({"stream_options": {}}), "stream_options"),
+            (
+                json!({"truncate_prompt_tokens": 0}),
+                "truncate_prompt_tokens",
+            ),
+            (json!({"truncation_side": "top"}), "truncation_side"),
             (json!({"logit_bias": {"x": 1}}), "logit_bias"),
             (json!({"logit_bias": {"1": 101}}), "logit_bias"),
             (json!({"stop_token_ids": [-1]}), "stop_token_ids"),
@@ -370,8 +441,9 @@ mod tests {
     fn right_values_are_read() {
         let params = read(json!({
             "model": "m", "n": 2, "stop": "x", "max_tokens": 5, "max_completion_tokens": 7,
-            "seed": -1, "top_k": -1, "temperature": 0, "logit_bias": {"5": -3.5}, "unknown": [],
+            "seed": -1, "top_k": -1, "temperature": 0, "logit_bias": {"5": -3.5}, "metadata": [],
             "stream": true, "stream_options": {"include_usage": true}, "user": "me",
+            "truncate_prompt_tokens": -1, "truncation_side": "right", "skip_special_tokens": false,
         }))
         .unwrap();
         assert_eq!(params.max_tokens, Some(7));
@@ -380,5 +452,7 @@ mod tests {
         assert_eq!(params.sampling.temperature, 0.0);
         assert_eq!(params.sampling.logit_bias, [(5, -3.5)]);
         assert!(params.include_usage && params.stream && params.seeded);
+        assert_eq!(params.truncation, Some((None, Side::Right)));
+        assert!(params.special_tokens && !params.include_stop && !params.continuous_usage);
     }
 }

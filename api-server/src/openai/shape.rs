@@ -2,6 +2,7 @@
 //! a token costs no JSON value.
 
 use std::io::Write as _;
+use std::sync::Arc;
 
 use baton_protocol::{FinishReason, TopLogprob};
 
@@ -31,27 +32,49 @@ pub struct LogprobEntry {
     pub offset: usize,
 }
 
+/// What an answer shows besides its text.
+#[derive(Clone, Debug, Default)]
+pub struct Shown {
+    /// It is a stream.
+    pub stream: bool,
+    /// Usage at the end of the stream.
+    pub include_usage: bool,
+    /// And with each event.
+    pub continuous_usage: bool,
+    /// Log-probabilities.
+    pub logprobs: bool,
+    /// In which tokens are named by their ids.
+    pub tokens_as_ids: bool,
+    /// Token ids: those of each prompt, and how many choices it has.
+    pub token_ids: Option<(Vec<Arc<[u32]>>, usize)>,
+}
+
+/// What a chunk of a stream brings of one choice.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Piece<'a> {
+    /// Text.
+    pub text: &'a str,
+    /// Log-probabilities, if asked for.
+    pub logprobs: &'a [LogprobEntry],
+    /// Token ids, if asked for.
+    pub token_ids: &'a [u32],
+}
+
 /// What all pieces of one answer share.
 #[derive(Clone, Debug)]
 pub struct Shape {
     kind: ApiKind,
-    include_usage: bool,
-    logprobs: bool,
+    shown: Shown,
     /// `"id":…,"object":…,"created":…,"model":…`
     head: String,
+    /// `,"system_fingerprint":…`: in answers in one piece, and at the end of streams.
+    fingerprint: String,
 }
 
 impl Shape {
     /// The shape of the answer to one request.
-    pub fn new(
-        kind: ApiKind,
-        id: &str,
-        model: &str,
-        stream: bool,
-        include_usage: bool,
-        logprobs: bool,
-    ) -> Self {
-        let (prefix, object) = match (kind, stream) {
+    pub fn new(kind: ApiKind, id: &str, model: &str, fingerprint: &str, shown: Shown) -> Self {
+        let (prefix, object) = match (kind, shown.stream) {
             (ApiKind::Chat, true) => ("chatcmpl", "chat.completion.chunk"),
             (ApiKind::Chat, false) => ("chatcmpl", "chat.completion"),
             (ApiKind::Completion, _) => ("cmpl", "text_completion"),
@@ -67,32 +90,44 @@ impl Shape {
         let head = String::from_utf8_lossy(&head).into_owned();
         Self {
             kind,
-            include_usage,
-            logprobs,
+            shown,
             head,
+            fingerprint: format!(",\"system_fingerprint\":\"{fingerprint}\""),
         }
     }
 
-    /// The first chunk of a choice. Only chats have one.
-    pub fn role_chunk(&self, index: usize, out: &mut Vec<u8>) {
-        if self.kind == ApiKind::Chat {
-            self.open_chunk(index, out);
-            out.extend_from_slice(
-                b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null",
-            );
-            self.close_chunk(None, out);
+    /// The first chunk of a choice. Completions have one only if they show the prompt's token ids.
+    pub fn role_chunk(&self, index: usize, usage: Usage, out: &mut Vec<u8>) {
+        match self.kind {
+            ApiKind::Chat => {
+                out.extend_from_slice(b"data: {");
+                out.extend_from_slice(self.head.as_bytes());
+                self.prompt_token_ids(index, out);
+                put(out, format_args!(",\"choices\":[{{\"index\":{index},"));
+                out.extend_from_slice(
+                    b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null",
+                );
+            }
+            ApiKind::Completion if self.shown.token_ids.is_none() => return,
+            ApiKind::Completion => {
+                self.open_chunk(index, out);
+                out.extend_from_slice(b"\"text\":\"\",\"logprobs\":null");
+                self.prompt_token_ids(index, out);
+            }
         }
+        self.close_chunk(&[], None, usage, out);
     }
 
     /// A chunk with text.
     pub fn text_chunk(
         &self,
         index: usize,
-        text: &str,
-        logprobs: &[LogprobEntry],
+        piece: Piece<'_>,
+        usage: Usage,
         model: &ModelText,
         out: &mut Vec<u8>,
     ) {
+        let text = piece.text;
         self.open_chunk(index, out);
         match self.kind {
             ApiKind::Chat => {
@@ -106,25 +141,32 @@ impl Shape {
                 out.extend_from_slice(b"\",\"logprobs\":");
             }
         }
-        self.logprobs(logprobs, model, out);
-        self.close_chunk(None, out);
+        self.logprobs(piece.logprobs, model, out);
+        self.close_chunk(piece.token_ids, None, usage, out);
     }
 
     /// The last chunk of a choice.
-    pub fn finish_chunk(&self, index: usize, finish: FinishReason, out: &mut Vec<u8>) {
+    pub fn finish_chunk(
+        &self,
+        index: usize,
+        finish: FinishReason,
+        usage: Usage,
+        out: &mut Vec<u8>,
+    ) {
         self.open_chunk(index, out);
         out.extend_from_slice(match self.kind {
             ApiKind::Chat => b"\"delta\":{},\"logprobs\":null",
             ApiKind::Completion => b"\"text\":\"\",\"logprobs\":null",
         });
-        self.close_chunk(Some(finish), out);
+        self.close_chunk(&[], Some(finish), usage, out);
     }
 
     /// The end of a stream.
     pub fn done(&self, usage: Usage, out: &mut Vec<u8>) {
-        if self.include_usage {
+        if self.shown.include_usage {
             out.extend_from_slice(b"data: {");
             out.extend_from_slice(self.head.as_bytes());
+            out.extend_from_slice(self.fingerprint.as_bytes());
             out.extend_from_slice(b",\"choices\":[],\"usage\":");
             write_usage(usage, out);
             out.extend_from_slice(b"}\n\n");
@@ -143,6 +185,10 @@ impl Shape {
     pub fn open_answer(&self, out: &mut Vec<u8>) {
         out.push(b'{');
         out.extend_from_slice(self.head.as_bytes());
+        out.extend_from_slice(self.fingerprint.as_bytes());
+        if self.kind == ApiKind::Chat {
+            self.prompt_token_ids(0, out);
+        }
         out.extend_from_slice(b",\"choices\":[");
     }
 
@@ -175,7 +221,7 @@ impl Shape {
     /// which this is the end.
     pub fn open_logprobs(&self, array: usize, out: &mut Vec<u8>) -> bool {
         let begins: &[&str] = match self.kind {
-            _ if !self.logprobs => &[],
+            _ if !self.shown.logprobs => &[],
             ApiKind::Chat => &["{\"content\":["],
             ApiKind::Completion => &[
                 "{\"tokens\":[",
@@ -185,7 +231,7 @@ impl Shape {
             ],
         };
         let end = match self.kind {
-            _ if !self.logprobs => "null",
+            _ if !self.shown.logprobs => "null",
             ApiKind::Chat => "],\"refusal\":null}",
             ApiKind::Completion => "]}",
         };
@@ -207,19 +253,31 @@ impl Shape {
             out.push(b',');
         }
         match (self.kind, array) {
-            (ApiKind::Chat, _) => chat_logprob(entry, model, out),
-            (ApiKind::Completion, 0) => token_text(entry.token, model, out),
+            (ApiKind::Chat, _) => self.chat_logprob(entry, model, out),
+            (ApiKind::Completion, 0) => self.token_name(entry.token, model, out),
             (ApiKind::Completion, 1) => match entry.logprob {
                 Some(logprob) => put(out, format_args!("{}", finite(logprob))),
                 None => out.extend_from_slice(b"null"),
             },
-            (ApiKind::Completion, 2) => top_logprobs(entry, model, out),
+            (ApiKind::Completion, 2) => self.top_logprobs(entry, model, out),
             (ApiKind::Completion, _) => put(out, format_args!("{}", entry.offset)),
         }
     }
 
     /// The end of one choice.
-    pub fn close_choice(&self, finish: FinishReason, out: &mut Vec<u8>) {
+    pub fn close_choice(
+        &self,
+        index: usize,
+        token_ids: &[u32],
+        finish: FinishReason,
+        out: &mut Vec<u8>,
+    ) {
+        if self.shown.token_ids.is_some() {
+            ids(",\"token_ids\":", token_ids, out);
+            if self.kind == ApiKind::Completion {
+                self.prompt_token_ids(index, out);
+            }
+        }
         put(
             out,
             format_args!(",\"finish_reason\":\"{}\"}}", finish_label(finish)),
@@ -241,7 +299,16 @@ impl Shape {
         out.push(b',');
     }
 
-    fn close_chunk(&self, finish: Option<FinishReason>, out: &mut Vec<u8>) {
+    fn close_chunk(
+        &self,
+        token_ids: &[u32],
+        finish: Option<FinishReason>,
+        usage: Usage,
+        out: &mut Vec<u8>,
+    ) {
+        if !token_ids.is_empty() {
+            ids(",\"token_ids\":", token_ids, out);
+        }
         match finish {
             None => out.extend_from_slice(b",\"finish_reason\":null}]"),
             Some(finish) => {
@@ -249,12 +316,75 @@ impl Shape {
                     out,
                     format_args!(",\"finish_reason\":\"{}\"}}]", finish_label(finish)),
                 );
+                out.extend_from_slice(self.fingerprint.as_bytes());
             }
         }
-        if self.include_usage {
+        if self.shown.continuous_usage {
+            out.extend_from_slice(b",\"usage\":");
+            write_usage(usage, out);
+        } else if self.shown.include_usage {
             out.extend_from_slice(b",\"usage\":null");
         }
         out.extend_from_slice(b"}\n\n");
+    }
+
+    /// Those of this choice's prompt, if ids are shown. All at once: they are no more than the model holds.
+    fn prompt_token_ids(&self, index: usize, out: &mut Vec<u8>) {
+        if let Some((prompts, choices_each)) = &self.shown.token_ids
+            && let Some(prompt) = prompts.get(index / choices_each.max(&1))
+        {
+            ids(",\"prompt_token_ids\":", prompt, out);
+        }
+    }
+
+    fn token_name(&self, token: u32, model: &ModelText, out: &mut Vec<u8>) {
+        match self.shown.tokens_as_ids {
+            true => put(out, format_args!("\"token_id:{token}\"")),
+            false => token_text(token, model, out),
+        }
+    }
+
+    fn chat_logprob(&self, entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
+        let one = |token: u32, logprob: f32, out: &mut Vec<u8>| {
+            out.extend_from_slice(b"{\"token\":");
+            self.token_name(token, model, out);
+            put(
+                out,
+                format_args!(",\"logprob\":{},\"bytes\":[", finite(logprob)),
+            );
+            separated(model.vocabulary.bytes(token), out, |byte, out| {
+                put(out, format_args!("{byte}"))
+            });
+            out.push(b']');
+        };
+        one(entry.token, entry.logprob.unwrap_or(0.0), out);
+        out.extend_from_slice(b",\"top_logprobs\":[");
+        separated(&entry.top, out, |TopLogprob(token, logprob), out| {
+            one(*token, *logprob, out);
+            out.push(b'}');
+        });
+        out.extend_from_slice(b"]}");
+    }
+
+    /// The most likely tokens, and the chosen one, which need not be among them: of 0 alternatives, that one alone.
+    fn top_logprobs(&self, entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
+        let Some(chosen) = entry.logprob else {
+            return out.extend_from_slice(b"null");
+        };
+        out.push(b'{');
+        separated(&entry.top, out, |TopLogprob(token, logprob), out| {
+            self.token_name(*token, model, out);
+            put(out, format_args!(":{}", finite(*logprob)));
+        });
+        let mut top = entry.top.iter();
+        if !top.any(|TopLogprob(token, _)| *token == entry.token) {
+            if !entry.top.is_empty() {
+                out.push(b',');
+            }
+            self.token_name(entry.token, model, out);
+            put(out, format_args!(":{}", finite(chosen)));
+        }
+        out.push(b'}');
     }
 
     fn logprobs(&self, entries: &[LogprobEntry], model: &ModelText, out: &mut Vec<u8>) {
@@ -276,44 +406,18 @@ pub fn finish_label(finish: FinishReason) -> &'static str {
     }
 }
 
-fn chat_logprob(entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
-    let one = |token: u32, logprob: f32, out: &mut Vec<u8>| {
-        out.extend_from_slice(b"{\"token\":");
-        token_text(token, model, out);
-        put(
-            out,
-            format_args!(",\"logprob\":{},\"bytes\":[", finite(logprob)),
-        );
-        separated(model.vocabulary.bytes(token), out, |byte, out| {
-            put(out, format_args!("{byte}"))
-        });
-        out.push(b']');
-    };
-    one(entry.token, entry.logprob.unwrap_or(0.0), out);
-    out.extend_from_slice(b",\"top_logprobs\":[");
-    separated(&entry.top, out, |TopLogprob(token, logprob), out| {
-        one(*token, *logprob, out);
-        out.push(b'}');
-    });
-    out.extend_from_slice(b"]}");
-}
-
-fn top_logprobs(entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
-    if entry.top.is_empty() {
-        return out.extend_from_slice(b"null");
-    }
-    out.push(b'{');
-    separated(&entry.top, out, |TopLogprob(token, logprob), out| {
-        token_text(*token, model, out);
-        put(out, format_args!(":{}", finite(*logprob)));
-    });
-    out.push(b'}');
-}
-
 fn token_text(token: u32, model: &ModelText, out: &mut Vec<u8>) {
     out.push(b'"');
     escape(&model.token_text(token), out);
     out.push(b'"');
+}
+
+/// An array of token ids, after this.
+fn ids(before: &str, ids: &[u32], out: &mut Vec<u8>) {
+    out.extend_from_slice(before.as_bytes());
+    out.push(b'[');
+    separated(ids, out, |id, out| put(out, format_args!("{id}")));
+    out.push(b']');
 }
 
 fn write_usage(usage: Usage, out: &mut Vec<u8>) {
@@ -321,7 +425,8 @@ fn write_usage(usage: Usage, out: &mut Vec<u8>) {
         out,
         format_args!(
             "{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{},\
-             \"prompt_tokens_details\":{{\"cached_tokens\":{}}}}}",
+             \"prompt_tokens_details\":{{\"cached_tokens\":{}}},\
+             \"completion_tokens_details\":{{\"reasoning_tokens\":0}}}}",
             usage.prompt,
             usage.completion,
             usage.prompt + usage.completion,

@@ -9,6 +9,9 @@ pub const LOGPROB_BYTES: usize = 64;
 /// Text of one token, escaped: some more than the four bytes that it has on average.
 const TEXT_BYTES: usize = 8;
 
+/// A token's id and the comma after it.
+pub const ID_BYTES: usize = 8;
+
 /// What a stream writes at once is a part of what may be gathered.
 const AT_ONCE: usize = 4;
 
@@ -19,6 +22,8 @@ pub struct Extent {
     pub echo_bytes: usize,
     /// Tokens of the prompt, if it is repeated.
     pub echo_tokens: usize,
+    /// Its tokens.
+    pub prompt_tokens: usize,
     /// Most tokens that follow it.
     pub max_tokens: usize,
 }
@@ -41,10 +46,15 @@ impl Params {
             let Extent {
                 echo_bytes,
                 echo_tokens,
+                prompt_tokens,
                 max_tokens,
             } = prompt;
             let generated = if self.stream { 0 } else { max_tokens };
-            let each = echo_bytes + echo_tokens * logprobs + generated * (TEXT_BYTES + logprobs);
+            let id_bytes = if self.token_ids { ID_BYTES } else { 0 };
+            let each = echo_bytes
+                + echo_tokens * logprobs
+                + prompt_tokens * id_bytes
+                + generated * (TEXT_BYTES + logprobs + id_bytes);
             bytes = bytes.saturating_add(each.saturating_mul(self.n as usize));
             choices += self.n as usize;
             tokens = tokens.max(max_tokens);
@@ -99,6 +109,7 @@ mod tests {
         let plain = |max_tokens| Extent {
             echo_bytes: 0,
             echo_tokens: 0,
+            prompt_tokens: 0,
             max_tokens,
         };
         let all = json!({"n": 128, "logprobs": true, "top_logprobs": 20});

@@ -4,6 +4,8 @@
 #[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
     stops: Vec<String>,
+    /// What was found is part of the text.
+    keeps_stop: bool,
     /// Text not given out: it may be the beginning of a stop string.
     held: String,
 }
@@ -14,12 +16,19 @@ impl StopMatcher {
         debug_assert!(stops.iter().all(|stop| !stop.is_empty()));
         Self {
             stops,
+            keeps_stop: false,
             held: String::new(),
         }
     }
 
+    /// The same whose text ends after the stop string, if `keeps_stop`, and not before it.
+    #[must_use]
+    pub fn keeping_stop(self, keeps_stop: bool) -> Self {
+        Self { keeps_stop, ..self }
+    }
+
     /// Takes a piece of text and appends to `out` what is safe to send. True when a stop string was
-    /// found: `out` then ends before it, and the text is over.
+    /// found: `out` then ends before it, or after it, and the text is over.
     pub fn push(&mut self, piece: &str, out: &mut String) -> bool {
         if self.stops.is_empty() {
             out.push_str(piece);
@@ -29,10 +38,11 @@ impl StopMatcher {
         let found = self
             .stops
             .iter()
-            .filter_map(|stop| self.held.find(stop.as_str()))
+            .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len())))
             .min();
-        if let Some(at) = found {
-            out.push_str(&self.held[..at]);
+        if let Some((at, bytes)) = found {
+            let end = if self.keeps_stop { at + bytes } else { at };
+            out.push_str(&self.held[..end]);
             self.held.clear();
             return true;
         }
@@ -68,7 +78,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
-        let mut matcher = StopMatcher::new(stops.iter().map(|s| (*s).to_owned()).collect());
+        let stops = stops.iter().map(|s| (*s).to_owned()).collect();
+        run_with(StopMatcher::new(stops), pieces)
+    }
+
+    fn run_with(mut matcher: StopMatcher, pieces: &[&str]) -> (String, bool) {
         let mut out = String::new();
         for piece in pieces {
             if matcher.push(piece, &mut out) {
@@ -114,7 +128,13 @@ mod tests {
                 Some(at) => (text[..at].to_owned(), true),
                 None => (text.clone(), false),
             };
-            prop_assert_eq!(run(&[&stop], &pieces), expected);
+            prop_assert_eq!(run(&[&stop], &pieces), expected.clone());
+            let (mut kept, found) = expected;
+            if found {
+                kept.push_str(&stop);
+            }
+            let matcher = StopMatcher::new(vec![stop]).keeping_stop(true);
+            prop_assert_eq!(run_with(matcher, &pieces), (kept, found));
         }
     }
 }

@@ -60,20 +60,28 @@ impl ChatTemplate {
         })
     }
 
-    /// Writes the prompt for these messages, with the opening of the assistant's turn at its end.
+    /// Writes the prompt for these messages, with these variables besides, and with the opening of the assistant's turn at its end if
+    /// it is wanted.
     ///
     /// # Errors
     /// What the template objects to, or what is wrong with it.
-    pub fn render<M: Serialize>(&self, messages: &M, prompt: &mut Prompt) -> Result<(), String> {
+    pub fn render<M: Serialize>(
+        &self,
+        messages: &M,
+        add_generation_prompt: bool,
+        variables: &serde_json::Value,
+        prompt: &mut Prompt,
+    ) -> Result<(), String> {
         let template = self
             .environment
             .get_template(NAME)
             .map_err(|error| error.to_string())?;
         let context = minijinja::context! {
             messages => Value::from(Serde(messages)),
-            add_generation_prompt => true,
+            add_generation_prompt,
             bos_token => self.bos_token.as_str(),
             eos_token => self.eos_token.as_str(),
+            ..Value::from(Serde(variables))
         };
         let rendered = template.render_captured_to(context, prompt);
         rendered.map(drop).map_err(|error| {
@@ -314,7 +322,7 @@ mod tests {
         let until = Until::forever();
         let mut prompt = Prompt::new(1 << 20, &<[u8]>::len, &until);
         let template = ChatTemplate::new(source, "<s>", "</s>").unwrap();
-        template.render(&messages, &mut prompt)?;
+        template.render(&messages, true, &json!({}), &mut prompt)?;
         prompt.into_text()
     }
 

@@ -18,15 +18,18 @@ use crate::text::template::ChatTemplate;
 use crate::text::texts::Until;
 
 use self::bounds::TokenBytes;
+pub use self::chat::Rendering;
 #[cfg(test)]
 pub(crate) use self::cuts::PIECE_BYTES;
 use self::cuts::{Cuts, UNCUT_BYTES_MAX, Uncut};
 use self::ends::Ends;
+pub use self::keep::{Keep, Side};
 
 mod bounds;
 mod chat;
 mod cuts;
 mod ends;
+mod keep;
 
 /// Longest prompt text of a tokenizer of which nobody knows how many bytes a token may stand for.
 const PROMPT_BYTES_MAX: usize = 64 << 20;
@@ -262,8 +265,11 @@ impl ModelText {
         })
     }
 
-    /// Longest text that may fit the model, in bytes that count.
-    fn text_bytes_max(&self) -> usize {
+    /// Longest text that may fit the model, in bytes that count. What is cut to fit has no bound but that of all prompts.
+    fn text_bytes_max(&self, keep: Option<Keep>) -> usize {
+        if keep.is_some() {
+            return PROMPT_BYTES_MAX;
+        }
         let longest = self.token_bytes.most().unwrap_or(usize::MAX);
         longest
             .saturating_mul(self.tokens_max as usize)
@@ -294,7 +300,21 @@ impl ModelText {
         add_special_tokens: bool,
         until: &Until,
     ) -> Result<Vec<u32>, TextError> {
-        self.encode_marked(text, None, add_special_tokens, until)
+        self.encode_marked(text, None, add_special_tokens, None, until)
+    }
+
+    /// As [`Self::encode`], of a text of which no more than this is kept, if anything is said of it.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_kept(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        keep: Option<Keep>,
+        until: &Until,
+    ) -> Result<Vec<u32>, TextError> {
+        self.encode_marked(text, None, add_special_tokens, keep, until)
     }
 
     /// As [`Self::encode`], of a text in which this marker stands in what must not become control tokens.
@@ -303,9 +323,10 @@ impl ModelText {
         text: &str,
         marker: Option<char>,
         add_special_tokens: bool,
+        keep: Option<Keep>,
         until: &Until,
     ) -> Result<Vec<u32>, TextError> {
-        let bytes_max = self.text_bytes_max();
+        let bytes_max = self.text_bytes_max(keep);
         if text.len() > bytes_max {
             let counted = self.counted(text.as_bytes(), marker);
             if counted > bytes_max {
@@ -317,26 +338,47 @@ impl ModelText {
         if !whole && !in_pieces && text.len() > UNCUT_BYTES_MAX {
             return Err(TextError::Uncut);
         }
-        if whole || !in_pieces {
+        if keep.is_none() && (whole || !in_pieces) {
             return self.encode_piece(text, marker, add_special_tokens);
         }
         let (first, last) = match add_special_tokens {
             true => self.ends.ids(),
             false => Default::default(),
         };
+        // What stands at the ends stays there, whatever is taken away between.
+        let inner = keep.map(|keep| keep.less(first.len() + last.len()));
+        if whole || !in_pieces {
+            let add = add_special_tokens && !self.ends.are_known();
+            let mut ids = self.encode_piece(text, marker, add)?;
+            inner.iter().for_each(|inner| inner.cut(&mut ids));
+            ids.splice(0..0, first.iter().copied());
+            ids.extend_from_slice(last);
+            keep.iter().for_each(|keep| keep.cut(&mut ids));
+            return Ok(ids);
+        }
         let mut ids = first.to_vec();
         let mut rest = text;
         while !rest.is_empty() {
             until.check().map_err(TextError::Ended)?;
-            if ids.len() >= self.tokens_max as usize {
+            if let Some(inner) = inner {
+                if inner.is_full(ids.len() - first.len()) {
+                    break;
+                }
+            } else if ids.len() >= self.tokens_max as usize {
                 return Err(TextError::TooLong(ids.len() + 1));
             }
             let bytes = self.cuts.piece(rest).map_err(|Uncut| TextError::Uncut)?;
             let (piece, more) = rest.split_at(bytes);
             ids.extend(self.encode_piece(piece, marker, false)?);
             rest = more;
+            if let Some(inner) = inner {
+                let mut text = ids.split_off(first.len());
+                inner.cut(&mut text);
+                ids.append(&mut text);
+            }
         }
         ids.extend_from_slice(last);
+        keep.iter().for_each(|keep| keep.cut(&mut ids));
         Ok(ids)
     }
 
@@ -367,6 +409,12 @@ impl ModelText {
         TextError::TooLong(bytes.div_ceil(longest).max(self.tokens_max as usize))
     }
 
+    /// What answers depend on besides their requests: which release serves which model.
+    pub fn system_fingerprint(&self) -> String {
+        let model: String = self.fingerprint.as_str().chars().take(12).collect();
+        format!("baton-{}-{model}", env!("CARGO_PKG_VERSION"))
+    }
+
     /// The text of these tokens, without special ones.
     pub fn text(&self, tokens: &[u32]) -> String {
         let mut text = String::new();
@@ -376,6 +424,22 @@ impl ModelText {
             .for_each(|token| detokenizer.push(&self.vocabulary, *token, &mut text));
         detokenizer.finish(&self.vocabulary, &mut text);
         text
+    }
+
+    /// The text of these tokens, special ones included.
+    pub fn whole_text(&self, tokens: &[u32]) -> String {
+        let mut text = String::new();
+        let mut detokenizer = Detokenizer::default();
+        for token in tokens {
+            detokenizer.push_special_too(&self.vocabulary, *token, &mut text);
+        }
+        detokenizer.finish(&self.vocabulary, &mut text);
+        text
+    }
+
+    /// The name of a token in the vocabulary, spelled as the vocabulary spells it; none for an id out of range.
+    pub fn token_name(&self, token: u32) -> Option<String> {
+        self.tokenizer.id_to_token(token)
     }
 
     /// The text of one token as log-probabilities name it, special tokens included.

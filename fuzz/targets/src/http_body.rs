@@ -20,11 +20,32 @@ pub fn http_body(data: &[u8]) {
     let (model, limits) = (fixture::model(), Limits::default());
     match ChatRequest::parse(data, &model.defaults, &limits) {
         Err(error) => told(&error),
-        Ok(ChatRequest { params, messages }) => {
-            let turns = messages.len();
-            let prompt = fits(model.render_chat(messages, &Until::forever()));
-            let tokens =
-                prompt.and_then(|prompt| fits(model.encode_chat(&prompt, &Until::forever())));
+        Ok(ChatRequest {
+            params,
+            messages,
+            rendering,
+        }) => {
+            let until = Until::forever();
+            let keep = params.keep(model, None);
+            // A turn that goes on has no end yet.
+            let turns = messages.len() - usize::from(rendering.continue_final_message);
+            let prompt = fits(model.render_chat_as(messages, rendering, keep, &until));
+            let tokens = prompt.and_then(|prompt| {
+                let whole = model.encode_chat(&prompt, &until);
+                match keep {
+                    // What is cut may have lost ends of turns.
+                    Some(keep) => {
+                        let cut = fits(model.encode_chat_as(&prompt, false, Some(keep), &until))?;
+                        assert!(cut.len() <= keep.tokens, "{} tokens", cut.len());
+                        if let Ok(whole) = &whole {
+                            assert!(whole.ends_with(&cut) || whole.starts_with(&cut));
+                        }
+                        runs(&params, cut, None);
+                        None
+                    }
+                    None => fits(whole),
+                }
+            });
             if let Some(tokens) = tokens {
                 let special = tokens
                     .iter()

@@ -44,6 +44,6 @@ pub fn template(data: &[u8]) {
 fn render(template: &ChatTemplate, messages: &Value) {
     let until = Until::forever();
     let mut prompt = ChatPrompt::new(1 << 20, &<[u8]>::len, &until);
-    let _ = template.render(messages, &mut prompt);
+    let _ = template.render(messages, true, &json!({}), &mut prompt);
     let _ = prompt.into_text();
 }

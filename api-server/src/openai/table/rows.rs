@@ -1,0 +1,193 @@
+//! The rows. A field that becomes supported changes its kind here, and `docs/api.md` with it.
+
+use super::{Does, Door, Doors, Field};
+
+const CHAT: Doors = Doors(Door::Chat as u8);
+const TEXT: Doors = Doors(Door::Text as u8);
+const BOTH: Doors = Doors(CHAT.0 | TEXT.0);
+const TOKENIZE: Doors = Doors(Door::Tokenize as u8);
+const DETOKENIZE: Doors = Doors(Door::Detokenize as u8);
+const MESSAGES: Doors = Doors(CHAT.0 | TOKENIZE.0);
+const PROMPTS: Doors = Doors(BOTH.0 | TOKENIZE.0);
+const ALL: Doors = Doors(PROMPTS.0 | DETOKENIZE.0);
+
+const fn done(name: &'static str, doors: Doors, about: &'static str) -> Field {
+    let does = Does::It;
+    Field {
+        name,
+        doors,
+        does,
+        about,
+    }
+}
+
+const fn accepted(name: &'static str, doors: Doors, about: &'static str) -> Field {
+    let does = Does::Nothing;
+    Field {
+        name,
+        doors,
+        does,
+        about,
+    }
+}
+
+const fn refused(
+    name: &'static str,
+    doors: Doors,
+    harmless: &'static [&'static str],
+    about: &'static str,
+) -> Field {
+    let does = Does::Refuses(harmless);
+    Field {
+        name,
+        doors,
+        does,
+        about,
+    }
+}
+
+const NO_IMAGES: &str = "models here read only text";
+const NO_SCHEMAS: &str = "there is no structured output yet";
+const NO_TOOLS: &str = "there is no tool calling yet";
+const NO_REASONING: &str =
+    "reasoning is not told apart from the answer yet; chat_template_kwargs reach the template";
+const NO_SPLIT: &str = "Baton hands KV over by itself";
+
+/// Every field that is known, in the order of the page.
+#[rustfmt::skip]
+pub const FIELDS: &[Field] = &[
+    // what is asked
+    done("model", ALL, "the model's name, as `GET /v1/models` gives it; `/tokenize` and `/detokenize` need none"),
+    done("messages", MESSAGES, "the chat, through the model's template"),
+    done("prompt", Doors(TEXT.0 | TOKENIZE.0), "a text; for completions also token ids, or an array of either"),
+    done("tokens", DETOKENIZE, "token ids"),
+    done("stream", BOTH, "the answer as server-sent events"),
+    done("stream_options", BOTH, "only with `stream`"),
+    done("stream_options.include_usage", BOTH, "the last event has the usage of all choices"),
+    done("stream_options.continuous_usage_stats", BOTH, "with `include_usage`: every event has the usage of its choice so far"),
+    accepted("stream_options.include_obfuscation", BOTH, "events are never padded"),
+    done("n", BOTH, "choices for each prompt"),
+    done("echo", TEXT, "the text begins with the prompt; with `logprobs`, also those of the prompt"),
+    // how long
+    done("max_tokens", BOTH, "most output tokens; 16 for completions that name none, else what the model has room for. 0 with `echo`: only the prompt"),
+    done("max_completion_tokens", BOTH, "the same; wins over `max_tokens`"),
+    done("min_tokens", BOTH, "no end before so many output tokens"),
+    done("stop", BOTH, "texts that end the output, which ends before them"),
+    done("stop_token_ids", BOTH, "token ids that end the output"),
+    done("include_stop_str_in_output", BOTH, "the output ends after the stop text or token, not before it"),
+    done("ignore_eos", BOTH, "goes on past the model's end-of-sequence tokens"),
+    // which tokens
+    done("temperature", BOTH, "from 0 (the most likely token) to 2; default: the model's `generation_config.json`, else 1"),
+    done("top_p", BOTH, "over 0 to 1; default: the model's, else 1"),
+    done("top_k", BOTH, "-1 and 0 keep all; default: the model's, else all"),
+    done("min_p", BOTH, "from 0 to 1; default: the model's, else 0"),
+    done("repetition_penalty", BOTH, "of prompt and output; default: the model's, else 1"),
+    done("presence_penalty", BOTH, "of the output, from -2 to 2"),
+    done("frequency_penalty", BOTH, "of the output, from -2 to 2"),
+    done("logit_bias", BOTH, "token ids and what is added to their logits, from -100 to 100"),
+    done("seed", BOTH, "the same seed gives the same text, choice by choice"),
+    // how the prompt is made
+    done("cache_salt", BOTH, "prompts with different salts never share KV"),
+    done("add_special_tokens", PROMPTS, "what the tokenizer adds at the ends of a text: default true for a text, false for a chat, whose template writes them"),
+    done("truncate_prompt_tokens", BOTH, "keeps so many tokens of the prompt; -1: as many as leave room for `max_tokens`"),
+    done("truncation_side", BOTH, "`left` (default) takes away the beginning of the prompt, `right` its end"),
+    done("add_generation_prompt", MESSAGES, "the template opens the assistant's turn; default true, but with `continue_final_message`"),
+    done("continue_final_message", MESSAGES, "the prompt ends with the last message's text, which the output goes on with"),
+    done("chat_template_kwargs", MESSAGES, "variables for the template, such as `enable_thinking`"),
+    // what the answer shows
+    done("logprobs", BOTH, "chat: true or false; completions: how many alternatives, 0 to 20"),
+    done("top_logprobs", CHAT, "alternatives, 0 to 20; needs `logprobs`"),
+    done("return_tokens_as_token_ids", BOTH, "in log-probabilities, tokens are `token_id:N`"),
+    done("return_token_ids", BOTH, "choices have `token_ids`; the answer (chat) or each choice (completions) `prompt_token_ids`, in streams the first event"),
+    done("return_token_strs", TOKENIZE, "the tokens' names in the vocabulary too"),
+    done("skip_special_tokens", BOTH, "false: the output's special tokens are in its text"),
+    // what changes nothing
+    accepted("user", BOTH, "for the client's own books"),
+    accepted("metadata", BOTH, "for the client's own books"),
+    accepted("safety_identifier", BOTH, "for the client's own books"),
+    accepted("request_id", BOTH, "the header `X-Request-Id` names a request"),
+    accepted("rid", BOTH, "the header `X-Request-Id` names a request"),
+    accepted("service_tier", BOTH, "there is one"),
+    accepted("priority", BOTH, "requests have their turn as they come"),
+    accepted("prompt_cache_key", BOTH, "prefixes are found without"),
+    accepted("prompt_cache_retention", BOTH, "prefixes are kept while there is room"),
+    accepted("prompt_cache_options", BOTH, "prefixes are kept while there is room"),
+    accepted("cache_prompt", BOTH, "prefixes are always cached"),
+    accepted("id_slot", BOTH, "requests have no slots"),
+    accepted("keep_alive", BOTH, "the model stays"),
+    accepted("prediction", CHAT, "the text is the same without"),
+    accepted("spaces_between_special_tokens", BOTH, "no spaces are added between tokens"),
+    accepted("length_penalty", BOTH, "only beam search knows it"),
+    accepted("early_stopping", BOTH, "only beam search knows it"),
+    accepted("parallel_tool_calls", CHAT, "without tools there are no calls"),
+    accepted("return_token_offsets", BOTH, "answers that generate have none"),
+    accepted("return_assistant_tokens_mask", CHAT, "answers that generate have none"),
+    // tools
+    refused("tools", MESSAGES, &["[]"], NO_TOOLS),
+    refused("tool_choice", CHAT, &["\"none\""], "tool_choice needs tools"),
+    refused("functions", CHAT, &["[]"], NO_TOOLS),
+    refused("function_call", CHAT, &["\"none\""], NO_TOOLS),
+    refused("web_search_options", CHAT, &[], "there is no web search"),
+    // structured output
+    refused("response_format", BOTH, &["{\"type\":\"text\"}"], NO_SCHEMAS),
+    refused("structured_outputs", BOTH, &["{}"], NO_SCHEMAS),
+    refused("guided_json", BOTH, &[], NO_SCHEMAS),
+    refused("guided_regex", BOTH, &[], NO_SCHEMAS),
+    refused("guided_choice", BOTH, &[], NO_SCHEMAS),
+    refused("guided_grammar", BOTH, &[], NO_SCHEMAS),
+    refused("guided_decoding_backend", BOTH, &[], NO_SCHEMAS),
+    refused("guided_whitespace_pattern", BOTH, &[], NO_SCHEMAS),
+    refused("structural_tag", BOTH, &[], NO_SCHEMAS),
+    refused("json_schema", BOTH, &[], NO_SCHEMAS),
+    refused("regex", BOTH, &[], NO_SCHEMAS),
+    refused("ebnf", BOTH, &[], NO_SCHEMAS),
+    refused("grammar", BOTH, &["\"\""], NO_SCHEMAS),
+    // reasoning
+    refused("reasoning_effort", CHAT, &["\"none\""], NO_REASONING),
+    refused("include_reasoning", CHAT, &["true"], NO_REASONING),
+    refused("separate_reasoning", CHAT, &["false"], NO_REASONING),
+    refused("thinking_token_budget", BOTH, &["-1"], NO_REASONING),
+    refused("reasoning", CHAT, &[], NO_REASONING),
+    refused("thinking", CHAT, &[], "say so in chat_template_kwargs"),
+    refused("enable_thinking", CHAT, &[], "say so in chat_template_kwargs"),
+    // what workers would have to do
+    refused("allowed_token_ids", BOTH, &[], "use logit_bias"),
+    refused("bad_words", BOTH, &["[]"], "use logit_bias"),
+    refused("prompt_logprobs", BOTH, &[], "completions have them with echo and logprobs"),
+    refused("logits_processors", BOTH, &["[]"], "use logit_bias"),
+    refused("best_of", BOTH, &["1"], "ask for n choices and take the best"),
+    refused("use_beam_search", BOTH, &["false"], "tokens are drawn one by one"),
+    refused("suffix", TEXT, &["\"\""], "a text is only continued at its end"),
+    refused("prompt_embeds", TEXT, &[], "prompts are text or token ids"),
+    refused("repetition_detection", BOTH, &[], "use repetition_penalty, or max_tokens"),
+    refused("typical_p", BOTH, &["1"], "use top_p"),
+    refused("tfs_z", BOTH, &["1"], "use top_p"),
+    refused("top_a", BOTH, &["0"], "use min_p"),
+    refused("mirostat", BOTH, &["0"], "use top_p"),
+    // others' doors and others' work
+    refused("store", CHAT, &["false"], "answers are not kept"),
+    refused("echo", CHAT, &["false"], "use continue_final_message, and put the message before the answer"),
+    refused("chat_template", MESSAGES, &[], "the model's own is used"),
+    refused("documents", CHAT, &["[]"], "give them in chat_template_kwargs"),
+    refused("modalities", CHAT, &["[\"text\"]"], "answers are text"),
+    refused("audio", CHAT, &[], "answers are text"),
+    refused("verbosity", CHAT, &["\"medium\""], "ask for it in a message"),
+    refused("moderation", CHAT, &[], "nothing is moderated"),
+    refused("safe_prompt", CHAT, &["false"], "write it into a message"),
+    refused("media_io_kwargs", MESSAGES, &["{}"], NO_IMAGES),
+    refused("mm_processor_kwargs", MESSAGES, &["{}"], NO_IMAGES),
+    refused("return_prompt_text", CHAT, &["false"], "/tokenize shows the prompt's tokens"),
+    refused("kv_transfer_params", BOTH, &[], NO_SPLIT),
+    refused("ec_transfer_params", BOTH, &[], NO_SPLIT),
+    refused("vllm_xargs", BOTH, &["{}"], "nothing here reads them"),
+    refused("extra_body", BOTH, &["{}"], "its fields belong into the body itself"),
+    // other names
+    refused("max_new_tokens", BOTH, &[], "the field is max_tokens"),
+    refused("max_length", BOTH, &[], "the field is max_tokens"),
+    refused("n_predict", BOTH, &[], "the field is max_tokens"),
+    refused("num_predict", BOTH, &[], "the field is max_tokens"),
+    refused("repeat_penalty", BOTH, &["1"], "the field is repetition_penalty"),
+    refused("stop_sequences", BOTH, &["[]"], "the field is stop"),
+    refused("random_seed", BOTH, &[], "the field is seed"),
+    refused("do_sample", BOTH, &["true"], "say temperature 0 for the most likely tokens"),
+];
