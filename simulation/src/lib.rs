@@ -8,7 +8,9 @@
 //!
 //! Beside it stands `two_pools`, a small model of the protocol between the pools that is explored to its end.
 //!
-//! A run is a function of its seed: the same seed gives the same events at the same times.
+//! A run is a function of its seed: the same seed gives the same events at the same times, in every process. What the operating
+//! system draws all the same, nonces and the seeds of hash maps, changes no event. So nothing here may wait where tokio draws
+//! who is woken: no `select!` without `biased`, no `watch` channel that several wait for.
 #![forbid(unsafe_code)]
 
 mod client;

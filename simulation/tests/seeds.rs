@@ -1,6 +1,8 @@
 //! Thousands of seeds. One that fails prints how to see its story: `BATON_SEED=… cargo test -p baton-simulation replay`, or
 //! `BATON_LOAD_SEED=…`.
 
+use std::process::Command;
+
 use baton_simulation::{Report, Scenario, run};
 
 /// Seeds of each test here in which things break. More at will: `cargo run --release -p baton-simulation -- FIRST..LAST`.
@@ -108,6 +110,65 @@ fn a_run_is_a_function_of_its_seed() {
         );
         assert!(!other.lines.is_empty());
     }
+}
+
+/// It tells the same story each time, in this process and in another. In the runs of the second scenario, pulls end in the
+/// same moment because their connection does.
+#[test]
+fn a_seed_tells_the_same_story_in_every_process() {
+    let load = [126, 267].map(|seed| (Scenario::Load, seed));
+    let faults = [5, 9, 17].map(|seed| (Scenario::Faults, seed));
+    for (scenario, seed) in load.into_iter().chain(faults) {
+        let first = run(scenario, seed, true).lines.join("\n");
+        let again = run(scenario, seed, true).lines.join("\n");
+        let elsewhere = told_by_another_process(scenario, seed);
+        for (other, place) in [(&again, "this process"), (&elsewhere, "another process")] {
+            if let Some([one, two]) = first_difference(&first, other) {
+                panic!("{scenario:?}, seed {seed}, again in {place}:\n  {one}\n  {two}");
+            }
+        }
+    }
+}
+
+fn told_by_another_process(scenario: Scenario, seed: u64) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_baton-simulate"));
+    if scenario == Scenario::Load {
+        command.arg("--load");
+    }
+    let output = command.arg(seed.to_string()).output();
+    let output = output.expect("the simulator starts");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let told = String::from_utf8(output.stdout).expect("it writes text");
+    // Its last line is a summary.
+    let (story, _) = told.rsplit_once("\nseed ").expect("a story and a summary");
+    story.to_owned()
+}
+
+/// The first lines that differ by more than a nonce, which the operating system draws.
+fn first_difference(one: &str, other: &str) -> Option<[String; 2]> {
+    let mut lines = [one, other].map(|story| story.lines().map(without_nonces));
+    loop {
+        let [one, other] = lines.each_mut().map(Iterator::next);
+        if one != other {
+            return Some([one, other].map(|line| line.unwrap_or_else(|| "the end".to_owned())));
+        }
+        one?;
+    }
+}
+
+fn without_nonces(line: &str) -> String {
+    const KEY: &str = "\"nonce\":\"";
+    let mut parts = line.split(KEY);
+    let mut left = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        left.push_str(KEY);
+        left.push_str(part.trim_start_matches(|c: char| c.is_ascii_hexdigit()));
+    }
+    left
 }
 
 /// Tells the story of the seed in `BATON_SEED` or `BATON_LOAD_SEED`.

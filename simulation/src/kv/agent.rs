@@ -11,7 +11,7 @@ use std::time::Duration;
 use baton_protocol::deadlines::PULL_STALL_MS;
 use baton_transfer::{PeerKey, PeerReport, PullStats, Read, TransferError};
 use baton_worker::{KvFuture, KvNetwork};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::{DIGEST_BYTES, KvFabric, Way};
@@ -33,7 +33,11 @@ pub struct KvAgent {
 struct Connection {
     /// Whoever has it reads; the others wait in the order in which they came.
     turn: Semaphore,
-    is_closed: watch::Sender<Option<Closed>>,
+    /// Why it is no more.
+    end: Mutex<Option<Closed>>,
+    /// Wakes whoever waits for that, the first to wait first. A `watch` channel wakes in an order that it draws, which no seed
+    /// decides.
+    ended: Notify,
     progress: Mutex<Progress>,
 }
 
@@ -175,16 +179,14 @@ impl KvNetwork for KvAgent {
     /// Ends the pulls over it too.
     fn disconnect(&self, peer: PeerKey) {
         if let Some(connection) = lock(&self.connections).remove(&peer.0) {
-            connection
-                .is_closed
-                .send_replace(Some(Closed::Disconnected));
+            connection.close(Closed::Disconnected);
         }
     }
 
     fn is_connected(&self, peer: PeerKey) -> bool {
         let connections = lock(&self.connections);
         let connection = connections.get(&peer.0);
-        connection.is_some_and(|connection| connection.is_closed.borrow().is_none())
+        connection.is_some_and(|connection| !connection.is_closed())
     }
 }
 
@@ -192,7 +194,8 @@ impl Connection {
     fn new() -> Self {
         Self {
             turn: Semaphore::new(1),
-            is_closed: watch::Sender::new(None),
+            end: Mutex::default(),
+            ended: Notify::new(),
             progress: Mutex::new(Progress {
                 reading: 0,
                 last: Instant::now(),
@@ -200,14 +203,23 @@ impl Connection {
         }
     }
 
+    fn close(&self, why: Closed) {
+        *lock(&self.end) = Some(why);
+        self.ended.notify_waiters();
+    }
+
+    fn is_closed(&self) -> bool {
+        lock(&self.end).is_some()
+    }
+
     async fn closed(&self) -> Closed {
-        let mut closed = self.is_closed.subscribe();
         loop {
-            if let Some(why) = *closed.borrow_and_update() {
+            // Hears of an end from here on.
+            let ended = self.ended.notified();
+            if let Some(why) = *lock(&self.end) {
                 return why;
             }
-            // The sender is ours: it is there as long as anybody waits.
-            let _ = closed.changed().await;
+            ended.await;
         }
     }
 
@@ -285,14 +297,14 @@ impl Copying {
                 let _turn = self.connection.turn.acquire().await.ok()?;
                 sleep(link_time).await;
             }
-            let is_closed = || self.connection.is_closed.borrow().is_some();
+            let is_closed = || self.connection.is_closed();
             let copied = self.fabric.copy(self.own, self.peer, piece, is_closed);
             tokio::select! {
                 biased;
                 copied = copied => copied?,
                 // Also when nobody waits for the pull any more.
                 () = self.connection.stalled() => {
-                    self.connection.is_closed.send_replace(Some(Closed::Stalled));
+                    self.connection.close(Closed::Stalled);
                     return None;
                 }
             }
