@@ -14,11 +14,11 @@ use super::respond::refuse;
 use super::status::unknown_model;
 use crate::admission::Place;
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt};
+use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt, grammar};
 use crate::request::inbox::Mailbox;
 use crate::server::Server;
 use crate::text::echo::Echo;
-use crate::text::texts::Until;
+use crate::text::texts::{INLINE_BYTES_MAX, Until};
 use crate::text::tokenizer::TextError;
 
 /// Output tokens of a text completion that names none: OpenAI's.
@@ -77,7 +77,7 @@ async fn try_chat(
     let deadline = arrived + server.request_budget;
     let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
     let (on_server, place) = (Arc::clone(&server), client.place());
-    let size = bytes.len();
+    let size = size(&bytes);
     let work = move |until: &Until| {
         let _room = room;
         let model = &on_server.model;
@@ -130,7 +130,7 @@ async fn try_text(
     let deadline = arrived + server.request_budget;
     let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
     let (on_server, place) = (Arc::clone(&server), client.place());
-    let size = bytes.len();
+    let size = size(&bytes);
     let work = move |until: &Until| {
         let _room = room;
         let CompletionRequest {
@@ -229,6 +229,14 @@ fn fits_the_bus(server: &Server, tokens: usize, top: u8) -> Result<(), ApiError>
         param,
         ..ApiError::new(ErrorKind::AnswerTooLarge, message)
     })
+}
+
+/// What a body counts as among texts: one that may ask for a grammar is as much work as a large one.
+fn size(body: &[u8]) -> usize {
+    match body.len() <= INLINE_BYTES_MAX && grammar::is_likely(body) {
+        true => INLINE_BYTES_MAX + 1,
+        false => body.len(),
+    }
 }
 
 fn check_model(server: &Server, params: &Params) -> Result<(), ApiError> {

@@ -306,7 +306,7 @@ mod tests {
             (json!({"messages": [user], "tools": [{}]}), "tools"),
             (
                 json!({"messages": [user], "response_format": {"type": "json_schema"}}),
-                "response_format",
+                "response_format.json_schema",
             ),
             (
                 json!({"messages": [user], "top_logprobs": 2}),

@@ -3,6 +3,7 @@
 mod chat;
 mod completions;
 mod fields;
+pub mod grammar;
 mod params;
 mod shape;
 mod size;

@@ -1,11 +1,12 @@
 //! Parameters that chat and text completions share.
 
 use baton_protocol::limits::TOP_LOGPROBS_MAX;
-use baton_protocol::{CacheSalt, Generation, Sampling};
+use baton_protocol::{CacheSalt, Generation, Grammar, Sampling};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::fields::{Fields, whole, wrong_type};
+use super::grammar;
 use super::table::{self, Door};
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
@@ -50,6 +51,8 @@ pub struct Params {
     pub seeded: bool,
     /// Whose KV the prompt may use.
     pub cache_salt: CacheSalt,
+    /// What the output must follow.
+    pub grammar: Option<Grammar>,
     /// What to keep of a prompt that is longer; as many tokens as there is room for, if it names no number.
     pub truncation: Option<(Option<u32>, Side)>,
     /// Whether the tokenizer's own tokens are added at the ends of the prompt, if the client says.
@@ -96,6 +99,7 @@ impl Params {
             sampling: sampling(fields, defaults, seed)?,
             seeded: seed.is_some(),
             cache_salt: cache_salt(fields)?,
+            grammar: grammar::read(fields)?,
             truncation: truncation(fields)?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             token_ids: flag("return_token_ids")?,
@@ -175,7 +179,7 @@ impl Params {
             stop_token_ids,
             min_tokens: self.min_tokens,
             max_tokens,
-            grammar: None,
+            grammar: self.grammar.clone(),
         })
     }
 }

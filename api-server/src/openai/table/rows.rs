@@ -47,7 +47,7 @@ const fn refused(
 }
 
 const NO_IMAGES: &str = "models here read only text";
-const NO_SCHEMAS: &str = "there is no structured output yet";
+const SCHEMAS: &str = "say it in structured_outputs, or in response_format";
 const NO_TOOLS: &str = "there is no tool calling yet";
 const NO_REASONING: &str =
     "reasoning is not told apart from the answer yet; chat_template_kwargs reach the template";
@@ -129,19 +129,19 @@ pub const FIELDS: &[Field] = &[
     refused("function_call", CHAT, &["\"none\""], NO_TOOLS),
     refused("web_search_options", CHAT, &[], "there is no web search"),
     // structured output
-    refused("response_format", BOTH, &["{\"type\":\"text\"}"], NO_SCHEMAS),
-    refused("structured_outputs", BOTH, &["{}"], NO_SCHEMAS),
-    refused("guided_json", BOTH, &[], NO_SCHEMAS),
-    refused("guided_regex", BOTH, &[], NO_SCHEMAS),
-    refused("guided_choice", BOTH, &[], NO_SCHEMAS),
-    refused("guided_grammar", BOTH, &[], NO_SCHEMAS),
-    refused("guided_decoding_backend", BOTH, &[], NO_SCHEMAS),
-    refused("guided_whitespace_pattern", BOTH, &[], NO_SCHEMAS),
-    refused("structural_tag", BOTH, &[], NO_SCHEMAS),
-    refused("json_schema", BOTH, &[], NO_SCHEMAS),
-    refused("regex", BOTH, &[], NO_SCHEMAS),
-    refused("ebnf", BOTH, &[], NO_SCHEMAS),
-    refused("grammar", BOTH, &["\"\""], NO_SCHEMAS),
+    done("response_format", BOTH, "`text`, `json_object`, or `json_schema` with a `schema`: the output is valid JSON by it, whatever `strict` says"),
+    done("structured_outputs", BOTH, "one of `json` (a schema), `json_object`, `regex`, `choice`, `grammar` (Lark): the output follows it"),
+    done("guided_json", BOTH, "as `structured_outputs.json`"),
+    done("guided_regex", BOTH, "as `structured_outputs.regex`"),
+    done("guided_choice", BOTH, "as `structured_outputs.choice`"),
+    done("guided_grammar", BOTH, "as `structured_outputs.grammar`"),
+    accepted("guided_decoding_backend", BOTH, "there is one"),
+    refused("guided_whitespace_pattern", BOTH, &[], SCHEMAS),
+    refused("structural_tag", BOTH, &[], SCHEMAS),
+    refused("json_schema", BOTH, &[], SCHEMAS),
+    refused("regex", BOTH, &[], SCHEMAS),
+    refused("ebnf", BOTH, &[], SCHEMAS),
+    refused("grammar", BOTH, &["\"\""], SCHEMAS),
     // reasoning
     refused("reasoning_effort", CHAT, &["\"none\""], NO_REASONING),
     refused("include_reasoning", CHAT, &["true"], NO_REASONING),
