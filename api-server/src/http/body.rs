@@ -168,7 +168,7 @@ pub async fn read(
     }
     let finished = incoming.finish();
     finished.map_err(|error| fault(&mut incoming, &error))?;
-    let came = incoming.into_mut();
+    let came = incoming.taken_by();
     Ok(Body {
         bytes: std::mem::take(&mut came.bytes),
         room: std::mem::replace(&mut came.room, Room::of(server)),
@@ -185,7 +185,7 @@ fn broken(error: &dyn std::fmt::Display) -> ApiError {
 
 /// Why a body was not taken.
 fn fault(incoming: &mut Incoming<Came>, error: &std::io::Error) -> ApiError {
-    incoming.into_mut().fault.take().unwrap_or_else(|| {
+    incoming.taken_by().fault.take().unwrap_or_else(|| {
         let message =
             format!("the request body is not the gzip that its content-encoding says: {error}");
         ApiError::new(ErrorKind::InvalidRequest, message)

@@ -144,7 +144,7 @@ impl<W: Write> Incoming<W> {
     }
 
     /// Where it goes.
-    pub fn into_mut(&mut self) -> &mut W {
+    pub fn taken_by(&mut self) -> &mut W {
         match self {
             Self::Plain(into) => into,
             Self::Gzip(decoder) => decoder.get_mut(),
@@ -243,7 +243,7 @@ mod tests {
                     incoming.write(piece)?;
                 }
                 incoming.finish()?;
-                std::io::Result::Ok(std::mem::take(incoming.into_mut()))
+                std::io::Result::Ok(std::mem::take(incoming.taken_by()))
             };
             prop_assert_eq!(read(&packed).unwrap(), data);
             prop_assert!(read(&packed[..packed.len() - lost]).is_err());

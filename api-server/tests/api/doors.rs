@@ -40,9 +40,9 @@ async fn ask(api: &Api, line: &str, headers: &[&str], body: &[u8]) -> Raw {
     }
     head += &format!("Content-Length: {}\r\n\r\n", body.len());
     let mut connection = api.connect().await;
-    connection.write(head.as_bytes()).await.unwrap();
-    // One that is refused may not be read to its end.
-    let _ = connection.write(body).await;
+    // At once: a server that refuses a body need not wait for it.
+    let all = [head.as_bytes(), body].concat();
+    connection.write(&all).await.unwrap();
     let bytes = crate::support::within("the answer", connection.finish_bytes()).await;
     let at = bytes
         .windows(4)
@@ -296,7 +296,7 @@ async fn bodies_may_be_compressed_and_are_bounded_all_the_same() {
     );
     let answer = ask(&api, &line, &[typed, gzip], &body).await;
     assert_eq!(answer.status, 200, "{}", answer.head);
-    let bomb = packed(&vec![b' '; 40 << 20]);
+    let bomb = packed(&vec![b' '; (16 << 20) + 1]);
     assert!(bomb.len() < 100_000);
     for (body, header, status) in [
         (&bomb, gzip, 413),
