@@ -10,6 +10,7 @@ use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, ProtocolError};
 use tokio::sync::oneshot;
 
+use crate::cors::Origins;
 use crate::keys::ApiKeys;
 
 /// Settings of one API server.
@@ -28,6 +29,8 @@ pub struct ApiServerConfig {
     pub tokenizer: PathBuf,
     /// What becomes of texts of control tokens in messages.
     pub special_tokens_in_content: SpecialTokensInContent,
+    /// Where defaults of sampling come from.
+    pub generation_config: GenerationConfig,
     /// Address to listen on.
     pub host: String,
     /// Port to listen on; 0 picks a free one.
@@ -38,6 +41,8 @@ pub struct ApiServerConfig {
     pub limits: Limits,
     /// Keys that clients must have; with none everybody is served.
     pub api_keys: ApiKeys,
+    /// Whose pages may ask from a browser.
+    pub origins: Origins,
     /// Told the bound address once requests are served.
     pub on_ready: Option<oneshot::Sender<SocketAddr>>,
 }
@@ -60,11 +65,13 @@ impl ApiServerConfig {
             model_name: None,
             tokenizer: tokenizer.into(),
             special_tokens_in_content: SpecialTokensInContent::default(),
+            generation_config: GenerationConfig::default(),
             host: "127.0.0.1".to_owned(),
             port: 8000,
             request_budget: Duration::from_millis(u64::from(REQUEST_BUDGET_MS)),
             limits: Limits::default(),
             api_keys: ApiKeys::default(),
+            origins: Origins::default(),
             on_ready: None,
         })
     }
@@ -78,6 +85,16 @@ pub enum SpecialTokensInContent {
     Plain,
     /// It becomes the control token, as in Transformers: whoever writes messages may write turns.
     Allow,
+}
+
+/// Where temperature, nucleus and the like come from if a request says nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GenerationConfig {
+    /// The model's `generation_config.json`; OpenAI's where it says nothing.
+    #[default]
+    Model,
+    /// OpenAI's: temperature 1, and no truncation.
+    None,
 }
 
 /// Bounds on what clients may ask for.

@@ -11,6 +11,8 @@ pub enum ErrorKind {
     ContextLength,
     /// The HTTP body is over the bound.
     BodyTooLarge,
+    /// The HTTP body is not JSON, or in a coding that is not known.
+    MediaType,
     /// The HTTP body stopped coming.
     BodyStalled,
     /// The prompt does not fit one message on the bus.
@@ -64,10 +66,11 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
+        Self::MediaType,
         Self::BodyStalled,
         Self::JobTooLarge,
         Self::AnswerTooLarge,
@@ -102,6 +105,13 @@ impl ErrorKind {
                 "context_length",
             ),
             Self::BodyTooLarge => (413, BAD, Some("body_too_large"), false, "body_too_large"),
+            Self::MediaType => (
+                415,
+                BAD,
+                Some("unsupported_media_type"),
+                false,
+                "media_type",
+            ),
             Self::BodyStalled => (408, BAD, Some("body_stalled"), false, "body_stalled"),
             Self::JobTooLarge => (413, BAD, Some("prompt_too_large"), false, "job_too_large"),
             Self::AnswerTooLarge => (

@@ -16,6 +16,7 @@ mod admission;
 mod bound;
 mod bus;
 mod config;
+mod cors;
 mod error;
 mod fleet;
 mod http;
@@ -30,7 +31,8 @@ mod simulated;
 mod text;
 mod watch;
 
-pub use config::{ApiServerConfig, Limits, SpecialTokensInContent};
+pub use config::{ApiServerConfig, GenerationConfig, Limits, SpecialTokensInContent};
+pub use cors::Origins;
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;
 pub use run::run;

@@ -76,6 +76,7 @@ pub async fn run(
         body_room: Arc::new(Semaphore::new(config.limits.bodies_bytes_max >> 10)),
         limits: config.limits,
         keys: config.api_keys,
+        origins: config.origins,
         request_budget: config.request_budget,
         started_unix: now.map_or(0, |since| since.as_secs()),
         decode_room: Arc::default(),
@@ -137,7 +138,9 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
     let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
         .await
         .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??
-        .with_special_tokens_in_content(config.special_tokens_in_content);
+        .with_special_tokens_in_content(config.special_tokens_in_content)
+        .with_generation_config(config.generation_config);
+    tracing::info!(defaults = %model.defaults, "where requests say nothing");
     let metrics =
         Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
     let registry = Arc::new(Registry::default());

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use crate::bound::Bound;
 use crate::bus::{Bus, Watcher};
 use crate::config::Limits;
+use crate::cors::Origins;
 use crate::fleet::Fleet;
 use crate::fleet::membership::{Membership, Taken};
 use crate::keys::ApiKeys;
@@ -55,6 +56,8 @@ pub struct Server {
     pub body_room: Arc<Semaphore>,
     /// Who may ask.
     pub keys: ApiKeys,
+    /// Whose pages may ask.
+    pub origins: Origins,
     /// Time a request may take.
     pub request_budget: Duration,
     /// When this server started, for `created` of the model.

@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use crate::bound::Bound;
 use crate::bus::Bus;
 use crate::config::Limits;
+use crate::cors::Origins;
 use crate::error::ApiServerError;
 use crate::fleet::membership::SUSPECT_AFTER;
 use crate::fleet::router::prefix_chain;
@@ -87,6 +88,7 @@ impl SimulatedServer {
             body_room: Arc::new(Semaphore::new(0)),
             limits: Limits::default(),
             keys: ApiKeys::default(),
+            origins: Origins::default(),
             request_budget: Duration::ZERO,
             started_unix: 0,
             decode_room: Arc::default(),

@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_api_server::{ApiKeys, ApiServerConfig, SpecialTokensInContent};
+use baton_api_server::{
+    ApiKeys, ApiServerConfig, GenerationConfig, Origins, SpecialTokensInContent,
+};
 use clap::{Args, ValueEnum};
 
 use crate::Failure;
@@ -40,6 +42,8 @@ pub struct ApiServerArgs {
     keys: ApiKeysArgs,
     #[command(flatten)]
     content: ContentArgs,
+    #[command(flatten)]
+    answers: AnswerArgs,
     /// Most answers under way; more are told to come back (429) [default: 4096]
     #[arg(long)]
     in_flight_max: Option<usize>,
@@ -85,6 +89,48 @@ impl From<ContentRule> for SpecialTokensInContent {
         match rule {
             ContentRule::Plain => Self::Plain,
             ContentRule::Allow => Self::Allow,
+        }
+    }
+}
+
+/// What answers are like where requests say nothing, and which pages may read them.
+#[derive(Args, Clone, Debug, Default)]
+pub struct AnswerArgs {
+    /// Where temperature, top_p, top_k, min_p and repetition_penalty come from if a request does not name them: the model's
+    /// generation_config.json, or nowhere, which leaves OpenAI's (temperature 1)
+    #[arg(long, value_enum, default_value_t)]
+    pub generation_config: DefaultsFrom,
+    /// Origin of web pages that may ask from a browser, as https://host:port, or * for all; may be given several times
+    /// [default: none]
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors_origin: Vec<String>,
+}
+
+/// A value of `--generation-config`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DefaultsFrom {
+    /// The model
+    #[default]
+    Model,
+    /// Nowhere
+    None,
+}
+
+impl DefaultsFrom {
+    /// How it is written on a command line.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Model => "model",
+            Self::None => "none",
+        }
+    }
+}
+
+impl From<DefaultsFrom> for GenerationConfig {
+    fn from(from: DefaultsFrom) -> Self {
+        match from {
+            DefaultsFrom::Model => Self::Model,
+            DefaultsFrom::None => Self::None,
         }
     }
 }
@@ -159,6 +205,9 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     config.model_name = args.model_name;
     config.api_keys = args.keys.keys()?;
     config.special_tokens_in_content = args.content.special_tokens_in_content.into();
+    config.generation_config = args.answers.generation_config.into();
+    let origins = args.answers.cors_origin.iter().map(String::as_str);
+    config.origins = Origins::parse(origins).map_err(|error| format!("--cors-origin: {error}"))?;
     config.host = args.api_server_host;
     config.port = args.api_server_port;
     if let Some(seconds) = args.request_budget_s {

@@ -21,7 +21,7 @@ use self::restarts::Restarts;
 use self::scratch::Scratch;
 use self::supervisor::{ProcessSpec, Stage, Supervisor};
 use crate::Failure;
-use crate::api_server::{ApiKeysArgs, ContentArgs};
+use crate::api_server::{AnswerArgs, ApiKeysArgs, ContentArgs};
 use crate::logging::LogFormat;
 use crate::model_source;
 use crate::shutdown::Shutdown;
@@ -70,6 +70,8 @@ pub struct UpArgs {
     keys: ApiKeysArgs,
     #[command(flatten)]
     content: ContentArgs,
+    #[command(flatten)]
+    answers: AnswerArgs,
     /// What workers compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
@@ -269,7 +271,7 @@ fn announce(
         std::io::stdout(),
         "\nBaton serves {name} at {url}\n\n  \
          curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
-         -d '{{\"model\": \"{name}\", \"stream\": true, \"max_tokens\": 100,\n         \
+         -d '{{\"model\": \"{name}\", \"stream\": true, \"max_tokens\": 100, \"temperature\": 0.2,\n         \
          \"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n\n  \
          baton chat --url {url}\n  baton status --url {url}\n\nCtrl-C stops it.\n"
     );

@@ -355,3 +355,37 @@ fn hostile_headers_are_refused_with_the_reason() {
     }
     assert!(!Path::new(&bench.directory.path().join("out")).exists());
 }
+
+/// `general.sampling.*`, as llama.cpp's tools write it, and nothing that the file does not say.
+#[test]
+fn defaults_of_sampling_are_the_files_own() {
+    let bench = Bench::new();
+    let config = |gguf: &Gguf| -> serde_json::Value {
+        fs::write(&bench.file, gguf.bytes()).unwrap();
+        let mut options = bench.options();
+        options.force = true;
+        let out = prepare(options).unwrap().plan.out;
+        let text = fs::read_to_string(out.join("generation_config.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    let mut gguf = Gguf::tiny();
+    let silent = config(&gguf);
+    for name in [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+    ] {
+        assert!(silent.get(name).is_none(), "{name}: {silent}");
+    }
+    gguf.set("general.sampling.temp", Meta::F32(0.2));
+    gguf.set("general.sampling.top_k", Meta::U32(40));
+    let said = config(&gguf);
+    assert_eq!(said["temperature"], 0.2, "not 0.20000000298");
+    assert_eq!(said["top_k"], 40);
+    assert!(said.get("top_p").is_none());
+    gguf.set("general.sampling.temp", Meta::Text("warm"));
+    let error = bench.refusal(&gguf.bytes()).expect("no number");
+    assert!(error.contains("general.sampling.temp"), "{error}");
+}

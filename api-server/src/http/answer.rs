@@ -5,12 +5,14 @@ use std::time::Duration;
 
 use actix_web::http::header;
 use actix_web::{HttpResponse, rt};
-use baton_protocol::{Generation, RequestId};
+use baton_protocol::Generation;
 use futures::future::try_join_all;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use super::choice::{Choice, Destination, Gathering};
+use super::name::{Named, fill, random_id};
 use super::outbox::Outbox;
 use super::presence::Presence;
 use super::sse::SseBody;
@@ -58,7 +60,8 @@ pub async fn answer(
         max_tokens: prompt.generation.max_tokens as usize,
     });
     params.check_size(extents, server.limits.answer_bytes_max)?;
-    let id = random_id()?;
+    let named = client.named();
+    let id = named.id;
     let token_ids = params.token_ids.then(|| {
         let prompts = prompts.iter().map(|prompt| Arc::clone(&prompt.tokens));
         (prompts.collect(), params.n as usize)
@@ -87,7 +90,7 @@ pub async fn answer(
         server: &server,
         mailbox,
         params: &params,
-        id,
+        named: &named,
         arrived,
     };
     if params.stream {
@@ -124,7 +127,7 @@ struct Request<'a> {
     server: &'a Arc<Server>,
     mailbox: &'a Arc<Mailbox>,
     params: &'a Params,
-    id: RequestId,
+    named: &'a Named,
     arrived: Instant,
 }
 
@@ -148,7 +151,11 @@ impl Request<'_> {
             let chain: Arc<[u64]> = prefix_chain(salt, &prompt.tokens).into();
             for i in 0..self.params.n {
                 let index = client.choices();
-                let request = if index == 0 { self.id } else { random_id()? };
+                let request = if index == 0 {
+                    self.named.id
+                } else {
+                    random_id()?
+                };
                 let mut generation = prompt.generation.clone();
                 generation.sampling.seed = seed.wrapping_add(u64::from(i));
                 let echo = prompt.echo.clone();
@@ -175,32 +182,17 @@ impl Request<'_> {
                 let registry = &self.server.registry;
                 let registered =
                     registry.register(request, Arc::clone(self.mailbox), Arc::clone(&inbox));
-                rt::spawn(drive(
-                    Arc::clone(self.server),
-                    job,
-                    inbox,
-                    registered,
-                    choice,
-                ));
+                let span = self.named.span(request);
+                let server = Arc::clone(self.server);
+                rt::spawn(drive(server, job, inbox, registered, choice).instrument(span));
             }
         }
         Ok(())
     }
 }
 
-fn random_id() -> Result<RequestId, ApiError> {
-    let mut bytes = [0; 16];
-    fill(&mut bytes)?;
-    Ok(RequestId(u128::from_le_bytes(bytes)))
-}
-
 fn random_seed() -> Result<u64, ApiError> {
     let mut bytes = [0; 8];
     fill(&mut bytes)?;
     Ok(u64::from_le_bytes(bytes))
-}
-
-fn fill(bytes: &mut [u8]) -> Result<(), ApiError> {
-    getrandom::fill(bytes)
-        .map_err(|error| ApiError::new(ErrorKind::Internal, format!("no random numbers: {error}")))
 }

@@ -260,7 +260,11 @@ impl Sink for Choice {
         self.token_ids.clear();
     }
 
-    fn end(&mut self, end: Result<FinishReason, ApiError>) {
+    fn end(&mut self, mut end: Result<FinishReason, ApiError>) {
+        // What follows a prompt that is only repeated is made and not shown.
+        if self.prompt_only {
+            end = end.map(|_| FinishReason::Length);
+        }
         if end.is_ok() {
             // After a stop string both hold nothing.
             self.piece.clear();

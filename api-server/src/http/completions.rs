@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::answer::{Prepared, answer};
 use super::authorize::Caller;
 use super::body::{self, Body};
+use super::name::Named;
 use super::presence::Presence;
 use super::respond::refuse;
 use super::status::unknown_model;
@@ -63,7 +64,8 @@ fn admit(server: &Server, request: &HttpRequest) -> Result<Presence, ApiError> {
         return Err(ApiError::new(ErrorKind::Bus, message));
     }
     let Caller(key) = Caller::of(request);
-    Ok(Presence::new(Place::take(&server.in_flight, key)?))
+    let place = Place::take(&server.in_flight, key)?;
+    Ok(Presence::new(Named::of(request)?, place))
 }
 
 async fn try_chat(

@@ -5,6 +5,9 @@ mod authorize;
 mod body;
 mod choice;
 mod completions;
+mod front;
+mod gzip;
+mod name;
 mod outbox;
 mod presence;
 mod respond;
@@ -16,15 +19,12 @@ mod whole;
 use std::any::Any;
 use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use actix_web::rt::net::TcpStream;
 
-use actix_web::body::{BodySize, BoxBody, MessageBody};
-use actix_web::dev::{Server as HttpServerHandle, ServiceRequest, ServiceResponse};
-use actix_web::http::{ConnectionType, Version};
-use actix_web::middleware::{Next, from_fn};
+use actix_web::dev::Server as HttpServerHandle;
+use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, guard, rt, web};
 
 pub use self::status::worker_rows;
@@ -57,7 +57,7 @@ pub fn serve(
         rt::spawn(watch.show("HTTP thread"));
         App::new()
             .wrap(from_fn(authorize::authorize))
-            .wrap(from_fn(close_after_answer))
+            .wrap(from_fn(front::front))
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
             .service(post(
@@ -96,27 +96,6 @@ pub fn serve(
         .disable_signals()
         .listen(listener)?
         .run())
-}
-
-/// A server that leaves closes each connection after its answer: a client's next request goes elsewhere, and is not cut off. One of
-/// HTTP/1.0 knows no chunks: an answer whose length is not known ends with its connection.
-async fn close_after_answer(
-    server: web::Data<Server>,
-    request: ServiceRequest,
-    next: Next<BoxBody>,
-) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
-    let knows_chunks = request.version() >= Version::HTTP_11;
-    let mut response = next.call(request).await?;
-    let is_stream = response.response().body().size() == BodySize::Stream;
-    let head = response.response_mut().head_mut();
-    if is_stream && !knows_chunks {
-        head.no_chunking(true);
-        head.set_connection_type(ConnectionType::Close);
-    }
-    if server.leaving.load(Ordering::Relaxed) {
-        head.set_connection_type(ConnectionType::Close);
-    }
-    Ok(response)
 }
 
 /// Has the kernel close a connection whose other end acknowledges nothing, or takes nothing, for this long. Its request

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::Instant;
 
+use super::name::Named;
 use super::outbox::Outbox;
 use crate::admission::Place;
 use crate::request::inbox::{Event, Inbox};
@@ -16,6 +17,7 @@ use crate::text::texts::Until;
 /// phase is entered here before it begins, and hears of the drop: work on its text, every choice, and the stream, so that no choice
 /// waits for a reader that is gone. After the end of the answer nobody hears it.
 pub struct Presence {
+    named: Named,
     place: Arc<Place>,
     left: Arc<AtomicBool>,
     inboxes: Vec<Arc<Inbox>>,
@@ -23,14 +25,20 @@ pub struct Presence {
 }
 
 impl Presence {
-    /// A client whose request has these places.
-    pub fn new(place: Arc<Place>) -> Self {
+    /// A client whose request has this name and these places.
+    pub fn new(named: Named, place: Arc<Place>) -> Self {
         Self {
+            named,
             place,
             left: Arc::default(),
             inboxes: Vec::new(),
             outbox: None,
         }
+    }
+
+    /// The request's name.
+    pub fn named(&self) -> Named {
+        self.named.clone()
     }
 
     /// The request's places.
@@ -81,7 +89,10 @@ mod tests {
     #[tokio::test]
     async fn whoever_leaves_is_heard_everywhere() {
         let bound = Arc::new(Bound::new(1));
-        let mut client = Presence::new(Place::take(&bound, None).unwrap());
+        let mut client = Presence::new(
+            Named::new(&Default::default()).unwrap(),
+            Place::take(&bound, None).unwrap(),
+        );
         let until = client.until(Instant::now() + std::time::Duration::from_secs(600));
         let outbox = Outbox::new(2, Tally::new(1, 1, 2));
         let inboxes = [Arc::new(Inbox::default()), Arc::new(Inbox::default())];

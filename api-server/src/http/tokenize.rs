@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::authorize::Caller;
 use super::body::{self, Body};
+use super::name::Named;
 use super::presence::Presence;
 use super::respond::{self, refuse};
 use super::status::{longest_sequence, unknown_model};
@@ -46,7 +47,7 @@ async fn respond(
 ) -> HttpResponse {
     let answer = async {
         let Caller(key) = Caller::of(&request);
-        let client = Presence::new(Place::take(&server.in_flight, key)?);
+        let client = Presence::new(Named::of(&request)?, Place::take(&server.in_flight, key)?);
         let deadline = Instant::now() + server.request_budget;
         let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
         let (on_server, size) = (Arc::clone(&server), bytes.len());

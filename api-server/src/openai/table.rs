@@ -138,7 +138,7 @@ impl Field {
                 _ => harmless == *value,
             }
         };
-        match harmless.iter().any(|text| same(&text)) {
+        match harmless.iter().any(same) {
             true => Ok(()),
             false => {
                 let message = format!("{name} is not supported by this server: {}", self.about);

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 use tokenizers::models::ModelWrapper;
 
-use crate::config::SpecialTokensInContent;
+use crate::config::{GenerationConfig, SpecialTokensInContent};
 use crate::error::{ApiError, ApiServerError, ErrorKind};
 use crate::text::control_tokens::ControlTokens;
 use crate::text::detokenize::{Detokenizer, Vocabulary};
@@ -22,12 +22,14 @@ pub use self::chat::Rendering;
 #[cfg(test)]
 pub(crate) use self::cuts::PIECE_BYTES;
 use self::cuts::{Cuts, UNCUT_BYTES_MAX, Uncut};
+pub use self::defaults::GenerationDefaults;
 use self::ends::Ends;
 pub use self::keep::{Keep, Side};
 
 mod bounds;
 mod chat;
 mod cuts;
+mod defaults;
 mod ends;
 mod keep;
 
@@ -48,53 +50,6 @@ struct Manifest {
     tokens_max: u32,
     #[serde(default)]
     eos_token_ids: Vec<u32>,
-}
-
-/// Sampling defaults of `generation_config.json`, which stand in where a request says nothing.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq)]
-#[serde(default)]
-pub struct GenerationDefaults {
-    /// Softmax temperature.
-    pub temperature: Option<f32>,
-    /// Nucleus.
-    pub top_p: Option<f32>,
-    /// Most likely tokens.
-    pub top_k: Option<i64>,
-    /// Share of the most likely token.
-    pub min_p: Option<f32>,
-    /// Of prompt and output.
-    pub repetition_penalty: Option<f32>,
-}
-
-impl GenerationDefaults {
-    /// What is wrong with them, if anything: workers would refuse every request that does not say otherwise.
-    fn fault(&self) -> Option<String> {
-        let positive = |value: f32| value >= f32::MIN_POSITIVE && value.is_finite();
-        let share = |value: f32| (0.0..=1.0).contains(&value);
-        let top_k = self.top_k.filter(|k| *k > i64::from(u32::MAX));
-        [
-            (
-                "temperature",
-                self.temperature,
-                self.temperature.is_none_or(|t| t >= 0.0 && t.is_finite()),
-            ),
-            (
-                "top_p",
-                self.top_p,
-                self.top_p.is_none_or(|p| share(p) && p > 0.0),
-            ),
-            ("min_p", self.min_p, self.min_p.is_none_or(share)),
-            (
-                "repetition_penalty",
-                self.repetition_penalty,
-                self.repetition_penalty.is_none_or(positive),
-            ),
-            ("top_k", top_k.map(|k| k as f32), top_k.is_none()),
-        ]
-        .into_iter()
-        .find(|(.., fine)| !fine)
-        .map(|(name, value, _)| format!("{name} is {}", value.unwrap_or_default()))
-    }
 }
 
 /// A model's text side.
@@ -227,6 +182,15 @@ impl ModelText {
     pub fn with_special_tokens_in_content(mut self, rule: SpecialTokensInContent) -> Self {
         if rule == SpecialTokensInContent::Allow {
             self.control_tokens = None;
+        }
+        self
+    }
+
+    /// The same with sampling defaults from there.
+    #[must_use]
+    pub fn with_generation_config(mut self, from: GenerationConfig) -> Self {
+        if from == GenerationConfig::None {
+            self.defaults = GenerationDefaults::default();
         }
         self
     }

@@ -28,7 +28,9 @@ async fn empty(api: &Api) {
 /// The head of a request whose body is still to come.
 async fn head_only(api: &Api, bytes: usize) -> Connection {
     let mut connection = api.connect().await;
-    let head = format!("POST {CHAT} HTTP/1.0\r\nHost: test\r\nContent-Length: {bytes}\r\n\r\n");
+    let head = format!(
+        "POST {CHAT} HTTP/1.0\r\nHost: test\r\nContent-Type: application/json\r\nContent-Length: {bytes}\r\n\r\n"
+    );
     connection.write(head.as_bytes()).await.unwrap();
     connection
 }

@@ -123,8 +123,7 @@ async fn a_body_that_stops_coming_is_given_up() {
     })
     .await;
     let mut stream = tokio::net::TcpStream::connect(api.address).await.unwrap();
-    let head =
-        "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 1000\r\n\r\n{\"prompt\":";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{\"prompt\":";
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut bytes = vec![0; 4096];
     let read = stream.read(&mut bytes);
@@ -143,7 +142,7 @@ async fn a_body_that_never_ends_is_given_up_with_the_requests_time() {
     })
     .await;
     let mut stream = tokio::net::TcpStream::connect(api.address).await.unwrap();
-    let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let (mut from, mut to) = stream.into_split();
     let dribble = tokio::spawn(async move {
@@ -202,7 +201,7 @@ async fn bodies_have_a_bound_together() {
     })
     .await;
     let mut half = tokio::net::TcpStream::connect(api.address).await.unwrap();
-    let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 100000\r\n\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n";
     half.write_all(head.as_bytes()).await.unwrap();
     half.write_all(&[b' '; 70 << 10]).await.unwrap();
     let body = json!({"model": "tiny", "prompt": "w".repeat(40 << 10)});

@@ -2,6 +2,8 @@
 
 mod admission;
 mod deadlines;
+mod doors;
+mod fields;
 mod hostile;
 mod keys;
 mod strays;
@@ -338,8 +340,7 @@ async fn bad_requests_get_a_clear_answer() {
 async fn a_body_over_the_bound_is_refused_unread() {
     let (_nats, _context, _decode, api) = usual().await;
     let mut stream = tokio::net::TcpStream::connect(api.address).await.unwrap();
-    let head =
-        "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 52428800\r\n\r\n{\"prompt\":";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: 52428800\r\n\r\n{\"prompt\":";
     tokio::io::AsyncWriteExt::write_all(&mut stream, head.as_bytes())
         .await
         .unwrap();

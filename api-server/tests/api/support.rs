@@ -119,7 +119,8 @@ pub fn model_with(options: &Value) -> tempfile::TempDir {
     });
     let manifest = json!({"format": 1, "name": "tiny", "fingerprint": "ab".repeat(32),
         "tokens_max": options["tokens_max"], "eos_token_ids": [EOS]});
-    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>";
+    let template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}\
+        {% if add_generation_prompt %}<assistant>{% endif %}{{ mood }}";
     let write =
         |file: &str, text: String| std::fs::write(directory.path().join(file), text).unwrap();
     write("manifest.json", manifest.to_string());
@@ -706,6 +707,12 @@ impl Connection {
             }
         })
         .await;
+    }
+
+    /// Reads the rest, and gives back all bytes.
+    pub async fn finish_bytes(&mut self) -> Vec<u8> {
+        self.stream.read_to_end(&mut self.bytes).await.unwrap();
+        std::mem::take(&mut self.bytes)
     }
 
     /// Reads the rest.

@@ -68,6 +68,11 @@ impl Plan {
         }
         let rule = args.content.special_tokens_in_content;
         front.extend(flags([("--special-tokens-in-content", rule.label())]));
+        let from = args.answers.generation_config;
+        front.extend(flags([("--generation-config", from.label())]));
+        for origin in &args.answers.cors_origin {
+            front.extend(flags([("--cors-origin", origin)]));
+        }
         if let Some(most) = args.keys.api_key_in_flight_max {
             front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
         }
@@ -301,7 +306,7 @@ mod tests {
     fn every_process_is_told_the_cluster_and_the_bus() {
         let args = args(
             "--cluster c1 --api-server-port 0 --threads 2 --kv-mib 64 --drain-s 7 \
-             --special-tokens-in-content allow",
+             --special-tokens-in-content allow --generation-config none --cors-origin https://a.example",
         );
         let plan = Plan::new(&args, LogFormat::Json).unwrap();
         let processes = plan.processes("nats://h:1", Path::new("/m"));
@@ -321,6 +326,8 @@ mod tests {
                 Stage::Front => assert!(
                     line.contains("--drain-s 7")
                         && line.contains("--special-tokens-in-content allow")
+                        && line
+                            .contains("--generation-config none --cors-origin https://a.example")
                         && line.ends_with("--tokenizer /m"),
                     "{line}"
                 ),

@@ -216,12 +216,35 @@ pub(crate) fn config_json(spec: &UniformSpec, tokenizer: &RebuiltTokenizer) -> V
     })
 }
 
-/// A `generation_config.json` with the tokens that begin and end an answer.
-pub(crate) fn generation_config_json(tokenizer: &RebuiltTokenizer) -> Value {
-    json!({
+/// How a file's maker would have its tokens chosen (llama.cpp's `general.sampling.*`), and what Hugging Face calls it.
+const SAMPLING: [(&str, &str); 4] = [
+    ("general.sampling.temp", "temperature"),
+    ("general.sampling.top_p", "top_p"),
+    ("general.sampling.min_p", "min_p"),
+    ("general.sampling.penalty_repeat", "repetition_penalty"),
+];
+
+/// A `generation_config.json` with the tokens that begin and end an answer, and with what the file says of sampling, if it says
+/// anything. Nothing is made up: a file that is silent gives no defaults.
+pub(crate) fn generation_config_json(
+    metadata: &Metadata,
+    tokenizer: &RebuiltTokenizer,
+) -> Result<Value, String> {
+    let mut config = json!({
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_ids,
-    })
+    });
+    for (key, name) in SAMPLING {
+        if let Some(value) = metadata.float(key)? {
+            // Single precision in the file: written with all digits of a double it would be 0.20000000298.
+            let shortest: f64 = (value as f32).to_string().parse().unwrap_or(value);
+            config[name] = shortest.into();
+        }
+    }
+    if let Some(top_k) = metadata.count("general.sampling.top_k")? {
+        config["top_k"] = top_k.into();
+    }
+    Ok(config)
 }
 
 /// f32 → little-endian BF16, to nearest, ties to even.

@@ -26,6 +26,8 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
     let tokenizer = tokenizer::rebuild(&container.metadata, &spec).map_err(refuse)?;
     let head_dim = spec.head_dim;
     let config = llama::config_json(&spec, &tokenizer);
+    let generation_config =
+        llama::generation_config_json(&container.metadata, &tokenizer).map_err(refuse)?;
     let spec = ModelSpec::try_from(spec).map_err(refuse)?;
 
     let file_name = path
@@ -40,7 +42,7 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
         },
         SmallFile {
             name: GENERATION_CONFIG,
-            content: pretty(&llama::generation_config_json(&tokenizer)),
+            content: pretty(&generation_config),
         },
         SmallFile {
             name: TOKENIZER,

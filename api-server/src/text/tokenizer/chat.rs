@@ -1,7 +1,6 @@
 //! A chat as the model reads it: its template's text, then that text's tokens.
 
 use std::borrow::Cow;
-use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
@@ -48,9 +47,12 @@ impl Default for Rendering {
     }
 }
 
-/// Where the last message's text ends in a rendered chat: noncharacters of Unicode, of which the first that neither messages nor
-/// variables contain is taken. None is a marker of control tokens.
-const FINAL_ENDS: RangeInclusive<char> = '\u{1fffe}'..='\u{1ffff}';
+/// What may stand where the last message's text ends in a rendered chat: the last two characters of each plane, noncharacters of
+/// Unicode, of which the first that neither messages nor variables contain is taken. None is a marker of control tokens.
+fn final_ends() -> impl Iterator<Item = char> {
+    let codes = (1..=16_u32).flat_map(|plane| [plane << 16 | 0xfffe, plane << 16 | 0xffff]);
+    codes.filter_map(char::from_u32)
+}
 
 impl ModelText {
     /// The prompt of a chat as it usually is: as [`Self::render_chat_as`].
@@ -91,7 +93,7 @@ impl ModelText {
         let marker = marker.map_err(TextError::Refused)?;
         let end = match rendering.continue_final_message {
             true => Some(final_end(&messages).ok_or_else(|| {
-                refused("the messages contain the characters U+1FFFE and U+1FFFF, one of which is needed to continue the last: leave one out")
+                refused("the messages contain the last two characters of every plane of Unicode, one of which is needed to continue the last: leave one out")
             })?),
             false => None,
         };
@@ -147,11 +149,9 @@ impl ModelText {
     }
 }
 
-/// The first of [`FINAL_ENDS`] that these do not contain.
+/// The first of [`final_ends`] that these do not contain.
 fn final_end(values: &[Value]) -> Option<char> {
-    FINAL_ENDS
-        .into_iter()
-        .find(|end| !values.iter().any(|value| contains(value, *end)))
+    final_ends().find(|end| !values.iter().any(|value| contains(value, *end)))
 }
 
 fn contains(value: &Value, c: char) -> bool {
