@@ -40,6 +40,6 @@ pub use model::CudaModel;
 pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 pub use options::CudaOptions;
 pub use products::gemm::{Blas, Dtype, Output, Product};
-pub use products::matrix::{Format, Matrix, Rows};
+pub use products::matrix::{Format, Matrix, RowOrder};
 pub use sampling::{Answer, Batch, Sampler};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};

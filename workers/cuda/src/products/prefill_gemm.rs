@@ -7,7 +7,7 @@ use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
 use super::gemm::{Blas, Dtype, Output, Product};
-use super::matrix::{BLOCK, Format, Matrix, Rows};
+use super::matrix::{BLOCK, Format, Matrix, RowOrder};
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::{Buffer, Device};
@@ -263,8 +263,8 @@ impl PrefillGemm {
             ..Shape::row(w.outputs, THREADS).early()
         };
         let blocks = match (w.format, w.order) {
-            (Format::Fp8Block, Rows::Plain) => 1i32,
-            (Format::Fp8Block, Rows::InTurn) => 2,
+            (Format::Fp8Block, RowOrder::Plain) => 1i32,
+            (Format::Fp8Block, RowOrder::InTurn) => 2,
             _ => 0,
         };
         let (y, codes, scales) = (self.widened.at(0), w.buffer.at(0), w.scales_at());
@@ -301,7 +301,7 @@ fn path(w: &Matrix, hopper: bool) -> Path {
         Format::Fp8Channel => Path::Rows,
         // cuBLASLt wants whole blocks, rows of scales of 16 bytes, and outputs that share a scale next to each other.
         Format::Fp8Block
-            if w.order == Rows::Plain
+            if w.order == RowOrder::Plain
                 && w.outputs.is_multiple_of(BLOCK)
                 && w.inputs.is_multiple_of(4 * BLOCK) =>
         {
