@@ -14,7 +14,7 @@ use tokio::time::sleep;
 
 use crate::dice::Dice;
 use crate::links::Links;
-use crate::network::{Link, Port};
+use crate::network::{Connectivity, Port};
 
 pub use agent::KvAgent;
 
@@ -125,10 +125,10 @@ impl KvFabric {
             .walls
             .contains(&(own.worker.clone(), peer.worker.clone()));
         match (peer.port.state(), own.port.state()) {
-            (Link::Dead, _) | (_, Link::Dead) => Way::Broken,
-            (_, Link::Frozen) => Way::Still,
+            (Connectivity::Dead, _) | (_, Connectivity::Dead) => Way::Broken,
+            (_, Connectivity::Frozen) => Way::Still,
             // Reads that the peer must help with stand still with it.
-            (Link::Frozen, _) if !state.weather.reads_the_frozen => Way::Still,
+            (Connectivity::Frozen, _) if !state.weather.reads_the_frozen => Way::Still,
             _ if walled => Way::Still,
             _ => Way::Open,
         }

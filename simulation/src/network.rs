@@ -42,14 +42,14 @@ struct State {
 
 struct PortState {
     name: String,
-    state: Link,
+    state: Connectivity,
     /// What was sent while the process or its connection stood still.
     held: Vec<Sent>,
 }
 
 /// What of a process's connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Link {
+pub enum Connectivity {
     /// All is well.
     Up,
     /// The process stands still: what it would send is not sent yet, and what comes waits for it.
@@ -99,7 +99,7 @@ impl Network {
         let mut state = self.lock();
         state.ports.push(PortState {
             name: name.to_owned(),
-            state: Link::Up,
+            state: Connectivity::Up,
             held: Vec::new(),
         });
         let index = state.ports.len() - 1;
@@ -172,33 +172,33 @@ impl Port {
     }
 
     /// The connection gets better or worse.
-    pub fn set(&self, link: Link) {
+    pub fn set(&self, connectivity: Connectivity) {
         let mut state = self.network.lock();
         let index = self.index;
-        let before = std::mem::replace(&mut state.ports[index].state, link);
+        let before = std::mem::replace(&mut state.ports[index].state, connectivity);
         let name = state.ports[index].name.clone();
         state.trace.note(
-            [1, index as u64, link as u64, 0],
-            format_args!("{name}: {before:?} → {link:?}"),
+            [1, index as u64, connectivity as u64, 0],
+            format_args!("{name}: {before:?} → {connectivity:?}"),
         );
-        match link {
-            Link::Dead => {
+        match connectivity {
+            Connectivity::Dead => {
                 state.subscriptions.retain(|_, s| s.port != index);
                 state.ports[index].held.clear();
             }
-            Link::Up => {
+            Connectivity::Up => {
                 for (subject, reply, payload) in std::mem::take(&mut state.ports[index].held) {
                     state.send(index, subject, reply, payload);
                 }
             }
-            Link::Frozen | Link::Cut => {}
+            Connectivity::Frozen | Connectivity::Cut => {}
         }
         drop(state);
         self.network.changed.notify_one();
     }
 
     /// How it is.
-    pub fn state(&self) -> Link {
+    pub fn state(&self) -> Connectivity {
         self.network.lock().ports[self.index].state
     }
 }
@@ -207,11 +207,11 @@ impl Carrier for Port {
     fn publish(&self, subject: Subject, reply: Option<Subject>, payload: Bytes) {
         let mut state = self.network.lock();
         match state.ports[self.index].state {
-            Link::Up => state.send(self.index, subject, reply, payload),
-            Link::Frozen | Link::Cut => {
+            Connectivity::Up => state.send(self.index, subject, reply, payload),
+            Connectivity::Frozen | Connectivity::Cut => {
                 state.ports[self.index].held.push((subject, reply, payload));
             }
-            Link::Dead => {}
+            Connectivity::Dead => {}
         }
         drop(state);
         self.network.changed.notify_one();
@@ -220,7 +220,7 @@ impl Carrier for Port {
     fn subscribe(&self, subject: Subject) -> mpsc::UnboundedReceiver<Message> {
         let (sender, receiver) = mpsc::unbounded_channel();
         let mut state = self.network.lock();
-        if state.ports[self.index].state != Link::Dead {
+        if state.ports[self.index].state != Connectivity::Dead {
             let id = state.next();
             let port = self.index;
             state.subscriptions.insert(
@@ -242,7 +242,7 @@ impl Carrier for Port {
     }
 
     fn is_connected(&self) -> bool {
-        !matches!(self.state(), Link::Cut | Link::Dead)
+        !matches!(self.state(), Connectivity::Cut | Connectivity::Dead)
     }
 
     fn max_payload(&self) -> usize {
@@ -261,8 +261,9 @@ impl State {
     /// Sends a message to everybody who listens.
     fn send(&mut self, from: usize, subject: Subject, reply: Option<Subject>, payload: Bytes) {
         self.subscriptions.retain(|_, s| !s.sender.is_closed());
-        let listens =
-            |s: &Subscribed| matches(&s.subject, &subject) && self.ports[s.port].state != Link::Cut;
+        let listens = |s: &Subscribed| {
+            matches(&s.subject, &subject) && self.ports[s.port].state != Connectivity::Cut
+        };
         let heard: Vec<u64> = self
             .subscriptions
             .iter()
@@ -324,7 +325,7 @@ impl State {
             let Some(subscribed) = self.subscriptions.get(&to) else {
                 continue;
             };
-            if self.ports[subscribed.port].state == Link::Cut {
+            if self.ports[subscribed.port].state == Connectivity::Cut {
                 continue;
             }
             let port = subscribed.port;

@@ -26,7 +26,7 @@ use tokio::time::Instant;
 use crate::client::VOCAB;
 use crate::dice::Dice;
 use crate::kv::KvFabric;
-use crate::network::{Link, Network, Port};
+use crate::network::{Connectivity, Network, Port};
 
 /// Longest sequence of the simulated model.
 pub const TOKENS_MAX: u32 = 120;
@@ -216,20 +216,27 @@ impl WorkerLife {
 
     /// `kill -9`.
     pub fn crash(&self) {
-        self.port.set(Link::Dead);
+        self.port.set(Connectivity::Dead);
         self.task.abort();
     }
 
     /// `kill -STOP` and `kill -CONT`.
     pub fn freeze(&self, is_frozen: bool) {
-        self.port
-            .set(if is_frozen { Link::Frozen } else { Link::Up });
+        self.port.set(if is_frozen {
+            Connectivity::Frozen
+        } else {
+            Connectivity::Up
+        });
         self.gate.set(is_frozen);
     }
 
     /// Its connection to the bus breaks, or is there again.
     pub fn cut(&self, is_cut: bool) {
-        self.port.set(if is_cut { Link::Cut } else { Link::Up });
+        self.port.set(if is_cut {
+            Connectivity::Cut
+        } else {
+            Connectivity::Up
+        });
         self.is_up.send_replace(!is_cut);
     }
 
@@ -245,7 +252,7 @@ impl WorkerLife {
 
     /// Its end: what was left in its books if it left by itself.
     pub async fn ended(self) -> Option<String> {
-        self.port.set(Link::Dead);
+        self.port.set(Connectivity::Dead);
         match self.task.await {
             Ok(Ok(books)) => books,
             Ok(Err(error)) => {
@@ -289,7 +296,11 @@ impl ApiLife {
 
     /// Its connection to the bus breaks, or is there again.
     pub fn cut(&self, is_cut: bool) {
-        self.port.set(if is_cut { Link::Cut } else { Link::Up });
+        self.port.set(if is_cut {
+            Connectivity::Cut
+        } else {
+            Connectivity::Up
+        });
         self.server.set_connected(!is_cut);
     }
 }

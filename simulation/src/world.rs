@@ -16,7 +16,7 @@ use crate::defects::Defects;
 use crate::dice::Dice;
 use crate::judge::Ended;
 use crate::kv::KvFabric;
-use crate::network::{Link, Network};
+use crate::network::{Connectivity, Network};
 use crate::plan::{Fault, Plan, Scenario};
 use crate::process::{ApiLife, Ground, TOKENS_MAX, WorkerLife};
 use crate::trace::Trace;
@@ -506,13 +506,13 @@ impl World {
                     life.drain();
                 }
             }
-            Fault::Freeze(at) => self.when(at, Link::Up, |life| life.freeze(true)),
-            Fault::Thaw(at) => self.when(at, Link::Frozen, |life| life.freeze(false)),
-            Fault::Cut(at) => self.when(at, Link::Up, |life| life.cut(true)),
-            Fault::Mend(at) => self.when(at, Link::Cut, |life| life.cut(false)),
+            Fault::Freeze(at) => self.when(at, Connectivity::Up, |life| life.freeze(true)),
+            Fault::Thaw(at) => self.when(at, Connectivity::Frozen, |life| life.freeze(false)),
+            Fault::Cut(at) => self.when(at, Connectivity::Up, |life| life.cut(true)),
+            Fault::Mend(at) => self.when(at, Connectivity::Cut, |life| life.cut(false)),
             Fault::ApiCrash(at) => {
                 if let Some(life) = self.api_servers[at].take() {
-                    life.port.set(Link::Dead);
+                    life.port.set(Connectivity::Dead);
                     // Its clients see the connection break.
                     self.asked.retain(|asked| {
                         let its = asked.api_server == at;
@@ -528,22 +528,25 @@ impl World {
                     self.start_api_server(at).await;
                 }
             }
-            Fault::ApiCut(at) => self.when_api(at, Link::Up, true),
-            Fault::ApiMend(at) => self.when_api(at, Link::Cut, false),
+            Fault::ApiCut(at) => self.when_api(at, Connectivity::Up, true),
+            Fault::ApiMend(at) => self.when_api(at, Connectivity::Cut, false),
             Fault::Wall(one, other) => self.wall(one, other, true),
             Fault::Gap(one, other) => self.wall(one, other, false),
         }
     }
 
-    fn when(&self, at: usize, link: Link, then: impl FnOnce(&WorkerLife)) {
-        if let Some(life) = self.workers[at].as_ref().filter(|l| l.port.state() == link) {
+    fn when(&self, at: usize, connectivity: Connectivity, then: impl FnOnce(&WorkerLife)) {
+        if let Some(life) = self.workers[at]
+            .as_ref()
+            .filter(|l| l.port.state() == connectivity)
+        {
             then(life);
         }
     }
 
-    fn when_api(&self, at: usize, link: Link, is_cut: bool) {
+    fn when_api(&self, at: usize, connectivity: Connectivity, is_cut: bool) {
         let life = self.api_servers[at].as_ref();
-        if let Some(life) = life.filter(|life| life.port.state() == link) {
+        if let Some(life) = life.filter(|life| life.port.state() == connectivity) {
             life.cut(is_cut);
         }
     }

@@ -190,12 +190,12 @@ impl Mailbox {
 /// The inboxes of all generations in flight.
 #[derive(Debug, Default)]
 pub struct Registry {
-    places: Mutex<BTreeMap<RequestId, Place>>,
+    registrations: Mutex<BTreeMap<RequestId, Registration>>,
 }
 
 /// Where a generation is driven.
 #[derive(Debug)]
-struct Place {
+struct Registration {
     mailbox: Arc<Mailbox>,
     inbox: Arc<Inbox>,
 }
@@ -220,8 +220,8 @@ pub struct Dispatched {
 }
 
 impl Delivery {
-    fn put(&mut self, place: &Place, event: Event) {
-        let Place { mailbox, inbox } = place;
+    fn put(&mut self, registration: &Registration, event: Event) {
+        let Registration { mailbox, inbox } = registration;
         self.dropped += usize::from(!mailbox.put(inbox, event));
         // As many as there are HTTP threads.
         if !self
@@ -250,7 +250,7 @@ impl Registry {
         mailbox: Arc<Mailbox>,
         inbox: Arc<Inbox>,
     ) -> Registered {
-        lock(&self.places).insert(request, Place { mailbox, inbox });
+        lock(&self.registrations).insert(request, Registration { mailbox, inbox });
         Registered {
             registry: Arc::clone(self),
             request,
@@ -259,7 +259,7 @@ impl Registry {
 
     /// Generations in flight.
     pub fn len(&self) -> usize {
-        lock(&self.places).len()
+        lock(&self.registrations).len()
     }
 
     /// Hands every item of a frame to its generation.
@@ -270,11 +270,11 @@ impl Registry {
             incarnation: frame.incarnation,
         });
         let mut strays = BTreeSet::new();
-        let places = lock(&self.places);
+        let registrations = lock(&self.registrations);
         for item in frame.items {
-            if let Some(place) = places.get(&item.request) {
+            if let Some(registration) = registrations.get(&item.request) {
                 let from = Arc::clone(&from);
-                delivery.put(place, Event::Item { from, item });
+                delivery.put(registration, Event::Item { from, item });
             } else if item.end.is_none() && strays.len() < STRAYS_MAX {
                 strays.insert(item.request);
             }
@@ -289,8 +289,8 @@ impl Registry {
     /// Tells every generation.
     pub fn broadcast(&self, event: impl Fn() -> Event) {
         let mut delivery = Delivery::default();
-        for place in lock(&self.places).values() {
-            delivery.put(place, event());
+        for registration in lock(&self.registrations).values() {
+            delivery.put(registration, event());
         }
     }
 }
@@ -304,7 +304,7 @@ pub struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        lock(&self.registry.places).remove(&self.request);
+        lock(&self.registry.registrations).remove(&self.request);
     }
 }
 

@@ -27,7 +27,7 @@ const PIECE_ROWS: usize = 96;
 /// Attention of one layer over all rows of a step.
 #[derive(Clone, Copy)]
 pub struct Attention<'a> {
-    pub shape: &'a Shape,
+    pub shape: &'a HeadLayout,
     pub rows: &'a Rows,
     /// The arena, and this layer in it.
     pub arena: *const u8,
@@ -47,7 +47,7 @@ unsafe impl Sync for Attention<'_> {}
 
 /// Heads and their sizes, and how far they see.
 #[derive(Clone, Debug)]
-pub struct Shape {
+pub struct HeadLayout {
     /// Tokens of a block.
     pub block_tokens: usize,
     /// Bytes of a block: all heads of all layers.
@@ -63,7 +63,7 @@ pub struct Shape {
     pub window: Option<usize>,
 }
 
-impl Shape {
+impl HeadLayout {
     /// Bytes from the arena's base to a token's key; its value stands `value_offset` further on.
     #[inline(always)]
     pub fn key_offset(&self, block: u32, slot: usize, head: usize, layer: usize) -> usize {
@@ -97,7 +97,7 @@ pub struct Piece {
 }
 
 /// Pieces of a step in `threads` runs of one cost, the costly ones of each first, so that threads end together.
-pub fn pieces(shape: &Shape, rows: &Rows, threads: usize, out: &mut Vec<Piece>) {
+pub fn pieces(shape: &HeadLayout, rows: &Rows, threads: usize, out: &mut Vec<Piece>) {
     out.clear();
     let tokens_max = (PIECE_ROWS / shape.group).max(1);
     for (sequence, s) in rows.sequences.iter().enumerate() {
@@ -133,7 +133,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    pub fn new(shape: &Shape) -> Self {
+    pub fn new(shape: &HeadLayout) -> Self {
         let rows = PIECE_ROWS.max(shape.group);
         let dim = shape.head_dim_padded;
         Self {

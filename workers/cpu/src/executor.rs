@@ -12,7 +12,7 @@ use baton_kv_memory::{Address, KvMemory};
 use baton_model::{AttentionSpec, Mixer, ModelSpec, TensorSource, Weights};
 use baton_protocol::KvGeometry;
 
-use crate::attention::{self, Attention, Piece, Scratch, Shape};
+use crate::attention::{self, Attention, HeadLayout, Piece, Scratch};
 use crate::error::CpuError;
 use crate::gemm::{Epilogue, ROW_STEP, multiply};
 use crate::kernel::{Kernel, Ops};
@@ -39,7 +39,7 @@ pub struct CpuOptions {
 pub struct CpuExecutor {
     info: ExecutorInfo,
     spec: ModelSpec,
-    shape: Shape,
+    shape: HeadLayout,
     frequencies: Vec<f64>,
     memory: Arc<dyn KvMemory>,
     weights: ModelWeights,
@@ -120,7 +120,7 @@ impl CpuExecutor {
         let threads = options.threads.max(1);
         let mut pool = Pool::new(threads);
         let weights = ModelWeights::load(spec, weights, &mut pool)?;
-        let shape = Shape {
+        let shape = HeadLayout {
             block_tokens: kv.block_tokens as usize,
             block_bytes: kv.block_bytes(),
             head_bytes: (u64::from(group.layers) * kv.cell_bytes(&group)) as usize,
@@ -448,7 +448,7 @@ fn by_rows(pool: &mut Pool, rows: usize, work: impl Fn(usize, Range<usize>) + Sy
 }
 
 impl Buffers {
-    fn new(shape: &Shape, weights: &ModelWeights, tokens: usize, threads: usize) -> Self {
+    fn new(shape: &HeadLayout, weights: &ModelWeights, tokens: usize, threads: usize) -> Self {
         // A tile may read a whole ROW_STEP of rows from any row on.
         let rows = tokens + ROW_STEP;
         let layer = &weights.layers[0];

@@ -5,13 +5,13 @@ use std::ops::Range;
 
 use baton_engine::Rows;
 
-use crate::attention::Shape;
+use crate::attention::HeadLayout;
 use crate::math::{bf16_of, inverse_rms};
 
 /// One layer's rows.
 #[derive(Clone, Copy)]
 pub struct Qkv<'a> {
-    pub shape: &'a Shape,
+    pub shape: &'a HeadLayout,
     pub rows: &'a Rows,
     /// `[row][query heads, key heads, value heads][head_dim]`, rows `ldq` apart. Overwritten.
     pub qkv: *mut f32,

@@ -15,7 +15,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::{Buffer, Device, Pinned, Plain};
-use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 use crate::launch;
 
@@ -259,12 +259,12 @@ impl Sampler {
     }
 
     /// As many blocks a row as fill the GPU: one pass of one block over a row takes longer than all else together.
-    fn shape(&self, rows: usize) -> Shape {
+    fn shape(&self, rows: usize) -> LaunchConfig {
         let blocks = match self.device.capability() >= (9, 0) {
             true => blocks(rows, self.vocab, self.device.multiprocessors() as usize),
             false => 1,
         };
-        Shape::plane(blocks, rows, self.threads).cluster(blocks)
+        LaunchConfig::plane(blocks, rows, self.threads).cluster(blocks)
     }
 
     fn make_room(

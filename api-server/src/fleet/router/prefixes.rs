@@ -39,35 +39,57 @@ fn same_hasher() -> std::hash::BuildHasherDefault<std::collections::hash_map::De
 }
 
 /// Approximate map from prefixes to the workers that ran them. Bounded: it forgets the least recently used.
-#[derive(Debug, Default)]
+///
+/// The links of one prompt lie side by side in memory, the last one first. A look-up hashes the first link and walks from
+/// there, which memory is fast at; it hashes again only where another prompt's links go on. By hash alone a prompt of 64
+/// links is 64 cache misses.
+#[derive(Debug)]
 pub(super) struct Prefixes {
-    holders: HashMap<u64, Holders>,
-    /// Links in order of use; an entry whose stamp is not the link's current one is void.
+    entries: Vec<Entry>,
+    /// Where in `entries` each link is.
+    index: HashMap<u64, u32>,
+    /// Entries that hold no link. First in, first out: links of one prompt are forgotten one after the other, so that the next
+    /// prompt's links lie side by side in their places.
+    free: VecDeque<u32>,
+    /// Links in order of use; an item whose stamp is not the link's current one is void.
     order: VecDeque<(u64, u64)>,
     clock: u64,
     /// By slot: how many workers had it and lost their KV, by leaving or by a restart. What an earlier one ran is void.
     lives: Vec<u32>,
+    links_max: usize,
 }
 
-/// Latest first. Without a place of its own in memory: looking up a long prompt is as fast as memory is.
+/// One link. Without memory of its own elsewhere.
 #[derive(Debug, Default)]
-struct Holders {
-    workers: [Option<Holder>; HOLDERS_MAX],
+struct Entry {
+    link: u64,
+    /// When it was used last; 0 if it holds no link.
     stamp: u64,
+    holders: Holders,
+}
+
+/// Latest first.
+#[derive(Debug, Default)]
+struct Holders([Option<Holder>; HOLDERS_MAX]);
+
+impl Default for Prefixes {
+    fn default() -> Self {
+        Self::new(PREFIXES_MAX)
+    }
 }
 
 impl Holders {
     fn all(&self) -> impl Iterator<Item = Holder> {
-        self.workers.iter().copied().flatten()
+        self.0.iter().copied().flatten()
     }
 
     /// Puts this one first, and keeps of the others those that are to be kept, as far as there is room.
     fn put(&mut self, newest: Holder, keeps: impl Fn(Holder) -> bool) {
-        let before = std::mem::take(&mut self.workers);
+        let before = std::mem::take(&mut self.0);
         let others = before.into_iter().flatten();
         let others = others.filter(|other| *other != newest && keeps(*other));
         let all = std::iter::once(newest).chain(others);
-        for (place, holder) in self.workers.iter_mut().zip(all) {
+        for (place, holder) in self.0.iter_mut().zip(all) {
             *place = Some(holder);
         }
     }
@@ -109,22 +131,37 @@ impl Cached {
 }
 
 impl Prefixes {
+    fn new(links_max: usize) -> Self {
+        Self {
+            entries: Vec::new(),
+            index: HashMap::new(),
+            free: VecDeque::new(),
+            order: VecDeque::new(),
+            clock: 0,
+            lives: Vec::new(),
+            links_max,
+        }
+    }
+
     /// Only an unbroken chain from the start is of use, so only those that have the first link count.
     pub(super) fn cached_blocks(&self, chain: &[u64]) -> Cached {
         let mut cached = Cached::default();
+        let mut likely = None;
         for (i, link) in chain.iter().enumerate() {
-            let Some(holders) = self.holders.get(link) else {
+            let Some(at) = self.find(*link, likely) else {
                 break;
             };
+            likely = at.checked_sub(1);
+            let holders = &self.entries[at].holders;
             if i == 0 {
-                let live = holders.all().filter(|holder| self.is_live(*holder));
+                let live = holders.all().filter(|holder| is_live(&self.lives, *holder));
                 cached.blocks = live.map(|holder| (holder.slot(), 1)).collect();
                 continue;
             }
             let mut grows = false;
             for (slot, blocks) in &mut cached.blocks {
                 let holder = self.holder(*slot);
-                if *blocks == i && holders.workers.contains(&Some(holder)) {
+                if *blocks == i && holders.0.contains(&Some(holder)) {
                     (*blocks, grows) = (i + 1, true);
                 }
             }
@@ -138,26 +175,57 @@ impl Prefixes {
     /// The worker in this slot has run this prompt.
     pub(super) fn insert(&mut self, slot: Slot, chain: &[u64]) {
         let newest = self.holder(slot);
-        let lives = &self.lives;
-        let is_live =
-            |holder: Holder| Holder::new(holder.slot(), life(lives, holder.slot())) == holder;
         // The first links are used last: a chain is forgotten from its end.
-        for link in chain.iter().take(PREFIXES_MAX).rev() {
+        let mut likely = None;
+        for link in chain.iter().take(self.links_max).rev() {
             self.clock += 1;
-            let holders = self.holders.entry(*link).or_default();
-            holders.put(newest, is_live);
-            holders.stamp = self.clock;
+            let at = match self.find(*link, likely) {
+                Some(at) => at,
+                None => self.add(*link),
+            };
+            likely = Some(at + 1);
+            let entry = &mut self.entries[at];
+            let lives = &self.lives;
+            entry.holders.put(newest, |holder| is_live(lives, holder));
+            entry.stamp = self.clock;
             self.order.push_back((*link, self.clock));
         }
-        while self.holders.len() > PREFIXES_MAX || self.order.len() > 2 * PREFIXES_MAX {
+        while self.index.len() > self.links_max || self.order.len() > 2 * self.links_max {
             let Some((link, stamp)) = self.order.pop_front() else {
                 break;
             };
-            let holders = self.holders.get(&link);
-            if holders.is_some_and(|holders| holders.stamp == stamp) {
-                self.holders.remove(&link);
+            if let Some(at) = self.find(link, None)
+                && self.entries[at].stamp == stamp
+            {
+                self.index.remove(&link);
+                self.entries[at] = Entry::default();
+                self.free.push_back(at as u32);
             }
         }
+    }
+
+    /// Where a link is. `likely`: where it is if it lies beside its neighbour.
+    fn find(&self, link: u64, likely: Option<usize>) -> Option<usize> {
+        let is_there = |at: &usize| {
+            let entry = self.entries.get(*at);
+            entry.is_some_and(|entry| entry.link == link && entry.stamp > 0)
+        };
+        let place = || self.index.get(&link).map(|at| *at as usize);
+        likely.filter(is_there).or_else(place)
+    }
+
+    /// An entry for a link that has none; who calls stamps it.
+    fn add(&mut self, link: u64) -> usize {
+        let at = self.free.pop_front().map_or_else(
+            || {
+                self.entries.push(Entry::default());
+                self.entries.len() - 1
+            },
+            |at| at as usize,
+        );
+        self.entries[at].link = link;
+        self.index.insert(link, at as u32);
+        at
     }
 
     /// What the worker in this slot ran is gone.
@@ -168,13 +236,14 @@ impl Prefixes {
         self.lives[slot] = self.lives[slot].wrapping_add(1);
     }
 
-    fn is_live(&self, holder: Holder) -> bool {
-        self.holder(holder.slot()) == holder
-    }
-
     fn holder(&self, slot: Slot) -> Holder {
         Holder::new(slot, life(&self.lives, slot))
     }
+}
+
+fn is_live(lives: &[u32], holder: Holder) -> bool {
+    let slot = holder.slot();
+    Holder::new(slot, life(lives, slot)) == holder
 }
 
 fn life(lives: &[u32], slot: Slot) -> u32 {
@@ -183,7 +252,97 @@ fn life(lives: &[u32], slot: Slot) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// The same map by the plainest rule, without places in memory. Like the real one it keeps a void item for each earlier use.
+    #[derive(Default)]
+    struct Plain {
+        links: HashMap<u64, (VecDeque<(Slot, u32)>, u64)>,
+        order: VecDeque<(u64, u64)>,
+        clock: u64,
+        lives: [u32; SLOTS],
+    }
+
+    const SLOTS: usize = 6;
+    const LINKS_MAX: usize = 12;
+
+    impl Plain {
+        fn insert(&mut self, slot: Slot, chain: &[u64]) {
+            let lives = &self.lives;
+            for link in chain.iter().take(LINKS_MAX).rev() {
+                self.clock += 1;
+                let (holders, stamp) = self.links.entry(*link).or_default();
+                holders.retain(|(other, life)| *other != slot && lives[*other] == *life);
+                holders.push_front((slot, lives[slot]));
+                holders.truncate(HOLDERS_MAX);
+                *stamp = self.clock;
+                self.order.push_back((*link, self.clock));
+            }
+            while self.links.len() > LINKS_MAX || self.order.len() > 2 * LINKS_MAX {
+                let (link, stamp) = self.order.pop_front().unwrap();
+                if self.links.get(&link).is_some_and(|known| known.1 == stamp) {
+                    self.links.remove(&link);
+                }
+            }
+        }
+
+        fn cached_blocks(&self, slot: Slot, chain: &[u64]) -> usize {
+            let has = |link: &&u64| {
+                let holders = self.links.get(link).map(|known| &known.0);
+                holders.is_some_and(|holders| holders.contains(&(slot, self.lives[slot])))
+            };
+            chain.iter().take_while(has).count()
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn where_links_lie_changes_no_answer(
+            acts in prop::collection::vec(
+                (0..SLOTS, prop::collection::vec(0u64..3, 0..8), 0u8..8),
+                0..60,
+            ),
+        ) {
+            let (mut prefixes, mut plain) = (Prefixes::new(LINKS_MAX), Plain::default());
+            for (slot, blocks, act) in acts {
+                // Chains that share beginnings; no two ways lead to one link.
+                let chain: Vec<u64> = blocks.iter().scan(1, |link, block| {
+                    *link = 3 * *link + block;
+                    Some(*link)
+                }).collect();
+                if act == 0 {
+                    prefixes.forget(slot);
+                    plain.lives[slot] += 1;
+                } else if act < 5 {
+                    prefixes.insert(slot, &chain);
+                    plain.insert(slot, &chain);
+                }
+                let cached = prefixes.cached_blocks(&chain);
+                for slot in 0..SLOTS {
+                    prop_assert_eq!(cached.of(slot), plain.cached_blocks(slot, &chain));
+                }
+                prop_assert_eq!(prefixes.index.len(), plain.links.len());
+                prop_assert_eq!(prefixes.entries.len(), prefixes.index.len() + prefixes.free.len());
+                prop_assert!(prefixes.entries.len() <= 2 * LINKS_MAX);
+            }
+        }
+    }
+
+    #[test]
+    fn links_of_one_prompt_lie_side_by_side_also_in_the_places_of_others() {
+        let mut prefixes = Prefixes::new(64);
+        for prompt in 0..100 {
+            let chain: Vec<u64> = (16 * prompt..16 * (prompt + 1)).collect();
+            prefixes.insert(0, &chain);
+            let places = chain.iter().map(|link| prefixes.index[link]);
+            let steps = places.clone().zip(places.skip(1));
+            let apart = steps.filter(|(one, next)| *one != next + 1).count();
+            assert_eq!(apart, 0, "prompt {prompt}");
+        }
+        assert_eq!(prefixes.entries.len(), 64 + 16);
+    }
 
     #[test]
     fn the_map_is_bounded() {
@@ -191,7 +350,7 @@ mod tests {
         for i in 0..(PREFIXES_MAX as u64 * 2) {
             prefixes.insert(0, &[i]);
         }
-        assert!(prefixes.holders.len() <= PREFIXES_MAX);
+        assert!(prefixes.index.len() <= PREFIXES_MAX);
         assert!(prefixes.order.len() <= 2 * PREFIXES_MAX);
         assert_eq!(prefixes.cached_blocks(&[0]).of(0), 0);
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use baton_cuda::{
-    Blas, Buffer, Compiler, CudaError, Device, Dtype, Module, Output, Product, Shape, launch,
-    sources::Source,
+    Blas, Buffer, Compiler, CudaError, Device, Dtype, LaunchConfig, Module, Output, Product,
+    launch, sources::Source,
 };
 use cudarc::driver::{result, sys};
 
@@ -25,7 +25,7 @@ pub fn read_bandwidth(device: &Arc<Device>) -> Result<f64, Box<dyn Error>> {
     let mut data = Buffer::<u8>::uninitialized(device, BYTES, "4 GiB to read")?;
     data.fill_bytes(0x5a)?;
     let out = Buffer::<u32>::zeroed(device, 1, "a sum")?;
-    let shape = Shape::row(device.multiprocessors() as usize * 8, 512);
+    let shape = LaunchConfig::row(device.multiprocessors() as usize * 8, 512);
     let time = best(device, || {
         // SAFETY: the kernel's arguments, by its file.
         unsafe { launch!(kernel, shape, data.at(0), (BYTES / 16) as i64, out.at(0)) }

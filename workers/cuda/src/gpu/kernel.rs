@@ -119,9 +119,9 @@ unsafe impl Send for Kernel {}
 // SAFETY: as `Module`.
 unsafe impl Sync for Kernel {}
 
-/// The shape of a launch.
+/// How a kernel is launched: CUDA's launch configuration.
 #[derive(Clone, Copy, Debug)]
-pub struct Shape {
+pub struct LaunchConfig {
     /// Blocks.
     pub grid: (u32, u32, u32),
     /// Threads of a block.
@@ -135,7 +135,7 @@ pub struct Shape {
     pub early: bool,
 }
 
-impl Shape {
+impl LaunchConfig {
     /// A row of `blocks` blocks.
     pub fn row(blocks: usize, threads: u32) -> Self {
         Self::plane(blocks, 1, threads)
@@ -185,7 +185,11 @@ impl Kernel {
     ///
     /// # Safety
     /// The arguments are the kernel's, in number, order and type, and what they point to is as it expects.
-    pub unsafe fn launch(&self, shape: Shape, args: &mut [*mut c_void]) -> Result<(), CudaError> {
+    pub unsafe fn launch(
+        &self,
+        shape: LaunchConfig,
+        args: &mut [*mut c_void],
+    ) -> Result<(), CudaError> {
         let device = &self.module.device;
         use sys::CUlaunchAttributeID as Id;
         let attribute = |id, value| sys::CUlaunchAttribute {
@@ -243,7 +247,7 @@ impl Kernel {
     ///
     /// # Errors
     /// [`CudaError::Driver`].
-    pub fn blocks_per_multiprocessor(&self, shape: Shape) -> Result<u32, CudaError> {
+    pub fn blocks_per_multiprocessor(&self, shape: LaunchConfig) -> Result<u32, CudaError> {
         self.module.device.bind()?;
         let (threads, shared) = (shape.threads as i32, shape.shared_bytes as usize);
         // SAFETY: a loaded function.

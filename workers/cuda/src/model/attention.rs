@@ -15,7 +15,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources::{self, Source};
 use crate::gpu::tensor_map::{Piece, TensorMap};
 use crate::launch;
@@ -64,12 +64,12 @@ pub struct Inputs {
 struct Tiled {
     arena: TensorMap,
     decode: Kernel,
-    decode_shape: Shape,
+    decode_shape: LaunchConfig,
     /// Sums of sequences that several blocks share, and how many of them have come.
     partial: Buffer<f32>,
     counters: Buffer<i32>,
     prefill: Kernel,
-    prefill_shape: Shape,
+    prefill_shape: LaunchConfig,
     /// Rows of a sequence in one unit of work.
     unit_rows: usize,
     /// Query heads of a KV head.
@@ -201,7 +201,7 @@ impl Attention {
             match &self.kernels {
                 Kernels::Plain(kernel) => launch!(
                     kernel,
-                    Shape::plane(self.heads.div_ceil(4), shape.rows, 128).early(),
+                    LaunchConfig::plane(self.heads.div_ceil(4), shape.rows, 128).early(),
                     q,
                     arena,
                     out,
@@ -301,7 +301,7 @@ impl Tiled {
             )));
         }
         let grid = (device.multiprocessors() as usize).min(grid_max as usize);
-        let decode_shape = Shape::row(grid, threads as u32).shared(shared as u32);
+        let decode_shape = LaunchConfig::row(grid, threads as u32).shared(shared as u32);
         let (prefill, [threads, shared, unit_rows, persistent]) = match hopper {
             true => load(&sources::ATTENTION_PREFILL_SM90, "attention_prefill_sm90")?,
             false => load(&sources::ATTENTION_PREFILL, "attention_prefill")?,
@@ -321,7 +321,9 @@ impl Tiled {
             partial: Buffer::zeroed(device, 2 * grid * group * (dim + 2), "attention's sums")?,
             counters: Buffer::zeroed(device, sequences * kv_heads, "attention's counters")?,
             prefill,
-            prefill_shape: Shape::row(0, threads as u32).shared(shared as u32).early(),
+            prefill_shape: LaunchConfig::row(0, threads as u32)
+                .shared(shared as u32)
+                .early(),
             unit_rows: unit_rows as usize,
             group,
             persistent: (persistent != 0).then_some(device.multiprocessors() as usize),
@@ -336,9 +338,9 @@ impl Tiled {
         }
     }
 
-    fn prefill_grid(&self, items: usize) -> Shape {
+    fn prefill_grid(&self, items: usize) -> LaunchConfig {
         let blocks = self.persistent.map_or(items, |most| items.min(most));
-        Shape {
+        LaunchConfig {
             grid: (blocks as u32, 1, 1),
             ..self.prefill_shape
         }

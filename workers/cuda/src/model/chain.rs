@@ -11,7 +11,7 @@ use super::weights::ModelWeights;
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 use crate::gpu::tensor_map::TensorMap;
 use crate::launch;
@@ -224,7 +224,7 @@ impl Chain {
             eps: self.eps,
         };
         let variant = self.variant(rows).expect("the caller has asked");
-        let shape = Shape::row(self.blocks, variant.threads)
+        let shape = LaunchConfig::row(self.blocks, variant.threads)
             .shared(variant.shared_bytes)
             .early();
         // SAFETY: the caller's promise, and the parameter is the kernel's.

@@ -13,7 +13,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 use crate::launch;
 use crate::options::{CudaOptions, logits_rows, rows_max};
@@ -162,7 +162,7 @@ impl CudaModel {
     ) -> Result<(), CudaError> {
         let (k, b, hidden) = (&self.kernels, &self.buffers, self.spec.hidden as i32);
         let half = (self.attention.head_dim / 2) as i32;
-        let rows = Shape::row(shape.rows, 128).early();
+        let rows = LaunchConfig::row(shape.rows, 128).early();
         let table = self.weights.embedding.buffer.at(0);
         let is_skinny = self.skinny.is_some() && shape.rows <= skinny::ROWS_MAX;
         // SAFETY: the kernels' arguments, by their files; buffers hold the shape's rows.
@@ -400,7 +400,7 @@ impl CudaModel {
     /// There are logits of this many rows.
     unsafe fn argmax(&self, rows: usize) -> Result<(), CudaError> {
         let (b, vocab) = (&self.buffers, self.spec.vocab);
-        let shape = Shape::plane(ARGMAX_PARTS, rows, 256).early();
+        let shape = LaunchConfig::plane(ARGMAX_PARTS, rows, 256).early();
         // SAFETY: the kernel's arguments, by its file.
         unsafe {
             launch!(
@@ -445,7 +445,7 @@ unsafe fn attend(
     };
     let (q_heads, kv_heads) = attention.heads();
     let heads = q_heads + 2 * kv_heads;
-    let rope = Shape::plane(heads.div_ceil(4), shape.rows, 128).early();
+    let rope = LaunchConfig::plane(heads.div_ceil(4), shape.rows, 128).early();
     // SAFETY: the kernels' arguments, by their files.
     unsafe {
         if !attention.makes_queries(shape) {

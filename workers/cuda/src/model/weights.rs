@@ -12,7 +12,7 @@ use baton_model::{
 
 use crate::error::CudaError;
 use crate::gpu::device::{Buffer, Device};
-use crate::products::matrix::{BLOCK, Format, Matrix, Rows, extend_stored};
+use crate::products::matrix::{BLOCK, Format, Matrix, RowOrder, extend_stored};
 
 /// Rows of gate, then as many of up, and so on: what SwiGLU reads together lies together.
 pub const GATE_UP_ROWS: usize = 8;
@@ -73,7 +73,7 @@ impl ModelWeights {
         let head = |name| {
             let buffer = loader.one(name, &[vocab, hidden])?;
             let sizes = [vocab, hidden];
-            Matrix::new(device, buffer, None, Format::Bf16, Rows::Plain, sizes)
+            Matrix::new(device, buffer, None, Format::Bf16, RowOrder::Plain, sizes)
         };
         Ok(Self {
             embedding: head(names::EMBED)?,
@@ -136,7 +136,7 @@ impl LayerWeights {
         ];
         Ok(Self {
             attention_norm: loader.one(&name(names::ATTN_NORM), &[hidden])?,
-            qkv: loader.projection(&qkv, Rows::Plain)?,
+            qkv: loader.projection(&qkv, RowOrder::Plain)?,
             qkv_bias: match attention.qkv_bias {
                 true => Some(biases()?),
                 false => None,
@@ -148,10 +148,10 @@ impl LayerWeights {
                 )),
                 false => None,
             },
-            output: loader.projection(&[part(names::O, hidden, q)?], Rows::Plain)?,
+            output: loader.projection(&[part(names::O, hidden, q)?], RowOrder::Plain)?,
             mlp_norm: loader.one(&name(names::MLP_NORM), &[hidden])?,
-            gate_up: loader.projection(&gate_up, Rows::InTurn)?,
-            down: loader.projection(&[part(names::DOWN, hidden, inner)?], Rows::Plain)?,
+            gate_up: loader.projection(&gate_up, RowOrder::InTurn)?,
+            down: loader.projection(&[part(names::DOWN, hidden, inner)?], RowOrder::Plain)?,
         })
     }
 }
@@ -208,15 +208,15 @@ impl Part<'_> {
 /// Part and row of each output.
 fn outputs<'a, 'b>(
     parts: &'a [Part<'b>],
-    order: Rows,
+    order: RowOrder,
 ) -> Box<dyn Iterator<Item = (&'a Part<'b>, usize)> + 'a> {
     match order {
-        Rows::Plain => Box::new(
+        RowOrder::Plain => Box::new(
             parts
                 .iter()
                 .flat_map(|p| (0..p.rows).map(move |row| (p, row))),
         ),
-        Rows::InTurn => {
+        RowOrder::InTurn => {
             let pieces = (0..parts[0].rows).step_by(GATE_UP_ROWS);
             Box::new(pieces.flat_map(move |first| {
                 let of = move |p| (first..first + GATE_UP_ROWS).map(move |row| (p, row));
@@ -260,9 +260,9 @@ impl<'a> Loader<'a> {
     }
 
     /// One matrix of parts with the same inputs.
-    fn projection(&self, parts: &[Part<'_>], order: Rows) -> Result<Matrix, CudaError> {
+    fn projection(&self, parts: &[Part<'_>], order: RowOrder) -> Result<Matrix, CudaError> {
         let (inputs, rows) = (parts[0].inputs, parts.iter().map(|p| p.rows).sum());
-        let alone = parts.len() == 1 || order == Rows::InTurn;
+        let alone = parts.len() == 1 || order == RowOrder::InTurn;
         let mut first = 0;
         let formats = parts.iter().map(|part| {
             first += part.rows;

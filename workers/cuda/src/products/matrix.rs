@@ -44,7 +44,7 @@ impl Format {
 
 /// How the outputs of a matrix lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Rows {
+pub enum RowOrder {
     /// As they come.
     Plain,
     /// 8 of gate, 8 of up, and so on; scales of blocks are gate's and then up's.
@@ -60,7 +60,7 @@ pub struct Matrix {
     /// What they are.
     pub format: Format,
     /// How outputs lie.
-    pub order: Rows,
+    pub order: RowOrder,
     /// Rows.
     pub outputs: usize,
     /// Columns.
@@ -79,17 +79,17 @@ impl Matrix {
         buffer: Buffer<u8>,
         scales: Option<Buffer<f32>>,
         format: Format,
-        order: Rows,
+        order: RowOrder,
         [outputs, inputs]: [usize; 2],
     ) -> Result<Self, CudaError> {
         assert_eq!(buffer.len(), outputs * inputs * format.bytes());
         let expected = match (format, order) {
             (Format::Bf16, _) => None,
             (Format::Fp8Channel, _) => Some(outputs),
-            (Format::Fp8Block, Rows::Plain) => {
+            (Format::Fp8Block, RowOrder::Plain) => {
                 Some(outputs.div_ceil(BLOCK) * inputs.div_ceil(BLOCK))
             }
-            (Format::Fp8Block, Rows::InTurn) => {
+            (Format::Fp8Block, RowOrder::InTurn) => {
                 Some(2 * (outputs / 2).div_ceil(BLOCK) * inputs.div_ceil(BLOCK))
             }
         };

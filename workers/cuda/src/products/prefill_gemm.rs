@@ -7,11 +7,11 @@ use baton_model::{GatedMlpSpec, ModelSpec};
 use cudarc::driver::sys::CUdeviceptr;
 
 use super::gemm::{Blas, Dtype, Output, Product};
-use super::matrix::{BLOCK, Format, Matrix, Rows};
+use super::matrix::{BLOCK, Format, Matrix, RowOrder};
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 use crate::launch;
 
@@ -119,7 +119,7 @@ impl PrefillGemm {
         unsafe {
             match self.groups(w) {
                 None => {
-                    let shape = Shape::row(rows, 256).early();
+                    let shape = LaunchConfig::row(rows, 256).early();
                     launch!(self.norm, shape, y, x, gamma, chosen, width, self.eps)
                 }
                 Some(groups) => {
@@ -160,7 +160,7 @@ impl PrefillGemm {
             match self.groups(w) {
                 None => {
                     let count = rows * width;
-                    let shape = Shape::row((count / 8).div_ceil(256), 256).early();
+                    let shape = LaunchConfig::row((count / 8).div_ceil(256), 256).early();
                     launch!(self.swiglu, shape, y, gate_up, count as i64)
                 }
                 Some(groups) => {
@@ -258,13 +258,13 @@ impl PrefillGemm {
     unsafe fn widen(&self, w: &Matrix) -> Result<(), CudaError> {
         const THREADS: u32 = 128;
         let across = (w.inputs / 16).div_ceil(THREADS as usize);
-        let shape = Shape {
+        let shape = LaunchConfig {
             grid: (w.outputs as u32, across as u32, 1),
-            ..Shape::row(w.outputs, THREADS).early()
+            ..LaunchConfig::row(w.outputs, THREADS).early()
         };
         let blocks = match (w.format, w.order) {
-            (Format::Fp8Block, Rows::Plain) => 1i32,
-            (Format::Fp8Block, Rows::InTurn) => 2,
+            (Format::Fp8Block, RowOrder::Plain) => 1i32,
+            (Format::Fp8Block, RowOrder::InTurn) => 2,
             _ => 0,
         };
         let (y, codes, scales) = (self.widened.at(0), w.buffer.at(0), w.scales_at());
@@ -301,7 +301,7 @@ fn path(w: &Matrix, hopper: bool) -> Path {
         Format::Fp8Channel => Path::Rows,
         // cuBLASLt wants whole blocks, rows of scales of 16 bytes, and outputs that share a scale next to each other.
         Format::Fp8Block
-            if w.order == Rows::Plain
+            if w.order == RowOrder::Plain
                 && w.outputs.is_multiple_of(BLOCK)
                 && w.inputs.is_multiple_of(4 * BLOCK) =>
         {
@@ -312,7 +312,7 @@ fn path(w: &Matrix, hopper: bool) -> Path {
 }
 
 /// A block a row, threads enough to keep it in registers if 512 are.
-fn by_row(rows: usize, width: usize, kept: usize) -> Shape {
+fn by_row(rows: usize, width: usize, kept: usize) -> LaunchConfig {
     let threads = width.div_ceil(kept).next_multiple_of(32).min(512);
-    Shape::row(rows, threads as u32).early()
+    LaunchConfig::row(rows, threads as u32).early()
 }

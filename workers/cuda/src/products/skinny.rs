@@ -10,7 +10,7 @@ use super::matrix::{Format, Matrix};
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
 use crate::gpu::device::Device;
-use crate::gpu::kernel::{Kernel, Module, Shape};
+use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 use crate::gpu::tensor_map::{Piece, TensorMap};
 use crate::launch;
@@ -276,7 +276,7 @@ impl Skinny {
                 &tile.logits
             }
         };
-        let shape = Shape::row(blocks, tile.threads)
+        let shape = LaunchConfig::row(blocks, tile.threads)
             .shared(tile.shared_bytes)
             .early();
         let shape = match self.clusters {

@@ -215,7 +215,7 @@ impl DecodeSide {
             block_tokens: common.checks.kv.block_tokens,
             handle: handle.clone(),
             blocks,
-            place: self.places.place(handle.incarnation),
+            permit: self.pull_permits.permit(handle.incarnation),
             deadline,
         };
         let task = self.pulls.spawn(pull.run());

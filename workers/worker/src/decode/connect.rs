@@ -15,7 +15,7 @@ use tokio::task::JoinError;
 use tokio::time::{Instant, timeout};
 
 use super::DecodeSide;
-use super::peers::{Action, Link};
+use super::peers::{Action, LinkInfo};
 use crate::common::{Common, task_outcome};
 use crate::mover::Mover;
 
@@ -27,7 +27,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_millis(3 * PULL_STALL_MS);
 pub(crate) struct LinkOutcome {
     worker: WorkerId,
     incarnation: Incarnation,
-    link: Result<Link, String>,
+    link: Result<LinkInfo, String>,
 }
 
 impl DecodeSide {
@@ -65,7 +65,7 @@ impl DecodeSide {
                 });
             }
             Action::Disconnect { incarnation } => {
-                self.places.lost(incarnation);
+                self.pull_permits.lost(incarnation);
                 // Nobody waits for it; the agent bounds it.
                 tokio::spawn(async move { mover.disconnect(PeerKey(incarnation.0)).await });
             }
@@ -158,7 +158,7 @@ async fn connect(
     describe: String,
     mover: &Mover,
     expected: &Expected,
-) -> Result<Link, String> {
+) -> Result<LinkInfo, String> {
     let key = PeerKey(expected.incarnation.0);
     mover.disconnect(key).await;
     let control = Duration::from_millis(CONTROL_TIMEOUT_MS);
@@ -172,7 +172,7 @@ async fn connect(
         .connect(key, arenas, CONNECT_TIMEOUT)
         .await
         .map_err(|error| error.to_string())?;
-    Ok(Link {
+    Ok(LinkInfo {
         transport: report.transport,
         gigabytes_per_second: report.gigabytes_per_second,
         map: Arc::new(map),

@@ -25,7 +25,7 @@ use crate::pace::Pace;
 use connect::LinkOutcome;
 use line::Line;
 use peers::Peers;
-use pulls::{Places, PullFailure, Pulled};
+use pulls::{PullFailure, PullPermits, Pulled};
 
 /// A worker that generates has this.
 pub(crate) struct DecodeSide {
@@ -35,7 +35,7 @@ pub(crate) struct DecodeSide {
     line: Line,
     /// Under way, or waiting for their turn.
     pub(crate) pulls: JoinSet<Pulled>,
-    places: Places,
+    pull_permits: PullPermits,
     pub(crate) peers: Peers,
     /// Connections that are being made.
     pub(crate) links: JoinSet<LinkOutcome>,
@@ -82,7 +82,7 @@ impl DecodeSide {
             decodes: BTreeMap::new(),
             line: Line::default(),
             pulls: JoinSet::new(),
-            places: Places::default(),
+            pull_permits: PullPermits::default(),
             peers: Peers::new(me, checks.model.clone(), checks.kv.clone()),
             links: JoinSet::new(),
             shares,
@@ -144,7 +144,7 @@ impl DecodeSide {
                 let is_lost = connection.is_some();
                 if let Some(error) = connection {
                     let handle = &pulling.handle;
-                    self.places.lost(handle.incarnation);
+                    self.pull_permits.lost(handle.incarnation);
                     self.peers.pull_failed(
                         Instant::now(),
                         &handle.worker,

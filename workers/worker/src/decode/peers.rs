@@ -37,7 +37,7 @@ pub(crate) enum Action {
 
 /// What a connection turned out to be.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Link {
+pub(crate) struct LinkInfo {
     pub(crate) transport: String,
     pub(crate) gigabytes_per_second: f32,
     /// What of a block of its is read from which of its ranks.
@@ -57,7 +57,7 @@ struct Peer {
     heard: Instant,
     state: State,
     /// As it was when last connected.
-    link: Option<Link>,
+    link: Option<LinkInfo>,
     error: Option<String>,
     /// Failures since it last was ready.
     failures: u32,
@@ -162,7 +162,7 @@ impl Peers {
         &mut self,
         worker: &WorkerId,
         incarnation: Incarnation,
-        link: Link,
+        link: LinkInfo,
     ) -> Option<Action> {
         match self.peers.get_mut(worker) {
             Some(peer) if peer.incarnation == incarnation => {

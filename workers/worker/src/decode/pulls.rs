@@ -19,7 +19,7 @@ use crate::engine_thread::HeldBlocks;
 use crate::mover::{Destination, Mover};
 
 /// Pulls that read from one context worker at the same time; the rest wait, and who came first is first. A few fill any link,
-/// and with more each only takes longer. Others' links have places of their own: a slow one may keep its pulls for minutes.
+/// and with more each only takes longer. Others' links have permits of their own: a slow one may keep its pulls for minutes.
 const PULLS_OF_ONE_MAX: usize = 8;
 
 /// When a request's time runs out the desk cancels its task. This much later the agent gives the pull up by itself.
@@ -40,37 +40,37 @@ pub(crate) struct Pull {
     pub(crate) block_tokens: u32,
     pub(crate) handle: KvHandle,
     pub(crate) blocks: HeldBlocks,
-    pub(crate) place: Place,
+    pub(crate) permit: PullPermit,
     /// When the request's time is over.
     pub(crate) deadline: Instant,
 }
 
-/// Who may read now: the places at each context worker from which pulls are under way or wait.
+/// Who may read now: the permits at each context worker from which pulls are under way or wait.
 #[derive(Default)]
-pub(crate) struct Places(BTreeMap<Incarnation, Arc<Semaphore>>);
+pub(crate) struct PullPermits(BTreeMap<Incarnation, Arc<Semaphore>>);
 
-/// A place that one pull is yet to get.
-pub(crate) struct Place(Arc<Semaphore>);
+/// A permit that one pull is yet to get.
+pub(crate) struct PullPermit(Arc<Semaphore>);
 
-impl Places {
+impl PullPermits {
     /// For a pull from this context worker.
-    pub(crate) fn place(&mut self, from: Incarnation) -> Place {
-        self.0.retain(|_, places| Arc::strong_count(places) > 1);
-        let places = self.0.entry(from);
-        let places = places.or_insert_with(|| Arc::new(Semaphore::new(PULLS_OF_ONE_MAX)));
-        Place(Arc::clone(places))
+    pub(crate) fn permit(&mut self, from: Incarnation) -> PullPermit {
+        self.0.retain(|_, permits| Arc::strong_count(permits) > 1);
+        let permits = self.0.entry(from);
+        let permits = permits.or_insert_with(|| Arc::new(Semaphore::new(PULLS_OF_ONE_MAX)));
+        PullPermit(Arc::clone(permits))
     }
 
     /// The connection to this context worker is lost: nobody waits for it any longer.
     pub(crate) fn lost(&mut self, from: Incarnation) {
-        if let Some(places) = self.0.remove(&from) {
-            places.close();
+        if let Some(permits) = self.0.remove(&from) {
+            permits.close();
         }
     }
 }
 
-impl Place {
-    /// Waits for it, first come, first served; `None` once the connection is lost. It is given back with the permit.
+impl PullPermit {
+    /// Waits for it, first come, first served; `None` once the connection is lost. Dropped, it is free again.
     async fn get(self) -> Option<OwnedSemaphorePermit> {
         self.0.acquire_owned().await.ok()
     }
@@ -117,12 +117,12 @@ impl Pull {
             block_tokens,
             handle,
             blocks,
-            place,
+            permit,
             deadline,
             ..
         } = self;
         let from = &handle.worker;
-        let Some(place) = place.get().await else {
+        let Some(permit) = permit.get().await else {
             let message = format!("the connection to {from} was lost before its KV was pulled");
             return Err(PullFailure::new(FailureCode::PullFailed, message));
         };
@@ -168,7 +168,7 @@ impl Pull {
         };
         guard.is_done = true;
         // Whoever waits reads while this one asks; a context worker that does not answer keeps nobody from reading.
-        drop(place);
+        drop(permit);
 
         let invalid = |why: String| {
             PullFailure::new(
@@ -268,43 +268,43 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_comes_first_has_a_place_first_and_one_context_worker_does_not_take_anothers() {
-        let mut places = Places::default();
+    async fn who_comes_first_reads_first_and_one_context_worker_does_not_take_anothers() {
+        let mut permits = PullPermits::default();
         let [slow, other] = [1, 2].map(Incarnation);
         let mut held = Vec::new();
         for _ in 0..PULLS_OF_ONE_MAX {
-            held.push(places.place(slow).get().await.expect("there is room"));
+            held.push(permits.permit(slow).get().await.expect("there is room"));
         }
-        let mut first = Box::pin(places.place(slow).get());
-        let mut second = Box::pin(places.place(slow).get());
+        let mut first = Box::pin(permits.permit(slow).get());
+        let mut second = Box::pin(permits.permit(slow).get());
         assert!(by_now(&mut first).await.is_none(), "it has its share");
         assert!(by_now(&mut second).await.is_none());
-        assert!(places.place(other).get().await.is_some(), "not its own");
+        assert!(permits.permit(other).get().await.is_some(), "not its own");
         held.pop();
         assert!(by_now(&mut second).await.is_none(), "it came later");
         assert!(by_now(&mut first).await.flatten().is_some());
         drop((first, second, held));
-        let again = places.place(slow);
+        let again = permits.permit(slow);
         assert_eq!(again.0.available_permits(), PULLS_OF_ONE_MAX);
-        assert_eq!(places.0.len(), 1, "who is not read from is forgotten");
+        assert_eq!(permits.0.len(), 1, "who is not read from is forgotten");
     }
 
     #[tokio::test]
-    async fn nobody_waits_for_a_place_at_a_connection_that_is_lost() {
-        let mut places = Places::default();
+    async fn nobody_waits_for_a_permit_at_a_connection_that_is_lost() {
+        let mut permits = PullPermits::default();
         let [lost, other] = [1, 2].map(Incarnation);
         let mut held = Vec::new();
         for _ in 0..PULLS_OF_ONE_MAX {
-            held.push(places.place(lost).get().await.expect("there is room"));
-            held.push(places.place(other).get().await.expect("there is room"));
+            held.push(permits.permit(lost).get().await.expect("there is room"));
+            held.push(permits.permit(other).get().await.expect("there is room"));
         }
-        let mut waits = Box::pin(places.place(lost).get());
-        let mut waits_elsewhere = Box::pin(places.place(other).get());
+        let mut waits = Box::pin(permits.permit(lost).get());
+        let mut waits_elsewhere = Box::pin(permits.permit(other).get());
         assert!(by_now(&mut waits).await.is_none());
-        places.lost(lost);
+        permits.lost(lost);
         assert!(waits.await.is_none(), "at once");
         assert!(by_now(&mut waits_elsewhere).await.is_none());
-        let again = places.place(lost).get().await;
+        let again = permits.permit(lost).get().await;
         assert!(again.is_some(), "when it is connected again");
     }
 

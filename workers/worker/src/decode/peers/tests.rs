@@ -58,10 +58,10 @@ fn disconnect(incarnation: u64) -> Action {
     }
 }
 
-fn link() -> Link {
+fn link() -> LinkInfo {
     let whole = KvShares::whole(&kv());
     let map = BlockMap::new(&kv(), &whole, &whole).unwrap();
-    Link {
+    LinkInfo {
         transport: "tcp".into(),
         gigabytes_per_second: 1.5,
         map: Arc::new(map),
