@@ -50,6 +50,8 @@ pub enum Event {
     CallEnds {
         /// Number of the call.
         index: usize,
+        /// Whether its arguments are whole. Else their text is no JSON: the output was cut short, or the model broke off.
+        is_whole: bool,
     },
 }
 
@@ -58,6 +60,4 @@ pub enum Event {
 pub struct End {
     /// How many calls there were. With any, an output that stopped of its own accord has the finish reason `tool_calls`.
     pub calls: usize,
-    /// Whether the output ended inside the arguments of the last call, so that they are no whole JSON.
-    pub cut_short: bool,
 }

@@ -80,7 +80,7 @@ impl Out {
 
     /// A call begins.
     pub fn begin(&mut self, id: Option<String>, name: String) {
-        self.end();
+        self.break_off();
         self.mark();
         let index = self.calls;
         self.calls += 1;
@@ -107,15 +107,22 @@ impl Out {
         }
     }
 
-    /// The call ends, if one is open. Whether one was.
-    pub fn end(&mut self) -> bool {
-        let was_open = std::mem::take(&mut self.is_call_open);
-        if was_open {
+    /// The call ends with its arguments whole, if one is open.
+    pub fn end(&mut self) {
+        self.end_call(true);
+    }
+
+    /// The call ends before its arguments do, if one is open.
+    pub fn break_off(&mut self) {
+        self.end_call(false);
+    }
+
+    fn end_call(&mut self, is_whole: bool) {
+        if std::mem::take(&mut self.is_call_open) {
             let index = self.calls - 1;
-            self.events.push(Event::CallEnds { index });
+            self.events.push(Event::CallEnds { index, is_whole });
             self.mark();
         }
-        was_open
     }
 
     /// The output is over.
@@ -124,12 +131,8 @@ impl Out {
             self.space.clear();
         }
         self.flush_space();
-        let cut_short = self.is_call_open;
-        self.end();
-        End {
-            calls: self.calls,
-            cut_short,
-        }
+        self.break_off();
+        End { calls: self.calls }
     }
 
     /// What there is so far, taken out.

@@ -259,9 +259,7 @@ impl Harmony {
                 out.arguments("{}");
                 out.end();
             }
-            State::Arguments(_) => {
-                out.end();
-            }
+            State::Arguments(_) => out.break_off(),
             _ => out.mark(),
         }
         self.clear();

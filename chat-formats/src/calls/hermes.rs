@@ -55,7 +55,7 @@ impl Hermes {
         let text = calls.text();
         // A call whose JSON is not whole ends here; its closing marker may follow.
         let is_call = calls.has_told() && text.trim().is_empty();
-        out.end();
+        out.break_off();
         out.contents(&text);
         self.state = match is_call {
             true => State::Close,

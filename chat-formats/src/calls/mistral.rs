@@ -139,7 +139,7 @@ impl Mistral {
     /// What is no call is content.
     fn leave(&mut self, out: &mut Out) {
         self.finish(out);
-        out.end();
+        out.break_off();
         self.state = State::Text;
     }
 }

@@ -210,6 +210,10 @@ impl QwenXml {
                 self.close(out);
                 self.state = State::Close;
             }
+            (State::Body, CLOSE) => {
+                self.close(out);
+                self.state = State::Text;
+            }
             (State::Close, CLOSE) => {
                 out.mark();
                 self.state = State::Text;
@@ -296,19 +300,15 @@ impl QwenXml {
         out.end();
     }
 
-    /// This is no call, or none any more: what is held is content.
+    /// This is no call, or none any more: what is held is content. A call that has begun ends as it is, because what the model
+    /// left out of its arguments is not known.
     fn leave(&mut self, out: &mut Out) {
-        match self.state {
-            State::Value => {
-                self.value.end(out);
-                self.close(out);
-            }
-            State::Body => self.close(out),
-            State::Key => {
-                self.close(out);
-                out.contents(PARAMETER);
-            }
-            _ => {}
+        if self.state == State::Value {
+            self.value.cut(out);
+        }
+        out.break_off();
+        if self.state == State::Key {
+            out.contents(PARAMETER);
         }
         out.contents(&std::mem::take(&mut self.held));
         self.state = State::Text;

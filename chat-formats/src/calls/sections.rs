@@ -67,7 +67,7 @@ const FENCE: &str = "```";
 pub(crate) struct Sections {
     marks: &'static Marks,
     state: State,
-    /// Whether a section is open.
+    /// Whether there was a call since the last section ended: then its closing marker is one.
     is_open: bool,
     /// What is content if no call follows.
     held: String,
@@ -121,7 +121,7 @@ impl Sections {
             }
             State::Arguments if mark.text == marks.call_end => {
                 // The JSON is not whole, but the call is over.
-                out.end();
+                out.break_off();
                 self.state = State::Text;
                 return;
             }
@@ -133,7 +133,6 @@ impl Sections {
         if mark.text == marks.open {
             self.release(out);
             self.held.push_str(mark.shown());
-            self.is_open = true;
         } else if mark.text == marks.call {
             self.held.push_str(mark.shown());
             self.head.clear();
@@ -195,6 +194,7 @@ impl Sections {
             return self.leave(out);
         };
         self.held.clear();
+        self.is_open = true;
         out.begin(id, name);
         out.argument(c);
         self.json = JsonText::default();
@@ -236,7 +236,7 @@ impl Sections {
 
     /// What is no call is content.
     fn leave(&mut self, out: &mut Out) {
-        out.end();
+        out.break_off();
         self.release(out);
         self.state = State::Text;
     }

@@ -85,7 +85,7 @@ impl WholeAnswer {
     /// What is no call is content, and so is the rest.
     fn leave(&mut self, out: &mut Out) {
         self.finish(out);
-        out.end();
+        out.break_off();
         self.state = State::Text;
     }
 }

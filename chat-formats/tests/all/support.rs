@@ -29,7 +29,8 @@ pub struct Result {
     pub calls: Vec<(Option<String>, String, String)>,
     /// The order in which they came.
     pub order: Vec<&'static str>,
-    pub end: End,
+    /// Whether a call's arguments are not whole.
+    pub cut_short: bool,
 }
 
 pub fn tools() -> Arc<Tools> {
@@ -64,10 +65,7 @@ pub fn run(format: Format, reasoning: Reasoning, pieces: &[Owned]) -> Result {
 
 /// Joins events and checks their order: a call begins, has its arguments, ends.
 pub fn joined(events: Vec<Event>, end: End) -> Result {
-    let mut result = Result {
-        end,
-        ..Result::default()
-    };
+    let mut result = Result::default();
     let mut open = None;
     for event in events {
         let kind = match event {
@@ -94,7 +92,8 @@ pub fn joined(events: Vec<Event>, end: End) -> Result {
                 result.calls[index].2.push_str(&delta);
                 continue;
             }
-            Event::CallEnds { index } => {
+            Event::CallEnds { index, is_whole } => {
+                result.cut_short |= !is_whole;
                 assert_eq!(open.take(), Some(index));
                 continue;
             }

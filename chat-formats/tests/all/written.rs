@@ -193,7 +193,7 @@ fn calls_are_read_as_they_were_written() {
                             "{format}: {written}\n{result:?}"
                         );
                         assert_eq!(result.content, "", "{format}: {written}");
-                        assert!(!result.end.cut_short);
+                        assert!(!result.cut_short);
                         for ((_, name, read), (expected, arguments)) in
                             result.calls.iter().zip(&calls)
                         {
@@ -321,19 +321,20 @@ fn outputs_that_are_cut_short() {
             let result = run(format, Reasoning::None, &[text(&written[..end])]);
             for (read, whole) in result.calls.iter().zip(&all.calls) {
                 assert_eq!(read.1, whole.1, "{format} {end}");
+                // A value that ends with the beginning of its closing marker has that as text.
+                let is_xml = format == Format::QwenXml;
+                let marker = read.2.find("\\n<").or(read.2.find("\n<"));
+                let read = &read.2[..marker.filter(|_| is_xml).unwrap_or(read.2.len())];
                 assert!(
-                    whole.2.starts_with(&read.2),
+                    whole.2.starts_with(read),
                     "{format} {end}: {} {}",
-                    read.2,
+                    read,
                     whole.2
                 );
             }
             let last = result.calls.last().map(|call| call.2.as_str());
             let is_whole = last.is_none_or(|text| serde_json::from_str::<Value>(text).is_ok());
-            assert!(
-                is_whole || result.end.cut_short,
-                "{format} {end}: {result:?}"
-            );
+            assert!(is_whole || result.cut_short, "{format} {end}: {result:?}");
         }
     }
 }
