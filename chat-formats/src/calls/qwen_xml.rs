@@ -94,7 +94,9 @@ impl Argument {
             }
         }
         if self.is_string {
-            escape(&std::mem::take(&mut self.held), out);
+            if !self.held.is_empty() {
+                escape(&std::mem::take(&mut self.held), out);
+            }
             match c {
                 '\n' => self.held.push(c),
                 c => escape(c.encode_utf8(&mut [0; 4]), out),
@@ -167,11 +169,15 @@ fn translated(text: &str, types: &[String]) -> Option<String> {
 
 /// Appends the inside of a JSON string.
 fn escape(text: &str, out: &mut Out) {
-    if text.is_empty() {
-        return;
+    for c in text.chars() {
+        match c {
+            '"' => out.arguments("\\\""),
+            '\\' => out.arguments("\\\\"),
+            '\n' => out.arguments("\\n"),
+            c if u32::from(c) < 0x20 => out.arguments(&format!("\\u{:04x}", u32::from(c))),
+            c => out.argument(c),
+        }
     }
-    let quoted = Value::from(text).to_string();
-    out.arguments(&quoted[1..quoted.len() - 1]);
 }
 
 impl QwenXml {

@@ -220,19 +220,20 @@ fn what_is_held_back_has_a_bound() {
         "",
     ];
     let fill = "x".repeat(1 << 10);
-    for format in Format::all() {
-        for reasoning in REASONINGS {
-            for beginning in beginnings {
-                let mut parser = Parser::new(format, reasoning, &tools());
-                let mut events = Vec::new();
-                parser.push(Piece::text(beginning), &mut events);
-                for _ in 0..128 {
-                    parser.push(Piece::text(&fill), &mut events);
-                }
-                let out = bytes(&events);
-                let least = 128 * fill.len() - HELD_BYTES_MAX - 1024;
-                assert!(out >= least, "{format} {reasoning} {beginning:?}: {out}");
+    let with_calls = Format::all().map(|format| (format, Reasoning::None));
+    let with_reasoning = REASONINGS.map(|reasoning| (Format::None, reasoning));
+    for (format, reasoning) in with_calls.chain(with_reasoning) {
+        for beginning in beginnings {
+            let mut parser = Parser::new(format, reasoning, &tools());
+            let mut events = Vec::new();
+            parser.push(Piece::text(beginning), &mut events);
+            let pieces = HELD_BYTES_MAX / fill.len() + 8;
+            for _ in 0..pieces {
+                parser.push(Piece::text(&fill), &mut events);
             }
+            let out = bytes(&events);
+            let least = pieces * fill.len() - HELD_BYTES_MAX - 1024;
+            assert!(out >= least, "{format} {reasoning} {beginning:?}: {out}");
         }
     }
 }
