@@ -30,6 +30,7 @@ mod simulated;
 mod text;
 mod watch;
 
+pub use baton_chat_formats::{Format, Reasoning};
 pub use config::{ApiServerConfig, Limits, SpecialTokensInContent};
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;

@@ -137,6 +137,7 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
     let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
         .await
         .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??
+        .with_formats(config.tool_format, config.reasoning_format)
         .with_special_tokens_in_content(config.special_tokens_in_content);
     let metrics =
         Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;

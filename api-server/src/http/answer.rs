@@ -22,6 +22,7 @@ use crate::request::driver::{Job, drive};
 use crate::request::inbox::{Inbox, Mailbox};
 use crate::server::Server;
 use crate::text::echo::Echo;
+use crate::text::reader::Reading;
 
 /// How long a stream's status waits for its first token: an early failure gets a status of its own, and
 /// a client that waits longer sees keep-alives.
@@ -35,6 +36,8 @@ pub struct Prepared {
     pub generation: Generation,
     /// What is to be repeated of it, if it is.
     pub echo: Option<Arc<Echo>>,
+    /// How its outputs are read; none if all of them is content.
+    pub reading: Option<Reading>,
 }
 
 /// Carries a request out.
@@ -160,6 +163,7 @@ impl Request<'_> {
                     want_logprobs,
                     echo,
                 );
+                let choice = choice.read_as(prompt.reading.clone());
                 let inbox = Arc::new(Inbox::default());
                 client.waits_for(&inbox);
                 let registry = &self.server.registry;

@@ -18,6 +18,7 @@ use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt};
 use crate::request::inbox::Mailbox;
 use crate::server::Server;
 use crate::text::echo::Echo;
+use crate::text::reader::Reading;
 use crate::text::texts::Until;
 use crate::text::tokenizer::TextError;
 
@@ -81,13 +82,29 @@ async fn try_chat(
     let work = move |until: &Until| {
         let _room = room;
         let model = &on_server.model;
-        let ChatRequest { params, messages } =
-            ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
+        let mut chat = ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
         drop(bytes);
+        let format = chat.offer.format(model.formats.format)?;
+        chat.suit(model.formats.format)?;
+        let ChatRequest {
+            params,
+            messages,
+            offer,
+            template_arguments,
+            include_reasoning,
+        } = chat;
         check_model(&on_server, &params)?;
         place.grow(params.n as usize - 1)?;
         let refused = |error: TextError| error.of("messages", model);
-        let prompt = model.render_chat(messages, until).map_err(refused)?;
+        let prompt = model.render_chat_with(messages, offer.shown, template_arguments, until);
+        let prompt = prompt.map_err(refused)?;
+        let reading = Reading {
+            format,
+            reasoning: model.formats.reasoning.after_prompt(&prompt.text()),
+            tools: offer.tools,
+            include_reasoning,
+            parallel: offer.parallel,
+        };
         let tokens = model.encode_chat(&prompt, until).map_err(refused)?;
         drop(prompt);
         let generation = params.generation(model, "messages", tokens.len(), None)?;
@@ -95,6 +112,7 @@ async fn try_chat(
             tokens: tokens.into(),
             generation,
             echo: None,
+            reading: Some(reading).filter(|reading| !reading.is_plain()),
         };
         Ok((params, prepared))
     };
@@ -194,6 +212,7 @@ fn prepare(
         tokens,
         generation,
         echo: echo.map(Arc::new),
+        reading: None,
     })
 }
 

@@ -233,14 +233,18 @@ mod tests {
     use baton_protocol::FinishReason;
 
     use super::*;
-    use crate::openai::ApiKind;
+    use crate::openai::{ApiKind, Finish};
 
     /// What a stream of two choices says, one of which ends.
     fn stream(second: impl FnOnce(Share, &Shape)) -> String {
         let shape = Shape::new(ApiKind::Completion, "1", "m", true, false, false);
         let outbox = Outbox::new(2, Tally::new(1, 1, 2));
         let (first, other) = (outbox.share(), outbox.share());
-        first.write(|out| shape.finish_chunk(0, FinishReason::Stop, out));
+        let finish = Finish {
+            reason: FinishReason::Stop,
+            has_called: false,
+        };
+        first.write(|out| shape.finish_chunk(0, finish, out));
         first.done(0, Usage::default(), &shape);
         drop(first);
         assert!(!outbox.inner.borrow().ended, "the other goes on");

@@ -1,9 +1,12 @@
 //! `POST /v1/chat/completions`: the request.
 
-use serde_json::{Value, json};
+use baton_chat_formats::Format;
+use serde_json::{Map, Value, json};
 
 use super::fields::{Fields, wrong_type};
 use super::params::{Params, alternatives};
+use super::thinking::template_arguments;
+use super::tools::{self, Offer};
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::text::tokenizer::GenerationDefaults;
@@ -15,6 +18,12 @@ pub struct ChatRequest {
     pub params: Params,
     /// Messages for the template; `content` is one string.
     pub messages: Vec<Value>,
+    /// The tools that may be called.
+    pub offer: Offer,
+    /// What else the template is told.
+    pub template_arguments: Map<String, Value>,
+    /// Whether the client wants to see the reasoning.
+    pub include_reasoning: bool,
 }
 
 impl ChatRequest {
@@ -29,10 +38,33 @@ impl ChatRequest {
     ) -> Result<Self, ApiError> {
         let mut fields = Fields::parse(body)?;
         refuse_unsupported(&fields)?;
+        let offer = Offer::read(&mut fields)?;
+        let template_arguments = template_arguments(&mut fields)?;
+        let include_reasoning = fields.bool("include_reasoning")?.unwrap_or(true);
         let mut params = Params::read(&fields, defaults, limits)?;
         params.sampling.logprobs = logprobs(&fields)?;
         let messages = messages(fields.take("messages"))?;
-        Ok(Self { params, messages })
+        Ok(Self {
+            params,
+            messages,
+            offer,
+            template_arguments,
+            include_reasoning,
+        })
+    }
+
+    /// Puts earlier calls and reasoning of the messages as this format's templates want them.
+    ///
+    /// # Errors
+    /// 400 with the field's place.
+    pub fn suit(&mut self, format: Format) -> Result<(), ApiError> {
+        for (i, message) in self.messages.iter_mut().enumerate() {
+            if let Some(message) = message.as_object_mut() {
+                tools::earlier_calls(&format!("messages[{i}]"), message, format)?;
+                tools::earlier_reasoning(message);
+            }
+        }
+        Ok(())
     }
 }
 
@@ -57,11 +89,12 @@ fn refuse_unsupported(fields: &Fields) -> Result<(), ApiError> {
             format!("{what} is not supported by this server"),
         ))
     };
-    for name in ["tools", "functions"] {
+    // OpenAI's older fields for the same.
+    for (name, instead) in [("functions", "tools"), ("function_call", "tool_choice")] {
         match fields.value(name) {
             None => {}
             Some(Value::Array(list)) if list.is_empty() => {}
-            Some(_) => return unsupported(name, "tool calling"),
+            Some(_) => return unsupported(name, &format!("{name} (say {instead} instead)")),
         }
     }
     if let Some(format) = fields.value("response_format") {
@@ -203,7 +236,8 @@ mod tests {
                 json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
                 "messages[0].content[0]",
             ),
-            (json!({"messages": [user], "tools": [{}]}), "tools"),
+            (json!({"messages": [user], "tools": [{}]}), "tools[0].type"),
+            (json!({"messages": [user], "functions": [{}]}), "functions"),
             (
                 json!({"messages": [user], "response_format": {"type": "json_schema"}}),
                 "response_format",

@@ -31,6 +31,27 @@ pub struct LogprobEntry {
     pub offset: usize,
 }
 
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finish {
+    /// Why the generation did.
+    pub reason: FinishReason,
+    /// Whether the model called tools.
+    pub has_called: bool,
+}
+
+impl Finish {
+    /// OpenAI's word for it.
+    pub fn label(self) -> &'static str {
+        match (self.reason, self.has_called) {
+            (FinishReason::Stop, false) => "stop",
+            (FinishReason::Stop, true) => "tool_calls",
+            // Whatever it was doing, it was not done.
+            (FinishReason::Length, _) => "length",
+        }
+    }
+}
+
 /// What all pieces of one answer share.
 #[derive(Clone, Debug)]
 pub struct Shape {
@@ -110,8 +131,25 @@ impl Shape {
         self.close_chunk(None, out);
     }
 
+    /// A chunk of a chat with this delta, the inside of an object.
+    pub(super) fn delta_chunk(
+        &self,
+        index: usize,
+        logprobs: &[LogprobEntry],
+        model: &ModelText,
+        out: &mut Vec<u8>,
+        delta: impl FnOnce(&mut Vec<u8>),
+    ) {
+        self.open_chunk(index, out);
+        out.extend_from_slice(b"\"delta\":{");
+        delta(out);
+        out.extend_from_slice(b"},\"logprobs\":");
+        self.logprobs(logprobs, model, out);
+        self.close_chunk(None, out);
+    }
+
     /// The last chunk of a choice.
-    pub fn finish_chunk(&self, index: usize, finish: FinishReason, out: &mut Vec<u8>) {
+    pub fn finish_chunk(&self, index: usize, finish: Finish, out: &mut Vec<u8>) {
         self.open_chunk(index, out);
         out.extend_from_slice(match self.kind {
             ApiKind::Chat => b"\"delta\":{},\"logprobs\":null",
@@ -147,12 +185,17 @@ impl Shape {
     }
 
     /// The beginning of one choice of it, up to its text.
-    pub fn open_choice(&self, index: usize, out: &mut Vec<u8>) {
+    ///
+    /// With `has_content` the text is a string, to be followed by [`Self::text`]; else it is null.
+    pub fn open_choice(&self, index: usize, has_content: bool, out: &mut Vec<u8>) {
         if index > 0 {
             out.push(b',');
         }
         put(out, format_args!("{{\"index\":{index},"));
         out.extend_from_slice(match self.kind {
+            ApiKind::Chat if !has_content => {
+                b"\"message\":{\"role\":\"assistant\",\"content\":null"
+            }
             ApiKind::Chat => b"\"message\":{\"role\":\"assistant\",\"content\":\"",
             ApiKind::Completion => b"\"text\":\"",
         });
@@ -163,11 +206,11 @@ impl Shape {
         escape(text, out);
     }
 
-    /// From its text to its log-probabilities.
-    pub fn close_text(&self, out: &mut Vec<u8>) {
+    /// From its message or its text to its log-probabilities.
+    pub fn close_message(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(match self.kind {
-            ApiKind::Chat => b"\",\"refusal\":null},\"logprobs\":",
-            ApiKind::Completion => b"\",\"logprobs\":",
+            ApiKind::Chat => b",\"refusal\":null},\"logprobs\":",
+            ApiKind::Completion => b",\"logprobs\":",
         });
     }
 
@@ -219,10 +262,10 @@ impl Shape {
     }
 
     /// The end of one choice.
-    pub fn close_choice(&self, finish: FinishReason, out: &mut Vec<u8>) {
+    pub fn close_choice(&self, finish: Finish, out: &mut Vec<u8>) {
         put(
             out,
-            format_args!(",\"finish_reason\":\"{}\"}}", finish_label(finish)),
+            format_args!(",\"finish_reason\":\"{}\"}}", finish.label()),
         );
     }
 
@@ -241,13 +284,13 @@ impl Shape {
         out.push(b',');
     }
 
-    fn close_chunk(&self, finish: Option<FinishReason>, out: &mut Vec<u8>) {
+    fn close_chunk(&self, finish: Option<Finish>, out: &mut Vec<u8>) {
         match finish {
             None => out.extend_from_slice(b",\"finish_reason\":null}]"),
             Some(finish) => {
                 put(
                     out,
-                    format_args!(",\"finish_reason\":\"{}\"}}]", finish_label(finish)),
+                    format_args!(",\"finish_reason\":\"{}\"}}]", finish.label()),
                 );
             }
         }
@@ -265,14 +308,6 @@ impl Shape {
             }
             array += 1;
         }
-    }
-}
-
-/// OpenAI's word for the reason.
-pub fn finish_label(finish: FinishReason) -> &'static str {
-    match finish {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
     }
 }
 
@@ -348,7 +383,7 @@ fn separated<T>(items: &[T], out: &mut Vec<u8>, mut write: impl FnMut(&T, &mut V
     }
 }
 
-fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+pub(super) fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     // Writing to memory cannot fail.
     let _ = out.write_fmt(text);
 }

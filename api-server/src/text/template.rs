@@ -3,6 +3,7 @@
 use minijinja::value::{Kwargs, Serde, Value};
 use minijinja::{Environment, Error, ErrorKind, syntax::SyntaxConfig};
 use serde::Serialize;
+use serde_json::Map;
 
 use crate::text::texts::Until;
 
@@ -65,6 +66,20 @@ impl ChatTemplate {
     /// # Errors
     /// What the template objects to, or what is wrong with it.
     pub fn render<M: Serialize>(&self, messages: &M, prompt: &mut Prompt) -> Result<(), String> {
+        self.render_with(messages, &[], &Map::new(), prompt)
+    }
+
+    /// The same with these tools, if there are any, and with these variables besides.
+    ///
+    /// # Errors
+    /// As [`Self::render`].
+    pub fn render_with<M: Serialize>(
+        &self,
+        messages: &M,
+        tools: &[serde_json::Value],
+        arguments: &Map<String, serde_json::Value>,
+        prompt: &mut Prompt,
+    ) -> Result<(), String> {
         let template = self
             .environment
             .get_template(NAME)
@@ -75,6 +90,12 @@ impl ChatTemplate {
             bos_token => self.bos_token.as_str(),
             eos_token => self.eos_token.as_str(),
         };
+        // Templates ask whether there are tools at all.
+        let tools = match tools {
+            [] => minijinja::context! {},
+            tools => minijinja::context! { tools => Value::from(Serde(tools)) },
+        };
+        let context = minijinja::context! { ..context, ..tools, ..Value::from(Serde(arguments)) };
         let rendered = template.render_captured_to(context, prompt);
         rendered.map(drop).map_err(|error| {
             let text = error.detail().unwrap_or_default();

@@ -68,6 +68,12 @@ impl Plan {
         }
         let rule = args.content.special_tokens_in_content;
         front.extend(flags([("--special-tokens-in-content", rule.label())]));
+        if let Some(format) = args.content.tool_format {
+            front.extend(flags([("--tool-format", format.name())]));
+        }
+        if let Some(format) = args.content.reasoning_format {
+            front.extend(flags([("--reasoning-format", format.name())]));
+        }
         if let Some(most) = args.keys.api_key_in_flight_max {
             front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
         }

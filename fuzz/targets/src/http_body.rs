@@ -20,7 +20,9 @@ pub fn http_body(data: &[u8]) {
     let (model, limits) = (fixture::model(), Limits::default());
     match ChatRequest::parse(data, &model.defaults, &limits) {
         Err(error) => told(&error),
-        Ok(ChatRequest { params, messages }) => {
+        Ok(ChatRequest {
+            params, messages, ..
+        }) => {
             let turns = messages.len();
             let prompt = fits(model.render_chat(messages, &Until::forever()));
             let tokens =

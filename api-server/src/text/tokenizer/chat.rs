@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{ModelText, TextError};
 use crate::text::template::Prompt;
@@ -33,21 +33,45 @@ impl ModelText {
     /// What the template objects to.
     pub fn render_chat(
         &self,
+        messages: Vec<Value>,
+        until: &Until,
+    ) -> Result<ChatPrompt, TextError> {
+        self.render_chat_with(messages, Vec::new(), Map::new(), until)
+    }
+
+    /// The same with these tools and variables of the template.
+    ///
+    /// # Errors
+    /// As [`Self::render_chat`].
+    pub fn render_chat_with(
+        &self,
         mut messages: Vec<Value>,
+        tools: Vec<Value>,
+        arguments: Map<String, Value>,
         until: &Until,
     ) -> Result<ChatPrompt, TextError> {
         let Some(template) = &self.template else {
             let message = "the model has no chat template; use /v1/completions";
             return Err(TextError::Refused(message.to_owned()));
         };
+        // Descriptions of tools are the client's texts too.
+        let count = messages.len();
+        messages.push(Value::Array(tools));
+        messages.push(Value::Object(arguments));
         let marker = match &self.control_tokens {
             Some(control) => control.mark(&self.tokenizer, &mut messages),
             None => Ok(None),
         };
+        let mut others = messages.split_off(count).into_iter();
+        let (Some(Value::Array(tools)), Some(Value::Object(arguments))) =
+            (others.next(), others.next())
+        else {
+            return Err(TextError::Refused("the tools were lost".to_owned()));
+        };
         let marker = marker.map_err(TextError::Refused)?;
         let counted = |bytes: &[u8]| self.counted(bytes, marker);
         let mut prompt = Prompt::new(self.text_bytes_max(), &counted, until);
-        let rendered = template.render(&messages, &mut prompt);
+        let rendered = template.render_with(&messages, &tools, &arguments, &mut prompt);
         if prompt.is_over() {
             return Err(self.too_long(self.text_bytes_max() + 1));
         }
