@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_bus::BusConfig;
+use baton_chat_formats::{Format, Reasoning};
 use baton_protocol::deadlines::REQUEST_BUDGET_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, ProtocolError};
@@ -27,6 +28,10 @@ pub struct ApiServerConfig {
     pub model_name: Option<String>,
     /// A prepared model directory: manifest, tokenizer, chat template and generation defaults.
     pub tokenizer: PathBuf,
+    /// How the model writes tool calls; `None` takes what the model directory tells.
+    pub tool_format: Option<Format>,
+    /// How the model writes reasoning; `None` takes what the model directory tells.
+    pub reasoning_format: Option<Reasoning>,
     /// What becomes of texts of control tokens in messages.
     pub special_tokens_in_content: SpecialTokensInContent,
     /// Where defaults of sampling come from.
@@ -64,6 +69,8 @@ impl ApiServerConfig {
             bus: BusConfig::default(),
             model_name: None,
             tokenizer: tokenizer.into(),
+            tool_format: None,
+            reasoning_format: None,
             special_tokens_in_content: SpecialTokensInContent::default(),
             generation_config: GenerationConfig::default(),
             host: "127.0.0.1".to_owned(),

@@ -31,6 +31,7 @@ mod simulated;
 mod text;
 mod watch;
 
+pub use baton_chat_formats::{Format, Reasoning};
 pub use config::{ApiServerConfig, GenerationConfig, Limits, SpecialTokensInContent};
 pub use cors::Origins;
 pub use error::{ApiServerError, ErrorKind, Row};

@@ -138,6 +138,7 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
     let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
         .await
         .map_err(|error| ApiServerError::Model(format!("loading the tokenizer: {error}")))??
+        .with_formats(config.tool_format, config.reasoning_format)
         .with_special_tokens_in_content(config.special_tokens_in_content)
         .with_generation_config(config.generation_config);
     tracing::info!(defaults = %model.defaults, "where requests say nothing");

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_api_server::{
-    ApiKeys, ApiServerConfig, GenerationConfig, Origins, SpecialTokensInContent,
+    ApiKeys, ApiServerConfig, Format, GenerationConfig, Origins, Reasoning, SpecialTokensInContent,
 };
 use clap::{Args, ValueEnum};
 
@@ -55,13 +55,21 @@ pub struct ApiServerArgs {
     drain_s: Option<u64>,
 }
 
-/// What messages may contain.
+/// What messages may contain, and how the model writes what is no plain text.
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub struct ContentArgs {
     /// What a text such as <|im_end|> in a message of a chat is: plain text, or, where all who write messages are trusted,
     /// allowed to be the control token
     #[arg(long, value_enum, default_value_t)]
     pub special_tokens_in_content: ContentRule,
+    /// How the model writes tool calls: none, hermes, qwen-xml, llama-json, pythonic, mistral, mistral-args, deepseek-v3,
+    /// deepseek-v31, kimi, harmony or json [default: as its chat template tells]
+    #[arg(long)]
+    pub tool_format: Option<Format>,
+    /// How the model writes reasoning: none, think, think-opened, mistral, mistral-opened or harmony [default: as its chat
+    /// template tells]
+    #[arg(long)]
+    pub reasoning_format: Option<Reasoning>,
 }
 
 /// A value of `--special-tokens-in-content`.
@@ -204,6 +212,8 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     config.bus = args.bus.config();
     config.model_name = args.model_name;
     config.api_keys = args.keys.keys()?;
+    config.tool_format = args.content.tool_format;
+    config.reasoning_format = args.content.reasoning_format;
     config.special_tokens_in_content = args.content.special_tokens_in_content.into();
     config.generation_config = args.answers.generation_config.into();
     let origins = args.answers.cors_origin.iter().map(String::as_str);

@@ -37,6 +37,7 @@ mod choose;
 mod event;
 mod format;
 pub mod grammar;
+mod id;
 mod lexer;
 mod literal;
 mod out;
@@ -47,6 +48,7 @@ mod tool;
 pub use choose::{Choice, Facts, choose};
 pub use event::{End, Event, Piece};
 pub use format::{Format, Reasoning};
+pub use id::call_id;
 pub use parser::Parser;
 pub use tool::{Tool, Tools};
 

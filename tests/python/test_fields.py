@@ -8,7 +8,7 @@ HELLO = [{"role": "user", "content": "What is the capital of France?"}]
 
 @pytest.mark.parametrize(
     ("body", "param"),
-    [({"max_token": 5}, "max_token"), ({"guided_json": {}}, "guided_json"), ({"wibble": 1}, "wibble")],
+    [({"max_token": 5}, "max_token"), ({"best_of": 2}, "best_of"), ({"wibble": 1}, "wibble")],
 )
 def test_what_would_be_ignored_is_refused_by_name(client, model, body, param):
     with pytest.raises(openai.BadRequestError) as caught:
@@ -16,9 +16,9 @@ def test_what_would_be_ignored_is_refused_by_name(client, model, body, param):
     assert caught.value.param == param
 
 
-def test_tools_and_schemas_are_refused_by_name(client, model):
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    for name, value in [("tools", [tool]), ("response_format", {"type": "json_object"})]:
+def test_old_names_of_tools_and_forced_calls_are_refused_by_name(client, model):
+    function = {"name": "f", "parameters": {"type": "object"}}
+    for name, value in [("functions", [function]), ("tool_choice", "required")]:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model=model, messages=HELLO, **{name: value})
         assert caught.value.param == name

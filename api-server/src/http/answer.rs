@@ -24,6 +24,7 @@ use crate::request::driver::{Job, drive};
 use crate::request::inbox::{Inbox, Mailbox};
 use crate::server::Server;
 use crate::text::echo::Echo;
+use crate::text::reader::Reading;
 
 /// How long a stream's status waits for its first token: an early failure gets a status of its own, and
 /// a client that waits longer sees keep-alives.
@@ -37,6 +38,8 @@ pub struct Prepared {
     pub generation: Generation,
     /// What is to be repeated of it, if it is.
     pub echo: Option<Arc<Echo>>,
+    /// How its outputs are read; none if all of them is content.
+    pub reading: Option<Reading>,
 }
 
 /// Carries a request out.
@@ -177,6 +180,7 @@ impl Request<'_> {
                     prompt.tokens.len(),
                     echo,
                 );
+                let choice = choice.read_as(prompt.reading.clone());
                 let inbox = Arc::new(Inbox::default());
                 client.waits_for(&inbox);
                 let registry = &self.server.registry;

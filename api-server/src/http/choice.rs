@@ -2,17 +2,21 @@
 
 use std::sync::Arc;
 
+use baton_chat_formats::Piece as Written;
 use baton_protocol::{FinishReason, TokenLogprobs, TopLogprob};
 use tokio::sync::oneshot;
 
 use super::outbox::Share;
 use super::whole::{Held, Whole};
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{ID_BYTES, LOGPROB_BYTES, LogprobEntry, Params, Piece, Shape, Usage};
+use crate::openai::{
+    Call, Finish, ID_BYTES, LOGPROB_BYTES, LogprobEntry, Params, Part, Piece, Shape, Usage,
+};
 use crate::request::driver::Sink;
 use crate::server::Server;
 use crate::text::detokenize::Detokenizer;
 use crate::text::echo::Echo;
+use crate::text::reader::{Reader, Reading};
 use crate::text::stop::StopMatcher;
 
 /// Where a choice goes.
@@ -29,6 +33,35 @@ pub struct Gathering {
     pub to: oneshot::Sender<Result<Whole, ApiError>>,
     /// Memory of what there is of it.
     pub held: Held,
+}
+
+/// What was read of an answer in one piece.
+#[derive(Default)]
+struct Message {
+    content: String,
+    reasoning: String,
+    calls: Vec<Call>,
+}
+
+impl Message {
+    /// Appends a part.
+    fn add(&mut self, part: Part) {
+        match part {
+            Part::Content(text) => self.content.push_str(&text),
+            Part::Reasoning(text) => self.reasoning.push_str(&text),
+            Part::Call { id, name, .. } => self.calls.push(Call {
+                id,
+                name,
+                arguments: String::new(),
+            }),
+            // Calls come one after the other.
+            Part::Arguments { delta, .. } => {
+                if let Some(call) = self.calls.last_mut() {
+                    call.arguments.push_str(&delta);
+                }
+            }
+        }
+    }
 }
 
 /// One choice.
@@ -49,8 +82,13 @@ pub struct Choice {
     prompt_only: bool,
     echo: Option<Arc<Echo>>,
     opened: bool,
-    /// Not yet sent, or all of it for an answer in one piece.
+    /// Not yet sent, or all of it for an answer in one piece. With a reader it is not yet read.
     text: String,
+    /// Tells reasoning and calls from content, in chats of models that have them.
+    reader: Option<Reader>,
+    /// What it read: not yet sent, or not yet put with the rest.
+    parts: Vec<Part>,
+    message: Message,
     logprobs: Vec<LogprobEntry>,
     token_ids: Vec<u32>,
     /// Characters of text so far, what is held back included.
@@ -71,6 +109,9 @@ impl Choice {
     ) -> Self {
         let stops = StopMatcher::new(params.stops.clone());
         Self {
+            reader: None,
+            parts: Vec::new(),
+            message: Message::default(),
             server,
             index,
             to,
@@ -96,15 +137,23 @@ impl Choice {
         }
     }
 
+    /// The same, with its output read in these formats.
+    #[must_use]
+    pub fn read_as(mut self, reading: Option<Reading>) -> Self {
+        self.reader = reading.map(Reader::new);
+        self
+    }
+
     /// Notes what an answer that is not a stream holds. One for which there is no memory any more has failed: whoever waits for it is
     /// told, and the client's leave of the other choices ends this one too.
     fn note_held(&mut self, text_before: usize, logprobs_before: usize, ids_before: usize) {
+        let text_bytes = self.text_bytes();
         let Destination::Whole(gathering) = &mut self.to else {
             return;
         };
         let new = &self.logprobs[logprobs_before.min(self.logprobs.len())..];
         let alternatives: usize = new.iter().map(|entry| entry.top.capacity()).sum();
-        let bytes = (self.text.len() - text_before)
+        let bytes = text_bytes.saturating_sub(text_before)
             + size_of_val(new)
             + size_of::<u32>() * (self.token_ids.len() - ids_before)
             + alternatives * size_of::<TopLogprob>();
@@ -124,8 +173,63 @@ impl Choice {
             let _ = to.send(Err(error));
         }
         self.text = String::new();
+        self.message = Message::default();
         self.logprobs = Vec::new();
         self.token_ids = Vec::new();
+    }
+
+    /// Has the text read that there is, if there is a reader. True if the answer is over with it.
+    fn read(&mut self, is_end: bool) -> bool {
+        let Some(reader) = &mut self.reader else {
+            return false;
+        };
+        let is_over = reader.push(Written::text(&self.text), &mut self.parts);
+        self.text.clear();
+        if is_end {
+            reader.finish(&mut self.parts);
+        }
+        self.gather();
+        is_over
+    }
+
+    /// Has a special token read. True if the answer is over with it.
+    fn read_special(&mut self, token: u32) -> bool {
+        // It ends the text before it, and with that what may have become a stop string.
+        self.stops.finish(&mut self.text);
+        if self.read(false) {
+            return true;
+        }
+        let vocabulary = &self.server.model.vocabulary;
+        let (Some(reader), Ok(text)) = (
+            &mut self.reader,
+            std::str::from_utf8(vocabulary.bytes(token)),
+        ) else {
+            return false;
+        };
+        let is_over = reader.push(Written::special(text), &mut self.parts);
+        self.gather();
+        is_over
+    }
+
+    /// Counts what was read, and puts it together where it is not sent.
+    fn gather(&mut self) {
+        if let Some(reader) = &self.reader {
+            self.usage.reasoning = reader.reasoning_tokens();
+        }
+        if let Destination::Whole(_) = self.to {
+            for part in self.parts.drain(..) {
+                self.message.add(part);
+            }
+        }
+    }
+
+    /// Bytes of the text so far, of an answer in one piece.
+    fn text_bytes(&self) -> usize {
+        let calls = self.message.calls.iter();
+        let calls: usize = calls
+            .map(|call| size_of::<Call>() + call.name.len() + call.arguments.len())
+            .sum();
+        self.text.len() + self.message.content.len() + self.message.reasoning.len() + calls
     }
 
     /// As [`Sink::tokens`].
@@ -149,6 +253,16 @@ impl Choice {
             if stop && i + 1 == tokens.len() && !self.include_stop {
                 break;
             }
+            if let Some(reader) = &mut self.reader {
+                reader.count_token();
+                // If special tokens are to be text they are read as text, in which markers are found too.
+                if !self.special_tokens && self.server.model.vocabulary.special(*token) {
+                    if self.read_special(*token) {
+                        return true;
+                    }
+                    continue;
+                }
+            }
             self.piece.clear();
             let vocabulary = &self.server.model.vocabulary;
             match self.special_tokens {
@@ -166,6 +280,10 @@ impl Choice {
             } else if self.stops.push(&self.piece, &mut self.text) {
                 // It may hold the beginning of a character that comes after the stop string.
                 self.detokenizer = Detokenizer::default();
+                self.read(false);
+                return true;
+            }
+            if self.reader.is_some() && self.read(false) {
                 return true;
             }
         }
@@ -211,7 +329,7 @@ impl Sink for Choice {
         if self.prompt_only || matches!(self.to, Destination::Whole(None)) {
             return false;
         }
-        let (text_before, logprobs_before) = (self.text.len(), self.logprobs.len());
+        let (text_before, logprobs_before) = (self.text_bytes(), self.logprobs.len());
         let ids_before = self.token_ids.len();
         let stopped = self.add_tokens(tokens, logprobs, stop);
         self.note_held(text_before, logprobs_before, ids_before);
@@ -222,8 +340,9 @@ impl Sink for Choice {
         match &self.to {
             Destination::Stream(share, _) => {
                 let logprobs: usize = self.logprobs.iter().map(|entry| 1 + entry.top.len()).sum();
+                let parts: usize = self.parts.iter().map(Part::len).sum();
                 let ids = self.token_ids.len() * ID_BYTES;
-                share.has_room(self.text.len() + logprobs * LOGPROB_BYTES + ids)
+                share.has_room(self.text.len() + parts + logprobs * LOGPROB_BYTES + ids)
             }
             Destination::Whole(_) => true,
         }
@@ -239,12 +358,14 @@ impl Sink for Choice {
         let Destination::Stream(share, shape) = &self.to else {
             return;
         };
-        if self.text.is_empty() && self.logprobs.is_empty() && self.token_ids.is_empty() {
+        let has_text = !self.text.is_empty() || !self.parts.is_empty();
+        if !has_text && self.logprobs.is_empty() && self.token_ids.is_empty() {
             return;
         }
         let (index, model, usage) = (self.index, &self.server.model, self.usage);
-        let piece = Piece {
-            text: &self.text,
+        // Tokens go with the first part that they made.
+        let mut piece = Piece {
+            text: "",
             logprobs: &self.logprobs,
             token_ids: &self.token_ids,
         };
@@ -253,9 +374,17 @@ impl Sink for Choice {
             if first {
                 shape.role_chunk(index, usage, out);
             }
-            shape.text_chunk(index, piece, usage, model, out);
+            for part in &self.parts {
+                shape.part_chunk(index, part, piece, usage, model, out);
+                piece = Piece::default();
+            }
+            piece.text = &self.text;
+            if !piece.is_empty() {
+                shape.text_chunk(index, piece, usage, model, out);
+            }
         });
         self.text.clear();
+        self.parts.clear();
         self.logprobs.clear();
         self.token_ids.clear();
     }
@@ -273,8 +402,13 @@ impl Sink for Choice {
             if !self.stops.push(&self.piece, &mut self.text) {
                 self.stops.finish(&mut self.text);
             }
+            self.read(true);
         }
+        let has_called = self.reader.as_ref().is_some_and(Reader::has_called);
         if let Destination::Whole(_) = self.to {
+            if self.reader.is_some() {
+                self.text = std::mem::take(&mut self.message.content);
+            }
             // Tokens of a stop string begin where the text ends.
             let characters = self.text.chars().count();
             for entry in &mut self.logprobs {
@@ -283,7 +417,8 @@ impl Sink for Choice {
         }
         self.flush();
         match (&mut self.to, end) {
-            (Destination::Stream(share, shape), Ok(finish)) => {
+            (Destination::Stream(share, shape), Ok(reason)) => {
+                let finish = Finish { reason, has_called };
                 let (index, opened, usage) = (self.index, self.opened, self.usage);
                 share.write(|out| {
                     if !opened {
@@ -302,11 +437,13 @@ impl Sink for Choice {
             }
             (Destination::Whole(gathering), end) => {
                 if let Some(Gathering { to, held }) = gathering.take() {
-                    let whole = end.map(|finish| Whole {
+                    let whole = end.map(|reason| Whole {
                         text: std::mem::take(&mut self.text),
+                        reasoning: std::mem::take(&mut self.message.reasoning),
+                        calls: std::mem::take(&mut self.message.calls),
                         logprobs: std::mem::take(&mut self.logprobs),
                         token_ids: std::mem::take(&mut self.token_ids),
-                        finish,
+                        finish: Finish { reason, has_called },
                         usage: self.usage,
                         _held: held,
                     });

@@ -19,6 +19,7 @@ use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt, gra
 use crate::request::inbox::Mailbox;
 use crate::server::Server;
 use crate::text::echo::Echo;
+use crate::text::reader::Reading;
 use crate::text::texts::{INLINE_BYTES_MAX, Until};
 use crate::text::tokenizer::TextError;
 
@@ -83,18 +84,34 @@ async fn try_chat(
     let work = move |until: &Until| {
         let _room = room;
         let model = &on_server.model;
+        let mut chat = ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
+        drop(bytes);
+        check_model(&on_server, &chat.params)?;
+        let format = chat.offer.format(model.formats.format)?;
+        chat.suit(model.formats.format)?;
         let ChatRequest {
             params,
             messages,
             rendering,
-        } = ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
-        drop(bytes);
-        check_model(&on_server, &params)?;
+            offer,
+            include_reasoning,
+        } = chat;
         place.grow(params.n as usize - 1)?;
         let refused = |error: TextError| error.of("messages", model);
         let keep = params.keep(model, None);
         let prompt = model.render_chat_as(messages, rendering, keep, until);
         let prompt = prompt.map_err(refused)?;
+        let reading = match params.grammar {
+            None => Some(Reading {
+                format,
+                reasoning: model.formats.reasoning.after_prompt(&prompt.text()),
+                tools: offer.tools,
+                include_reasoning,
+                parallel: offer.parallel,
+            }),
+            // All of an output that follows a grammar is the answer, from its first token on.
+            Some(_) => None,
+        };
         let special = params.add_special_tokens.unwrap_or(false);
         let tokens = model.encode_chat_as(&prompt, special, keep, until);
         let tokens = tokens.map_err(refused)?;
@@ -104,6 +121,7 @@ async fn try_chat(
             tokens: tokens.into(),
             generation,
             echo: None,
+            reading: reading.filter(|reading| !reading.is_plain()),
         };
         Ok((params, prepared))
     };
@@ -210,6 +228,7 @@ fn prepare(
         tokens,
         generation,
         echo: echo.map(Arc::new),
+        reading: None,
     })
 }
 

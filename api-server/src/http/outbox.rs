@@ -233,7 +233,7 @@ mod tests {
     use baton_protocol::FinishReason;
 
     use super::*;
-    use crate::openai::{ApiKind, Shown};
+    use crate::openai::{ApiKind, Finish, Shown};
 
     /// What a stream of two choices says, one of which ends.
     fn stream(second: impl FnOnce(Share, &Shape)) -> String {
@@ -241,7 +241,11 @@ mod tests {
         let outbox = Outbox::new(2, Tally::new(1, 1, 2));
         let (first, other) = (outbox.share(), outbox.share());
         let usage = Usage::default();
-        first.write(|out| shape.finish_chunk(0, FinishReason::Stop, usage, out));
+        let finish = Finish {
+            reason: FinishReason::Stop,
+            has_called: false,
+        };
+        first.write(|out| shape.finish_chunk(0, finish, usage, out));
         first.done(0, Usage::default(), &shape);
         drop(first);
         assert!(!outbox.inner.borrow().ended, "the other goes on");

@@ -15,7 +15,7 @@ use super::respond::{self, refuse};
 use super::status::{longest_sequence, unknown_model};
 use crate::admission::Place;
 use crate::error::ApiError;
-use crate::openai::{DetokenizeRequest, ToTokenize, TokenizeRequest};
+use crate::openai::{DetokenizeRequest, ToTokenize, TokenizeRequest, tools};
 use crate::server::Server;
 use crate::text::texts::Until;
 use crate::text::tokenizer::TextError;
@@ -72,7 +72,8 @@ fn tokens(server: &Server, body: &[u8], until: &Until) -> Result<String, ApiErro
             let tokens = model.encode(&text, special, until);
             tokens.map_err(|error| error.of("prompt", model))?
         }
-        ToTokenize::Chat(messages, rendering) => {
+        ToTokenize::Chat(mut messages, rendering) => {
+            tools::suit(&mut messages, model.formats.format)?;
             let refused = |error: TextError| error.of("messages", model);
             let prompt = model.render_chat_as(messages, rendering, None, until);
             let prompt = prompt.map_err(refused)?;

@@ -9,13 +9,12 @@ use std::task::{Context, Poll};
 use actix_web::HttpResponse;
 use actix_web::body::{BodySize, MessageBody};
 use actix_web::http::{StatusCode, header};
-use baton_protocol::FinishReason;
 use bytes::Bytes;
 
 use super::presence::Presence;
 use super::respond;
 use crate::bound::Bound;
-use crate::openai::{LogprobEntry, Shape, Tally, Usage};
+use crate::openai::{Call, Finish, LogprobEntry, Shape, Tally, Usage};
 use crate::server::Server;
 use crate::text::tokenizer::ModelText;
 
@@ -29,12 +28,16 @@ const STEP_BYTES: usize = 4 << 10;
 pub struct Whole {
     /// Its text.
     pub text: String,
+    /// Its reasoning, if there is any and it is wanted.
+    pub reasoning: String,
+    /// Its calls of tools.
+    pub calls: Vec<Call>,
     /// Log-probabilities, if asked for.
     pub logprobs: Vec<LogprobEntry>,
     /// Token ids, if asked for.
     pub token_ids: Vec<u32>,
     /// Why it ended.
-    pub finish: FinishReason,
+    pub finish: Finish,
     /// Output tokens, and prompt tokens that were cached.
     pub usage: Usage,
     /// Memory of the above, given back with it.
@@ -149,6 +152,10 @@ enum Step {
     Choice,
     /// Of a choice, its text from this byte on.
     Text(Whole, usize),
+    /// Of a choice, its reasoning under this of its two names, from this byte on.
+    Reasoning(Whole, usize, usize),
+    /// Of a choice, the arguments of this call from this byte on.
+    Calls(Whole, usize, usize),
     /// Of a choice, this entry in this array of its log-probabilities.
     Logprobs(Whole, usize, usize),
     Finish(Whole),
@@ -190,8 +197,12 @@ impl Answer {
                 Some((index, whole)) => {
                     self.tally.add(index, whole.usage);
                     self.index = index;
-                    shape.open_choice(index, out);
-                    Step::Text(whole, 0)
+                    let has_content = !whole.text.is_empty() || whole.calls.is_empty();
+                    shape.open_choice(index, has_content, out);
+                    match has_content {
+                        true => Step::Text(whole, 0),
+                        false => Step::Reasoning(whole, 0, 0),
+                    }
                 }
                 None => {
                     shape.close_answer(self.tally.usage(), out);
@@ -199,14 +210,47 @@ impl Answer {
                 }
             },
             Step::Text(whole, from) => {
-                let to = whole.text.floor_char_boundary(from + STEP_BYTES);
-                shape.text(&whole.text[from..to], out);
+                let to = write_some(shape, &whole.text, from, out);
                 match to == whole.text.len() {
                     true => {
-                        shape.close_text(out);
-                        Step::Logprobs(whole, 0, 0)
+                        shape.close_string(out);
+                        Step::Reasoning(whole, 0, 0)
                     }
                     false => Step::Text(whole, to),
+                }
+            }
+            Step::Reasoning(whole, 0 | 1, _) if whole.reasoning.is_empty() => {
+                Step::Calls(whole, 0, 0)
+            }
+            Step::Reasoning(whole, name @ (0 | 1), from) => {
+                if from == 0 {
+                    shape.open_reasoning(name == 0, out);
+                }
+                let to = write_some(shape, &whole.reasoning, from, out);
+                match to == whole.reasoning.len() {
+                    true => {
+                        shape.close_string(out);
+                        Step::Reasoning(whole, name + 1, 0)
+                    }
+                    false => Step::Reasoning(whole, name, to),
+                }
+            }
+            Step::Reasoning(whole, ..) => Step::Calls(whole, 0, 0),
+            Step::Calls(whole, number, from) => {
+                let Some(call) = whole.calls.get(number) else {
+                    shape.close_message(out);
+                    return Step::Logprobs(whole, 0, 0);
+                };
+                if from == 0 {
+                    shape.open_call(number, call, out);
+                }
+                let to = write_some(shape, &call.arguments, from, out);
+                match to == call.arguments.len() {
+                    true => {
+                        shape.close_call(number + 1 == whole.calls.len(), out);
+                        Step::Calls(whole, number + 1, 0)
+                    }
+                    false => Step::Calls(whole, number, to),
                 }
             }
             Step::Logprobs(whole, array, entry) => {
@@ -230,9 +274,16 @@ impl Answer {
     }
 }
 
+/// Writes some of a text from this byte on, and says up to which.
+fn write_some(shape: &Shape, text: &str, from: usize, out: &mut Vec<u8>) -> usize {
+    let to = text.floor_char_boundary(from + STEP_BYTES);
+    shape.text(&text[from..to], out);
+    to
+}
+
 #[cfg(test)]
 mod tests {
-    use baton_protocol::TopLogprob;
+    use baton_protocol::{FinishReason, TopLogprob};
     use serde_json::Value;
 
     use super::*;
@@ -254,8 +305,13 @@ mod tests {
                 // Whose characters lie across the ends of steps.
                 text: "aü\"\n".repeat(20 * tokens),
                 logprobs: (0..tokens).map(entry).collect(),
+                reasoning: String::new(),
+                calls: Vec::new(),
                 token_ids: Vec::new(),
-                finish: FinishReason::Length,
+                finish: Finish {
+                    reason: FinishReason::Length,
+                    has_called: false,
+                },
                 usage: Usage {
                     completion: tokens as u64,
                     ..Usage::default()
@@ -324,6 +380,74 @@ mod tests {
                 assert_eq!(text.as_str().unwrap(), "aü\"\n".repeat(20 * 3_000));
                 assert_eq!(count, 3_000);
             }
+        }
+    }
+
+    #[test]
+    fn reasoning_and_calls_are_parts_of_the_message() {
+        let model = opened(7, "{}").unwrap();
+        let all = Arc::new(Bound::new(1 << 20));
+        let long = "é\"\n".repeat(5_000);
+        let call = |arguments: &str| Call {
+            id: "call_1".to_owned(),
+            name: "f".to_owned(),
+            arguments: arguments.to_owned(),
+        };
+        for (text, reasoning, calls) in [
+            ("", "", vec![call("{}")]),
+            ("a", long.as_str(), vec![call(&long), call("")]),
+            ("", "b", vec![]),
+        ] {
+            let shape = Arc::new(Shape::new(ApiKind::Chat, "1", "m", "f", Shown::default()));
+            let whole = Whole {
+                text: text.to_owned(),
+                reasoning: reasoning.to_owned(),
+                calls: calls.clone(),
+                finish: Finish {
+                    reason: FinishReason::Stop,
+                    has_called: !calls.is_empty(),
+                },
+                ..choices(&all, 1, 0).remove(0)
+            };
+            let mut answer = Answer::new(shape, Tally::new(1, 1, 1), vec![whole]);
+            let mut document = Vec::new();
+            while !answer.is_over() {
+                answer.render(&model, &mut document);
+                document.reserve(PIECE_BYTES);
+                if document.len() >= PIECE_BYTES {
+                    let mut rest = Vec::new();
+                    answer.render(&model, &mut rest);
+                    document.extend(rest);
+                }
+            }
+            let document: Value = serde_json::from_slice(&document).unwrap();
+            let choice = &document["choices"][0];
+            let message = &choice["message"];
+            assert_eq!(
+                message["content"].is_null(),
+                text.is_empty() && !calls.is_empty()
+            );
+            assert_eq!(message["content"].as_str().unwrap_or(""), text);
+            for name in ["reasoning", "reasoning_content"] {
+                assert_eq!(message[name].as_str().unwrap_or(""), reasoning);
+            }
+            let written = message["tool_calls"]
+                .as_array()
+                .cloned()
+                .unwrap_or_default();
+            assert_eq!(written.len(), calls.len());
+            for (written, call) in written.iter().zip(&calls) {
+                assert_eq!(written["id"], call.id);
+                assert_eq!(written["type"], "function");
+                assert_eq!(written["function"]["name"], call.name);
+                assert_eq!(written["function"]["arguments"], call.arguments);
+            }
+            let expected = if calls.is_empty() {
+                "stop"
+            } else {
+                "tool_calls"
+            };
+            assert_eq!(choice["finish_reason"], expected);
         }
     }
 

@@ -1,10 +1,13 @@
 //! `POST /v1/chat/completions`: the request.
 
+use baton_chat_formats::Format;
 use serde_json::{Map, Value};
 
 use super::fields::{Fields, wrong_type};
 use super::params::{Params, alternatives};
 use super::table::{Door, misspelled};
+use super::thinking;
+use super::tools::{self, Offer};
 use crate::config::Limits;
 use crate::error::ApiError;
 use crate::text::tokenizer::{GenerationDefaults, Rendering};
@@ -18,6 +21,10 @@ pub struct ChatRequest {
     pub messages: Vec<Value>,
     /// How the template is rendered.
     pub rendering: Rendering,
+    /// The tools that may be called; what of them is shown to the model is in `rendering`.
+    pub offer: Offer,
+    /// Whether the client wants to see the reasoning.
+    pub include_reasoning: bool,
 }
 
 impl ChatRequest {
@@ -31,15 +38,29 @@ impl ChatRequest {
         limits: &Limits,
     ) -> Result<Self, ApiError> {
         let mut fields = Fields::parse(Door::Chat, body)?;
+        let mut offer = Offer::read(&mut fields)?;
+        let include_reasoning = fields.bool("include_reasoning")?.unwrap_or(true);
         let mut params = Params::read(Door::Chat, &fields, 1, defaults, limits)?;
         params.sampling.logprobs = logprobs(&fields)?;
-        let rendering = rendering(&mut fields)?;
+        let mut rendering = rendering(&mut fields)?;
+        thinking::effort(&fields, &mut rendering.variables)?;
+        rendering.tools = std::mem::take(&mut offer.shown);
         let messages = messages(fields.take("messages"))?;
         Ok(Self {
             params,
             messages,
             rendering,
+            offer,
+            include_reasoning,
         })
+    }
+
+    /// As [`tools::suit`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn suit(&mut self, format: Format) -> Result<(), ApiError> {
+        tools::suit(&mut self.messages, format)
     }
 }
 
@@ -83,6 +104,7 @@ pub fn rendering(fields: &mut Fields) -> Result<Rendering, ApiError> {
     Ok(Rendering {
         add_generation_prompt: opens.unwrap_or(!continues),
         continue_final_message: continues,
+        tools: Vec::new(),
         variables,
     })
 }
@@ -303,7 +325,8 @@ mod tests {
                 json!({"messages": [user], "chat_template_kwargs": {"eos_token": "x"}}),
                 "chat_template_kwargs.eos_token",
             ),
-            (json!({"messages": [user], "tools": [{}]}), "tools"),
+            (json!({"messages": [user], "tools": [{}]}), "tools[0].type"),
+            (json!({"messages": [user], "functions": [{}]}), "functions"),
             (
                 json!({"messages": [user], "response_format": {"type": "json_schema"}}),
                 "response_format.json_schema",

@@ -60,6 +60,34 @@ pub struct Piece<'a> {
     pub token_ids: &'a [u32],
 }
 
+impl Piece<'_> {
+    /// Whether it brings nothing.
+    pub fn is_empty(&self) -> bool {
+        self.text.is_empty() && self.logprobs.is_empty() && self.token_ids.is_empty()
+    }
+}
+
+/// Why a choice ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Finish {
+    /// Why the generation did.
+    pub reason: FinishReason,
+    /// Whether the model called tools.
+    pub has_called: bool,
+}
+
+impl Finish {
+    /// OpenAI's word for it.
+    pub fn label(self) -> &'static str {
+        match (self.reason, self.has_called) {
+            (FinishReason::Stop, false) => "stop",
+            (FinishReason::Stop, true) => "tool_calls",
+            // Whatever it was doing, it was not done.
+            (FinishReason::Length, _) => "length",
+        }
+    }
+}
+
 /// What all pieces of one answer share.
 #[derive(Clone, Debug)]
 pub struct Shape {
@@ -145,14 +173,26 @@ impl Shape {
         self.close_chunk(piece.token_ids, None, usage, out);
     }
 
-    /// The last chunk of a choice.
-    pub fn finish_chunk(
+    /// A chunk of a chat with this delta, the inside of an object, in place of text.
+    pub(super) fn delta_chunk(
         &self,
         index: usize,
-        finish: FinishReason,
+        piece: Piece<'_>,
         usage: Usage,
+        model: &ModelText,
         out: &mut Vec<u8>,
+        delta: impl FnOnce(&mut Vec<u8>),
     ) {
+        self.open_chunk(index, out);
+        out.extend_from_slice(b"\"delta\":{");
+        delta(out);
+        out.extend_from_slice(b"},\"logprobs\":");
+        self.logprobs(piece.logprobs, model, out);
+        self.close_chunk(piece.token_ids, None, usage, out);
+    }
+
+    /// The last chunk of a choice.
+    pub fn finish_chunk(&self, index: usize, finish: Finish, usage: Usage, out: &mut Vec<u8>) {
         self.open_chunk(index, out);
         out.extend_from_slice(match self.kind {
             ApiKind::Chat => b"\"delta\":{},\"logprobs\":null",
@@ -193,12 +233,17 @@ impl Shape {
     }
 
     /// The beginning of one choice of it, up to its text.
-    pub fn open_choice(&self, index: usize, out: &mut Vec<u8>) {
+    ///
+    /// With `has_content` the text is a string, to be followed by [`Self::text`]; else it is null.
+    pub fn open_choice(&self, index: usize, has_content: bool, out: &mut Vec<u8>) {
         if index > 0 {
             out.push(b',');
         }
         put(out, format_args!("{{\"index\":{index},"));
         out.extend_from_slice(match self.kind {
+            ApiKind::Chat if !has_content => {
+                b"\"message\":{\"role\":\"assistant\",\"content\":null"
+            }
             ApiKind::Chat => b"\"message\":{\"role\":\"assistant\",\"content\":\"",
             ApiKind::Completion => b"\"text\":\"",
         });
@@ -209,11 +254,11 @@ impl Shape {
         escape(text, out);
     }
 
-    /// From its text to its log-probabilities.
-    pub fn close_text(&self, out: &mut Vec<u8>) {
+    /// From its message or its text to its log-probabilities.
+    pub fn close_message(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(match self.kind {
-            ApiKind::Chat => b"\",\"refusal\":null},\"logprobs\":",
-            ApiKind::Completion => b"\",\"logprobs\":",
+            ApiKind::Chat => b",\"refusal\":null},\"logprobs\":",
+            ApiKind::Completion => b",\"logprobs\":",
         });
     }
 
@@ -265,13 +310,7 @@ impl Shape {
     }
 
     /// The end of one choice.
-    pub fn close_choice(
-        &self,
-        index: usize,
-        token_ids: &[u32],
-        finish: FinishReason,
-        out: &mut Vec<u8>,
-    ) {
+    pub fn close_choice(&self, index: usize, token_ids: &[u32], finish: Finish, out: &mut Vec<u8>) {
         if self.shown.token_ids.is_some() {
             ids(",\"token_ids\":", token_ids, out);
             if self.kind == ApiKind::Completion {
@@ -280,7 +319,7 @@ impl Shape {
         }
         put(
             out,
-            format_args!(",\"finish_reason\":\"{}\"}}", finish_label(finish)),
+            format_args!(",\"finish_reason\":\"{}\"}}", finish.label()),
         );
     }
 
@@ -302,7 +341,7 @@ impl Shape {
     fn close_chunk(
         &self,
         token_ids: &[u32],
-        finish: Option<FinishReason>,
+        finish: Option<Finish>,
         usage: Usage,
         out: &mut Vec<u8>,
     ) {
@@ -314,7 +353,7 @@ impl Shape {
             Some(finish) => {
                 put(
                     out,
-                    format_args!(",\"finish_reason\":\"{}\"}}]", finish_label(finish)),
+                    format_args!(",\"finish_reason\":\"{}\"}}]", finish.label()),
                 );
                 out.extend_from_slice(self.fingerprint.as_bytes());
             }
@@ -398,14 +437,6 @@ impl Shape {
     }
 }
 
-/// OpenAI's word for the reason.
-pub fn finish_label(finish: FinishReason) -> &'static str {
-    match finish {
-        FinishReason::Stop => "stop",
-        FinishReason::Length => "length",
-    }
-}
-
 fn token_text(token: u32, model: &ModelText, out: &mut Vec<u8>) {
     out.push(b'"');
     escape(&model.token_text(token), out);
@@ -426,11 +457,12 @@ fn write_usage(usage: Usage, out: &mut Vec<u8>) {
         format_args!(
             "{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{},\
              \"prompt_tokens_details\":{{\"cached_tokens\":{}}},\
-             \"completion_tokens_details\":{{\"reasoning_tokens\":0}}}}",
+             \"completion_tokens_details\":{{\"reasoning_tokens\":{}}}}}",
             usage.prompt,
             usage.completion,
             usage.prompt + usage.completion,
-            usage.cached
+            usage.cached,
+            usage.reasoning
         ),
     );
 }
@@ -453,7 +485,7 @@ fn separated<T>(items: &[T], out: &mut Vec<u8>, mut write: impl FnMut(&T, &mut V
     }
 }
 
-fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+pub(super) fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     // Writing to memory cannot fail.
     let _ = out.write_fmt(text);
 }

@@ -5,6 +5,7 @@ use serde_json::Value;
 use super::chat::{messages, rendering};
 use super::fields::{Fields, whole, wrong_type};
 use super::table::Door;
+use super::tools::Offer;
 use crate::error::ApiError;
 use crate::text::tokenizer::Rendering;
 
@@ -37,7 +38,8 @@ impl TokenizeRequest {
     /// 400 with the parameter's name.
     pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
         let mut fields = Fields::parse(Door::Tokenize, body)?;
-        let rendering = rendering(&mut fields)?;
+        let mut rendering = rendering(&mut fields)?;
+        rendering.tools = Offer::read(&mut fields)?.shown;
         let what = match (fields.take("prompt"), fields.take("messages")) {
             (Some(Value::String(text)), None) => ToTokenize::Text(text),
             (Some(other), None) => return Err(wrong_type("prompt", "a string", &other)),

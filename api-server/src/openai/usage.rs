@@ -9,6 +9,8 @@ pub struct Usage {
     pub completion: u64,
     /// Of the prompts, those that a prefix index had.
     pub cached: u64,
+    /// Of the output, those of its reasoning.
+    pub reasoning: u64,
 }
 
 /// Adds up what the choices of one request used. A prompt counts once, however many choices follow it.
@@ -16,6 +18,7 @@ pub struct Usage {
 pub struct Tally {
     prompt: u64,
     completion: u64,
+    reasoning: u64,
     /// For each prompt the most that one of its choices found cached.
     cached: Vec<u64>,
     choices_each: usize,
@@ -27,6 +30,7 @@ impl Tally {
         Self {
             prompt: prompt_tokens,
             completion: 0,
+            reasoning: 0,
             cached: vec![0; prompts],
             choices_each: choices_each.max(1),
         }
@@ -35,6 +39,7 @@ impl Tally {
     /// Adds what this choice used; its own prompt count is not asked.
     pub fn add(&mut self, choice: usize, usage: Usage) {
         self.completion += usage.completion;
+        self.reasoning += usage.reasoning;
         if let Some(cached) = self.cached.get_mut(choice / self.choices_each) {
             *cached = usage.cached.max(*cached);
         }
@@ -46,6 +51,7 @@ impl Tally {
             prompt: self.prompt,
             completion: self.completion,
             cached: self.cached.iter().sum(),
+            reasoning: self.reasoning,
         }
     }
 }
@@ -62,6 +68,7 @@ mod tests {
                 prompt: 0,
                 completion: 10,
                 cached,
+                reasoning: 4,
             };
             tally.add(choice, usage);
         }
@@ -69,6 +76,7 @@ mod tests {
             prompt: 50,
             completion: 40,
             cached: 16 + 5,
+            reasoning: 16,
         };
         assert_eq!(tally.usage(), usage);
     }

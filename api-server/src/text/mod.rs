@@ -3,6 +3,7 @@
 pub mod control_tokens;
 pub mod detokenize;
 pub mod echo;
+pub mod reader;
 pub mod stop;
 pub mod template;
 pub mod texts;

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
+use baton_chat_formats::{Choice, Facts, Format, Reasoning, choose};
 use baton_protocol::ModelFingerprint;
 use serde::Deserialize;
 use serde_json::Value;
@@ -52,6 +53,32 @@ struct Manifest {
     eos_token_ids: Vec<u32>,
 }
 
+/// The formats of a model, as its directory tells. `config` is its `config.json`, which says nothing if it is no JSON.
+fn formats(
+    name: &str,
+    template: Option<&str>,
+    tokenizer: &Tokenizer,
+    config: Option<String>,
+) -> Choice {
+    let added = tokenizer.get_added_tokens_decoder();
+    let added: Vec<&str> = added.values().map(|token| token.content.as_str()).collect();
+    let config: Value = config
+        .and_then(|text| serde_json::from_str(&text).ok())
+        .unwrap_or_default();
+    let architectures = config.get("architectures").and_then(Value::as_array);
+    let architectures: Vec<&str> = architectures
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .collect();
+    choose(&Facts {
+        template,
+        added_tokens: &added,
+        architectures: &architectures,
+        name,
+    })
+}
+
 /// A model's text side.
 pub struct ModelText {
     /// Name in the manifest.
@@ -64,6 +91,8 @@ pub struct ModelText {
     pub eos_token_ids: Vec<u32>,
     /// Sampling defaults.
     pub defaults: GenerationDefaults,
+    /// How it writes reasoning and calls.
+    pub formats: Choice,
     /// Texts of all tokens.
     pub vocabulary: Vocabulary,
     pub(crate) tokenizer: Arc<Tokenizer>,
@@ -143,6 +172,12 @@ impl ModelText {
                 .and_then(Value::as_str)
                 .map(str::to_owned),
         };
+        let formats = formats(
+            &manifest.name,
+            source.as_deref(),
+            &tokenizer,
+            optional("config.json")?,
+        );
         let template = source
             .map(|source| {
                 ChatTemplate::new(
@@ -167,6 +202,7 @@ impl ModelText {
             tokens_max: manifest.tokens_max,
             eos_token_ids: manifest.eos_token_ids,
             defaults,
+            formats,
             vocabulary: Vocabulary::new(Arc::clone(&tokenizer), &json),
             token_bytes: TokenBytes::of(&json),
             cuts: Cuts::new(&json),
@@ -195,6 +231,14 @@ impl ModelText {
         self
     }
 
+    /// The same with these formats where they are named, instead of those that its directory tells of.
+    #[must_use]
+    pub fn with_formats(mut self, format: Option<Format>, reasoning: Option<Reasoning>) -> Self {
+        self.formats.format = format.unwrap_or(self.formats.format);
+        self.formats.reasoning = reasoning.unwrap_or(self.formats.reasoning);
+        self
+    }
+
     /// A model without text, for those who speak in tokens.
     ///
     /// # Errors
@@ -219,6 +263,7 @@ impl ModelText {
             tokens_max,
             eos_token_ids: Vec::new(),
             defaults: GenerationDefaults::default(),
+            formats: Choice::default(),
             vocabulary: Vocabulary::new(Arc::clone(&tokenizer), &json),
             token_bytes: TokenBytes::unknown(),
             cuts: Cuts::default(),

@@ -8,6 +8,7 @@ mod hostile;
 mod keys;
 mod strays;
 mod support;
+mod tools;
 mod waiting;
 
 use std::time::Duration;
@@ -299,7 +300,7 @@ async fn bad_requests_get_a_clear_answer() {
         (
             chat(json!({"tools": [{}]})),
             400,
-            json!("tools"),
+            json!("tools[0].type"),
             Value::Null,
         ),
         (

@@ -73,6 +73,12 @@ impl Plan {
         for origin in &args.answers.cors_origin {
             front.extend(flags([("--cors-origin", origin)]));
         }
+        if let Some(format) = args.content.tool_format {
+            front.extend(flags([("--tool-format", format.name())]));
+        }
+        if let Some(format) = args.content.reasoning_format {
+            front.extend(flags([("--reasoning-format", format.name())]));
+        }
         if let Some(most) = args.keys.api_key_in_flight_max {
             front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
         }

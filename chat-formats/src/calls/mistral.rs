@@ -65,12 +65,12 @@ impl Mistral {
     }
 
     fn mark(&mut self, mark: Mark, out: &mut Out) {
+        if let State::List(calls) = &mut self.state
+            && calls.takes_mark(mark, out)
+        {
+            return;
+        }
         match &mut self.state {
-            State::List(calls) => {
-                if calls.takes_mark(mark, out) {
-                    return;
-                }
-            }
             State::Arguments(json) if json.is_in_string() && !mark.special => {
                 return out.arguments(mark.text);
             }

@@ -24,6 +24,7 @@ pub fn http_body(data: &[u8]) {
             params,
             messages,
             rendering,
+            ..
         }) => {
             let until = Until::forever();
             let keep = params.keep(model, None);

@@ -48,9 +48,8 @@ const fn refused(
 
 const NO_IMAGES: &str = "models here read only text";
 const SCHEMAS: &str = "say it in structured_outputs, or in response_format";
-const NO_TOOLS: &str = "there is no tool calling yet";
-const NO_REASONING: &str =
-    "reasoning is not told apart from the answer yet; chat_template_kwargs reach the template";
+const NO_BUDGET: &str =
+    "use reasoning_effort, or a variable of the template in chat_template_kwargs";
 const NO_SPLIT: &str = "Baton hands KV over by itself";
 
 /// Every field that is known, in the order of the page.
@@ -119,14 +118,14 @@ pub const FIELDS: &[Field] = &[
     accepted("spaces_between_special_tokens", BOTH, "no spaces are added between tokens"),
     accepted("length_penalty", BOTH, "only beam search knows it"),
     accepted("early_stopping", BOTH, "only beam search knows it"),
-    accepted("parallel_tool_calls", CHAT, "without tools there are no calls"),
     accepted("return_token_offsets", BOTH, "answers that generate have none"),
     accepted("return_assistant_tokens_mask", CHAT, "answers that generate have none"),
     // tools
-    refused("tools", MESSAGES, &["[]"], NO_TOOLS),
-    refused("tool_choice", CHAT, &["\"none\""], "tool_choice needs tools"),
-    refused("functions", CHAT, &["[]"], NO_TOOLS),
-    refused("function_call", CHAT, &["\"none\""], NO_TOOLS),
+    done("tools", MESSAGES, "functions that the model may call ([chat-formats.md](chat-formats.md)); a model whose format is not known takes none"),
+    done("tool_choice", CHAT, "`auto` (default with tools) or `none`, with which the model is not shown the tools; a call cannot be forced yet"),
+    done("parallel_tool_calls", CHAT, "false: the answer ends with its first call; default true"),
+    refused("functions", CHAT, &["[]"], "say it in tools"),
+    refused("function_call", CHAT, &["\"none\""], "say it in tool_choice"),
     refused("web_search_options", CHAT, &[], "there is no web search"),
     // structured output
     done("response_format", BOTH, "`text`, `json_object`, or `json_schema` with a `schema`: the output is valid JSON by it, whatever `strict` says"),
@@ -143,11 +142,11 @@ pub const FIELDS: &[Field] = &[
     refused("ebnf", BOTH, &[], SCHEMAS),
     refused("grammar", BOTH, &["\"\""], SCHEMAS),
     // reasoning
-    refused("reasoning_effort", CHAT, &["\"none\""], NO_REASONING),
-    refused("include_reasoning", CHAT, &["true"], NO_REASONING),
-    refused("separate_reasoning", CHAT, &["false"], NO_REASONING),
-    refused("thinking_token_budget", BOTH, &["-1"], NO_REASONING),
-    refused("reasoning", CHAT, &[], NO_REASONING),
+    done("reasoning_effort", CHAT, "`none`, `minimal`, `low`, `medium`, `high` or `xhigh`, for the template; `none` also says `enable_thinking: false` to it"),
+    done("include_reasoning", CHAT, "false leaves the reasoning out of the answer; default true"),
+    refused("separate_reasoning", CHAT, &["true"], "reasoning comes apart from the answer"),
+    refused("thinking_token_budget", BOTH, &["-1"], NO_BUDGET),
+    refused("reasoning", CHAT, &[], NO_BUDGET),
     refused("thinking", CHAT, &[], "say so in chat_template_kwargs"),
     refused("enable_thinking", CHAT, &[], "say so in chat_template_kwargs"),
     // what workers would have to do

@@ -33,6 +33,8 @@ pub struct Rendering {
     pub add_generation_prompt: bool,
     /// The text ends with that of the last message, whose turn goes on.
     pub continue_final_message: bool,
+    /// Tools that the model is shown, in OpenAI's form.
+    pub tools: Vec<Value>,
     /// More variables of the template.
     pub variables: Map<String, Value>,
 }
@@ -42,6 +44,7 @@ impl Default for Rendering {
         Self {
             add_generation_prompt: true,
             continue_final_message: false,
+            tools: Vec::new(),
             variables: Map::new(),
         }
     }
@@ -84,8 +87,13 @@ impl ModelText {
                 "the model has no chat template; use /v1/completions",
             ));
         };
-        // The client's strings are in both.
-        messages.push(Value::Object(rendering.variables));
+        // The client's strings are in all of them: descriptions of tools are its texts too.
+        let mut variables = rendering.variables;
+        // Templates ask whether there are tools at all.
+        if !rendering.tools.is_empty() {
+            variables.insert("tools".to_owned(), Value::Array(rendering.tools));
+        }
+        messages.push(Value::Object(variables));
         let marker = match &self.control_tokens {
             Some(control) => control.mark(&self.tokenizer, &mut messages),
             None => Ok(None),

@@ -1,0 +1,138 @@
+//! The parts of a chat message beside its content: reasoning and calls of tools.
+
+use super::Usage;
+use super::shape::{Piece, Shape, escape, put};
+use crate::text::tokenizer::ModelText;
+
+/// A part of a message in a stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Text of the reasoning.
+    Reasoning(String),
+    /// Text of the answer.
+    Content(String),
+    /// A call begins.
+    Call {
+        /// Number of the call.
+        index: usize,
+        /// Its id.
+        id: String,
+        /// The tool.
+        name: String,
+    },
+    /// Text of its arguments.
+    Arguments {
+        /// Number of the call.
+        index: usize,
+        /// JSON text, a part of it.
+        delta: String,
+    },
+}
+
+impl Part {
+    /// Bytes of its text.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Reasoning(text) | Self::Content(text) | Self::Arguments { delta: text, .. } => {
+                text.len()
+            }
+            Self::Call { id, name, .. } => id.len() + name.len(),
+        }
+    }
+}
+
+/// A call of a message in one piece.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Call {
+    /// Its id.
+    pub id: String,
+    /// The tool.
+    pub name: String,
+    /// JSON text.
+    pub arguments: String,
+}
+
+impl Shape {
+    /// A chunk with a part of a message. The piece has its tokens and no text.
+    pub fn part_chunk(
+        &self,
+        index: usize,
+        part: &Part,
+        piece: Piece<'_>,
+        usage: Usage,
+        model: &ModelText,
+        out: &mut Vec<u8>,
+    ) {
+        self.delta_chunk(index, piece, usage, model, out, |out| match part {
+            Part::Content(text) => {
+                out.extend_from_slice(b"\"content\":\"");
+                escape(text, out);
+                out.push(b'"');
+            }
+            // Clients know it by either name.
+            Part::Reasoning(text) => {
+                out.extend_from_slice(b"\"reasoning_content\":\"");
+                escape(text, out);
+                out.extend_from_slice(b"\",\"reasoning\":\"");
+                escape(text, out);
+                out.push(b'"');
+            }
+            Part::Call { index, id, name } => {
+                open_call(*index, id, name, out);
+                out.extend_from_slice(b"\"}}]");
+            }
+            Part::Arguments { index, delta } => {
+                put(
+                    out,
+                    format_args!(
+                        "\"tool_calls\":[{{\"index\":{index},\"function\":{{\"arguments\":\""
+                    ),
+                );
+                escape(delta, out);
+                out.extend_from_slice(b"\"}}]");
+            }
+        });
+    }
+
+    /// Of an answer in one piece, the beginning of the reasoning, under the first of its names or the second.
+    pub fn open_reasoning(&self, is_first: bool, out: &mut Vec<u8>) {
+        out.extend_from_slice(match is_first {
+            true => b",\"reasoning_content\":\"",
+            false => b",\"reasoning\":\"",
+        });
+    }
+
+    /// The end of any text of it.
+    pub fn close_string(&self, out: &mut Vec<u8>) {
+        out.push(b'"');
+    }
+
+    /// The beginning of a call, up to its arguments.
+    pub fn open_call(&self, number: usize, call: &Call, out: &mut Vec<u8>) {
+        out.extend_from_slice(match number {
+            0 => b",\"tool_calls\":[",
+            _ => b",",
+        });
+        out.extend_from_slice(b"{\"id\":\"");
+        escape(&call.id, out);
+        out.extend_from_slice(b"\",\"type\":\"function\",\"function\":{\"name\":\"");
+        escape(&call.name, out);
+        out.extend_from_slice(b"\",\"arguments\":\"");
+    }
+
+    /// The end of a call.
+    pub fn close_call(&self, is_last: bool, out: &mut Vec<u8>) {
+        out.extend_from_slice(if is_last { b"\"}}]" } else { b"\"}}" });
+    }
+}
+
+fn open_call(index: usize, id: &str, name: &str, out: &mut Vec<u8>) {
+    put(
+        out,
+        format_args!("\"tool_calls\":[{{\"index\":{index},\"id\":\""),
+    );
+    escape(id, out);
+    out.extend_from_slice(b"\",\"type\":\"function\",\"function\":{\"name\":\"");
+    escape(name, out);
+    out.extend_from_slice(b"\",\"arguments\":\"");
+}
