@@ -401,7 +401,7 @@ impl Shape {
 /// OpenAI's word for the reason.
 pub fn finish_label(finish: FinishReason) -> &'static str {
     match finish {
-        FinishReason::Stop => "stop",
+        FinishReason::Stop | FinishReason::Whole => "stop",
         FinishReason::Length => "length",
     }
 }
