@@ -16,9 +16,8 @@ def test_what_would_be_ignored_is_refused_by_name(client, model, body, param):
     assert caught.value.param == param
 
 
-def test_tools_and_schemas_are_refused_by_name(client, model):
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-    for name, value in [("tools", [tool]), ("response_format", {"type": "json_object"})]:
+def test_what_is_not_done_is_refused_by_name(client, model):
+    for name, value in [("audio", {"voice": "alloy", "format": "wav"}), ("web_search_options", {})]:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model=model, messages=HELLO, **{name: value})
         assert caught.value.param == name
