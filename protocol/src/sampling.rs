@@ -70,7 +70,7 @@ pub struct Generation {
 }
 
 /// What an output must follow. No other token than those that it allows is chosen; where it allows an end, stop ids are, too. An
-/// output after which nothing may come ends with [`FinishReason::Stop`]; one that is cut by `max_tokens` may be no whole one.
+/// output after which nothing may come ends with [`FinishReason::Whole`]; one that is cut by `max_tokens` may be no whole one.
 ///
 /// Whoever sends one has made sure that it can be compiled; a worker refuses one that cannot as [`Malformed`](crate::Refusal::Malformed).
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -98,6 +98,8 @@ impl Grammar {
 pub enum FinishReason {
     /// A stop id was chosen; it is the last token.
     Stop,
+    /// The grammar allows nothing after the last token, which is part of the text.
+    Whole,
     /// `max_tokens`, or the model's longest sequence, was reached.
     Length,
 }

@@ -16,9 +16,9 @@ def test_what_would_be_ignored_is_refused_by_name(client, model, body, param):
     assert caught.value.param == param
 
 
-def test_old_names_of_tools_and_forced_calls_are_refused_by_name(client, model):
+def test_what_is_not_done_is_refused_by_name(client, model):
     function = {"name": "f", "parameters": {"type": "object"}}
-    for name, value in [("functions", [function]), ("tool_choice", "required")]:
+    for name, value in [("functions", [function]), ("tool_choice", "required"), ("web_search_options", {})]:
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model=model, messages=HELLO, **{name: value})
         assert caught.value.param == name

@@ -80,8 +80,8 @@ impl Finish {
     /// OpenAI's word for it.
     pub fn label(self) -> &'static str {
         match (self.reason, self.has_called) {
-            (FinishReason::Stop, false) => "stop",
-            (FinishReason::Stop, true) => "tool_calls",
+            (FinishReason::Stop | FinishReason::Whole, false) => "stop",
+            (FinishReason::Stop | FinishReason::Whole, true) => "tool_calls",
             // Whatever it was doing, it was not done.
             (FinishReason::Length, _) => "length",
         }

@@ -313,6 +313,8 @@ impl<S: Sink> Driver<S> {
             }
             // The token that completes a stop string may be the last of max_tokens too.
             Action::Finish(_) if self.stop_found => self.end(Ok(FinishReason::Stop)),
+            // To a client it is a text that ended by itself.
+            Action::Finish(FinishReason::Whole) => self.end(Ok(FinishReason::Stop)),
             Action::Finish(finish) => self.end(Ok(finish)),
             Action::Fail(error) => {
                 let error = self.explained(error);
@@ -379,7 +381,7 @@ impl<S: Sink> Driver<S> {
         self.placed = None;
         self.reply = None;
         let outcome = match &end {
-            Ok(FinishReason::Stop) => "stop",
+            Ok(FinishReason::Stop | FinishReason::Whole) => "stop",
             Ok(FinishReason::Length) => "length",
             Err(error) => error.kind.row().label,
         };

@@ -34,9 +34,11 @@ async fn nothing_that_changes_the_answer_is_ignored() {
         ),
         (
             TEXTS,
-            text(json!({"response_format": {"type": "json_object"}})),
-            "response_format",
-            "not supported",
+            text(
+                json!({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "strnig"}}}}),
+            ),
+            "response_format.json_schema.schema",
+            "strnig",
         ),
         (
             CHAT,

@@ -74,7 +74,7 @@ async fn altered_frames_and_beats_change_no_answer() {
             let bytes = mutator.bytes(message);
             bus.publish(subject, bytes.into()).await.unwrap();
         }
-        bus.flush().await.unwrap();
+        baton_tests::settled(&bus).await;
         let answer = within("the answer", answer.finish()).await;
         assert_eq!(crate::text_of(&answer.events(), 0), TEXT);
     }

@@ -449,7 +449,7 @@ async fn nobody_but_its_decode_worker_is_heard() {
         let frame = serde_json::to_vec(&frame).unwrap();
         bus.publish(subject, frame.into()).await.unwrap();
     }
-    bus.flush().await.unwrap();
+    baton_tests::settled(&bus).await;
     decode.go_on.send_replace(true);
     let answer = within("the answer", answer.finish()).await;
     let text = &answer.json()["choices"][0]["message"]["content"];

@@ -78,7 +78,7 @@ fn cases(model: &str) -> Vec<Case> {
         ("model a number", "model", json!(7)),
         ("a field that nobody knows", "x_trace", json!({"a": 1})),
         ("a typing error", "max_token", json!(4)),
-        ("a schema", "guided_json", json!({"type": "object"})),
+        ("a schema", "guided_json", json!({"type": "strnig"})),
     ];
     for (what, param, value) in completions {
         let mut body = json!({"model": model, "prompt": "Hello", "max_tokens": 4});

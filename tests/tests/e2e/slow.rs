@@ -184,7 +184,7 @@ async fn a_flooded_bus() {
                     said.expect("the connection stands");
                 }
             }
-            client.flush().await.expect("the connection stands");
+            baton_tests::settled(&client).await;
         });
     });
     watch.others(&cluster).await;

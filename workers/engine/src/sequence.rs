@@ -207,7 +207,7 @@ impl Sequence {
         // An output that is whole with its last token ended by itself, whatever bound it reached.
         let is_whole = constraint.accept(token)?;
         Ok(if is_whole {
-            Some(FinishReason::Stop)
+            Some(FinishReason::Whole)
         } else {
             finish
         })

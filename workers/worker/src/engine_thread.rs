@@ -29,7 +29,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 use crate::frames::{Route, TokenOutbox};
 use crate::grammars::{Grammars, News};
 
-use held_back::{Begins, HeldBack};
+use held_back::HeldBack;
 
 pub(crate) use handle::{Command, EngineEvent, EngineHandle, EngineWaker, LoadGauge, Prefilled};
 pub(crate) use held_blocks::HeldBlocks;
@@ -79,7 +79,7 @@ enum Turn {
 /// What a wait ended with.
 enum Came {
     /// `None` if nobody can send one any more.
-    Command(Option<Command>),
+    Command(Option<Box<Command>>),
     News(Option<News>),
     Nothing,
 }
@@ -94,7 +94,6 @@ enum Flow {
 impl EngineThread {
     fn new(
         engine: Engine,
-        grammars: Option<Grammars>,
         commands: Receiver<Command>,
         events: mpsc::Sender<EngineEvent>,
         tokens: Arc<TokenOutbox>,
@@ -105,7 +104,7 @@ impl EngineThread {
         Self {
             engine: Some(engine),
             commands,
-            held: HeldBack::new(grammars),
+            held: HeldBack::new(None),
             events,
             tokens,
             stalled,
@@ -116,6 +115,12 @@ impl EngineThread {
             unsaid: Vec::new(),
             checked: true,
         }
+    }
+
+    /// With somebody to make constraints of grammars.
+    fn with_grammars(mut self, grammars: Option<Grammars>) -> Self {
+        self.held = HeldBack::new(grammars);
+        self
     }
 
     fn run(mut self) {
@@ -183,13 +188,13 @@ impl EngineThread {
         self.pulse.rest();
         let over = at_most.map_or_else(never, after);
         let came = select! {
-            recv(self.commands) -> command => Came::Command(command.ok()),
+            recv(self.commands) -> command => Came::Command(command.ok().map(Box::new)),
             recv(self.held.news()) -> news => Came::News(news.ok()),
             recv(over) -> _ => Came::Nothing,
         };
         self.pulse.beat();
         match came {
-            Came::Command(Some(command)) => self.carry_out(command),
+            Came::Command(Some(command)) => self.carry_out(*command),
             Came::Command(None) => Flow::End,
             Came::News(news) => {
                 news.into_iter().for_each(|news| self.hear(news));
@@ -234,9 +239,9 @@ impl EngineThread {
             Command::Prefill { .. } | Command::Decode { .. } => {
                 self.expect_tokens(&command);
                 match self.held.hold(command) {
-                    Ok(()) => {}
-                    Err(Begins::Now(command)) => self.begin(command, None),
-                    Err(Begins::Never(command, detail)) => self.turn_away(command, detail),
+                    None => {}
+                    Some((command, None)) => self.begin(command, None),
+                    Some((command, Some(detail))) => self.turn_away(command, detail),
                 }
             }
             Command::Abort { key, failure } => {

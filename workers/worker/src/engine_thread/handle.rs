@@ -140,14 +140,14 @@ impl EngineHandle {
         let pulse = Pulse::default();
         let thread = EngineThread::new(
             engine,
-            grammars,
             receiver,
             events,
             tokens,
             stalled.clone(),
             load.clone(),
             pulse.clone(),
-        );
+        )
+        .with_grammars(grammars);
         let waker = EngineWaker {
             commands: commands.clone(),
             stalled,

@@ -14,16 +14,8 @@ pub(super) struct HeldBack {
     silence: Receiver<News>,
 }
 
-/// What becomes of a command that is not held back.
-pub(super) enum Begins {
-    /// It has no grammar.
-    Now(Command),
-    /// Its grammar cannot be followed, and why, as a sentence.
-    Never(Command, String),
-}
-
 impl HeldBack {
-    /// Without `grammars` no sequence that has one begins.
+    /// Nobody waits. Without `grammars` no sequence begins that has one.
     pub(super) fn new(grammars: Option<Grammars>) -> Self {
         Self {
             grammars,
@@ -38,19 +30,20 @@ impl HeldBack {
         news.unwrap_or(&self.silence)
     }
 
-    /// Holds a sequence back that has a grammar, and has its constraint made.
-    pub(super) fn hold(&mut self, command: Command) -> Result<(), Begins> {
+    /// Holds a sequence back that has a grammar, and has its constraint made. Gives back what is not held: with a sentence, if it can
+    /// never begin, and why.
+    pub(super) fn hold(&mut self, command: Command) -> Option<(Command, Option<String>)> {
         let (key, wanted) = match &command {
             Command::Prefill { key, spec, .. } => (*key, Wanted::of(spec, None)),
             Command::Decode {
                 key, spec, next, ..
             } => (*key, Wanted::of(spec, Some(*next))),
             Command::Abort { .. } | Command::Wake | Command::Shutdown => {
-                return Err(Begins::Now(command));
+                return Some((command, None));
             }
         };
         let Some(wanted) = wanted else {
-            return Err(Begins::Now(command));
+            return Some((command, None));
         };
         let building = match &mut self.grammars {
             Some(grammars) => grammars.build(key, wanted),
@@ -59,9 +52,9 @@ impl HeldBack {
         match building {
             Ok(()) => {
                 self.commands.insert(key, command);
-                Ok(())
+                None
             }
-            Err(detail) => Err(Begins::Never(command, detail)),
+            Err(detail) => Some((command, Some(detail))),
         }
     }
 

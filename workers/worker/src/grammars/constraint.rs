@@ -15,8 +15,8 @@ type Made = Result<Arc<TokenMask>, String>;
 
 /// A mask to be made.
 pub(super) struct MaskJob {
-    matcher: Matcher,
-    reply: Sender<(Matcher, Made)>,
+    matcher: Box<Matcher>,
+    reply: Sender<(Box<Matcher>, Made)>,
     news: Sender<News>,
 }
 
@@ -43,8 +43,8 @@ pub(super) struct Following {
 }
 
 enum Place {
-    Here(Matcher, Made),
-    Away(Receiver<(Matcher, Made)>),
+    Here(Box<Matcher>, Made),
+    Away(Receiver<(Box<Matcher>, Made)>),
     /// It was dropped after an error.
     Nowhere,
 }
@@ -57,7 +57,7 @@ impl Following {
         news: Sender<News>,
     ) -> Self {
         Self {
-            place: Place::Here(matcher, Ok(mask)),
+            place: Place::Here(Box::new(matcher), Ok(mask)),
             masks,
             news,
         }

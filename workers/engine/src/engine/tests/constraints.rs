@@ -108,7 +108,7 @@ fn a_constraint_chooses_among_the_tokens_and_ends_the_text_when_it_is_whole() {
     assert_eq!((output.len(), finish), (20, FinishReason::Length));
     for whole_at in [1, 2, 7, 20] {
         let (shorter, finish) = ruled(&spec, Rule { whole_at, ..RULE });
-        assert_eq!(finish, FinishReason::Stop, "{whole_at}");
+        assert_eq!(finish, FinishReason::Whole, "{whole_at}");
         assert_eq!(shorter, output[..whole_at]);
     }
     // Everything allowed is as good as no rule.

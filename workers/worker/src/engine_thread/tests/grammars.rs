@@ -104,7 +104,7 @@ fn an_output_follows_its_grammar_on_whatever_workers_it_is_made() {
     for steps_in_flight in [1, 2] {
         let (made, finish) = output(&ids, 50, steps_in_flight);
         let text = text(&made);
-        assert_eq!(finish, FinishReason::Stop, "{text}");
+        assert_eq!(finish, FinishReason::Whole, "{text}");
         let (letters, digits) = text.split_once('-').expect("a dash");
         assert!(letters.len() == 3 && letters.bytes().all(|b| (b'a'..=b'f').contains(&b)));
         assert!(digits.len() == 4 && digits.bytes().all(|b| b.is_ascii_digit()));
@@ -121,7 +121,7 @@ fn an_output_follows_its_grammar_on_whatever_workers_it_is_made() {
     assert_eq!((made.last(), finish), (Some(&END), FinishReason::Stop));
     let schema = Grammar::JsonSchema(r#"{"type":"object","properties":{"n":{"type":"integer"}},"required":["n"],"additionalProperties":false}"#.to_owned());
     let (made, finish) = output(&schema, 500, 2);
-    if finish == FinishReason::Stop {
+    if finish == FinishReason::Whole {
         let value: serde_json::Value = serde_json::from_str(&text(&made)).expect("JSON");
         assert!(value["n"].is_number(), "{value}");
     }
