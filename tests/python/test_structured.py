@@ -8,7 +8,11 @@ import pytest
 
 ASK = [{"role": "user", "content": "Invent a person. Answer in JSON."}]
 
+# Without white space between its parts, so that an answer has a bound: a small model may go on with that for ever.
+COMPACT = {"whitespace_flexible": False}
+
 PERSON = {
+    "x-guidance": COMPACT,
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 20},
@@ -73,6 +77,7 @@ def test_parse_gives_a_model(client, model):
     pydantic = pytest.importorskip("pydantic")
 
     class Weather(pydantic.BaseModel):
+        model_config = {"json_schema_extra": {"x-guidance": COMPACT}}
         city: str = pydantic.Field(max_length=20)
         degrees: int = pydantic.Field(ge=-90, le=60)
 
