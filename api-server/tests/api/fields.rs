@@ -28,8 +28,8 @@ async fn nothing_that_changes_the_answer_is_ignored() {
     for (path, body, param, said) in [
         (
             CHAT,
-            chat(json!({"guided_json": {}})),
-            "guided_json",
+            chat(json!({"thinking_token_budget": 5})),
+            "thinking_token_budget",
             "not supported",
         ),
         (
