@@ -2,7 +2,7 @@
 //!
 //! A model writes one stream of text. Some of it is reasoning, some is the answer, some calls tools, and each family marks that in
 //! its own way: that is its chat format. Here are the formats ([`Format`], [`Reasoning`]), the rule that picks them for a model
-//! ([`choose`]), a parser for each ([`Parser`]), and the grammar that makes a model call a tool in its
+//! ([`choose`](fn@choose)), a parser for each ([`Parser`]), and the grammar that makes a model call a tool in its
 //! format ([`grammar`]).
 //! There is no I/O, no clock and no randomness.
 //!
