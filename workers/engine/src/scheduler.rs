@@ -149,6 +149,9 @@ impl Scheduler {
         }
         for sequence in self.decoding.iter_mut().filter(|s| s.in_flight == 0) {
             sequence.constrained.ask(now);
+            if sequence.constrained.failure.is_some() {
+                return 0; // it is told when none is in flight
+            }
         }
         let (drafts, tokens_max) = (&self.drafts, self.tokens_max);
         let is_late = |s: &Sequence| s.in_flight == 0 && s.constrained.is_late();

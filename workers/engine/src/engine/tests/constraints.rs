@@ -19,6 +19,8 @@ pub struct Rule {
     late: u64,
     /// Output tokens after which no mask can be made.
     fails_at: usize,
+    /// How often it was asked for by then before it says so.
+    fails_after: u64,
 }
 
 const RULE: Rule = Rule {
@@ -26,6 +28,7 @@ const RULE: Rule = Rule {
     whole_at: usize::MAX,
     late: 0,
     fails_at: usize::MAX,
+    fails_after: 0,
 };
 
 impl Rule {
@@ -73,10 +76,13 @@ impl Constraint for Ruled {
     }
 
     fn mask(&mut self, _deadline: Instant) -> Mask {
-        if self.index == self.rule.fails_at {
-            return Mask::Failed("the rule has no more masks".to_owned());
-        }
         self.asked += 1;
+        if self.index == self.rule.fails_at {
+            return match self.asked > self.rule.fails_after {
+                true => Mask::Failed("the rule has no more masks".to_owned()),
+                false => Mask::Late,
+            };
+        }
         let late = match self.rule.late {
             0 => 0,
             seed => random_bits(seed, self.index as u32) % 4,
@@ -166,6 +172,56 @@ fn a_constraint_that_fails_ends_its_sequence_and_no_other() {
         assert_eq!(outputs[&1].len(), fails_at);
         assert_eq!(outputs[&2], alone(&free));
         assert_empty(&engine);
+    }
+}
+
+/// Others that run ahead without a break do not keep the failure to themselves.
+#[test]
+fn a_constraint_that_fails_is_told_while_others_run_ahead() {
+    let (mut engine, _) = watched(Setup {
+        steps_in_flight: 2,
+        ..Setup::default()
+    });
+    // Its second mask is late, and never comes.
+    let rule = Rule {
+        fails_after: 2,
+        fails_at: 1,
+        ..RULE
+    };
+    let specs = [spec(&prompt(1, 10), 200), spec(&prompt(2, 10), 200)];
+    submit_with(&mut engine, 1, specs[0].clone(), Some(rule.after(&[]))).expect("taken");
+    submit_with(&mut engine, 2, specs[1].clone(), None).expect("taken");
+    let mut free = 0;
+    loop {
+        for event in engine.step().expect("runs") {
+            match event {
+                Event::Prefilled {
+                    key,
+                    sampled,
+                    blocks,
+                    ..
+                } => {
+                    let resumed = ResumedSequence {
+                        key,
+                        spec: specs[key as usize - 1].clone(),
+                        next: sampled.token,
+                        blocks,
+                        constraint: (key == 1).then(|| rule.after(&[sampled.token])),
+                    };
+                    engine.resume(resumed).expect("taken");
+                }
+                Event::Token { key, .. } => free += usize::from(key == 2),
+                Event::Failed { key, .. } => {
+                    assert_eq!(key, 1);
+                    return;
+                }
+                Event::Preempted { .. } => panic!("there is room"),
+            }
+        }
+        assert!(
+            free < 20,
+            "the other one made {free} tokens before it was told"
+        );
     }
 }
 
