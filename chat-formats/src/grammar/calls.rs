@@ -89,18 +89,12 @@ pub(crate) fn shape(ask: &Ask<'_>, lark: &mut Lark<'_>) -> Option<Shape> {
     };
     Some(match ask.format {
         Format::None | Format::Harmony => return None,
-        Format::Hermes => {
-            ask.each(lark, &object("arguments"));
-            let [open, close] = ["<tool_call>", "</tool_call>"];
-            lark.rule(
-                "inside",
-                &format!("\"\\n\" call \"\\n\" {}", lark.mark(close)),
-            );
-            let calls = repeated(ask, open, "inside", lark);
-            marked(open, calls, lark)
-        }
-        Format::QwenXml => {
-            arguments::xml(ask, lark);
+        Format::Hermes | Format::QwenXml => {
+            if ask.format == Format::QwenXml {
+                arguments::xml(ask, lark);
+            } else {
+                ask.each(lark, &object("arguments"));
+            }
             let [open, close] = ["<tool_call>", "</tool_call>"];
             lark.rule(
                 "inside",
