@@ -49,6 +49,25 @@ pub enum ErrorKind {
     ClientLeft,
 }
 
+/// Whose form errors have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// OpenAI's.
+    OpenAi,
+    /// Anthropic's.
+    Anthropic,
+}
+
+impl Dialect {
+    /// That of a path.
+    pub fn of(path: &str) -> Self {
+        match path == "/v1/messages" || path.starts_with("/v1/messages/") {
+            true => Self::Anthropic,
+            false => Self::OpenAi,
+        }
+    }
+}
+
 /// One row of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
@@ -200,6 +219,31 @@ impl ApiError {
     pub fn retry_after(mut self, ms: u32) -> Self {
         self.retry_after_ms = Some(ms);
         self
+    }
+
+    /// The body in this dialect.
+    pub fn body_in(&self, dialect: Dialect) -> String {
+        match dialect {
+            Dialect::OpenAi => self.body(),
+            Dialect::Anthropic => {
+                let error = serde_json::json!({"type": self.anthropic(), "message": self.message});
+                serde_json::json!({"type": "error", "error": error}).to_string()
+            }
+        }
+    }
+
+    /// Anthropic's `type`.
+    fn anthropic(&self) -> &'static str {
+        match self.kind.row().status {
+            401 => "authentication_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            400..=499 => "invalid_request_error",
+            503 => "overloaded_error",
+            504 => "timeout_error",
+            _ => "api_error",
+        }
     }
 
     /// OpenAI's error body.

@@ -23,6 +23,7 @@ mod http;
 mod keys;
 mod metrics;
 mod openai;
+mod output;
 mod request;
 mod run;
 mod server;

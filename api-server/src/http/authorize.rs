@@ -9,6 +9,7 @@ use actix_web::middleware::Next;
 use actix_web::{HttpMessage, HttpRequest, web};
 
 use super::respond::refuse;
+use crate::error::Dialect;
 use crate::keys::{Key, OPEN_PATHS};
 use crate::server::Server;
 
@@ -38,6 +39,9 @@ pub async fn authorize(
             request.extensions_mut().insert(key);
             next.call(request).await
         }
-        Err(error) => Ok(request.into_response(refuse(&server, &error))),
+        Err(error) => {
+            let dialect = Dialect::of(request.path());
+            Ok(request.into_response(refuse(&server, dialect, &error)))
+        }
     }
 }

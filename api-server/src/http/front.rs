@@ -14,6 +14,7 @@ use tracing::Instrument;
 use super::gzip;
 use super::name::{Named, REQUEST_ID};
 use super::respond::refuse;
+use crate::error::Dialect;
 use crate::server::Server;
 
 /// Around everything else.
@@ -24,7 +25,10 @@ pub async fn front(
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
     let named = match Named::new(request.headers()) {
         Ok(named) => named,
-        Err(error) => return Ok(request.into_response(refuse(&server, &error))),
+        Err(error) => {
+            let dialect = Dialect::of(request.path());
+            return Ok(request.into_response(refuse(&server, dialect, &error)));
+        }
     };
     request.extensions_mut().insert(named.clone());
     let knows_chunks = request.version() >= Version::HTTP_11;

@@ -1,20 +1,14 @@
 //! HTTP: routes, bodies, answers.
 
-mod answer;
 mod authorize;
 mod body;
-mod choice;
-mod completions;
 mod front;
+mod generate;
 mod gzip;
 mod name;
-mod outbox;
-mod presence;
 mod respond;
-mod sse;
 mod status;
 mod tokenize;
-mod whole;
 
 use std::any::Any;
 use std::net::TcpListener;
@@ -28,7 +22,7 @@ use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, guard, rt, web};
 
 pub use self::status::worker_rows;
-use crate::error::{ApiError, ErrorKind};
+use crate::error::{ApiError, Dialect, ErrorKind};
 use crate::request::inbox::Mailbox;
 use crate::server::Server;
 use crate::watch::LoopWatch;
@@ -60,11 +54,8 @@ pub fn serve(
             .wrap(from_fn(front::front))
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
-            .service(post(
-                "/v1/chat/completions",
-                web::post().to(completions::chat),
-            ))
-            .service(post("/v1/completions", web::post().to(completions::text)))
+            .service(post("/v1/chat/completions", web::post().to(generate::chat)))
+            .service(post("/v1/completions", web::post().to(generate::text)))
             .service(post("/tokenize", web::post().to(tokenize::tokenize)))
             .service(post("/detokenize", web::post().to(tokenize::detokenize)))
             .service(get("/v1/models", || web::route().to(status::models)))
@@ -125,6 +116,9 @@ fn get(path: &str, route: impl Fn() -> actix_web::Route) -> actix_web::Resource 
 fn only(resource: actix_web::Resource) -> actix_web::Resource {
     resource.default_service(web::to(|request: actix_web::HttpRequest| async move {
         let message = format!("{} does not take {}", request.path(), request.method());
-        error_response(&ApiError::new(ErrorKind::Method, message))
+        error_response(
+            Dialect::of(request.path()),
+            &ApiError::new(ErrorKind::Method, message),
+        )
     }))
 }

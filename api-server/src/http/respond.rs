@@ -3,11 +3,11 @@
 use actix_web::HttpResponse;
 use actix_web::http::{StatusCode, header};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, Dialect};
 use crate::server::Server;
 
-/// An error as a response: status, `Retry-After` and body from the one table.
-pub fn error_response(error: &ApiError) -> HttpResponse {
+/// An error as a response in this dialect: status, `Retry-After` and body from the one table.
+pub fn error_response(dialect: Dialect, error: &ApiError) -> HttpResponse {
     let status =
         StatusCode::from_u16(error.kind.row().status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut response = HttpResponse::build(status);
@@ -19,11 +19,11 @@ pub fn error_response(error: &ApiError) -> HttpResponse {
         // The header counts whole seconds.
         response.insert_header((header::RETRY_AFTER, ms.div_ceil(1_000).max(1).to_string()));
     }
-    response.body(error.body())
+    response.body(error.body_in(dialect))
 }
 
 /// As [`error_response`], counted and logged.
-pub fn refuse(server: &Server, error: &ApiError) -> HttpResponse {
+pub fn refuse(server: &Server, dialect: Dialect, error: &ApiError) -> HttpResponse {
     let label = error.kind.row().label;
     tracing::debug!(reason = label, %error, "request refused");
     server
@@ -31,7 +31,7 @@ pub fn refuse(server: &Server, error: &ApiError) -> HttpResponse {
         .errors_total
         .with_label_values(&[label])
         .inc();
-    error_response(error)
+    error_response(dialect, error)
 }
 
 /// A JSON document.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use super::respond::{self, error_response};
-use crate::error::{ApiError, ErrorKind};
+use crate::error::{ApiError, Dialect, ErrorKind};
 use crate::fleet::membership::Membership;
 use crate::server::Server;
 
@@ -26,7 +26,7 @@ pub async fn model(server: web::Data<Server>, name: web::Path<String>) -> HttpRe
     if *name == server.model_name {
         respond::json(StatusCode::OK, model_object(&server).to_string())
     } else {
-        error_response(&unknown_model(&server, &name))
+        error_response(Dialect::OpenAi, &unknown_model(&server, &name))
     }
 }
 
@@ -148,10 +148,10 @@ async fn aside(
 }
 
 fn unrendered(what: &str, error: &str) -> HttpResponse {
-    error_response(&ApiError::new(
-        ErrorKind::Internal,
-        format!("{what}: {error}"),
-    ))
+    error_response(
+        Dialect::OpenAi,
+        &ApiError::new(ErrorKind::Internal, format!("{what}: {error}")),
+    )
 }
 
 #[derive(Serialize)]
@@ -221,8 +221,11 @@ pub fn worker_rows(members: &Membership, now: Instant) -> impl Iterator<Item = W
 /// Any other path.
 pub async fn unknown_path(request: HttpRequest) -> HttpResponse {
     let path: String = request.path().chars().take(200).collect();
-    error_response(&ApiError::new(
-        ErrorKind::UnknownPath,
-        format!("there is nothing at {path}"),
-    ))
+    error_response(
+        Dialect::OpenAi,
+        &ApiError::new(
+            ErrorKind::UnknownPath,
+            format!("there is nothing at {path}"),
+        ),
+    )
 }

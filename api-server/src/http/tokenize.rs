@@ -9,12 +9,12 @@ use tokio::time::Instant;
 
 use super::authorize::Caller;
 use super::body::{self, Body};
+use super::generate::Presence;
 use super::name::Named;
-use super::presence::Presence;
 use super::respond::{self, refuse};
 use super::status::{longest_sequence, unknown_model};
 use crate::admission::Place;
-use crate::error::ApiError;
+use crate::error::{ApiError, Dialect};
 use crate::openai::{DetokenizeRequest, ToTokenize, TokenizeRequest, tools};
 use crate::server::Server;
 use crate::text::texts::Until;
@@ -59,7 +59,7 @@ async fn respond(
     };
     match answer.await {
         Ok(answer) => respond::json(StatusCode::OK, answer),
-        Err(error) => refuse(&server, &error),
+        Err(error) => refuse(&server, Dialect::OpenAi, &error),
     }
 }
 

@@ -1,56 +1,8 @@
 //! The parts of a chat message beside its content: reasoning and calls of tools.
 
-use super::Usage;
-use super::shape::{Piece, Shape, escape, put};
+use super::shape::{Shape, escape, put};
+use crate::output::{Call, Part, Piece, Usage};
 use crate::text::tokenizer::ModelText;
-
-/// A part of a message in a stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// Text of the reasoning.
-    Reasoning(String),
-    /// Text of the answer.
-    Content(String),
-    /// A call begins.
-    Call {
-        /// Number of the call.
-        index: usize,
-        /// Its id.
-        id: String,
-        /// The tool.
-        name: String,
-    },
-    /// Text of its arguments.
-    Arguments {
-        /// Number of the call.
-        index: usize,
-        /// JSON text, a part of it.
-        delta: String,
-    },
-}
-
-impl Part {
-    /// Bytes of its text.
-    pub fn len(&self) -> usize {
-        match self {
-            Self::Reasoning(text) | Self::Content(text) | Self::Arguments { delta: text, .. } => {
-                text.len()
-            }
-            Self::Call { id, name, .. } => id.len() + name.len(),
-        }
-    }
-}
-
-/// A call of a message in one piece.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Call {
-    /// Its id.
-    pub id: String,
-    /// The tool.
-    pub name: String,
-    /// JSON text.
-    pub arguments: String,
-}
 
 impl Shape {
     /// A chunk with a part of a message. The piece has its tokens and no text.

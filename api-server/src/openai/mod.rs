@@ -2,6 +2,7 @@
 
 mod chat;
 mod completions;
+mod events;
 mod fields;
 pub mod grammar;
 mod message;
@@ -12,13 +13,10 @@ mod table;
 mod thinking;
 mod tokenize;
 pub mod tools;
-mod usage;
 
 pub use chat::ChatRequest;
 pub use completions::{CompletionRequest, Prompt};
-pub use message::{Call, Part};
 pub use params::Params;
-pub use shape::{ApiKind, Finish, LogprobEntry, Piece, Shape, Shown};
+pub use shape::{ApiKind, Shape, Shown};
 pub use size::{Extent, ID_BYTES, LOGPROB_BYTES};
 pub use tokenize::{DetokenizeRequest, ToTokenize, TokenizeRequest};
-pub use usage::{Tally, Usage};

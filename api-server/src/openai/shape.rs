@@ -6,8 +6,7 @@ use std::sync::Arc;
 
 use baton_protocol::{FinishReason, TopLogprob};
 
-use super::Usage;
-use crate::error::ApiError;
+use crate::output::{Finish, LogprobEntry, Piece, Usage};
 use crate::text::tokenizer::ModelText;
 
 /// Which of the two APIs.
@@ -17,19 +16,6 @@ pub enum ApiKind {
     Chat,
     /// `/v1/completions`.
     Completion,
-}
-
-/// One token's log-probabilities, ready to be written.
-#[derive(Clone, Debug, PartialEq)]
-pub struct LogprobEntry {
-    /// The token.
-    pub token: u32,
-    /// Its log-probability; none for the first token of a prompt.
-    pub logprob: Option<f32>,
-    /// Alternatives.
-    pub top: Vec<TopLogprob>,
-    /// Where its text begins in the choice's text, in characters.
-    pub offset: usize,
 }
 
 /// What an answer shows besides its text.
@@ -49,42 +35,13 @@ pub struct Shown {
     pub token_ids: Option<(Vec<Arc<[u32]>>, usize)>,
 }
 
-/// What a chunk of a stream brings of one choice.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Piece<'a> {
-    /// Text.
-    pub text: &'a str,
-    /// Log-probabilities, if asked for.
-    pub logprobs: &'a [LogprobEntry],
-    /// Token ids, if asked for.
-    pub token_ids: &'a [u32],
-}
-
-impl Piece<'_> {
-    /// Whether it brings nothing.
-    pub fn is_empty(&self) -> bool {
-        self.text.is_empty() && self.logprobs.is_empty() && self.token_ids.is_empty()
-    }
-}
-
-/// Why a choice ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Finish {
-    /// Why the generation did.
-    pub reason: FinishReason,
-    /// Whether the model called tools.
-    pub has_called: bool,
-}
-
-impl Finish {
-    /// OpenAI's word for it.
-    pub fn label(self) -> &'static str {
-        match (self.reason, self.has_called) {
-            (FinishReason::Stop | FinishReason::Whole, false) => "stop",
-            (FinishReason::Stop | FinishReason::Whole, true) => "tool_calls",
-            // Whatever it was doing, it was not done.
-            (FinishReason::Length, _) => "length",
-        }
+/// OpenAI's word for why a choice ended.
+fn label(finish: &Finish) -> &'static str {
+    match (finish.reason, finish.has_called) {
+        (FinishReason::Stop | FinishReason::Whole, false) => "stop",
+        (FinishReason::Stop | FinishReason::Whole, true) => "tool_calls",
+        // Whatever it was doing, it was not done.
+        (FinishReason::Length, _) => "length",
     }
 }
 
@@ -192,7 +149,7 @@ impl Shape {
     }
 
     /// The last chunk of a choice.
-    pub fn finish_chunk(&self, index: usize, finish: Finish, usage: Usage, out: &mut Vec<u8>) {
+    pub fn finish_chunk(&self, index: usize, finish: &Finish, usage: Usage, out: &mut Vec<u8>) {
         self.open_chunk(index, out);
         out.extend_from_slice(match self.kind {
             ApiKind::Chat => b"\"delta\":{},\"logprobs\":null",
@@ -201,8 +158,8 @@ impl Shape {
         self.close_chunk(&[], Some(finish), usage, out);
     }
 
-    /// The end of a stream.
-    pub fn done(&self, usage: Usage, out: &mut Vec<u8>) {
+    /// The end of all chunks.
+    pub fn end_chunks(&self, usage: Usage, out: &mut Vec<u8>) {
         if self.shown.include_usage {
             out.extend_from_slice(b"data: {");
             out.extend_from_slice(self.head.as_bytes());
@@ -212,13 +169,6 @@ impl Shape {
             out.extend_from_slice(b"}\n\n");
         }
         out.extend_from_slice(b"data: [DONE]\n\n");
-    }
-
-    /// An error in mid-stream.
-    pub fn error_event(error: &ApiError, out: &mut Vec<u8>) {
-        out.extend_from_slice(b"event: error\ndata: ");
-        out.extend_from_slice(error.body().as_bytes());
-        out.extend_from_slice(b"\n\n");
     }
 
     /// The head of an answer in one piece.
@@ -310,7 +260,13 @@ impl Shape {
     }
 
     /// The end of one choice.
-    pub fn close_choice(&self, index: usize, token_ids: &[u32], finish: Finish, out: &mut Vec<u8>) {
+    pub fn close_choice(
+        &self,
+        index: usize,
+        token_ids: &[u32],
+        finish: &Finish,
+        out: &mut Vec<u8>,
+    ) {
         if self.shown.token_ids.is_some() {
             ids(",\"token_ids\":", token_ids, out);
             if self.kind == ApiKind::Completion {
@@ -319,7 +275,7 @@ impl Shape {
         }
         put(
             out,
-            format_args!(",\"finish_reason\":\"{}\"}}", finish.label()),
+            format_args!(",\"finish_reason\":\"{}\"}}", label(finish)),
         );
     }
 
@@ -341,7 +297,7 @@ impl Shape {
     fn close_chunk(
         &self,
         token_ids: &[u32],
-        finish: Option<Finish>,
+        finish: Option<&Finish>,
         usage: Usage,
         out: &mut Vec<u8>,
     ) {
@@ -353,7 +309,7 @@ impl Shape {
             Some(finish) => {
                 put(
                     out,
-                    format_args!(",\"finish_reason\":\"{}\"}}]", finish.label()),
+                    format_args!(",\"finish_reason\":\"{}\"}}]", label(finish)),
                 );
                 out.extend_from_slice(self.fingerprint.as_bytes());
             }

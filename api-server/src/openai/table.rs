@@ -1,6 +1,8 @@
 //! What Baton does with each field of a request body. One table for all doors, so that nothing that changes an answer is ignored: a
 //! field is done, accepted because the answer is the same without it, or refused by its name.
 
+mod messages;
+mod responses;
 mod rows;
 mod typo;
 
@@ -9,8 +11,14 @@ use serde_json::{Map, Value};
 use super::fields::wrong_type;
 use crate::error::ApiError;
 
-pub use self::rows::FIELDS;
 use self::typo::nearest;
+
+/// Every field that is known, in the order of the page.
+pub fn fields() -> impl Iterator<Item = &'static Field> {
+    [rows::FIELDS, responses::FIELDS, messages::FIELDS]
+        .into_iter()
+        .flatten()
+}
 
 /// Longest part of an unknown name that is quoted.
 const NAME_CHARS_MAX: usize = 64;
@@ -26,11 +34,25 @@ pub enum Door {
     Tokenize = 4,
     /// `/detokenize`.
     Detokenize = 8,
+    /// `/v1/responses`.
+    Responses = 16,
+    /// `/v1/messages`.
+    Messages = 32,
+    /// `/v1/messages/count_tokens`.
+    CountTokens = 64,
 }
 
 impl Door {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Chat, Self::Text, Self::Tokenize, Self::Detokenize];
+    pub const ALL: [Self; 7] = [
+        Self::Chat,
+        Self::Text,
+        Self::Tokenize,
+        Self::Detokenize,
+        Self::Responses,
+        Self::Messages,
+        Self::CountTokens,
+    ];
 
     /// Its path.
     pub const fn path(self) -> &'static str {
@@ -39,6 +61,9 @@ impl Door {
             Self::Text => "/v1/completions",
             Self::Tokenize => "/tokenize",
             Self::Detokenize => "/detokenize",
+            Self::Responses => "/v1/responses",
+            Self::Messages => "/v1/messages",
+            Self::CountTokens => "/v1/messages/count_tokens",
         }
     }
 }
@@ -84,6 +109,41 @@ pub struct Field {
     pub about: &'static str,
 }
 
+const fn done(name: &'static str, doors: Doors, about: &'static str) -> Field {
+    let does = Does::It;
+    Field {
+        name,
+        doors,
+        does,
+        about,
+    }
+}
+
+const fn accepted(name: &'static str, doors: Doors, about: &'static str) -> Field {
+    let does = Does::Nothing;
+    Field {
+        name,
+        doors,
+        does,
+        about,
+    }
+}
+
+const fn refused(
+    name: &'static str,
+    doors: Doors,
+    harmless: &'static [&'static str],
+    about: &'static str,
+) -> Field {
+    let does = Does::Refuses(harmless);
+    Field {
+        name,
+        doors,
+        does,
+        about,
+    }
+}
+
 /// Refuses what this door does not know, or knows and does not do.
 ///
 /// # Errors
@@ -122,8 +182,7 @@ pub fn misspelled(name: &str, known: &[&'static str]) -> Option<&'static str> {
 }
 
 fn row(door: Door, name: &str) -> Option<&'static Field> {
-    let mut rows = FIELDS.iter();
-    rows.find(|field| field.name == name && field.doors.has(door))
+    fields().find(|field| field.name == name && field.doors.has(door))
 }
 
 impl Field {
@@ -154,8 +213,9 @@ fn unknown(door: Door, parent: &str, name: &str) -> ApiError {
         true => short,
         false => format!("{parent}.{short}"),
     };
-    if let Some(field) = FIELDS.iter().find(|field| field.name == path) {
-        let others: Vec<_> = field.doors.paths().collect();
+    if let Some(field) = fields().find(|field| field.name == path) {
+        let same = fields().filter(|other| other.name == field.name);
+        let others: Vec<_> = same.flat_map(|field| field.doors.paths()).collect();
         let message = format!(
             "{path} is a field of {}, not of {}",
             others.join(" and "),
@@ -163,7 +223,7 @@ fn unknown(door: Door, parent: &str, name: &str) -> ApiError {
         );
         return ApiError::param(path, message);
     }
-    let known = FIELDS.iter().filter(|field| field.doors.has(door));
+    let known = fields().filter(|field| field.doors.has(door));
     let siblings = known.filter_map(|field| match parent.is_empty() {
         true => (!field.name.contains('.')).then_some(field.name),
         false => field.name.strip_prefix(parent)?.strip_prefix('.'),

@@ -4,7 +4,7 @@ use baton_chat_formats::{Event, Format, Parser, Piece, Reasoning, Tools, call_id
 
 use std::sync::Arc;
 
-use crate::openai::Part;
+use crate::output::Part;
 
 /// How to read the outputs of a request.
 #[derive(Clone, Debug)]

@@ -8,6 +8,8 @@ pub struct StopMatcher {
     keeps_stop: bool,
     /// Text not given out: it may be the beginning of a stop string.
     held: String,
+    /// Which string was found.
+    found: Option<usize>,
 }
 
 impl StopMatcher {
@@ -18,6 +20,7 @@ impl StopMatcher {
             stops,
             keeps_stop: false,
             held: String::new(),
+            found: None,
         }
     }
 
@@ -38,18 +41,25 @@ impl StopMatcher {
         let found = self
             .stops
             .iter()
-            .filter_map(|stop| Some((self.held.find(stop.as_str())?, stop.len())))
+            .enumerate()
+            .filter_map(|(i, stop)| Some((self.held.find(stop.as_str())?, stop.len(), i)))
             .min();
-        if let Some((at, bytes)) = found {
+        if let Some((at, bytes, i)) = found {
             let end = if self.keeps_stop { at + bytes } else { at };
             out.push_str(&self.held[..end]);
             self.held.clear();
+            self.found = Some(i);
             return true;
         }
         let safe = self.held.len() - self.longest_beginning();
         out.push_str(&self.held[..safe]);
         self.held.drain(..safe);
         false
+    }
+
+    /// The stop string that ended the text, if one did.
+    pub fn found(&self) -> Option<&str> {
+        self.found.map(|i| self.stops[i].as_str())
     }
 
     /// The text is over without a stop string: gives out what was held back.

@@ -1,6 +1,6 @@
-//! The rows. A field that becomes supported changes its kind here, and `docs/api.md` with it.
+//! The rows of OpenAI's older doors and of `/tokenize`. A field that becomes supported changes its kind here, and `docs/api.md` with it.
 
-use super::{Does, Door, Doors, Field};
+use super::{Door, Doors, Field, accepted, done, refused};
 
 const CHAT: Doors = Doors(Door::Chat as u8);
 const TEXT: Doors = Doors(Door::Text as u8);
@@ -11,48 +11,13 @@ const MESSAGES: Doors = Doors(CHAT.0 | TOKENIZE.0);
 const PROMPTS: Doors = Doors(BOTH.0 | TOKENIZE.0);
 const ALL: Doors = Doors(PROMPTS.0 | DETOKENIZE.0);
 
-const fn done(name: &'static str, doors: Doors, about: &'static str) -> Field {
-    let does = Does::It;
-    Field {
-        name,
-        doors,
-        does,
-        about,
-    }
-}
-
-const fn accepted(name: &'static str, doors: Doors, about: &'static str) -> Field {
-    let does = Does::Nothing;
-    Field {
-        name,
-        doors,
-        does,
-        about,
-    }
-}
-
-const fn refused(
-    name: &'static str,
-    doors: Doors,
-    harmless: &'static [&'static str],
-    about: &'static str,
-) -> Field {
-    let does = Does::Refuses(harmless);
-    Field {
-        name,
-        doors,
-        does,
-        about,
-    }
-}
-
 const NO_IMAGES: &str = "models here read only text";
 const SCHEMAS: &str = "say it in structured_outputs, or in response_format";
 const NO_BUDGET: &str =
     "use reasoning_effort, or a variable of the template in chat_template_kwargs";
 const NO_SPLIT: &str = "Baton hands KV over by itself";
 
-/// Every field that is known, in the order of the page.
+/// In the order of the page.
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked

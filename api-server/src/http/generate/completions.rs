@@ -1,4 +1,4 @@
-//! The two endpoints that generate: from the body to prompts in tokens.
+//! The endpoints that generate: from the body to prompts in tokens.
 
 use std::sync::Arc;
 
@@ -6,15 +6,16 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use baton_protocol::PrefillReply;
 use tokio::time::Instant;
 
-use super::answer::{Prepared, answer};
-use super::authorize::Caller;
-use super::body::{self, Body};
-use super::name::Named;
+use super::answer::{Answer, Prepared, answer};
 use super::presence::Presence;
-use super::respond::refuse;
-use super::status::unknown_model;
 use crate::admission::Place;
-use crate::error::{ApiError, ErrorKind};
+use crate::error::{ApiError, Dialect, ErrorKind};
+use crate::http::authorize::Caller;
+use crate::http::body::{self, Body};
+use crate::http::name::Named;
+use crate::http::respond::refuse;
+use crate::http::status::unknown_model;
+use crate::keys::Key;
 use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt, grammar};
 use crate::request::inbox::Mailbox;
 use crate::server::Server;
@@ -26,6 +27,25 @@ use crate::text::tokenizer::TextError;
 /// Output tokens of a text completion that names none: OpenAI's.
 const COMPLETION_TOKENS: u32 = 16;
 
+/// Who sent a body.
+pub struct Asker {
+    /// The request's name and id, which is also the answer's.
+    pub named: Named,
+    /// The key, where there are keys.
+    pub key: Option<Arc<Key>>,
+}
+
+/// A request for a chat, as a door has read it: all doors for chats come down to this.
+pub struct Asked {
+    /// What is asked for.
+    pub chat: ChatRequest,
+    /// How the answer is written. One that a door writes itself has one choice.
+    pub answer: Answer,
+}
+
+/// Reads the body of a request that came to a door.
+pub type Read = fn(&Server, &Asker, &[u8]) -> Result<Asked, ApiError>;
+
 /// `POST /v1/chat/completions`.
 pub async fn chat(
     server: web::Data<Server>,
@@ -33,11 +53,35 @@ pub async fn chat(
     request: HttpRequest,
     payload: web::Payload,
 ) -> HttpResponse {
+    chat_through(read_chat, server, mailbox, request, payload).await
+}
+
+fn read_chat(server: &Server, _: &Asker, body: &[u8]) -> Result<Asked, ApiError> {
+    Ok(Asked {
+        chat: ChatRequest::parse(body, &server.model.defaults, &server.limits)?,
+        answer: Answer::Choices(ApiKind::Chat),
+    })
+}
+
+/// A chat whose body this door reads.
+pub async fn chat_through(
+    read: Read,
+    server: web::Data<Server>,
+    mailbox: web::Data<Mailbox>,
+    request: HttpRequest,
+    payload: web::Payload,
+) -> HttpResponse {
     let server = server.into_inner();
-    respond(
-        &server.clone(),
-        try_chat(server, mailbox.into_inner(), request, payload).await,
-    )
+    let dialect = Dialect::of(request.path());
+    let outcome = try_chat(
+        read,
+        Arc::clone(&server),
+        mailbox.into_inner(),
+        request,
+        payload,
+    );
+    let outcome = outcome.await;
+    outcome.unwrap_or_else(|error| refuse(&server, dialect, &error))
 }
 
 /// `POST /v1/completions`.
@@ -48,14 +92,9 @@ pub async fn text(
     payload: web::Payload,
 ) -> HttpResponse {
     let server = server.into_inner();
-    respond(
-        &server.clone(),
-        try_text(server, mailbox.into_inner(), request, payload).await,
-    )
-}
-
-fn respond(server: &Server, outcome: Result<HttpResponse, ApiError>) -> HttpResponse {
-    outcome.unwrap_or_else(|error| refuse(server, &error))
+    let outcome = try_text(Arc::clone(&server), mailbox.into_inner(), request, payload);
+    let outcome = outcome.await;
+    outcome.unwrap_or_else(|error| refuse(&server, Dialect::OpenAi, &error))
 }
 
 /// A request gets no further than here without a place: not even its body is read.
@@ -70,6 +109,7 @@ fn admit(server: &Server, request: &HttpRequest) -> Result<Presence, ApiError> {
 }
 
 async fn try_chat(
+    read: Read,
     server: Arc<Server>,
     mailbox: Arc<Mailbox>,
     request: HttpRequest,
@@ -81,10 +121,18 @@ async fn try_chat(
     let Body { bytes, room } = body::read(&request, payload, &server, deadline).await?;
     let (on_server, place) = (Arc::clone(&server), client.place());
     let size = size(&bytes);
+    let Caller(key) = Caller::of(&request);
+    let asker = Asker {
+        named: client.named(),
+        key,
+    };
     let work = move |until: &Until| {
         let _room = room;
         let model = &on_server.model;
-        let mut chat = ChatRequest::parse(&bytes, &model.defaults, &on_server.limits)?;
+        let Asked {
+            mut chat,
+            answer: written,
+        } = read(&on_server, &asker, &bytes)?;
         drop(bytes);
         check_model(&on_server, &chat.params)?;
         let format = chat.offer.format(model.formats.format)?;
@@ -123,14 +171,14 @@ async fn try_chat(
             echo: None,
             reading: reading.filter(|reading| !reading.is_plain()),
         };
-        Ok((params, prepared))
+        Ok((params, prepared, written))
     };
     let until = client.until(deadline);
-    let (params, prepared) = server.texts.run(size, until, work).await?;
+    let (params, prepared, written) = server.texts.run(size, until, work).await?;
     answer(
         server,
         &mailbox,
-        ApiKind::Chat,
+        written,
         params,
         vec![prepared],
         arrived,
@@ -172,7 +220,7 @@ async fn try_text(
     answer(
         server,
         &mailbox,
-        ApiKind::Completion,
+        Answer::Choices(ApiKind::Completion),
         params,
         prepared,
         arrived,

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::time::Instant;
 
-use super::name::Named;
 use super::outbox::Outbox;
 use crate::admission::Place;
+use crate::http::name::Named;
 use crate::request::inbox::{Event, Inbox};
 use crate::text::texts::Until;
 
@@ -84,7 +84,8 @@ impl Drop for Presence {
 mod tests {
     use super::*;
     use crate::bound::Bound;
-    use crate::openai::Tally;
+    use crate::openai::{ApiKind, Shape, Shown};
+    use crate::output::Tally;
 
     #[tokio::test]
     async fn whoever_leaves_is_heard_everywhere() {
@@ -94,11 +95,12 @@ mod tests {
             Place::take(&bound, None).unwrap(),
         );
         let until = client.until(Instant::now() + std::time::Duration::from_secs(600));
-        let outbox = Outbox::new(2, Tally::new(1, 1, 2));
+        let shape = Shape::new(ApiKind::Chat, "1", "m", "f", Shown::default());
+        let outbox = Outbox::new(2, Tally::new(1, 1, 2), Box::new(shape));
         let inboxes = [Arc::new(Inbox::default()), Arc::new(Inbox::default())];
         client.reads(&outbox);
         inboxes.iter().for_each(|inbox| client.waits_for(inbox));
-        outbox.write(|out| out.resize(1 << 20, 0));
+        outbox.write(|_, out| out.resize(1 << 20, 0));
         assert!(!outbox.has_room(0) && until.check().is_ok());
         drop(client);
         assert!(until.check().is_err());

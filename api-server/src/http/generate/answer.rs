@@ -12,14 +12,15 @@ use tokio::time::Instant;
 use tracing::Instrument;
 
 use super::choice::{Choice, Destination, Gathering};
-use super::name::{Named, fill, random_id};
 use super::outbox::Outbox;
 use super::presence::Presence;
 use super::sse::SseBody;
 use super::whole::{self, Held};
 use crate::error::{ApiError, ErrorKind};
 use crate::fleet::router::prefix_chain;
-use crate::openai::{ApiKind, Extent, Params, Shape, Shown, Tally};
+use crate::http::name::{Named, fill, random_id};
+use crate::openai::{ApiKind, Extent, Params, Shape, Shown};
+use crate::output::{AnswerWriter, StreamWriter, Tally};
 use crate::request::driver::{Job, drive};
 use crate::request::inbox::{Inbox, Mailbox};
 use crate::server::Server;
@@ -42,6 +43,14 @@ pub struct Prepared {
     pub reading: Option<Reading>,
 }
 
+/// How the answer to a request is written.
+pub enum Answer {
+    /// As OpenAI's choices.
+    Choices(ApiKind),
+    /// As a door of its own does. The request has one choice.
+    Own(Box<dyn AnswerWriter>),
+}
+
 /// Carries a request out.
 ///
 /// # Errors
@@ -49,7 +58,7 @@ pub struct Prepared {
 pub async fn answer(
     server: Arc<Server>,
     mailbox: &Arc<Mailbox>,
-    kind: ApiKind,
+    answer: Answer,
     params: Params,
     prompts: Vec<Prepared>,
     arrived: Instant,
@@ -65,25 +74,32 @@ pub async fn answer(
     params.check_size(extents, server.limits.answer_bytes_max)?;
     let named = client.named();
     let id = named.id;
-    let token_ids = params.token_ids.then(|| {
-        let prompts = prompts.iter().map(|prompt| Arc::clone(&prompt.tokens));
-        (prompts.collect(), params.n as usize)
-    });
-    let shown = Shown {
-        stream: params.stream,
-        include_usage: params.include_usage,
-        continuous_usage: params.continuous_usage,
-        logprobs: params.sampling.logprobs.is_some(),
-        tokens_as_ids: params.tokens_as_ids,
-        token_ids,
+    let shape = |kind: ApiKind| {
+        let token_ids = params.token_ids.then(|| {
+            let prompts = prompts.iter().map(|prompt| Arc::clone(&prompt.tokens));
+            (prompts.collect(), params.n as usize)
+        });
+        let shown = Shown {
+            stream: params.stream,
+            include_usage: params.include_usage,
+            continuous_usage: params.continuous_usage,
+            logprobs: params.sampling.logprobs.is_some(),
+            tokens_as_ids: params.tokens_as_ids,
+            token_ids,
+        };
+        let fingerprint = server.model.system_fingerprint();
+        Shape::new(
+            kind,
+            &id.to_string(),
+            &server.model_name,
+            &fingerprint,
+            shown,
+        )
     };
-    let shape = Arc::new(Shape::new(
-        kind,
-        &id.to_string(),
-        &server.model_name,
-        &server.model.system_fingerprint(),
-        shown,
-    ));
+    let writer: Writer = match answer {
+        Answer::Choices(kind) => Writer::Choices(Box::new(shape(kind))),
+        Answer::Own(writer) => Writer::Own(writer),
+    };
     let prompt_tokens = prompts
         .iter()
         .map(|prompt| prompt.tokens.len() as u64)
@@ -97,9 +113,13 @@ pub async fn answer(
         arrived,
     };
     if params.stream {
-        let outbox = Outbox::new(choices, tally);
+        let writer: Box<dyn StreamWriter> = match writer {
+            Writer::Choices(shape) => shape,
+            Writer::Own(writer) => writer,
+        };
+        let outbox = Outbox::new(choices, tally, writer);
         client.reads(&outbox);
-        let to = || Destination::Stream(outbox.share(), Arc::clone(&shape));
+        let to = || Destination::Stream(outbox.share());
         request.start(prompts, &mut client, to)?;
         outbox.begun(STATUS_PATIENCE).await?;
         return Ok(HttpResponse::Ok()
@@ -122,7 +142,22 @@ pub async fn answer(
     });
     // With the first that fails: the others need not come to their end for nothing.
     let whole = try_join_all(whole).await?;
-    Ok(whole::response(server, shape, tally, whole, client))
+    match writer {
+        Writer::Choices(shape) => Ok(whole::response(server, *shape, tally, whole, client)),
+        Writer::Own(writer) => match &whole[..] {
+            [one] => Ok(whole::document(writer, tally, one)),
+            _ => Err(ApiError::new(
+                ErrorKind::Internal,
+                "an answer of one choice has several",
+            )),
+        },
+    }
+}
+
+/// What writes the answer.
+enum Writer {
+    Choices(Box<Shape>),
+    Own(Box<dyn AnswerWriter>),
 }
 
 /// What all choices of a request share.

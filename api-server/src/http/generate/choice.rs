@@ -9,9 +9,8 @@ use tokio::sync::oneshot;
 use super::outbox::Share;
 use super::whole::{Held, Whole};
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{
-    Call, Finish, ID_BYTES, LOGPROB_BYTES, LogprobEntry, Params, Part, Piece, Shape, Usage,
-};
+use crate::openai::{ID_BYTES, LOGPROB_BYTES, Params};
+use crate::output::{Call, Finish, LogprobEntry, Part, Piece, Stop, Usage};
 use crate::request::driver::Sink;
 use crate::server::Server;
 use crate::text::detokenize::Detokenizer;
@@ -22,7 +21,7 @@ use crate::text::stop::StopMatcher;
 /// Where a choice goes.
 pub enum Destination {
     /// Into a stream, as it comes.
-    Stream(Share, Arc<Shape>),
+    Stream(Share),
     /// To whoever waits for all of it.
     Whole(Option<Gathering>),
 }
@@ -71,6 +70,10 @@ pub struct Choice {
     to: Destination,
     detokenizer: Detokenizer,
     stops: StopMatcher,
+    /// Ids that the client ends it with.
+    stop_token_ids: Vec<u32>,
+    /// The one of them that did.
+    stop_token: Option<u32>,
     min_tokens: u32,
     want_logprobs: bool,
     want_ids: bool,
@@ -117,6 +120,8 @@ impl Choice {
             to,
             detokenizer: Detokenizer::default(),
             stops: stops.keeping_stop(params.include_stop),
+            stop_token_ids: params.stop_token_ids.clone(),
+            stop_token: None,
             min_tokens: params.min_tokens,
             want_logprobs: params.sampling.logprobs.is_some(),
             want_ids: params.token_ids,
@@ -235,6 +240,10 @@ impl Choice {
     /// As [`Sink::tokens`].
     fn add_tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
         let mut logprobs = logprobs.into_iter();
+        let last = tokens.last().filter(|_| stop);
+        self.stop_token = last
+            .filter(|last| self.stop_token_ids.contains(last))
+            .copied();
         for (i, token) in tokens.iter().enumerate() {
             self.usage.completion += 1;
             if self.want_ids {
@@ -338,7 +347,7 @@ impl Sink for Choice {
 
     fn has_room(&self) -> bool {
         match &self.to {
-            Destination::Stream(share, _) => {
+            Destination::Stream(share) => {
                 let logprobs: usize = self.logprobs.iter().map(|entry| 1 + entry.top.len()).sum();
                 let parts: usize = self.parts.iter().map(Part::len).sum();
                 let ids = self.token_ids.len() * ID_BYTES;
@@ -349,13 +358,13 @@ impl Sink for Choice {
     }
 
     async fn room(&self) {
-        if let Destination::Stream(share, _) = &self.to {
+        if let Destination::Stream(share) = &self.to {
             share.room().await;
         }
     }
 
     fn flush(&mut self) {
-        let Destination::Stream(share, shape) = &self.to else {
+        let Destination::Stream(share) = &self.to else {
             return;
         };
         let has_text = !self.text.is_empty() || !self.parts.is_empty();
@@ -370,17 +379,17 @@ impl Sink for Choice {
             token_ids: &self.token_ids,
         };
         let first = !std::mem::replace(&mut self.opened, true);
-        share.write(|out| {
+        share.write(|writer, out| {
             if first {
-                shape.role_chunk(index, usage, out);
+                writer.open(index, usage, out);
             }
             for part in &self.parts {
-                shape.part_chunk(index, part, piece, usage, model, out);
+                writer.part(index, part, piece, usage, model, out);
                 piece = Piece::default();
             }
             piece.text = &self.text;
             if !piece.is_empty() {
-                shape.text_chunk(index, piece, usage, model, out);
+                writer.text(index, piece, usage, model, out);
             }
         });
         self.text.clear();
@@ -405,6 +414,8 @@ impl Sink for Choice {
             self.read(true);
         }
         let has_called = self.reader.as_ref().is_some_and(Reader::has_called);
+        let found = self.stops.found().map(|text| Stop::Text(text.into()));
+        let stop = found.or(self.stop_token.map(Stop::Token));
         if let Destination::Whole(_) = self.to {
             if self.reader.is_some() {
                 self.text = std::mem::take(&mut self.message.content);
@@ -417,18 +428,22 @@ impl Sink for Choice {
         }
         self.flush();
         match (&mut self.to, end) {
-            (Destination::Stream(share, shape), Ok(reason)) => {
-                let finish = Finish { reason, has_called };
+            (Destination::Stream(share), Ok(reason)) => {
+                let finish = Finish {
+                    reason,
+                    has_called,
+                    stop,
+                };
                 let (index, opened, usage) = (self.index, self.opened, self.usage);
-                share.write(|out| {
+                share.write(|writer, out| {
                     if !opened {
-                        shape.role_chunk(index, usage, out);
+                        writer.open(index, usage, out);
                     }
-                    shape.finish_chunk(index, finish, usage, out);
+                    writer.finish(index, &finish, usage, out);
                 });
-                share.done(self.index, self.usage, shape);
+                share.done(self.index, self.usage);
             }
-            (Destination::Stream(share, _), Err(error)) => {
+            (Destination::Stream(share), Err(error)) => {
                 let label = error.kind.row().label;
                 if share.fail(error) {
                     let errors = &self.server.metrics.errors_total;
@@ -443,7 +458,11 @@ impl Sink for Choice {
                         calls: std::mem::take(&mut self.message.calls),
                         logprobs: std::mem::take(&mut self.logprobs),
                         token_ids: std::mem::take(&mut self.token_ids),
-                        finish: Finish { reason, has_called },
+                        finish: Finish {
+                            reason,
+                            has_called,
+                            stop,
+                        },
                         usage: self.usage,
                         _held: held,
                     });

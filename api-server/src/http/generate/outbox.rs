@@ -11,7 +11,7 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{Shape, Tally, Usage};
+use crate::output::{StreamWriter, Tally, Usage};
 
 /// Bytes that may wait for a slow reader. With these written no more tokens are rendered; they wait as ids.
 const WAITING_BYTES_MAX: usize = 64 << 10;
@@ -34,6 +34,8 @@ pub struct Share {
 }
 
 struct Inner {
+    /// How its door writes it.
+    writer: Box<dyn StreamWriter>,
     bytes: Vec<u8>,
     waker: Option<Waker>,
     open_choices: usize,
@@ -47,11 +49,12 @@ struct Inner {
 }
 
 impl Outbox {
-    /// An outbox for this many choices, whose tokens are counted here.
-    pub fn new(choices: usize, tally: Tally) -> Rc<Self> {
+    /// An outbox for this many choices, whose tokens are counted here, for a stream that is written so.
+    pub fn new(choices: usize, tally: Tally, writer: Box<dyn StreamWriter>) -> Rc<Self> {
         Rc::new(Self {
             taken: Notify::new(),
             inner: RefCell::new(Inner {
+                writer,
                 bytes: Vec::new(),
                 waker: None,
                 open_choices: choices,
@@ -65,13 +68,14 @@ impl Outbox {
     }
 
     /// Appends to the stream.
-    pub fn write(&self, write: impl FnOnce(&mut Vec<u8>)) {
+    pub fn write(&self, write: impl FnOnce(&mut dyn StreamWriter, &mut Vec<u8>)) {
         let mut inner = self.inner.borrow_mut();
         if inner.ended {
             return;
         }
         inner.started = true;
-        write(&mut inner.bytes);
+        let Inner { writer, bytes, .. } = &mut *inner;
+        write(&mut **writer, bytes);
         inner.wake();
     }
 
@@ -98,13 +102,14 @@ impl Outbox {
     }
 
     /// A choice has ended; after the last one the stream does.
-    fn choice_done(&self, index: usize, usage: Usage, shape: &Shape) {
+    fn choice_done(&self, index: usize, usage: Usage) {
         let mut inner = self.inner.borrow_mut();
         inner.tally.add(index, usage);
         inner.open_choices -= 1;
         if inner.open_choices == 0 && !inner.ended {
             let usage = inner.tally.usage();
-            shape.done(usage, &mut inner.bytes);
+            let Inner { writer, bytes, .. } = &mut *inner;
+            writer.done(usage, bytes);
             inner.ended = true;
         }
         inner.wake();
@@ -117,7 +122,8 @@ impl Outbox {
             return false;
         }
         if inner.started {
-            Shape::error_event(&error, &mut inner.bytes);
+            let Inner { writer, bytes, .. } = &mut *inner;
+            writer.fail(&error, bytes);
         } else {
             inner.failure = Some(error);
         }
@@ -180,9 +186,9 @@ impl Outbox {
 
 impl Share {
     /// The choice has ended; after the last one the stream does.
-    pub fn done(&self, index: usize, usage: Usage, shape: &Shape) {
+    pub fn done(&self, index: usize, usage: Usage) {
         self.is_over.set(true);
-        self.outbox.choice_done(index, usage, shape);
+        self.outbox.choice_done(index, usage);
     }
 
     /// The choice failed, and with it the request. True if the stream itself tells it: it is no status any more.
@@ -233,23 +239,25 @@ mod tests {
     use baton_protocol::FinishReason;
 
     use super::*;
-    use crate::openai::{ApiKind, Finish, Shown};
+    use crate::openai::{ApiKind, Shape, Shown};
+    use crate::output::Finish;
 
     /// What a stream of two choices says, one of which ends.
-    fn stream(second: impl FnOnce(Share, &Shape)) -> String {
+    fn stream(second: impl FnOnce(Share)) -> String {
         let shape = Shape::new(ApiKind::Completion, "1", "m", "f", Shown::default());
-        let outbox = Outbox::new(2, Tally::new(1, 1, 2));
+        let outbox = Outbox::new(2, Tally::new(1, 1, 2), Box::new(shape));
         let (first, other) = (outbox.share(), outbox.share());
         let usage = Usage::default();
         let finish = Finish {
             reason: FinishReason::Stop,
             has_called: false,
+            stop: None,
         };
-        first.write(|out| shape.finish_chunk(0, finish, usage, out));
-        first.done(0, Usage::default(), &shape);
+        first.write(|writer, out| writer.finish(0, &finish, usage, out));
+        first.done(0, Usage::default());
         drop(first);
         assert!(!outbox.inner.borrow().ended, "the other goes on");
-        second(other, &shape);
+        second(other);
         assert!(outbox.inner.borrow().ended);
         let bytes = outbox.inner.borrow_mut().take();
         String::from_utf8(bytes.to_vec()).unwrap()
@@ -257,10 +265,10 @@ mod tests {
 
     #[test]
     fn a_stream_ends_also_if_a_choice_breaks() {
-        let done = stream(|share, shape| share.done(1, Usage::default(), shape));
+        let done = stream(|share| share.done(1, Usage::default()));
         assert!(done.ends_with("data: [DONE]\n\n"), "{done}");
         assert!(!done.contains("error"), "{done}");
-        let broken = stream(|share, _| drop(share));
+        let broken = stream(|share| drop(share));
         assert!(!broken.contains("[DONE]"), "{broken}");
         assert!(
             broken.contains("event: error") && broken.contains("internal_error"),

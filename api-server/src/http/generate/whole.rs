@@ -12,9 +12,10 @@ use actix_web::http::{StatusCode, header};
 use bytes::Bytes;
 
 use super::presence::Presence;
-use super::respond;
 use crate::bound::Bound;
-use crate::openai::{Call, Finish, LogprobEntry, Shape, Tally, Usage};
+use crate::http::respond;
+use crate::openai::Shape;
+use crate::output::{AnswerWriter, Call, Finish, LogprobEntry, Outcome, Tally, Usage};
 use crate::server::Server;
 use crate::text::tokenizer::ModelText;
 
@@ -79,7 +80,7 @@ impl Drop for Held {
 /// The response with these choices. `client` is kept until all of it is written.
 pub fn response(
     server: Arc<Server>,
-    shape: Arc<Shape>,
+    shape: Shape,
     tally: Tally,
     choices: Vec<Whole>,
     client: Presence,
@@ -98,6 +99,20 @@ pub fn response(
             ready: Some(first),
             _client: client,
         })
+}
+
+/// The response with the one choice of a door that writes it at once.
+pub fn document(writer: Box<dyn AnswerWriter>, tally: Tally, choice: &Whole) -> HttpResponse {
+    let mut tally = tally;
+    tally.add(0, choice.usage);
+    let outcome = Outcome {
+        content: &choice.text,
+        reasoning: &choice.reasoning,
+        calls: &choice.calls,
+        finish: &choice.finish,
+        usage: tally.usage(),
+    };
+    respond::json(StatusCode::OK, writer.whole(outcome))
 }
 
 /// The body of a large answer.
@@ -138,7 +153,7 @@ impl MessageBody for WholeBody {
 
 /// An answer and how far it is rendered.
 struct Answer {
-    shape: Arc<Shape>,
+    shape: Shape,
     tally: Tally,
     choices: std::iter::Enumerate<std::vec::IntoIter<Whole>>,
     /// The number of the choice that is being written.
@@ -163,7 +178,7 @@ enum Step {
 }
 
 impl Answer {
-    fn new(shape: Arc<Shape>, tally: Tally, choices: Vec<Whole>) -> Self {
+    fn new(shape: Shape, tally: Tally, choices: Vec<Whole>) -> Self {
         Self {
             shape,
             tally,
@@ -266,7 +281,7 @@ impl Answer {
                 }
             }
             Step::Finish(whole) => {
-                shape.close_choice(self.index, &whole.token_ids, whole.finish, out);
+                shape.close_choice(self.index, &whole.token_ids, &whole.finish, out);
                 Step::Choice
             }
             Step::Over => Step::Over,
@@ -311,6 +326,7 @@ mod tests {
                 finish: Finish {
                     reason: FinishReason::Length,
                     has_called: false,
+                    stop: None,
                 },
                 usage: Usage {
                     completion: tokens as u64,
@@ -331,7 +347,7 @@ mod tests {
                 logprobs: true,
                 ..Shown::default()
             };
-            let shape = Arc::new(Shape::new(kind, "1", "m", "f", shown));
+            let shape = Shape::new(kind, "1", "m", "f", shown);
             let tally = Tally::new(1, 1, 3);
             let mut answer = Answer::new(shape, tally, choices(&all, 3, 3_000));
             let mut document = Vec::new();
@@ -398,7 +414,7 @@ mod tests {
             ("a", long.as_str(), vec![call(&long), call("")]),
             ("", "b", vec![]),
         ] {
-            let shape = Arc::new(Shape::new(ApiKind::Chat, "1", "m", "f", Shown::default()));
+            let shape = Shape::new(ApiKind::Chat, "1", "m", "f", Shown::default());
             let whole = Whole {
                 text: text.to_owned(),
                 reasoning: reasoning.to_owned(),
@@ -406,6 +422,7 @@ mod tests {
                 finish: Finish {
                     reason: FinishReason::Stop,
                     has_called: !calls.is_empty(),
+                    stop: None,
                 },
                 ..choices(&all, 1, 0).remove(0)
             };
