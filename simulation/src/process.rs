@@ -354,6 +354,10 @@ impl Executor for Mortal {
         self.inner.submit(plan)
     }
 
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        self.inner.choose(masks)
+    }
+
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         let spared = self.is_spared.load(Relaxed);
         if let Some(left) = self.steps_left.as_mut().filter(|_| !spared) {

@@ -61,6 +61,13 @@ fn masks_are_obeyed() {
 }
 
 #[test]
+fn masks_come_later() {
+    baton_executor_tests::masks::masks_come_later(&|build| {
+        Box::new(executor(Kernel::best(), 2, build))
+    });
+}
+
+#[test]
 fn runs_choose_what_single_steps_do() {
     for kernel in kernels() {
         baton_executor_tests::runs::runs_choose_what_single_steps_do(&|build| {

@@ -167,6 +167,10 @@ impl Executor for Turn {
         self.0.lock().expect("one thread").submit(plan)
     }
 
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        self.0.lock().expect("one thread").choose(masks)
+    }
+
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         self.0.lock().expect("one thread").collect()
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use baton_engine::{
     Choice, Choices, Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepId,
-    StepOutput, StepPlan, Want, What, answer, uniform_arena, wants,
+    StepOutput, StepPlan, TokenMask, Want, What, answer, uniform_arena, wants,
 };
 use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
@@ -59,6 +59,8 @@ struct Step {
     wants: Vec<Want>,
     want_logits: bool,
     output: StepOutput,
+    /// Rows whose tokens are chosen later, and where the step's arrays lie. The GPU computes their logits.
+    unchosen: Option<(Vec<Want>, StepAddresses)>,
 }
 
 impl CudaExecutor {
@@ -174,6 +176,7 @@ impl CudaExecutor {
             output: StepOutput {
                 sequences: vec![SequenceOutput::default(); plan.sequences.len()],
             },
+            unchosen: None,
         };
         let one_each = plan.sequences.iter().all(|s| s.tokens.len() == 1)
             && wants.len() == plan.sequences.len()
@@ -192,7 +195,16 @@ impl CudaExecutor {
                     .upload(slot, shape, &self.rows, &wants, &[], &kv)?;
                 // SAFETY: the plan was checked against the arena; the graph was captured with these arrays' places.
                 unsafe { self.graphs[graph].1.launch()? };
-                self.choose(&mut step, wants, &at)?;
+                match plan.chooses_later {
+                    true => step.unchosen = Some((wants, at)),
+                    false => self.sample(&mut step, wants, &at)?,
+                }
+            }
+            _ if plan.chooses_later => {
+                return Err(CudaError::Unsupported(format!(
+                    "{} is to have its tokens chosen later, and is no decode step of a captured size",
+                    plan.id
+                )));
             }
             _ => {
                 let work = self.attention.work(&self.rows);
@@ -215,7 +227,7 @@ impl CudaExecutor {
                     let rest = wants.split_off(most);
                     // SAFETY: rows of this step.
                     unsafe { self.model.logits(wanted, most)? };
-                    self.choose(&mut step, wants, &at)?;
+                    self.sample(&mut step, wants, &at)?;
                     self.answer(&mut step)?;
                     wanted += (most * size_of::<i32>()) as u64;
                     wants = rest;
@@ -225,14 +237,14 @@ impl CudaExecutor {
                     // SAFETY: rows of this step.
                     unsafe { self.model.logits(wanted, padded_rows(wants.len()))? };
                 }
-                self.choose(&mut step, wants, &at)?;
+                self.sample(&mut step, wants, &at)?;
             }
         }
         Ok(step)
     }
 
     /// Has tokens chosen from the logits of `wants`, and what was chosen copied to the host.
-    fn choose(
+    fn sample(
         &mut self,
         step: &mut Step,
         wants: Vec<Want>,
@@ -373,6 +385,9 @@ impl Executor for CudaExecutor {
                 message: format!("{SLOTS} steps are in flight already"),
             });
         }
+        if let Some(last) = self.submitted.back().filter(|last| last.unchosen.is_some()) {
+            return Err(ExecutorError::not_chosen(last.id));
+        }
         self.rows.fill(plan, &self.info)?;
         self.model.device.bind()?;
         self.choose_on_host()?;
@@ -383,10 +398,39 @@ impl Executor for CudaExecutor {
         Ok(())
     }
 
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        let Some(mut step) = self.submitted.pop_back() else {
+            return Err(ExecutorError::nothing_to_choose());
+        };
+        let chosen = match step.unchosen.take() {
+            None => Err(ExecutorError::nothing_to_choose()),
+            Some((mut wants, at)) => {
+                for want in &mut wants {
+                    if let (What::Sample(request), Some(Some(mask))) =
+                        (&mut want.what, masks.get(want.sequence))
+                    {
+                        request.mask = Some(Arc::clone(mask));
+                    }
+                }
+                let bound = self.model.device.bind();
+                bound
+                    .and_then(|()| self.sample(&mut step, wants, &at))
+                    .map_err(ExecutorError::from)
+            }
+        };
+        self.submitted.push_back(step);
+        chosen
+    }
+
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         let Some(mut step) = self.submitted.pop_front() else {
             return Err(ExecutorError::nothing_submitted());
         };
+        if step.unchosen.is_some() {
+            let id = step.id;
+            self.submitted.push_front(step);
+            return Err(ExecutorError::not_chosen(id));
+        }
         self.answer(&mut step)?;
         Ok(step.output)
     }

@@ -69,6 +69,12 @@ fn masks_are_obeyed() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn masks_come_later() {
+    baton_executor_tests::masks::masks_come_later(&|b| Box::new(usual(b)));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn runs_choose_what_single_steps_do() {
     baton_executor_tests::runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(b)));
 }

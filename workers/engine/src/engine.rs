@@ -7,7 +7,7 @@ use baton_protocol::{Refusal, SequenceSpec};
 
 use crate::draft::{Drafter, Drafts};
 use crate::flight::Flights;
-use crate::scheduler::Scheduler;
+use crate::scheduler::{MASK_PATIENCE, Scheduler};
 use crate::sequence::{Constrained, Sequence};
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
@@ -214,6 +214,7 @@ impl Engine {
         let mut events = Vec::with_capacity(self.scheduler.decoding.len() + 1);
         self.in_service(|engine| {
             let depth = engine.info().steps_in_flight.max(1);
+            engine.choose()?;
             while engine.flights.len() < depth && engine.submit_step(&mut events)? {}
             engine.stalled = engine.flights.is_empty() && engine.has_work();
             engine.collect_step(&mut events)
@@ -251,8 +252,22 @@ impl Engine {
         })
     }
 
+    /// Have the tokens of the step in flight chosen, if it waits for masks and no other is before it.
+    fn choose(&mut self) -> Result<(), ExecutorError> {
+        if let Some(flight) = self.flights.to_choose() {
+            let deadline = (self.clock)() + MASK_PATIENCE;
+            let masks = self.scheduler.masks(&mut flight.rows, deadline);
+            self.executor.choose(&masks)?;
+            flight.is_unchosen = false;
+        }
+        Ok(())
+    }
+
     /// Plan the next step and submit it; `false` if there is none, or if it has to wait for those in flight.
     fn submit_step(&mut self, events: &mut Vec<Event>) -> Result<bool, ExecutorError> {
+        if self.flights.are_unchosen() {
+            return Ok(false);
+        }
         let rows = match self.flights.is_empty() {
             true => self.scheduler.plan((self.clock)(), events),
             false => self.scheduler.plan_ahead((self.clock)()),

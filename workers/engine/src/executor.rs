@@ -6,12 +6,15 @@
 //!
 //! A step is submitted, and collected later. In between further ones may be submitted: their sequences go on from
 //! tokens that only the device knows yet ([`SequenceStep::follows`](crate::SequenceStep::follows)), and the device never
-//! waits for the host.
+//! waits for the host. Where the next token must follow rules, the device runs the layers meanwhile, and waits for the masks
+//! alone ([`Executor::choose`]).
 
 use std::fmt;
+use std::sync::Arc;
 
 use baton_protocol::KvGeometry;
 
+use crate::TokenMask;
 use crate::output::StepOutput;
 use crate::step::StepPlan;
 
@@ -75,10 +78,22 @@ pub trait Executor: Send {
     /// flight. An executor that sees a promise broken refuses the plan and never guesses.
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
 
+    /// Has the tokens chosen of the step that was submitted last, whose plan says that they are
+    /// [chosen later](StepPlan::chooses_later). `masks` has an entry for each of its sequences; with `None` its plan says all of how
+    /// its token is chosen. The engine calls this when the steps before it are collected, and before it collects that step or submits
+    /// another. Only executors that bear several steps in flight get such plans.
+    ///
+    /// # Errors
+    /// [`ExecutorError`] if the device failed, or if no step waits for this.
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        let _ = masks;
+        Err(ExecutorError::nothing_to_choose())
+    }
+
     /// Waits for the oldest step that was not collected yet, and says what it made.
     ///
     /// # Errors
-    /// [`ExecutorError`] if the device failed, or if there is no such step.
+    /// [`ExecutorError`] if the device failed, if there is no such step, or if its tokens are not [chosen](Self::choose) yet.
     fn collect(&mut self) -> Result<StepOutput, ExecutorError>;
 
     /// One step from beginning to end, with no other under way.
@@ -96,6 +111,20 @@ impl ExecutorError {
     pub fn nothing_submitted() -> Self {
         Self {
             message: "no step was submitted that could be collected".to_owned(),
+        }
+    }
+
+    /// [`Executor::choose`] without a step that waits for it: a defect of the caller.
+    pub fn nothing_to_choose() -> Self {
+        Self {
+            message: "no step in flight waits for its tokens to be chosen".to_owned(),
+        }
+    }
+
+    /// A step that waits for [`Executor::choose`] is in the way: a defect of the caller.
+    pub fn not_chosen(step: impl fmt::Display) -> Self {
+        Self {
+            message: format!("the tokens of {step} are not chosen yet"),
         }
     }
 

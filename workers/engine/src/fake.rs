@@ -15,7 +15,7 @@ use baton_protocol::{KvGeometry, KvGroup, TokenLogprobs, TopLogprob};
 use crate::sampling::mix;
 use crate::{
     Executor, ExecutorError, ExecutorInfo, Follows, SampleRequest, Sampled, SequenceOutput,
-    SequenceStep, StepOutput, StepPlan,
+    SequenceStep, StepOutput, StepPlan, TokenMask,
 };
 
 /// Digest of the empty sequence.
@@ -368,6 +368,9 @@ impl Executor for FakeExecutor {
             });
         }
         self.check(plan)?;
+        if let Some((last, _)) = self.submitted.back().filter(|(last, _)| last.chooses_later) {
+            return Err(ExecutorError::not_chosen(last.id));
+        }
         let now = Instant::now();
         let starts = self.submitted.back().map_or(now, |(_, end)| now.max(*end));
         self.submitted
@@ -375,8 +378,32 @@ impl Executor for FakeExecutor {
         Ok(())
     }
 
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        let Some((plan, _)) = self
+            .submitted
+            .back_mut()
+            .filter(|(plan, _)| plan.chooses_later)
+        else {
+            return Err(ExecutorError::nothing_to_choose());
+        };
+        plan.chooses_later = false;
+        for (step, mask) in plan.sequences.iter_mut().zip(masks) {
+            if let (Some(run), Some(mask)) = (&mut step.sample, mask) {
+                run.mask = Some(Arc::clone(mask));
+            }
+        }
+        Ok(())
+    }
+
     /// Runs the step here, as late as may be: whoever touches its blocks before it was collected is found out.
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        if let Some((plan, _)) = self
+            .submitted
+            .front()
+            .filter(|(plan, _)| plan.chooses_later)
+        {
+            return Err(ExecutorError::not_chosen(plan.id));
+        }
         let Some((plan, end)) = self.submitted.pop_front() else {
             return Err(ExecutorError::nothing_submitted());
         };

@@ -18,6 +18,8 @@ pub struct Flight {
     pub decodes: usize,
     /// Drafts of all rows, one after the other.
     pub drafts: Vec<u32>,
+    /// Its tokens are not chosen yet, for want of masks.
+    pub is_unchosen: bool,
 }
 
 /// One sequence's part of it.
@@ -32,6 +34,10 @@ pub struct FlightRow {
     pub drafts: Range<u32>,
     /// A token is chosen after its last one and after each draft.
     pub samples: bool,
+    /// The mask of that token comes later.
+    pub masked_later: bool,
+    /// The mask did not come: what is chosen means nothing.
+    pub is_void: bool,
 }
 
 impl FlightRow {
@@ -68,6 +74,19 @@ impl Flights {
 
     pub fn oldest(&self) -> Option<&Flight> {
         self.steps.front()
+    }
+
+    /// The only step, if its tokens are to be chosen now.
+    pub fn to_choose(&mut self) -> Option<&mut Flight> {
+        match self.steps.make_contiguous() {
+            [only] if only.is_unchosen => Some(only),
+            _ => None,
+        }
+    }
+
+    /// Whether the tokens of a step are not chosen yet: it is the last one.
+    pub fn are_unchosen(&self) -> bool {
+        self.steps.back().is_some_and(|step| step.is_unchosen)
     }
 
     pub fn submitted(&mut self, step: Flight) {

@@ -27,25 +27,27 @@
 //!   wait: a step without one of them would cost that one half its speed.
 //! - there is a block for everyone: nobody is thrown out for a guess.
 //!
-//! A sequence with a constraint needs the mask of its next token, which depends on the token before: it is in one step at a
-//! time, and sits out where its mask is late.
+//! A sequence with a constraint needs the mask of its next token, which depends on the token before. So the tokens of a step behind
+//! one in flight are chosen later: the device runs the layers, the tokens of the step before come, masks are made of them, and then
+//! the executor is told to choose. A sequence whose mask is late sits out; if its row runs already, it is run again.
 //!
 //! A sequence whose drafts are in flight sits out, for nobody knows which position comes next; the others go ahead.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::draft::Drafts;
 use crate::flight::{Flight, FlightRow};
 use crate::sequence::Sequence;
-use crate::{BlockPool, Event, Follows, SequenceStep, StepPlan};
+use crate::{BlockPool, Event, Follows, SequenceStep, StepPlan, TokenMask};
 
 /// Prompts admitted in order of arrival though fewer would fill the step: more would only hold blocks, and miss
 /// prefixes that those before them are about to share.
 const PROMPTS_IN_FLIGHT: usize = 4;
 
 /// How long a step is held back for masks that are not made yet: much less than a step takes, and more than a mask.
-const MASK_PATIENCE: Duration = Duration::from_millis(1);
+pub const MASK_PATIENCE: Duration = Duration::from_millis(1);
 
 /// The engine's sequences, and the step being planned.
 pub struct Scheduler {
@@ -154,8 +156,8 @@ impl Scheduler {
             }
         }
         let (drafts, tokens_max) = (&self.drafts, self.tokens_max);
-        let is_late = |s: &Sequence| s.in_flight == 0 && s.constrained.is_late();
-        let goes_on = |s: &Sequence| !s.is_ending(tokens_max) && !drafts.sits_out(s) && !is_late(s);
+        let goes_on =
+            |s: &Sequence| !s.is_ending(tokens_max) && !drafts.sits_out(s) && !s.lacks_mask();
         for sequence in self.decoding.iter_mut().filter(|s| goes_on(s)) {
             let tokens = sequence.tokens.len() + sequence.in_flight;
             if !sequence.can_follow()
@@ -173,6 +175,7 @@ impl Scheduler {
         self.plan.tokens.clear();
         self.plan.blocks.clear();
         self.plan.targets.clear();
+        self.plan.chooses_later = false;
         self.flight = Flight::default();
     }
 
@@ -259,6 +262,29 @@ impl Scheduler {
         self.prefilling.retain_mut(ask);
     }
 
+    /// The masks of a step whose tokens are to be chosen now, by row, waited for until `deadline` at most. Rows of sequences that
+    /// have left need none; those whose mask does not come are void, and get one that allows nothing.
+    pub fn masks(
+        &mut self,
+        rows: &mut [FlightRow],
+        deadline: Instant,
+    ) -> Vec<Option<Arc<TokenMask>>> {
+        let mut masks = vec![None; rows.len()];
+        let mut sequences = self.decoding.iter_mut().peekable();
+        // Both are in order of arrival.
+        for (row, mask) in rows.iter_mut().zip(&mut masks) {
+            while sequences.next_if(|s| s.arrival < row.arrival).is_some() {}
+            let own = sequences.next_if(|s| s.arrival == row.arrival);
+            let Some(sequence) = own.filter(|_| row.masked_later) else {
+                continue;
+            };
+            let made = sequence.constrained.mask_of_row(deadline);
+            row.is_void = made.is_none();
+            *mask = made.or_else(|| Some(Arc::new(TokenMask::new(Box::default()))));
+        }
+        masks
+    }
+
     fn plan_decodes(&mut self, events: &mut Vec<Event>) {
         let mut row = 0;
         while row < self.decoding.len() {
@@ -275,7 +301,7 @@ impl Scheduler {
         for sequence in &mut self.decoding {
             if sequence.is_ending(self.tokens_max)
                 || self.drafts.sits_out(sequence)
-                || sequence.constrained.is_late()
+                || sequence.lacks_mask()
             {
                 continue;
             }
@@ -359,6 +385,9 @@ fn push_row(
     let (first_token, first_block) = (plan.tokens.len(), plan.blocks.len());
     let (first_target, first_draft) = (plan.targets.len(), flight.drafts.len());
     let known = sequence.tokens.get(start..end);
+    let masked_later = known.is_none() && !sequence.constrained.is_free();
+    plan.chooses_later |= masked_later;
+    flight.is_unchosen |= masked_later;
     match known {
         Some(tokens) => plan.tokens.extend_from_slice(tokens),
         None => plan.tokens.push(0),
@@ -389,6 +418,8 @@ fn push_row(
         targets: step.targets.len() as u32,
         drafts: first_draft as u32..flight.drafts.len() as u32,
         samples: step.sample.is_some(),
+        masked_later,
+        is_void: false,
     });
     sequence.in_flight += step.tokens.len();
     sequence.drafted += drafts.len();

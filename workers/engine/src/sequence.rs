@@ -55,6 +55,8 @@ pub struct Constrained {
     mask: Option<Arc<TokenMask>>,
     /// Why there will be none.
     pub failure: Option<String>,
+    /// A step in flight has a row of it that means nothing: its mask did not come in time.
+    pub is_void: bool,
 }
 
 impl Constrained {
@@ -73,6 +75,13 @@ impl Constrained {
     /// Whether the next token cannot be chosen yet.
     pub fn is_late(&self) -> bool {
         self.constraint.is_some() && self.mask.is_none()
+    }
+
+    /// The mask for a row that runs already, asked for until `deadline` at most. `None` makes the row void.
+    pub fn mask_of_row(&mut self, deadline: Instant) -> Option<Arc<TokenMask>> {
+        self.ask(deadline);
+        self.is_void = self.mask.is_none();
+        self.mask.take()
     }
 
     /// Asks for the mask of the next token where it is missing, until `deadline` at most.
@@ -149,11 +158,17 @@ impl Sequence {
     }
 
     /// Whether its next row can be told before the tokens in flight are known here. Penalties count every token, and the
-    /// device adds only the one that the row follows. A mask depends on the token before it.
+    /// device adds only the one that the row follows. A mask depends on the token before it, and comes when that is known.
     pub fn can_follow(&self) -> bool {
-        match self.constrained.is_free() {
-            true => self.in_flight <= 1 || !self.state.has_penalty(),
-            false => self.in_flight == 0,
+        let needs_last = self.state.has_penalty() || !self.constrained.is_free();
+        self.in_flight <= 1 || !needs_last
+    }
+
+    /// Whether no row can be made for want of a mask. That of a row which follows a step in flight comes later.
+    pub fn lacks_mask(&self) -> bool {
+        match self.in_flight {
+            0 => self.constrained.is_late(),
+            _ => self.constrained.is_void,
         }
     }
 

@@ -33,6 +33,8 @@ pub struct StepPlan {
     pub targets: Vec<u32>,
     /// Return the logits of every sampled position too. For tests.
     pub want_logits: bool,
+    /// Its tokens are chosen only when [`Executor::choose`](crate::Executor::choose) brings the masks that are missing here.
+    pub chooses_later: bool,
 }
 
 /// One sequence's part of a step: the tokens it runs, and what is made of them.
@@ -92,7 +94,9 @@ pub struct SampleRun {
     pub state: Arc<SampleState>,
     /// The first so many choices cannot be a stop id: they come before `min_tokens`.
     pub stop_ids_banned: usize,
-    /// Which tokens the first choice may be; `None` allows all. With a mask `len` is 1, and the sequence follows no step in flight.
+    /// Which tokens the first choice may be; `None` allows all, where [`Executor::choose`](crate::Executor::choose) brings no mask.
+    /// With a mask `len` is 1. The mask of a sequence that follows a step in flight depends on the token that the step chooses, so
+    /// it never stands here.
     pub mask: Option<Arc<TokenMask>>,
 }
 

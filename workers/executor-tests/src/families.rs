@@ -103,6 +103,7 @@ pub fn prompt_log_probabilities(error_max: f64, build: Builder<'_>) {
         blocks: vec![2, 0, 1, 9, 8, 7, 3, 4, 6, 5],
         targets: tokens[1..].to_vec(),
         want_logits: false,
+        ..StepPlan::default()
     };
     let output = executor.forward(&plan).expect("a step").sequences.remove(0);
     assert!(output.sampled.is_empty() && output.logits.is_empty());

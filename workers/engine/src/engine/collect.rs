@@ -16,6 +16,7 @@ type Collected = (FlightRow, SequenceOutput);
 impl Engine {
     /// Collect the oldest step in flight, if there is one.
     pub(super) fn collect_step(&mut self, events: &mut Vec<Event>) -> Result<(), ExecutorError> {
+        self.choose()?;
         let Some(oldest) = self.flights.oldest() else {
             return Ok(());
         };
@@ -28,6 +29,7 @@ impl Engine {
             rows,
             decodes,
             drafts,
+            ..
         } = flight;
         let mut decoded: Vec<Collected> = rows.into_iter().zip(output.sequences).collect();
         let prompts = decoded.split_off(decodes);
@@ -88,6 +90,10 @@ impl Engine {
             let drafts = &drafts[row.drafts.start as usize..row.drafts.end as usize];
             sequence.in_flight -= row.tokens as usize;
             sequence.drafted -= drafts.len();
+            if row.is_void {
+                sequence.constrained.is_void = false;
+                return true;
+            }
             let full_before = sequence.computed / block_tokens;
             let goes_on = commit(sequence, drafts, output.sampled, self.tokens_max, events);
             // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.

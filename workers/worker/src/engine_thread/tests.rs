@@ -24,6 +24,10 @@ impl Executor for Breaking {
         self.inner.submit(plan)
     }
 
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        self.inner.choose(masks)
+    }
+
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         if self.steps_left == 0 {
             assert!(!self.panics, "out of steps");

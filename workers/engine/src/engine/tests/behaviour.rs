@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::{FakeKv, FakeMemory, StepOutput, StepPlan};
+use crate::{FakeKv, FakeMemory, StepOutput, StepPlan, TokenMask};
 
 #[test]
 fn a_prompt_is_prefilled_handed_over_and_continued() {
@@ -391,6 +391,10 @@ impl Executor for Broken {
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         self.inner.submit(plan)
+    }
+
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        self.inner.choose(masks)
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {

@@ -225,6 +225,31 @@ fn a_constraint_that_fails_is_told_while_others_run_ahead() {
     }
 }
 
+/// With every mask there as soon as its token is known the device never waits for the host: all steps but those that have nothing to
+/// follow are submitted before the last is collected.
+#[test]
+fn a_constrained_sequence_runs_ahead_and_its_tokens_are_chosen_when_masks_come() {
+    for steps_in_flight in [2, 3] {
+        let (mut engine, mut driver) = watched(Setup {
+            steps_in_flight,
+            ..Setup::default()
+        });
+        let specs = [spec(&prompt(1, 10), 30), spec(&prompt(2, 10), 30)];
+        driver.rules.insert(1, RULE);
+        for (key, spec) in (1..).zip(&specs) {
+            driver.submit(&mut engine, key, spec.clone());
+        }
+        driver.run(&mut engine, 100);
+        assert_eq!(driver.outputs[&1], ruled(&specs[0], RULE).0);
+        assert_eq!(driver.outputs[&2], alone(&specs[1]));
+        let steps = driver.watch.runs().len();
+        let ahead = driver.watch.chosen_later();
+        assert!(ahead >= 25, "{ahead} of {steps} steps ran ahead");
+        assert!(steps <= 34, "{steps} steps for 30 tokens: rows are void");
+        assert_empty(&engine);
+    }
+}
+
 #[test]
 fn a_sequence_whose_mask_is_late_sits_out_and_the_others_go_on() {
     let (mut engine, mut driver) = watched(Setup {

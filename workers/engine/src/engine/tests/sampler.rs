@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
 use super::*;
-use crate::{Choices, FakeMemory, SequenceStep, StepOutput, StepPlan, sample, uniform};
+use crate::{Choices, FakeMemory, SequenceStep, StepOutput, StepPlan, TokenMask, sample, uniform};
 
 /// Logits by hash of all tokens so far, then the sampling rules: what a model does, as far as the engine can tell.
 struct Sampler {
@@ -25,6 +25,8 @@ struct Watched {
     blocks: VecDeque<Vec<u32>>,
     /// Of each step so far, its sequences and how many tokens are chosen for each.
     runs: Vec<Vec<(u64, usize)>>,
+    /// Steps whose tokens were chosen when masks came.
+    chosen_later: usize,
 }
 
 impl Watch {
@@ -42,6 +44,11 @@ impl Watch {
         self.with(|watched| watched.runs.clone())
     }
 
+    /// Steps whose tokens were chosen when masks came.
+    pub fn chosen_later(&self) -> usize {
+        self.with(|watched| watched.chosen_later)
+    }
+
     fn with<T>(&self, run: impl FnOnce(&mut Watched) -> T) -> T {
         run(&mut self.0.lock().expect("no panic under the lock"))
     }
@@ -54,6 +61,7 @@ impl Executor for Sampler {
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         assert!(self.submitted.len() < self.info().steps_in_flight);
+        assert!(self.submitted.iter().all(|before| !before.chooses_later));
         for step in &plan.sequences {
             let run = step.sample.as_ref().map_or(0, |run| run.len);
             assert!(run <= self.info().run_max, "a run of {run}");
@@ -78,9 +86,26 @@ impl Executor for Sampler {
         Ok(())
     }
 
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        assert_eq!(self.submitted.len(), 1, "those before it are collected");
+        let plan = &mut self.submitted[0];
+        assert!(std::mem::take(&mut plan.chooses_later), "it waits for this");
+        assert_eq!(plan.sequences.len(), masks.len());
+        for (step, mask) in plan.sequences.iter_mut().zip(masks) {
+            if let Some(mask) = mask {
+                let run = step.sample.as_mut().expect("a token is chosen for it");
+                assert!(run.mask.is_none() && step.follows.is_some());
+                run.mask = Some(Arc::clone(mask));
+            }
+        }
+        self.watch.with(|watched| watched.chosen_later += 1);
+        Ok(())
+    }
+
     /// Runs the step as late as may be.
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         let mut plan = self.submitted.pop_front().expect("a step was submitted");
+        assert!(!plan.chooses_later, "it waits for masks");
         for step in &mut plan.sequences {
             let Some(follows) = step.follows.take() else {
                 continue;
