@@ -7,7 +7,8 @@ use baton_protocol::{Refusal, SequenceSpec};
 
 use crate::draft::{Drafter, Drafts};
 use crate::flight::Flights;
-use crate::scheduler::{MASK_PATIENCE, Scheduler};
+use crate::pace::Pace;
+use crate::scheduler::Scheduler;
 use crate::sequence::{Constrained, Sequence};
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
@@ -30,6 +31,8 @@ pub struct Engine {
     queue_max: usize,
     arrivals: u64,
     clock: fn() -> Instant,
+    /// When steps were collected, as far as it says how long the next one keeps the device busy.
+    pace: Pace,
     stalled: bool,
     failed: Option<ExecutorError>,
 }
@@ -56,6 +59,7 @@ impl Engine {
             queue_max: config.queue_max,
             arrivals: 0,
             clock: Instant::now,
+            pace: Pace::default(),
             stalled: false,
             failed: None,
         }
@@ -255,7 +259,7 @@ impl Engine {
     /// Have the tokens of the step in flight chosen, if it waits for masks and no other is before it.
     fn choose(&mut self) -> Result<(), ExecutorError> {
         if let Some(flight) = self.flights.to_choose() {
-            let deadline = (self.clock)() + MASK_PATIENCE;
+            let deadline = self.pace.busy_until((self.clock)());
             let masks = self.scheduler.masks(&mut flight.rows, deadline);
             self.executor.choose(&masks)?;
             flight.is_unchosen = false;

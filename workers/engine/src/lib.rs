@@ -55,6 +55,7 @@ mod follow;
 mod free_list;
 mod messages;
 mod output;
+mod pace;
 mod pool;
 mod prefix;
 mod rows;

@@ -25,6 +25,7 @@ impl Engine {
         let Some(flight) = self.flights.collected() else {
             return Ok(());
         };
+        self.pace.note((self.clock)(), !self.flights.is_empty());
         let Flight {
             rows,
             decodes,
