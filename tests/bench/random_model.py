@@ -4,11 +4,13 @@ Usage: random_model.py DIR [--dtype fp8] [--layers 32] [--hidden 4096] ...
 
 Every matrix is a piece of the same noise: numbers of either sign between 2^-7 and 2^-3; with --dtype fp8 the projections
 are e4m3 with a scale a channel. The tokenizer knows bytes and
-nothing else by name, so answers are gibberish. Checksums in the manifest are left zero: nothing reads them but
+nothing else by name, so answers are gibberish; with --tokens FILE (tiktoken's form: base64 and id, a line each; Llama 3's
+tokenizer.model is one) tokens have the names that are there, as grammars need, but nothing is merged. Checksums in the manifest are left zero: nothing reads them but
 `baton model-prep --verify`. Takes some seconds and 16 GB.
 """
 
 import argparse
+import base64
 import json
 import math
 import os
@@ -20,6 +22,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("directory", type=Path)
 parser.add_argument("--name", default="random-8b")
 parser.add_argument("--dtype", choices=["bf16", "fp8"], default="bf16")
+parser.add_argument("--tokens", type=Path)
 for option, default in {
     "hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128, "vocab": 128256,
     "tokens-max": 131072, "threads": 16,
@@ -80,7 +83,15 @@ os.close(weights)
 # The characters that byte-level tokenizers write bytes as, and names for the rest.
 plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
 letters = plain + [256 + i for i in range(256 - len(plain))]
-vocabulary = {chr(letter): i for i, letter in enumerate(letters)} | {f"word{i}": i for i in range(256, a.vocab - 2)}
+if a.tokens:
+    letter = {byte: chr(byte) for byte in plain} | {
+        byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in plain)
+    }
+    lines = (line.split() for line in a.tokens.read_text().splitlines())
+    vocabulary = {"".join(letter[byte] for byte in base64.b64decode(text)): int(i) for text, i in lines}
+    vocabulary |= {f"word{i}": i for i in range(len(vocabulary), a.vocab - 2)}
+else:
+    vocabulary = {chr(letter): i for i, letter in enumerate(letters)} | {f"word{i}": i for i in range(256, a.vocab - 2)}
 specials = {"<begin>": a.vocab - 2, "<end>": a.vocab - 1}
 byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 files = {
@@ -93,7 +104,7 @@ files = {
         "post_processor": None, "decoder": byte_level,
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": bool(a.tokens),
             "vocab": vocabulary | specials, "merges": [],
         },
     },
