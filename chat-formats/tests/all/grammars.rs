@@ -113,6 +113,7 @@ fn made(
         tools: &tools,
         choice,
         parallel,
+        answer: None,
         token: &|text| id(text).filter(|_| special),
     };
     Grammar::new(grammar(&request).unwrap().unwrap())
@@ -280,6 +281,71 @@ fn strict_tools_hold_from_where_a_call_opens() {
 }
 
 #[test]
+fn an_answer_by_schema_or_calls() {
+    let schema = json!({"type": "object", "properties": {"is_sunny": {"type": "boolean"}, "n": {"$ref": "#/$defs/n"}},
+        "required": ["is_sunny"], "additionalProperties": false, "$defs": {"n": {"enum": ["<tool_call>"]}}});
+    for (format, special) in formats() {
+        let tools = tools(false);
+        let (reasoning, thought, end) = match format {
+            Format::Harmony => (
+                Reasoning::Harmony,
+                "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant",
+                "<|channel|>final<|message|>",
+            ),
+            _ => (Reasoning::Think, "<think>Hm.</think>", ""),
+        };
+        let made = grammar(&Request {
+            format,
+            reasoning,
+            tools: &tools,
+            choice: &ToolChoice::Auto,
+            parallel: true,
+            answer: Some(&schema),
+            token: &|text| id(text).filter(|_| special),
+        });
+        if matches!(format, Format::LlamaJson | Format::Json | Format::Pythonic) {
+            let error = made.unwrap_err();
+            assert!(error.contains(format.name()), "{error}");
+            continue;
+        }
+        let grammar = Grammar::new(made.unwrap().unwrap());
+        let answer = |json: &str| format!("{end}{json}");
+        let calls = match format {
+            Format::Harmony => write(format, &GOOD[1..2]).unwrap(),
+            _ => write(format, &GOOD).unwrap(),
+        };
+        let good = [
+            answer(r#"{"is_sunny": true}"#),
+            answer(r#"{"is_sunny": false, "n": "<tool_call>"}"#),
+            calls,
+        ];
+        for written in good {
+            for thought in ["", thought] {
+                let pieces = pieces(&format!("{thought}{written}"), special);
+                assert!(
+                    grammar.accepts(&pieces),
+                    "{format} {:?}\n{}",
+                    grammar.take(&pieces),
+                    grammar.text
+                );
+            }
+        }
+        let bad = [
+            answer("It is sunny."),
+            answer(r#"{"is_sunny": 7}"#),
+            answer(""),
+            write(format, &[("fly", "{}")]).unwrap(),
+        ];
+        for written in bad {
+            assert!(
+                !grammar.accepts(&pieces(&written, special)),
+                "{format} {written}"
+            );
+        }
+    }
+}
+
+#[test]
 fn what_needs_no_grammar_and_what_cannot_have_one() {
     let tools = tools(false);
     let ask = |format, choice: &ToolChoice, tools: &Tools| {
@@ -289,6 +355,7 @@ fn what_needs_no_grammar_and_what_cannot_have_one() {
             tools,
             choice,
             parallel: true,
+            answer: None,
             token: &|_| None,
         })
     };
