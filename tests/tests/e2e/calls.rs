@@ -66,14 +66,15 @@ async fn a_model_answers_by_schema_or_calls_strictly() {
     // Without a schema for the answer the text is free; calls are not, and the workers know.
     let from = cluster.tap.now();
     cluster.api.chat(&ask(&brace, false, true)).await;
-    for trace in Trace::all(&cluster.tap, from).await.values() {
-        let (_, job) = &trace.prefills[0];
-        match &job.sequence.generation.grammar {
-            Some(Grammar::Lark(text)) => {
-                assert!(text.contains("Paris") && text.contains("TEXT"), "{text}")
-            }
-            other => panic!("{other:?}"),
+    let traces = Trace::all(&cluster.tap, from).await;
+    // What ends of the requests before is heard too.
+    let jobs: Vec<_> = traces.values().flat_map(|trace| &trace.prefills).collect();
+    assert_eq!(jobs.len(), 1);
+    match &jobs[0].1.sequence.generation.grammar {
+        Some(Grammar::Lark(text)) => {
+            assert!(text.contains("Paris") && text.contains("TEXT"), "{text}");
         }
+        other => panic!("{other:?}"),
     }
     cluster.drained(PATIENCE).await;
 }
