@@ -130,7 +130,19 @@ fn tool(i: usize, value: &Value) -> Result<Tool, ApiError> {
     }
     let parameters = match object.get("parameters") {
         None | Some(Value::Null) => Value::Null,
-        Some(schema @ Value::Object(_)) => schema.clone(),
+        Some(schema @ Value::Object(fields)) => {
+            let takes_object = match fields.get("type") {
+                None => true,
+                Some(Value::Array(kinds)) => kinds.iter().any(|kind| kind == "object"),
+                Some(kind) => kind == "object",
+            };
+            if !takes_object {
+                let param = at(".function.parameters.type");
+                let message = format!("{param} must be \"object\": arguments have names");
+                return Err(ApiError::param(param, message));
+            }
+            schema.clone()
+        }
         Some(other) => {
             return Err(wrong_type(
                 &at(".function.parameters"),
@@ -317,6 +329,10 @@ mod tests {
             (
                 json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}),
                 "tools[0].function.parameters",
+            ),
+            (
+                json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}),
+                "tools[0].function.parameters.type",
             ),
             (
                 json!({"tools": [tool], "tool_choice": "maybe"}),

@@ -13,7 +13,7 @@ use crate::support::{Owned, SPECIAL, text, with_special_tokens};
 use crate::written::write;
 
 /// The id of a special token in the vocabulary of these tests: bytes come first.
-fn id(token: &str) -> Option<u32> {
+pub fn id(token: &str) -> Option<u32> {
     let at = SPECIAL.iter().position(|special| *special == token);
     at.map(|at| 256 + at as u32)
 }
@@ -42,13 +42,13 @@ fn tokens(pieces: &[Owned]) -> Vec<u32> {
     pieces.iter().flat_map(one).collect()
 }
 
-struct Grammar {
+pub struct Grammar {
     factory: ParserFactory,
     text: String,
 }
 
 impl Grammar {
-    fn new(text: String) -> Self {
+    pub fn new(text: String) -> Self {
         let mut factory = ParserFactory::new_simple(&environment()).unwrap();
         factory.quiet();
         Self { factory, text }
@@ -60,18 +60,24 @@ impl Grammar {
         taken == all && ends
     }
 
-    /// How many of how many tokens may come, and whether the output may end after them.
-    fn take(&self, pieces: &[Owned]) -> (usize, usize, bool) {
+    /// A matcher before the first token.
+    pub fn matcher(&self) -> Matcher {
         let parser = self
             .factory
             .create_parser(TopLevelGrammar::from_lark(self.text.clone()));
-        let mut matcher = Matcher::new(parser);
+        let matcher = Matcher::new(parser);
         assert!(
             !matcher.is_error(),
             "{:?}\n{}",
             matcher.get_error(),
             self.text
         );
+        matcher
+    }
+
+    /// How many of how many tokens may come, and whether the output may end after them.
+    fn take(&self, pieces: &[Owned]) -> (usize, usize, bool) {
+        let mut matcher = self.matcher();
         let tokens = tokens(pieces);
         let taken = matcher.try_consume_tokens(&tokens).unwrap();
         let ends = taken == tokens.len() && matcher.is_accepting().unwrap();
@@ -128,7 +134,7 @@ const GOOD: [(&str, &str); 3] = [
     ("now", r#"{}"#),
 ];
 
-fn formats() -> impl Iterator<Item = (Format, bool)> {
+pub fn formats() -> impl Iterator<Item = (Format, bool)> {
     let formats = Format::all().filter(|format| *format != Format::None);
     formats.flat_map(|format| [(format, true), (format, false)])
 }
