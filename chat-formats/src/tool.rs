@@ -23,11 +23,17 @@ impl Tool {
         }
     }
 
-    /// The schema of its arguments.
+    /// The schema of its arguments, which says that they are an object where theirs leaves it open.
     pub fn schema(&self) -> Value {
         match &self.parameters {
-            Value::Null => json!({"type": "object"}),
-            schema => schema.clone(),
+            Value::Object(schema) => {
+                let mut schema = schema.clone();
+                if !schema.contains_key("$ref") {
+                    schema.insert("type".to_owned(), Value::from("object"));
+                }
+                Value::Object(schema)
+            }
+            _ => json!({"type": "object"}),
         }
     }
 

@@ -89,17 +89,23 @@ impl fmt::Debug for Compiler {
     }
 }
 
+/// Ids that a grammar may name when it is checked: more than vocabularies have.
+const CHECKED_IDS: usize = 1 << 19;
+
 /// Whether a grammar can be compiled, and followed at least to its first byte. Takes as long as compiling does: at most about a
 /// second.
 ///
-/// Tokens of a model that a Lark grammar names are not known here: a grammar with them is right or wrong on the worker.
+/// Tokens of a model that a Lark grammar names are not known here: by its name, none is there; by its id, each may be. A grammar
+/// with an id is right or wrong on the worker.
 ///
 /// # Errors
 /// [`GrammarError::Grammar`].
 pub fn check(grammar: &Grammar) -> Result<(), GrammarError> {
     static BYTES: OnceLock<Result<Compiler, GrammarError>> = OnceLock::new();
-    let bytes =
-        BYTES.get_or_init(|| Compiler::of_tokens((0..=255).map(|byte| vec![byte]).collect()));
+    let bytes = BYTES.get_or_init(|| {
+        let ids = std::iter::repeat_n(Vec::new(), CHECKED_IDS);
+        Compiler::of_tokens(ids.chain((0..=255).map(|byte| vec![byte])).collect())
+    });
     let compiler = bytes.as_ref().map_err(Clone::clone)?;
     match compiler.compile(grammar, &[]) {
         Ok(mut matcher) => match matcher.mask() {

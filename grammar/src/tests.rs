@@ -120,6 +120,15 @@ fn special_tokens_come_only_where_the_grammar_names_them() {
 }
 
 #[test]
+fn a_check_takes_any_id_for_a_token() {
+    let named = |id: usize| Grammar::Lark(format!("start: <[{id}]> %json {{\"type\": \"null\"}}"));
+    for id in [0, 65, 200_000] {
+        assert_eq!(check(&named(id)), Ok(()), "{id}");
+    }
+    assert!(check(&named(1 << 30)).is_err());
+}
+
+#[test]
 fn a_branch_goes_its_own_way() {
     let compiler = compiler();
     let mut one = compiler

@@ -10,9 +10,16 @@ use serde_json::{Map, Value};
 use super::fields::{Fields, wrong_type};
 use crate::error::ApiError;
 
-/// The fields that [`read`] looks at, or how they begin, and how an ASCII character begins that is escaped: in a body without any of
-/// these there is no grammar.
-const MARKS: [&str; 4] = ["response_format", "structured_outputs", "guided_", "\\u00"];
+/// Fields that ask for a grammar, or how they begin, and how an ASCII character begins that is escaped: in a body without any of
+/// these there is no grammar. Tools that must be called, or called rightly, take one too.
+const MARKS: [&str; 6] = [
+    "response_format",
+    "structured_outputs",
+    "guided_",
+    "tool_choice",
+    "\"strict\"",
+    "\\u00",
+];
 
 /// Any JSON object: what `json_object` asks for.
 const ANY_OBJECT: &str = r#"{"type":"object"}"#;
@@ -27,11 +34,11 @@ pub fn is_likely(body: &[u8]) -> bool {
     finder.as_ref().is_none_or(|finder| finder.is_match(body))
 }
 
-/// The grammar that a request asks for, if it does. It is compiled here once to see whether it can be, which takes up to about a second.
+/// The grammar that a request asks for, if it does, and the field that does. It is compiled here once to see whether it can be, which takes up to about a second.
 ///
 /// # Errors
 /// 400 with the field's name: two grammars at once, one of the wrong form, one that cannot be compiled.
-pub fn read(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
+pub fn read(fields: &Fields) -> Result<Option<(String, Grammar)>, ApiError> {
     let mut found: Vec<(String, Grammar)> = Vec::new();
     if let Some(format) = fields.value("response_format") {
         found.extend(response_format(format)?);
@@ -65,7 +72,7 @@ pub fn read(fields: &Fields) -> Result<Option<Grammar>, ApiError> {
         return Err(ApiError::param(name, message));
     }
     match baton_grammar::check(&grammar) {
-        Ok(()) => Ok(Some(grammar)),
+        Ok(()) => Ok(Some((name, grammar))),
         Err(error) => {
             let message = format!("{name}: {error}");
             Err(ApiError::param(name, message))
@@ -197,7 +204,8 @@ mod tests {
     use crate::openai::table::Door;
 
     fn of(body: &str) -> Result<Option<Grammar>, ApiError> {
-        read(&Fields::parse(Door::Chat, body.as_bytes()).expect("a body"))
+        let fields = Fields::parse(Door::Chat, body.as_bytes()).expect("a body");
+        Ok(read(&fields)?.map(|(_, grammar)| grammar))
     }
 
     fn schema(text: &str) -> Option<Grammar> {
@@ -210,6 +218,8 @@ mod tests {
             r#"{"response_format":{"type":"text"}}"#,
             r#"{"\u0067uided_regex":"a"}"#,
             r#"{"structured_outputs":{}}"#,
+            r#"{"tools":[],"tool_choice":"required"}"#,
+            r#"{"tools":[{"function":{"strict" :true}}]}"#,
         ] {
             assert!(is_likely(body.as_bytes()), "{body}");
         }

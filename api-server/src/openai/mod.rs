@@ -12,6 +12,7 @@ mod size;
 mod table;
 mod thinking;
 mod tokenize;
+mod tool_grammar;
 pub mod tools;
 
 pub use chat::ChatRequest;

@@ -1,5 +1,6 @@
 //! Parameters that chat and text completions share.
 
+use baton_chat_formats::{Format, Reasoning};
 use baton_protocol::limits::TOP_LOGPROBS_MAX;
 use baton_protocol::{CacheSalt, Generation, Grammar, Sampling};
 use serde_json::Value;
@@ -8,6 +9,8 @@ use sha2::{Digest, Sha256};
 use super::fields::{Fields, whole, wrong_type};
 use super::grammar;
 use super::table::{self, Door};
+use super::tool_grammar::Answer;
+use super::tools::Offer;
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
 use crate::text::tokenizer::{GenerationDefaults, Keep, ModelText, Side};
@@ -53,6 +56,8 @@ pub struct Params {
     pub cache_salt: CacheSalt,
     /// What the output must follow.
     pub grammar: Option<Grammar>,
+    /// The field that asks for that.
+    pub grammar_field: Option<String>,
     /// What to keep of a prompt that is longer; as many tokens as there is room for, if it names no number.
     pub truncation: Option<(Option<u32>, Side)>,
     /// Whether the tokenizer's own tokens are added at the ends of the prompt, if the client says.
@@ -83,6 +88,7 @@ impl Params {
         let stream = fields.bool("stream")?.unwrap_or(false);
         let (include_usage, continuous_usage) = stream_options(door, fields, stream)?;
         let flag = |name: &str| Ok::<_, ApiError>(fields.bool(name)?.unwrap_or(false));
+        let (grammar_field, grammar) = grammar::read(fields)?.unzip();
         Ok(Self {
             model: fields.string("model")?.map(str::to_owned),
             n: fields.integer("n", 1, choices_max)?.unwrap_or(1) as u32,
@@ -99,7 +105,8 @@ impl Params {
             sampling: sampling(fields, defaults, seed)?,
             seeded: seed.is_some(),
             cache_salt: cache_salt(fields)?,
-            grammar: grammar::read(fields)?,
+            grammar,
+            grammar_field,
             truncation: truncation(fields)?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             token_ids: flag("return_token_ids")?,
@@ -116,6 +123,25 @@ impl Params {
             tokens: tokens.unwrap_or(room) as usize,
             side,
         })
+    }
+
+    /// Adds to what the output must follow that calls of these tools are written rightly, and come if they must.
+    ///
+    /// # Errors
+    /// As [`Offer::grammar`].
+    pub fn hold_calls(
+        &mut self,
+        offer: &Offer,
+        format: Format,
+        reasoning: Reasoning,
+        model: &ModelText,
+    ) -> Result<(), ApiError> {
+        let field = self.grammar_field.as_deref().unwrap_or("response_format");
+        let answer = self.grammar.as_ref();
+        let answer = answer.map(|grammar| Answer { field, grammar });
+        let token = |text: &str| model.special_token(text);
+        self.grammar = offer.grammar(format, reasoning, answer, &token)?;
+        Ok(())
     }
 
     /// The rules of generation for a prompt of this many tokens. `prompt` names the parameter that it came

@@ -48,7 +48,6 @@ impl Offer {
         let tools = tools.collect::<Result<Vec<Tool>, _>>()?;
         let tools = Tools::new(tools);
         let choice = choice(fields.value("tool_choice"), &tools)?;
-        can_be_held(&choice)?;
         let shown = match choice {
             ToolChoice::None => Vec::new(),
             _ => shown,
@@ -61,31 +60,32 @@ impl Offer {
         })
     }
 
-    /// The format in which to look for calls.
+    /// Whether the model must call.
+    pub fn is_forced(&self) -> bool {
+        matches!(self.choice, ToolChoice::Required | ToolChoice::Named(_))
+    }
+
+    /// Whether it may.
+    pub fn may_be_called(&self) -> bool {
+        self.choice != ToolChoice::None
+    }
+
+    /// The format in which calls are written and looked for. A call that must come takes a grammar and no help of the model's: where the
+    /// model's format is not known it is JSON.
     ///
     /// # Errors
-    /// 400 if there are tools and the model's format is not known.
+    /// 400 if the model is to call when it wants to, and its format is not known.
     pub fn format(&self, of_model: Format) -> Result<Format, ApiError> {
-        if self.choice == ToolChoice::None {
-            return Ok(Format::None);
+        match of_model {
+            _ if !self.may_be_called() => Ok(Format::None),
+            Format::None if self.is_forced() => Ok(Format::Json),
+            Format::None => {
+                let message = "this model calls no tools in a way that this server knows: say which must be called in tool_choice, leave \
+                               tools out, or have the server started with --tool-format";
+                Err(ApiError::param("tools", message))
+            }
+            known => Ok(known),
         }
-        if of_model == Format::None {
-            let message = "this model calls no tools in a way that this server knows: leave tools out, or have the server \
-                           started with --tool-format";
-            return Err(ApiError::param("tools", message));
-        }
-        Ok(of_model)
-    }
-}
-
-/// Whether the server can see to it. A call that must come takes a grammar on the workers.
-fn can_be_held(choice: &ToolChoice) -> Result<(), ApiError> {
-    match choice {
-        ToolChoice::None | ToolChoice::Auto => Ok(()),
-        ToolChoice::Required | ToolChoice::Named(_) => Err(ApiError::param(
-            "tool_choice",
-            "tool_choice can be \"auto\" or \"none\": this server cannot yet make a model call a tool",
-        )),
     }
 }
 
@@ -130,7 +130,19 @@ fn tool(i: usize, value: &Value) -> Result<Tool, ApiError> {
     }
     let parameters = match object.get("parameters") {
         None | Some(Value::Null) => Value::Null,
-        Some(schema @ Value::Object(_)) => schema.clone(),
+        Some(schema @ Value::Object(fields)) => {
+            let takes_object = match fields.get("type") {
+                None => true,
+                Some(Value::Array(kinds)) => kinds.iter().any(|kind| kind == "object"),
+                Some(kind) => kind == "object",
+            };
+            if !takes_object {
+                let param = at(".function.parameters.type");
+                let message = format!("{param} must be \"object\": arguments have names");
+                return Err(ApiError::param(param, message));
+            }
+            schema.clone()
+        }
         Some(other) => {
             return Err(wrong_type(
                 &at(".function.parameters"),
@@ -319,20 +331,16 @@ mod tests {
                 "tools[0].function.parameters",
             ),
             (
+                json!({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}),
+                "tools[0].function.parameters.type",
+            ),
+            (
                 json!({"tools": [tool], "tool_choice": "maybe"}),
                 "tool_choice",
             ),
             (json!({"tools": [tool], "tool_choice": 1}), "tool_choice"),
             (
                 json!({"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "g"}}}),
-                "tool_choice",
-            ),
-            (
-                json!({"tools": [tool], "tool_choice": "required"}),
-                "tool_choice",
-            ),
-            (
-                json!({"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}),
                 "tool_choice",
             ),
             (json!({"tool_choice": "auto"}), "tool_choice"),
@@ -357,6 +365,13 @@ mod tests {
             offer.format(Format::None).unwrap_err().param.as_deref(),
             Some("tools")
         );
+        let named = json!({"type": "function", "function": {"name": "f"}});
+        for choice in [json!("required"), named] {
+            let offer = read(json!({"tools": [tool], "tool_choice": choice})).unwrap();
+            assert!(offer.is_forced() && offer.shown.len() == 1);
+            assert_eq!(offer.format(Format::Hermes).unwrap(), Format::Hermes);
+            assert_eq!(offer.format(Format::None).unwrap(), Format::Json);
+        }
         let offer = read(json!({"tools": [tool], "tool_choice": "none"})).unwrap();
         assert_eq!(
             (offer.shown.len(), offer.format(Format::Hermes).unwrap()),

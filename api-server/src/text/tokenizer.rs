@@ -424,6 +424,12 @@ impl ModelText {
         format!("baton-{}-{model}", env!("CARGO_PKG_VERSION"))
     }
 
+    /// The id of the special token with this text; `None` if there is none, or one that is not special.
+    pub fn special_token(&self, text: &str) -> Option<u32> {
+        let id = self.tokenizer.token_to_id(text)?;
+        self.vocabulary.special(id).then_some(id)
+    }
+
     /// The text of these tokens, without special ones.
     pub fn text(&self, tokens: &[u32]) -> String {
         let mut text = String::new();

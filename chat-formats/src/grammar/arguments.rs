@@ -36,16 +36,16 @@ fn arguments(ask: &Ask<'_>, tool: &Tool) -> Option<Vec<Argument>> {
     Some(properties.iter().map(argument).collect())
 }
 
-/// A part of a schema with what it may refer to.
+/// A part of a schema with what it may refer to, and how JSON is to be written.
 fn with_definitions(part: &Value, whole: &Value) -> Value {
     let mut part = match part {
         Value::Object(part) => part.clone(),
         Value::Bool(false) => return json!({"not": {}}),
         _ => Map::new(),
     };
-    for key in ["$defs", "definitions"] {
-        if let (Some(definitions), false) = (whole.get(key), part.contains_key(key)) {
-            part.insert(key.to_owned(), definitions.clone());
+    for key in ["$defs", "definitions", "x-guidance"] {
+        if let (Some(shared), false) = (whole.get(key), part.contains_key(key)) {
+            part.insert(key.to_owned(), shared.clone());
         }
     }
     Value::Object(part)

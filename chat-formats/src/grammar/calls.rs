@@ -1,6 +1,6 @@
 //! How each format's calls are written, as rules.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::arguments;
 use super::lark::{Lark, literal};
@@ -14,6 +14,10 @@ pub(crate) struct Ask<'a> {
     pub parallel: bool,
     /// Only strict tools have their arguments held to their schema: the others' are any object.
     pub is_auto: bool,
+    /// There may be text beside calls, and after one of them the text opens the next.
+    pub is_free: bool,
+    /// The schema of an answer instead of calls.
+    pub answer: Option<&'a Value>,
 }
 
 /// Calls in a format.
@@ -174,8 +178,7 @@ pub(crate) fn shape(ask: &Ask<'_>, lark: &mut Lark<'_>) -> Option<Shape> {
 /// What follows the first opening marker, with more calls after it, each with that marker before it.
 fn repeated(ask: &Ask<'_>, open: &str, inside: &str, lark: &Lark<'_>) -> String {
     let open = lark.mark(open);
-    match ask.parallel && !ask.is_auto {
-        // In auto the text between opens the next.
+    match ask.parallel && !ask.is_free {
         false => inside.to_owned(),
         true if ask.format == Format::MistralArgs => format!("{inside} ({open} {inside})*"),
         true => format!("{inside} (\"\\n\" {open} {inside})*"),
@@ -216,9 +219,16 @@ pub(crate) fn harmony(ask: &Ask<'_>, lark: &mut Lark<'_>) {
                 "preamble",
                 &format!("{channel} \"commentary\" {message} said {next}"),
             );
+            let said = match ask.answer {
+                None => "TEXT",
+                Some(schema) => {
+                    lark.json("schema", schema);
+                    "schema"
+                }
+            };
             lark.rule(
                 "answer",
-                &format!("{channel} \"final\" {message} TEXT ({over} | {end})?"),
+                &format!("{channel} \"final\" {message} {said} ({over} | {end})?"),
             );
             lark.rule(
                 "start",

@@ -1,13 +1,15 @@
 //! Grammars that make a model call tools in its format: Lark, as `llguidance` reads it.
 //!
 //! With a required or named call all that the model may write is reasoning and then calls. In `auto` with strict tools it writes what
-//! it likes until it opens a call, and from there on the grammar holds. A grammar constrains the output only; it has nothing to do
-//! with how the prompt is made. The dialect's own additions that are used: `%json` for a JSON schema, `<[7]>` for token 7, `[lazy]`
+//! it likes until it opens a call, and from there on the grammar holds. In `auto` with a schema for the answer it writes reasoning and
+//! then either that answer or calls. A grammar constrains the output only; it has nothing to do with how the prompt is made. The dialect's own additions that are used: `%json` for a JSON schema, `<[7]>` for token 7, `[lazy]`
 //! for the shortest match (`guidance-ai/llguidance`, `docs/syntax.md`).
 
 mod arguments;
 mod calls;
 mod lark;
+
+use serde_json::Value;
 
 use crate::format::{Format, Reasoning};
 use crate::tool::{Tool, Tools};
@@ -40,6 +42,8 @@ pub struct Request<'a> {
     pub choice: &'a ToolChoice,
     /// Whether it may call more than once.
     pub parallel: bool,
+    /// JSON schema of an answer that is no call, if it must follow one. Only in `auto`.
+    pub answer: Option<&'a Value>,
     /// The id of the special token with this text. None if the vocabulary has no such token or spells it as ordinary text.
     pub token: &'a dyn Fn(&str) -> Option<u32>,
 }
@@ -54,16 +58,21 @@ impl std::fmt::Debug for Request<'_> {
     }
 }
 
-/// The grammar for a request. `None` if it needs none: the model may call or not, and no tool is strict.
+/// The grammar for a request. `None` if it needs none: the model may call or not, no tool is strict, and the answer is free.
 ///
 /// # Errors
-/// A sentence, if the named tool was not offered, there are no tools, or the model's format has no calls.
+/// A sentence, if the named tool was not offered, there are no tools, the model's format has no calls, or nothing in it tells a
+/// call from an answer that follows a schema.
 pub fn grammar(request: &Request<'_>) -> Result<Option<String>, String> {
     let all = request.tools.as_slice();
     let is_auto = *request.choice == ToolChoice::Auto;
-    let is_free = is_auto && !all.iter().any(|tool| tool.strict);
-    if *request.choice == ToolChoice::None || is_free {
+    let is_free = is_auto && request.answer.is_none();
+    let is_loose = is_free && !all.iter().any(|tool| tool.strict);
+    if *request.choice == ToolChoice::None || is_loose {
         return Ok(None);
+    }
+    if !is_auto && request.answer.is_some() {
+        return Err("a call is required, so there is no answer to follow a schema".to_owned());
     }
     let tools: Vec<&Tool> = match request.choice {
         ToolChoice::Named(name) => vec![request.tools.find(name).ok_or_else(|| {
@@ -82,6 +91,8 @@ pub fn grammar(request: &Request<'_>) -> Result<Option<String>, String> {
         tools: &tools,
         parallel,
         is_auto,
+        is_free,
+        answer: request.answer,
     };
     if request.format == Format::Harmony {
         calls::harmony(&ask, &mut lark);
@@ -93,13 +104,26 @@ pub fn grammar(request: &Request<'_>) -> Result<Option<String>, String> {
             request.format.name()
         ));
     };
-    let start = match is_auto {
-        false => {
+    let start = match (is_free, request.answer) {
+        (true, _) => auto(request, &shape, parallel, &mut lark),
+        (false, answer) => {
             let thinking = thinking(request.reasoning, &mut lark);
-            let [open, calls] = [shape.open, shape.calls];
-            format!("{thinking} {open} {calls}")
+            let [open, calls] = [&shape.open, &shape.calls];
+            match answer {
+                None => format!("{thinking} {open} {calls}"),
+                // The lexer does not go back: what begins as both may begin must go on as one of them.
+                Some(_) if shape.trigger.is_none() => {
+                    return Err(format!(
+                        "in the model's tool format, {:?}, no marker tells a call from an answer that is JSON too",
+                        request.format.name()
+                    ));
+                }
+                Some(schema) => {
+                    lark.json("answer", schema);
+                    format!("{thinking} (answer | {open} {calls})")
+                }
+            }
         }
-        true => auto(request, &shape, parallel, &mut lark),
     };
     lark.rule("start", &start);
     Ok(Some(lark.finish()))

@@ -13,7 +13,7 @@ use crate::support::{Owned, SPECIAL, text, with_special_tokens};
 use crate::written::write;
 
 /// The id of a special token in the vocabulary of these tests: bytes come first.
-fn id(token: &str) -> Option<u32> {
+pub fn id(token: &str) -> Option<u32> {
     let at = SPECIAL.iter().position(|special| *special == token);
     at.map(|at| 256 + at as u32)
 }
@@ -42,13 +42,13 @@ fn tokens(pieces: &[Owned]) -> Vec<u32> {
     pieces.iter().flat_map(one).collect()
 }
 
-struct Grammar {
+pub struct Grammar {
     factory: ParserFactory,
     text: String,
 }
 
 impl Grammar {
-    fn new(text: String) -> Self {
+    pub fn new(text: String) -> Self {
         let mut factory = ParserFactory::new_simple(&environment()).unwrap();
         factory.quiet();
         Self { factory, text }
@@ -60,18 +60,24 @@ impl Grammar {
         taken == all && ends
     }
 
-    /// How many of how many tokens may come, and whether the output may end after them.
-    fn take(&self, pieces: &[Owned]) -> (usize, usize, bool) {
+    /// A matcher before the first token.
+    pub fn matcher(&self) -> Matcher {
         let parser = self
             .factory
             .create_parser(TopLevelGrammar::from_lark(self.text.clone()));
-        let mut matcher = Matcher::new(parser);
+        let matcher = Matcher::new(parser);
         assert!(
             !matcher.is_error(),
             "{:?}\n{}",
             matcher.get_error(),
             self.text
         );
+        matcher
+    }
+
+    /// How many of how many tokens may come, and whether the output may end after them.
+    fn take(&self, pieces: &[Owned]) -> (usize, usize, bool) {
+        let mut matcher = self.matcher();
         let tokens = tokens(pieces);
         let taken = matcher.try_consume_tokens(&tokens).unwrap();
         let ends = taken == tokens.len() && matcher.is_accepting().unwrap();
@@ -113,6 +119,7 @@ fn made(
         tools: &tools,
         choice,
         parallel,
+        answer: None,
         token: &|text| id(text).filter(|_| special),
     };
     Grammar::new(grammar(&request).unwrap().unwrap())
@@ -127,7 +134,7 @@ const GOOD: [(&str, &str); 3] = [
     ("now", r#"{}"#),
 ];
 
-fn formats() -> impl Iterator<Item = (Format, bool)> {
+pub fn formats() -> impl Iterator<Item = (Format, bool)> {
     let formats = Format::all().filter(|format| *format != Format::None);
     formats.flat_map(|format| [(format, true), (format, false)])
 }
@@ -280,6 +287,71 @@ fn strict_tools_hold_from_where_a_call_opens() {
 }
 
 #[test]
+fn an_answer_by_schema_or_calls() {
+    let schema = json!({"type": "object", "properties": {"is_sunny": {"type": "boolean"}, "n": {"$ref": "#/$defs/n"}},
+        "required": ["is_sunny"], "additionalProperties": false, "$defs": {"n": {"enum": ["<tool_call>"]}}});
+    for (format, special) in formats() {
+        let tools = tools(false);
+        let (reasoning, thought, end) = match format {
+            Format::Harmony => (
+                Reasoning::Harmony,
+                "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant",
+                "<|channel|>final<|message|>",
+            ),
+            _ => (Reasoning::Think, "<think>Hm.</think>", ""),
+        };
+        let made = grammar(&Request {
+            format,
+            reasoning,
+            tools: &tools,
+            choice: &ToolChoice::Auto,
+            parallel: true,
+            answer: Some(&schema),
+            token: &|text| id(text).filter(|_| special),
+        });
+        if matches!(format, Format::LlamaJson | Format::Json | Format::Pythonic) {
+            let error = made.unwrap_err();
+            assert!(error.contains(format.name()), "{error}");
+            continue;
+        }
+        let grammar = Grammar::new(made.unwrap().unwrap());
+        let answer = |json: &str| format!("{end}{json}");
+        let calls = match format {
+            Format::Harmony => write(format, &GOOD[1..2]).unwrap(),
+            _ => write(format, &GOOD).unwrap(),
+        };
+        let good = [
+            answer(r#"{"is_sunny": true}"#),
+            answer(r#"{"is_sunny": false, "n": "<tool_call>"}"#),
+            calls,
+        ];
+        for written in good {
+            for thought in ["", thought] {
+                let pieces = pieces(&format!("{thought}{written}"), special);
+                assert!(
+                    grammar.accepts(&pieces),
+                    "{format} {:?}\n{}",
+                    grammar.take(&pieces),
+                    grammar.text
+                );
+            }
+        }
+        let bad = [
+            answer("It is sunny."),
+            answer(r#"{"is_sunny": 7}"#),
+            answer(""),
+            write(format, &[("fly", "{}")]).unwrap(),
+        ];
+        for written in bad {
+            assert!(
+                !grammar.accepts(&pieces(&written, special)),
+                "{format} {written}"
+            );
+        }
+    }
+}
+
+#[test]
 fn what_needs_no_grammar_and_what_cannot_have_one() {
     let tools = tools(false);
     let ask = |format, choice: &ToolChoice, tools: &Tools| {
@@ -289,6 +361,7 @@ fn what_needs_no_grammar_and_what_cannot_have_one() {
             tools,
             choice,
             parallel: true,
+            answer: None,
             token: &|_| None,
         })
     };

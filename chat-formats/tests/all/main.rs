@@ -4,4 +4,5 @@ mod grammars;
 mod properties;
 mod recorded;
 mod support;
+mod walks;
 mod written;

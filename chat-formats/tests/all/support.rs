@@ -53,7 +53,16 @@ pub fn tools() -> Arc<Tools> {
 }
 
 pub fn run(format: Format, reasoning: Reasoning, pieces: &[Owned]) -> Result {
-    let mut parser = Parser::new(format, reasoning, &tools());
+    run_with(format, reasoning, &tools(), pieces)
+}
+
+pub fn run_with(
+    format: Format,
+    reasoning: Reasoning,
+    tools: &Arc<Tools>,
+    pieces: &[Owned],
+) -> Result {
+    let mut parser = Parser::new(format, reasoning, tools);
     let mut events = Vec::new();
     for piece in pieces {
         let (text, special) = (piece.text.as_str(), piece.special);

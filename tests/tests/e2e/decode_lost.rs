@@ -58,6 +58,13 @@ impl Told {
             for text in words.into_iter().filter_map(Value::as_str) {
                 told.text += text;
             }
+            let calls = [&choice["message"], &choice["delta"]].map(|told| &told["tool_calls"]);
+            for call in calls.into_iter().filter_map(Value::as_array).flatten() {
+                let words = ["name", "arguments"].map(|word| &call["function"][word]);
+                for text in words.into_iter().filter_map(Value::as_str) {
+                    told.text += text;
+                }
+            }
             if !choice["finish_reason"].is_null() {
                 assert!(told.finish.is_null(), "it ended twice");
                 told.finish = choice["finish_reason"].clone();
@@ -85,6 +92,15 @@ async fn ask(api: &Api, question: &Question, stream: bool) -> Told {
     told
 }
 
+/// A tool with an argument of at least this many words.
+fn tool(words: usize) -> Value {
+    let word = json!({"type": "string", "pattern": "^[a-z]{1,12}$"});
+    let list = json!({"type": "array", "items": word, "minItems": words});
+    let arguments = json!({"type": "object", "properties": {"words": list}, "required": ["words"], "additionalProperties": false,
+        "x-guidance": {"whitespace_flexible": false}});
+    json!({"type": "function", "function": {"name": "say", "parameters": arguments}})
+}
+
 /// Everything that a break could get wrong.
 fn questions(model: &str) -> Vec<Question> {
     let prompt = "My grandmother told me about the winter in which the river froze, and";
@@ -100,6 +116,8 @@ fn questions(model: &str) -> Vec<Question> {
         // No end is ever reached: each worker finds its place in the grammar from the tokens before.
         json!({"prompt": prompt, "temperature": 1, "seed": 9, "logprobs": 1,
                "structured_outputs": {"regex": "([a-z]{1,12}(, | ))*"}}),
+        // A call that must come, and has more to say than there is room for.
+        json!({"messages": messages, "temperature": 1, "seed": 11, "tool_choice": "required", "tools": [tool(MAX_TOKENS)]}),
     ];
     ways.into_iter()
         .map(|mut body| {
@@ -243,7 +261,9 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
     let choices: usize = expected.iter().map(|told| told.choices.len()).sum();
     for (told, (question, _)) in expected.iter().zip(&asked) {
         let is_stopped = !question.body["stop"].is_null();
+        let is_call = !question.body["tools"].is_null();
         for choice in told.choices.values() {
+            assert_eq!(choice.text.starts_with("say{\"words\":[\""), is_call);
             assert_eq!(choice.finish, if is_stopped { "stop" } else { "length" });
         }
     }

@@ -3,6 +3,7 @@
 mod api_server;
 mod bad_input;
 mod bus_outage;
+mod calls;
 mod context_lost;
 mod decode_lost;
 mod deployments;

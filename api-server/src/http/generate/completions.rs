@@ -138,7 +138,7 @@ async fn try_chat(
         let format = chat.offer.format(model.formats.format)?;
         chat.suit(model.formats.format)?;
         let ChatRequest {
-            params,
+            mut params,
             messages,
             rendering,
             offer,
@@ -149,17 +149,17 @@ async fn try_chat(
         let keep = params.keep(model, None);
         let prompt = model.render_chat_as(messages, rendering, keep, until);
         let prompt = prompt.map_err(refused)?;
-        let reading = match params.grammar {
-            None => Some(Reading {
-                format,
-                reasoning: model.formats.reasoning.after_prompt(&prompt.text()),
-                tools: offer.tools,
-                include_reasoning,
-                parallel: offer.parallel,
-            }),
-            // All of an output that follows a grammar is the answer, from its first token on.
-            Some(_) => None,
-        };
+        // Where no tool may be called, all of an output that follows a grammar is the answer, from its first token on.
+        let is_read = params.grammar.is_none() || offer.may_be_called();
+        let reasoning = model.formats.reasoning.after_prompt(&prompt.text());
+        params.hold_calls(&offer, format, reasoning, model)?;
+        let reading = is_read.then(|| Reading {
+            format,
+            reasoning,
+            tools: offer.tools,
+            include_reasoning,
+            parallel: offer.parallel,
+        });
         let special = params.add_special_tokens.unwrap_or(false);
         let tokens = model.encode_chat_as(&prompt, special, keep, until);
         let tokens = tokens.map_err(refused)?;

@@ -86,8 +86,8 @@ pub const FIELDS: &[Field] = &[
     accepted("return_token_offsets", BOTH, "answers that generate have none"),
     accepted("return_assistant_tokens_mask", CHAT, "answers that generate have none"),
     // tools
-    done("tools", MESSAGES, "functions that the model may call ([chat-formats.md](chat-formats.md)); a model whose format is not known takes none"),
-    done("tool_choice", CHAT, "`auto` (default with tools) or `none`, with which the model is not shown the tools; a call cannot be forced yet"),
+    done("tools", MESSAGES, "functions that the model may call, those with `strict` only by their schema ([chat-formats.md](chat-formats.md)); a model whose format is not known takes none that it need not call"),
+    done("tool_choice", CHAT, "`auto` (default with tools), `none`, with which the model is not shown the tools, or `required` or a function by name, with which it can write nothing but calls by their schema"),
     done("parallel_tool_calls", CHAT, "false: the answer ends with its first call; default true"),
     refused("functions", CHAT, &["[]"], "say it in tools"),
     refused("function_call", CHAT, &["\"none\""], "say it in tool_choice"),

@@ -6,7 +6,7 @@ mod common;
 
 use baton_model_prep::{PrepareOptions, prepare};
 
-use super::fixtures::opened_with;
+use super::fixtures::{BOS, byte_level, opened_with};
 use super::*;
 
 #[derive(Deserialize)]
@@ -186,4 +186,14 @@ fn defaults_that_workers_would_refuse_are_refused_at_the_start() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn a_special_token_is_known_by_its_text() {
+    let tokenizer = byte_level(&[BOS, "<|call|>"], &["<tool_call>"]);
+    let model = opened_with(&tokenizer.to_string(), "{}").unwrap();
+    assert_eq!(model.special_token("<|call|>"), Some(257));
+    // It is text to a grammar, though it is one token.
+    assert_eq!(model.special_token("<tool_call>"), None);
+    assert_eq!(model.special_token("a"), None);
 }
