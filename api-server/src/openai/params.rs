@@ -125,7 +125,8 @@ impl Params {
         })
     }
 
-    /// Adds to what the output must follow that calls of these tools are written rightly, and come if they must.
+    /// Adds to what the output must follow that calls of these tools are written rightly, and come if they must, and that a model
+    /// that reasons may do so before. True if there may be more than content in the output.
     ///
     /// # Errors
     /// As [`Offer::grammar`].
@@ -135,13 +136,15 @@ impl Params {
         format: Format,
         reasoning: Reasoning,
         model: &ModelText,
-    ) -> Result<(), ApiError> {
+    ) -> Result<bool, ApiError> {
         let field = self.grammar_field.as_deref().unwrap_or("response_format");
         let answer = self.grammar.as_ref();
         let answer = answer.map(|grammar| Answer { field, grammar });
         let token = |text: &str| model.special_token(text);
-        self.grammar = offer.grammar(format, reasoning, answer, &token)?;
-        Ok(())
+        let held = offer.grammar(format, reasoning, answer, &token)?;
+        let is_all = held.is_some() && held == self.grammar;
+        self.grammar = held;
+        Ok(!is_all)
     }
 
     /// The rules of generation for a prompt of this many tokens. `prompt` names the parameter that it came

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use baton_chat_formats::grammar::{Request, ToolChoice, grammar};
+use baton_chat_formats::grammar::{self as formats, Request, ToolChoice, after_reasoning, grammar};
 use baton_chat_formats::{Format, Reasoning, Tool};
 use baton_protocol::Grammar;
 use baton_protocol::limits::GRAMMAR_BYTES_MAX;
@@ -37,7 +37,9 @@ impl Offer {
         token: &dyn Fn(&str) -> Option<u32>,
     ) -> Result<Option<Grammar>, ApiError> {
         let schema = match answer {
-            Some(answer) if !self.may_be_called() => return Ok(Some(answer.grammar.clone())),
+            Some(answer) if !self.may_be_called() => {
+                return Ok(Some(reasoned(answer.grammar, reasoning, token)));
+            }
             Some(answer) => Some(self.schema(answer)?),
             None => None,
         };
@@ -123,6 +125,34 @@ impl Offer {
     }
 }
 
+/// The same behind reasoning, of models that reason. What a client wrote in Lark has the whole output: its rules are its own.
+fn reasoned(
+    grammar: &Grammar,
+    reasoning: Reasoning,
+    token: &dyn Fn(&str) -> Option<u32>,
+) -> Grammar {
+    let schema: Value;
+    let answer = match grammar {
+        Grammar::JsonSchema(text) => {
+            schema = serde_json::from_str(text).unwrap_or_default();
+            Some(formats::Answer::Json(&schema))
+        }
+        Grammar::Regex(pattern) => Some(formats::Answer::Regex(pattern)),
+        Grammar::Lark(text) => {
+            let body = text.strip_prefix("start: ");
+            let body = body.filter(|body| !body.contains('\n'));
+            body.map(formats::Answer::Rule)
+        }
+    };
+    let made = answer.and_then(|answer| after_reasoning(reasoning, answer, token));
+    let fits = |text: &String| {
+        text.len() <= GRAMMAR_BYTES_MAX
+            && baton_grammar::check(&Grammar::Lark(text.clone())).is_ok()
+    };
+    made.filter(fits)
+        .map_or_else(|| grammar.clone(), Grammar::Lark)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -195,8 +225,18 @@ mod tests {
         let body = |choice: &str| json!({"tools": tools, "tool_choice": choice});
         let text = lark(made(body("auto"), Some(&schema)));
         assert!(text.contains("\"yes\"") && text.contains("look"), "{text}");
-        let only = made(body("none"), Some(&schema)).unwrap();
-        assert_eq!(only.as_ref(), Some(&schema));
+        // No calls, but a model that reasons does so first.
+        let only = lark(made(body("none"), Some(&schema)));
+        assert!(
+            only.contains("<think>") && only.contains("\"yes\""),
+            "{only}"
+        );
+        let of_clients = Grammar::Lark("start: word\nword: \"a\"".to_owned());
+        let kept = made(body("none"), Some(&of_clients)).unwrap();
+        assert_eq!(kept, Some(of_clients));
+        let choice = Grammar::Lark("start: \"a\" | \"b\"".to_owned());
+        let text = lark(made(body("none"), Some(&choice)));
+        assert!(text.contains("answer: \"a\" | \"b\""), "{text}");
         let error = made(body(FORCED), Some(&schema)).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("tool_choice"));
         assert!(error.message.contains("response_format"), "{error}");

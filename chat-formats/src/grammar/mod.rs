@@ -5,6 +5,7 @@
 //! then either that answer or calls. A grammar constrains the output only; it has nothing to do with how the prompt is made. The dialect's own additions that are used: `%json` for a JSON schema, `<[7]>` for token 7, `[lazy]`
 //! for the shortest match (`guidance-ai/llguidance`, `docs/syntax.md`).
 
+mod answer;
 mod arguments;
 mod calls;
 mod lark;
@@ -14,6 +15,8 @@ use serde_json::Value;
 use crate::format::{Format, Reasoning};
 use crate::tool::{Tool, Tools};
 use lark::Lark;
+
+pub use answer::{Answer, after_reasoning};
 
 /// What a request says about calling tools.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use baton_chat_formats::grammar::{Request, ToolChoice, grammar};
+use baton_chat_formats::grammar::{Answer, Request, ToolChoice, after_reasoning, grammar};
 use baton_chat_formats::{Format, Reasoning, Tool, Tools};
 use llguidance::api::TopLevelGrammar;
 use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie, TokenizerEnv};
@@ -376,4 +376,46 @@ fn what_needs_no_grammar_and_what_cannot_have_one() {
     let error = ask(Format::None, &ToolChoice::Required, &tools).unwrap_err();
     assert!(error.contains("--tool-format"), "{error}");
     assert!(ask(Format::Hermes, &ToolChoice::Required, &Tools::default()).is_err());
+}
+
+#[test]
+fn an_answer_by_schema_comes_after_reasoning() {
+    let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": false});
+    let answers = [
+        (Answer::Json(&schema), r#"{"n": 3}"#, r#"{"n": "3"}"#),
+        (Answer::Regex("[a-z]+/\n[0-9]"), "ab/\n7", "ab7"),
+        (Answer::Rule(r#""yes" | "no""#), "no", "maybe"),
+    ];
+    for special in [false, true] {
+        for (answer, good, bad) in answers {
+            for (reasoning, thoughts, end) in [
+                (Reasoning::Think, vec!["", "<think>Hm.</think>\n\n"], ""),
+                (
+                    Reasoning::ThinkOpened,
+                    vec!["Hm. {}</think>\n\n", "</think>"],
+                    "",
+                ),
+                (Reasoning::Mistral, vec!["", "[THINK]Hm.[/THINK]"], ""),
+                (
+                    Reasoning::Harmony,
+                    vec![
+                        "",
+                        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant",
+                    ],
+                    "<|channel|>final<|message|>",
+                ),
+            ] {
+                let token = |text: &str| id(text).filter(|_| special);
+                let made = after_reasoning(reasoning, answer, &token).expect("it reasons");
+                let grammar = Grammar::new(made);
+                for thought in thoughts {
+                    let good = pieces(&format!("{thought}{end}{good}"), special);
+                    assert!(grammar.accepts(&good), "{good:?} by {}", grammar.text);
+                    let bad = pieces(&format!("{thought}{end}{bad}"), special);
+                    assert!(!grammar.accepts(&bad), "{bad:?} by {}", grammar.text);
+                }
+            }
+            assert_eq!(after_reasoning(Reasoning::None, answer, &id), None);
+        }
+    }
 }

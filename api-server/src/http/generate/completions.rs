@@ -150,9 +150,8 @@ async fn try_chat(
         let prompt = model.render_chat_as(messages, rendering, keep, until);
         let prompt = prompt.map_err(refused)?;
         // Where no tool may be called, all of an output that follows a grammar is the answer, from its first token on.
-        let is_read = params.grammar.is_none() || offer.may_be_called();
         let reasoning = model.formats.reasoning.after_prompt(&prompt.text());
-        params.hold_calls(&offer, format, reasoning, model)?;
+        let is_read = params.hold_calls(&offer, format, reasoning, model)?;
         let reading = is_read.then(|| Reading {
             format,
             reasoning,
