@@ -51,6 +51,11 @@ impl SequenceSpec {
         {
             return malformed("the grammar is too long");
         }
+        if let Some(rules) = &self.generation.token_rules
+            && let Err(detail) = rules.check()
+        {
+            return malformed(detail);
+        }
         Ok(())
     }
 }

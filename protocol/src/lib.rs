@@ -36,6 +36,7 @@ mod peers;
 mod sampling;
 pub mod subjects;
 mod token_frame;
+mod token_rules;
 mod transfer;
 
 pub use codec::{Versioned, cut, decode, encode};
@@ -57,6 +58,7 @@ pub use packed::{Base64Bytes, PackedTokens};
 pub use peers::{PeerChanges, PeerHealth, PeerState, PeersReply};
 pub use sampling::{FinishReason, Generation, Grammar, Sampling, TokenLogprobs, TopLogprob};
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
+pub use token_rules::TokenRules;
 pub use transfer::{MemoryType, RankRegion, TransferDescriptor, UcxVersion};
 
 /// Version of the contract. Raised when an old receiver would misread a new message.

@@ -7,6 +7,12 @@ pub const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// Longest text of a grammar, in bytes.
 pub const GRAMMAR_BYTES_MAX: usize = 256 << 10;
 
+/// Most sequences of tokens that an output may not hold.
+pub const BAD_WORDS_MAX: usize = 2_048;
+
+/// Most tokens that these have together.
+pub const BAD_WORD_TOKENS_MAX: usize = 16_384;
+
 /// Most alternatives reported with a token.
 pub const TOP_LOGPROBS_MAX: u8 = 20;
 

@@ -1,11 +1,16 @@
 //! How the next token is chosen, when generation ends, and what is reported of each token.
 
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
+
+use crate::TokenRules;
+use crate::token_rules::shared;
 
 /// How one token is chosen from the logits. The defaults choose greedily.
 ///
 /// Order of operations, the same in every executor: `logit_bias`, banned ids (stop ids before
-/// `min_tokens`), repetition, frequency and presence penalties, the grammar's mask, temperature, top-k, top-p, min-p, draw.
+/// `min_tokens`), repetition, frequency and presence penalties, the mask of the grammar and of the token rules, temperature, top-k, top-p, min-p, draw.
 /// Log-probabilities are of the distribution before temperature and truncation, after bias and penalties.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -67,6 +72,9 @@ pub struct Generation {
     /// What the output must follow, besides all else.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grammar: Option<Grammar>,
+    /// Which tokens the output may have, besides all else.
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "shared")]
+    pub token_rules: Option<Arc<TokenRules>>,
 }
 
 /// What an output must follow. No other token than those that it allows is chosen; where it allows an end, stop ids are, too. An

@@ -3,6 +3,7 @@
 
 use std::fmt::Debug;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use baton_protocol::*;
 use proptest::prelude::*;
@@ -54,6 +55,10 @@ fn sequence() -> SequenceSpec {
             min_tokens: 0,
             max_tokens: 64,
             grammar: Some(Grammar::JsonSchema(r#"{"type":"object"}"#.to_owned())),
+            token_rules: Some(Arc::new(TokenRules {
+                allowed: Some(PackedTokens(vec![2, 504, 7042])),
+                bad_words: vec![PackedTokens(vec![504, 7042])],
+            })),
         },
         cache_salt: CacheSalt(0x5a17),
     }

@@ -66,6 +66,7 @@ impl Ask {
                 min_tokens: dice.pick(&[0, 0, 3]),
                 max_tokens: dice.range(1..output_max) as u32,
                 grammar: None,
+                token_rules: None,
             },
             budget: Duration::from_millis(dice.pick(&[1_500, 8_000, 20_000, 60_000])),
             leaves_after: dice.chance(120).then(|| millis(dice, 3_000)),

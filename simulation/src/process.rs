@@ -12,7 +12,7 @@ use std::time::Duration;
 use baton_api_server::SimulatedServer;
 use baton_engine::{
     BlockPool, Drafter, Executor, ExecutorError, ExecutorInfo, FakeCells, FakeConfig, FakeDrafter,
-    FakeExecutor, StepOutput, StepPlan, fake_geometry,
+    FakeExecutor, StepOutput, StepPlan, TokenMask, fake_geometry,
 };
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{

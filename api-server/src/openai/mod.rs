@@ -11,6 +11,7 @@ mod shape;
 mod size;
 mod table;
 mod thinking;
+mod token_wishes;
 mod tokenize;
 mod tool_grammar;
 pub mod tools;

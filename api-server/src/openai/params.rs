@@ -1,18 +1,22 @@
 //! Parameters that chat and text completions share.
 
+use std::sync::Arc;
+
 use baton_chat_formats::{Format, Reasoning};
 use baton_protocol::limits::TOP_LOGPROBS_MAX;
-use baton_protocol::{CacheSalt, Generation, Grammar, Sampling};
+use baton_protocol::{CacheSalt, Generation, Grammar, Sampling, TokenRules};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::fields::{Fields, whole, wrong_type};
 use super::grammar;
 use super::table::{self, Door};
+use super::token_wishes::TokenWishes;
 use super::tool_grammar::Answer;
 use super::tools::Offer;
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
+use crate::text::texts::Until;
 use crate::text::tokenizer::{GenerationDefaults, Keep, ModelText, Side};
 
 /// Most entries of `logit_bias` and of `stop_token_ids`.
@@ -58,6 +62,12 @@ pub struct Params {
     pub grammar: Option<Grammar>,
     /// The field that asks for that.
     pub grammar_field: Option<String>,
+    /// Which tokens it may have, as the client says it.
+    pub tokens: TokenWishes,
+    /// The same in ids of the model, once [`Params::know`] was told which.
+    pub token_rules: Option<Arc<TokenRules>>,
+    /// Report log-probabilities of the prompt's tokens, with so many alternatives each.
+    pub prompt_logprobs: Option<u8>,
     /// What to keep of a prompt that is longer; as many tokens as there is room for, if it names no number.
     pub truncation: Option<(Option<u32>, Side)>,
     /// Whether the tokenizer's own tokens are added at the ends of the prompt, if the client says.
@@ -107,11 +117,23 @@ impl Params {
             cache_salt: cache_salt(fields)?,
             grammar,
             grammar_field,
+            tokens: TokenWishes::read(fields)?,
+            token_rules: None,
+            prompt_logprobs: prompt_logprobs(fields, stream)?,
             truncation: truncation(fields)?,
             add_special_tokens: fields.bool("add_special_tokens")?,
             token_ids: flag("return_token_ids")?,
             tokens_as_ids: flag("return_tokens_as_token_ids")?,
         })
+    }
+
+    /// Puts what it asks for in terms of this model.
+    ///
+    /// # Errors
+    /// As [`TokenWishes::rules`].
+    pub fn know(&mut self, model: &ModelText, until: &Until) -> Result<(), ApiError> {
+        self.token_rules = self.tokens.rules(model, until)?.map(Arc::new);
+        Ok(())
     }
 
     /// What is kept of a longer prompt, if not all of it. `default_max_tokens` is what the output has if the client does not say.
@@ -203,12 +225,25 @@ impl Params {
         }
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
+        let allowed = self
+            .token_rules
+            .as_ref()
+            .and_then(|rules| rules.allowed.as_ref());
+        if let Some(allowed) = allowed
+            && self.min_tokens > 0
+            && allowed.0.iter().all(|id| stop_token_ids.contains(id))
+        {
+            let message =
+                "min_tokens must be 0 where allowed_token_ids has only ids that end the output";
+            return Err(ApiError::param("min_tokens", message));
+        }
         Ok(Generation {
             sampling: self.sampling.clone(),
             stop_token_ids,
             min_tokens: self.min_tokens,
             max_tokens,
             grammar: self.grammar.clone(),
+            token_rules: self.token_rules.clone(),
         })
     }
 }
@@ -356,22 +391,29 @@ fn stops(fields: &Fields, stops_max: usize) -> Result<Vec<String>, ApiError> {
 
 fn stop_token_ids(fields: &Fields) -> Result<Vec<u32>, ApiError> {
     const NAME: &str = "stop_token_ids";
-    let list = match fields.value(NAME) {
-        None => return Ok(Vec::new()),
-        Some(Value::Array(list)) if list.len() <= IDS_MAX => list,
-        Some(Value::Array(_)) => {
-            return Err(ApiError::param(
-                NAME,
-                format!("{NAME} takes at most {IDS_MAX} ids"),
-            ));
+    let ids = token_ids(fields, NAME)?.unwrap_or_default();
+    match ids.len() <= IDS_MAX {
+        true => Ok(ids),
+        false => {
+            let message = format!("{NAME} takes at most {IDS_MAX} ids");
+            Err(ApiError::param(NAME, message))
         }
-        Some(other) => return Err(wrong_type(NAME, "an array of token ids", other)),
+    }
+}
+
+/// An array of token ids.
+pub fn token_ids(fields: &Fields, name: &str) -> Result<Option<Vec<u32>>, ApiError> {
+    const EXPECTED: &str = "an array of token ids";
+    let list = match fields.value(name) {
+        None => return Ok(None),
+        Some(Value::Array(list)) => list,
+        Some(other) => return Err(wrong_type(name, EXPECTED, other)),
     };
     let id = |value: &Value| {
         let id = whole(value).and_then(|id| u32::try_from(id).ok());
-        id.ok_or_else(|| wrong_type(NAME, "an array of token ids", value))
+        id.ok_or_else(|| wrong_type(name, EXPECTED, value))
     };
-    list.iter().map(id).collect()
+    list.iter().map(id).collect::<Result<_, _>>().map(Some)
 }
 
 fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>, ApiError> {
@@ -403,6 +445,17 @@ fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>, ApiError> {
 pub fn alternatives(fields: &Fields, name: &str) -> Result<Option<u8>, ApiError> {
     let most = i64::from(TOP_LOGPROBS_MAX);
     Ok(fields.integer(name, 0, most)?.map(|n| n as u8))
+}
+
+/// Alternatives to report with each token of the prompt. They come before the output, in an answer of one piece.
+fn prompt_logprobs(fields: &Fields, stream: bool) -> Result<Option<u8>, ApiError> {
+    const NAME: &str = "prompt_logprobs";
+    let top = alternatives(fields, NAME)?;
+    if top.is_some() && stream {
+        let message = "prompt_logprobs are not there with stream: ask for an answer in one piece";
+        return Err(ApiError::param(NAME, message));
+    }
+    Ok(top)
 }
 
 #[cfg(test)]
@@ -459,6 +512,13 @@ mod tests {
             (json!({"logit_bias": {"x": 1}}), "logit_bias"),
             (json!({"logit_bias": {"1": 101}}), "logit_bias"),
             (json!({"stop_token_ids": [-1]}), "stop_token_ids"),
+            (json!({"stop_token_ids": vec![1; 1025]}), "stop_token_ids"),
+            (json!({"prompt_logprobs": -1}), "prompt_logprobs"),
+            (json!({"prompt_logprobs": 21}), "prompt_logprobs"),
+            (
+                json!({"prompt_logprobs": 0, "stream": true}),
+                "prompt_logprobs",
+            ),
             (json!({"presence_penalty": -2.5}), "presence_penalty"),
             (json!({"seed": "a"}), "seed"),
             (json!({"model": 1}), "model"),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use baton_protocol::{FinishReason, TopLogprob};
 
-use crate::output::{Finish, LogprobEntry, Piece, Usage};
+use crate::output::{Finish, LogprobEntry, Piece, Stop, Usage};
 use crate::text::tokenizer::ModelText;
 
 /// Which of the two APIs.
@@ -29,6 +29,8 @@ pub struct Shown {
     pub continuous_usage: bool,
     /// Log-probabilities.
     pub logprobs: bool,
+    /// Those of prompts.
+    pub prompt_logprobs: bool,
     /// In which tokens are named by their ids.
     pub tokens_as_ids: bool,
     /// Token ids: those of each prompt, and how many choices it has.
@@ -171,7 +173,7 @@ impl Shape {
         out.extend_from_slice(b"data: [DONE]\n\n");
     }
 
-    /// The head of an answer in one piece.
+    /// The head of an answer in one piece, up to what its prompt has.
     pub fn open_answer(&self, out: &mut Vec<u8>) {
         out.push(b'{');
         out.extend_from_slice(self.head.as_bytes());
@@ -179,6 +181,70 @@ impl Shape {
         if self.kind == ApiKind::Chat {
             self.prompt_token_ids(0, out);
         }
+    }
+
+    /// Whether all choices of an answer have one prompt, whose log-probabilities stand before them and not in each.
+    pub fn has_one_prompt(&self) -> bool {
+        self.kind == ApiKind::Chat
+    }
+
+    /// The beginning of a prompt's log-probabilities. False, and nothing, if they are not shown.
+    pub fn open_prompt(&self, out: &mut Vec<u8>) -> bool {
+        if self.shown.prompt_logprobs {
+            out.extend_from_slice(b",\"prompt_logprobs\":[");
+        }
+        self.shown.prompt_logprobs
+    }
+
+    /// Those of one token: as vLLM has them, by ids, the token itself first. The rank of a token that is none of the alternatives is
+    /// not known.
+    pub fn prompt_logprob(
+        &self,
+        index: usize,
+        entry: &LogprobEntry,
+        model: &ModelText,
+        out: &mut Vec<u8>,
+    ) {
+        if index > 0 {
+            out.push(b',');
+        }
+        let Some(logprob) = entry.logprob else {
+            return out.extend_from_slice(b"null");
+        };
+        let one = |token: u32, logprob: f32, rank: Option<usize>, out: &mut Vec<u8>| {
+            let logprob = finite(logprob);
+            put(
+                out,
+                format_args!("\"{token}\":{{\"logprob\":{logprob},\"rank\":"),
+            );
+            match rank {
+                Some(rank) => put(out, format_args!("{rank}")),
+                None => out.extend_from_slice(b"null"),
+            }
+            out.extend_from_slice(b",\"decoded_token\":");
+            token_text(token, model, out);
+            out.push(b'}');
+        };
+        let itself = |top: &TopLogprob| top.0 == entry.token;
+        let rank = entry.top.iter().position(itself).map(|place| place + 1);
+        out.push(b'{');
+        one(entry.token, logprob, rank, out);
+        for (place, top) in entry.top.iter().enumerate() {
+            if !itself(top) {
+                out.push(b',');
+                one(top.0, top.1, Some(place + 1), out);
+            }
+        }
+        out.push(b'}');
+    }
+
+    /// Their end.
+    pub fn close_prompt(&self, out: &mut Vec<u8>) {
+        out.push(b']');
+    }
+
+    /// The beginning of its choices.
+    pub fn open_choices(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(b",\"choices\":[");
     }
 
@@ -273,10 +339,8 @@ impl Shape {
                 self.prompt_token_ids(index, out);
             }
         }
-        put(
-            out,
-            format_args!(",\"finish_reason\":\"{}\"}}", label(finish)),
-        );
+        self.finish_reason(finish, out);
+        out.push(b'}');
     }
 
     /// The end of it.
@@ -307,10 +371,8 @@ impl Shape {
         match finish {
             None => out.extend_from_slice(b",\"finish_reason\":null}]"),
             Some(finish) => {
-                put(
-                    out,
-                    format_args!(",\"finish_reason\":\"{}\"}}]", label(finish)),
-                );
+                self.finish_reason(finish, out);
+                out.extend_from_slice(b"}]");
                 out.extend_from_slice(self.fingerprint.as_bytes());
             }
         }
@@ -321,6 +383,23 @@ impl Shape {
             out.extend_from_slice(b",\"usage\":null");
         }
         out.extend_from_slice(b"}\n\n");
+    }
+
+    /// Why a choice ended, and as vLLM has it, with which stop of the client's.
+    fn finish_reason(&self, finish: &Finish, out: &mut Vec<u8>) {
+        put(
+            out,
+            format_args!(",\"finish_reason\":\"{}\",\"stop_reason\":", label(finish)),
+        );
+        match &finish.stop {
+            None => out.extend_from_slice(b"null"),
+            Some(Stop::Token(token)) => put(out, format_args!("{token}")),
+            Some(Stop::Text(text)) => {
+                out.push(b'"');
+                escape(text, out);
+                out.push(b'"');
+            }
+        }
     }
 
     /// Those of this choice's prompt, if ids are shown. All at once: they are no more than the model holds.

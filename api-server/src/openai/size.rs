@@ -41,6 +41,8 @@ impl Params {
     ) -> Result<(), ApiError> {
         let alternatives = self.sampling.logprobs.map(usize::from);
         let logprobs = alternatives.map_or(0, |top| (1 + top) * LOGPROB_BYTES);
+        let of_prompt = self.prompt_logprobs.map(usize::from);
+        let prompt_logprobs = of_prompt.map_or(0, |top| (1 + top) * LOGPROB_BYTES);
         let (mut bytes, mut choices, mut tokens, mut echoed) = (0_usize, 0, 0, false);
         for prompt in prompts {
             let Extent {
@@ -53,7 +55,7 @@ impl Params {
             let id_bytes = if self.token_ids { ID_BYTES } else { 0 };
             let each = echo_bytes
                 + echo_tokens * logprobs
-                + prompt_tokens * id_bytes
+                + prompt_tokens * (id_bytes + prompt_logprobs)
                 + generated * (TEXT_BYTES + logprobs + id_bytes);
             bytes = bytes.saturating_add(each.saturating_mul(self.n as usize));
             choices += self.n as usize;
@@ -71,6 +73,9 @@ impl Params {
         let mut what = format!("{choices} choices of up to {tokens} tokens");
         if let Some(top) = alternatives {
             what += &format!(", each with logprobs of {top} alternatives");
+        }
+        if let Some(top) = of_prompt {
+            what += &format!(", with prompt_logprobs of {top} alternatives");
         }
         if echoed {
             what += ", with the prompt repeated";
@@ -127,6 +132,14 @@ mod tests {
             ..plain(1)
         };
         assert!(check(stream, echo).is_err(), "128 copies");
+        let prompt = Extent {
+            prompt_tokens: 20_000,
+            ..plain(1)
+        };
+        let of_prompt = json!({"n": 128, "prompt_logprobs": 20});
+        let error = check(of_prompt, prompt).unwrap_err().message;
+        assert!(error.contains("prompt_logprobs of 20"), "{error}");
+        assert!(check(json!({"n": 128}), prompt).is_ok());
         let long = json!({"logprobs": true, "top_logprobs": 20});
         assert!(check(long, plain(131_072)).is_ok());
         assert!(check(json!({"n": 128}), plain(131_072)).is_ok());

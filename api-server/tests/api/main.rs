@@ -8,6 +8,7 @@ mod hostile;
 mod keys;
 mod strays;
 mod support;
+mod tokens;
 mod tools;
 mod waiting;
 

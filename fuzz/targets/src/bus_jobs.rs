@@ -76,6 +76,7 @@ impl Job {
                 min_tokens: self.min_tokens,
                 max_tokens: self.max_tokens,
                 grammar: None,
+                token_rules: None,
             },
             cache_salt: CacheSalt::NONE,
         }

@@ -51,6 +51,9 @@ impl Checks {
         }
         self.token("a token", sequence.tokens.0.iter().copied())?;
         self.sampling(&sequence.generation.sampling)?;
+        if let Some(rules) = &sequence.generation.token_rules {
+            self.token("a token rule's", rules.tokens())?;
+        }
         sequence
             .generation
             .stop_token_ids

@@ -28,6 +28,7 @@ use tokio::sync::mpsc::{self, error::TrySendError};
 
 use crate::frames::{Route, TokenOutbox};
 use crate::grammars::{Grammars, News};
+use crate::token_rules::ruled;
 
 use held_back::HeldBack;
 
@@ -284,8 +285,18 @@ impl EngineThread {
         }
     }
 
-    /// Gives the engine a sequence.
-    fn begin(&mut self, command: Command, constraint: Option<Box<dyn Constraint>>) {
+    /// Gives the engine a sequence; `grammar` is what its grammar became, if it has one.
+    fn begin(&mut self, command: Command, grammar: Option<Box<dyn Constraint>>) {
+        let vocab = self.engine.as_ref().map_or(0, |engine| engine.info().vocab);
+        let ruled = match &command {
+            Command::Prefill { spec, .. } => ruled(spec, None, vocab, grammar),
+            Command::Decode { spec, next, .. } => ruled(spec, Some(*next), vocab, grammar),
+            Command::Abort { .. } | Command::Wake | Command::Shutdown => return,
+        };
+        let constraint = match ruled {
+            Ok(constraint) => constraint,
+            Err(detail) => return self.turn_away(command, detail),
+        };
         match command {
             Command::Prefill {
                 key,

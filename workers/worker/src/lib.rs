@@ -44,6 +44,7 @@ mod pace;
 mod presence;
 mod random;
 mod run;
+mod token_rules;
 mod watch;
 
 pub use config::{

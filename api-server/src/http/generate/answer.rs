@@ -84,6 +84,7 @@ pub async fn answer(
             include_usage: params.include_usage,
             continuous_usage: params.continuous_usage,
             logprobs: params.sampling.logprobs.is_some(),
+            prompt_logprobs: params.prompt_logprobs.is_some(),
             tokens_as_ids: params.tokens_as_ids,
             token_ids,
         };
@@ -96,6 +97,7 @@ pub async fn answer(
             shown,
         )
     };
+    let one_prompt = matches!(answer, Answer::Choices(ApiKind::Chat));
     let writer: Writer = match answer {
         Answer::Choices(kind) => Writer::Choices(Box::new(shape(kind))),
         Answer::Own(writer) => Writer::Own(writer),
@@ -111,6 +113,7 @@ pub async fn answer(
         params: &params,
         named: &named,
         arrived,
+        one_prompt,
     };
     if params.stream {
         let writer: Box<dyn StreamWriter> = match writer {
@@ -167,6 +170,8 @@ struct Request<'a> {
     params: &'a Params,
     named: &'a Named,
     arrived: Instant,
+    /// What is told of the prompt is told once.
+    one_prompt: bool,
 }
 
 impl Request<'_> {
@@ -197,12 +202,15 @@ impl Request<'_> {
                 let mut generation = prompt.generation.clone();
                 generation.sampling.seed = seed.wrapping_add(u64::from(i));
                 let echo = prompt.echo.clone();
+                let echoed = self.params.sampling.logprobs.filter(|_| echo.is_some());
+                let of_prompt = self.params.prompt_logprobs;
+                let of_prompt = of_prompt.filter(|_| i == 0 || !self.one_prompt);
                 let job = Job {
                     request,
                     prompt: Arc::clone(&prompt.tokens),
                     chain: Arc::clone(&chain),
                     cache_salt: salt,
-                    prompt_logprobs: self.params.sampling.logprobs.filter(|_| echo.is_some()),
+                    prompt_logprobs: echoed.max(of_prompt),
                     arrived: self.arrived,
                     deadline,
                     generation,
@@ -212,7 +220,8 @@ impl Request<'_> {
                     index,
                     to(),
                     self.params,
-                    prompt.tokens.len(),
+                    &prompt.tokens,
+                    of_prompt,
                     echo,
                 );
                 let choice = choice.read_as(prompt.reading.clone());

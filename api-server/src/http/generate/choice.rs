@@ -76,6 +76,10 @@ pub struct Choice {
     stop_token: Option<u32>,
     min_tokens: u32,
     want_logprobs: bool,
+    /// Alternatives that are shown with each of them.
+    top: usize,
+    /// The prompt, and the alternatives that are shown with each of its tokens, if its log-probabilities are wanted for themselves.
+    want_prompt: Option<(Arc<[u32]>, usize)>,
     want_ids: bool,
     /// Special tokens are text.
     special_tokens: bool,
@@ -93,6 +97,7 @@ pub struct Choice {
     parts: Vec<Part>,
     message: Message,
     logprobs: Vec<LogprobEntry>,
+    prompt_logprobs: Vec<LogprobEntry>,
     token_ids: Vec<u32>,
     /// Characters of text so far, what is held back included.
     characters: usize,
@@ -107,7 +112,8 @@ impl Choice {
         index: usize,
         to: Destination,
         params: &Params,
-        prompt_tokens: usize,
+        prompt: &Arc<[u32]>,
+        prompt_logprobs: Option<u8>,
         echo: Option<Arc<Echo>>,
     ) -> Self {
         let stops = StopMatcher::new(params.stops.clone());
@@ -124,6 +130,8 @@ impl Choice {
             stop_token: None,
             min_tokens: params.min_tokens,
             want_logprobs: params.sampling.logprobs.is_some(),
+            top: params.sampling.logprobs.unwrap_or(0).into(),
+            want_prompt: prompt_logprobs.map(|top| (Arc::clone(prompt), top.into())),
             want_ids: params.token_ids,
             special_tokens: params.special_tokens,
             include_stop: params.include_stop,
@@ -132,11 +140,12 @@ impl Choice {
             opened: false,
             text: String::new(),
             logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
             token_ids: Vec::new(),
             characters: 0,
             piece: String::new(),
             usage: Usage {
-                prompt: prompt_tokens as u64,
+                prompt: prompt.len() as u64,
                 ..Usage::default()
             },
         }
@@ -152,16 +161,18 @@ impl Choice {
     /// Notes what an answer that is not a stream holds. One for which there is no memory any more has failed: whoever waits for it is
     /// told, and the client's leave of the other choices ends this one too.
     fn note_held(&mut self, text_before: usize, logprobs_before: usize, ids_before: usize) {
-        let text_bytes = self.text_bytes();
+        let new = &self.logprobs[logprobs_before.min(self.logprobs.len())..];
+        let bytes = self.text_bytes().saturating_sub(text_before)
+            + size_of::<u32>() * (self.token_ids.len() - ids_before)
+            + entries_bytes(new);
+        self.hold(bytes);
+    }
+
+    /// Takes so many bytes more for an answer that is not a stream, as [`Self::note_held`] says.
+    fn hold(&mut self, bytes: usize) {
         let Destination::Whole(gathering) = &mut self.to else {
             return;
         };
-        let new = &self.logprobs[logprobs_before.min(self.logprobs.len())..];
-        let alternatives: usize = new.iter().map(|entry| entry.top.capacity()).sum();
-        let bytes = text_bytes.saturating_sub(text_before)
-            + size_of_val(new)
-            + size_of::<u32>() * (self.token_ids.len() - ids_before)
-            + alternatives * size_of::<TopLogprob>();
         if gathering
             .as_mut()
             .is_none_or(|whole| whole.held.grow(bytes))
@@ -180,6 +191,7 @@ impl Choice {
         self.text = String::new();
         self.message = Message::default();
         self.logprobs = Vec::new();
+        self.prompt_logprobs = Vec::new();
         self.token_ids = Vec::new();
     }
 
@@ -301,10 +313,12 @@ impl Choice {
 
     fn add_logprobs(&mut self, token: u32, logprobs: Option<TokenLogprobs>, offset: usize) {
         if self.want_logprobs {
-            let (logprob, top) = match logprobs {
+            let (logprob, mut top) = match logprobs {
                 Some(TokenLogprobs { logprob, top }) => (Some(logprob), top),
                 None => (None, Vec::new()),
             };
+            // Those of a prompt may have been asked for with more.
+            top.truncate(self.top);
             self.logprobs.push(LogprobEntry {
                 token,
                 logprob,
@@ -315,12 +329,31 @@ impl Choice {
     }
 }
 
+/// Memory of these log-probabilities.
+fn entries_bytes(entries: &[LogprobEntry]) -> usize {
+    let alternatives: usize = entries.iter().map(|entry| entry.top.capacity()).sum();
+    size_of_val(entries) + alternatives * size_of::<TopLogprob>()
+}
+
 impl Sink for Choice {
     fn prompt(&mut self, cached_tokens: u32, logprobs: Option<Vec<TokenLogprobs>>) {
         self.usage.cached = u64::from(cached_tokens);
+        if let (Some((prompt, top)), Some(logprobs)) = (self.want_prompt.take(), &logprobs) {
+            // The first token of a prompt follows nothing, so it has no probability.
+            let known = std::iter::once(None).chain(logprobs.iter().map(Some));
+            let entry = |(token, known): (&u32, Option<&TokenLogprobs>)| LogprobEntry {
+                token: *token,
+                logprob: known.map(|known| known.logprob),
+                top: known.map_or_else(Vec::new, |known| {
+                    known.top[..top.min(known.top.len())].to_vec()
+                }),
+                offset: 0,
+            };
+            self.prompt_logprobs = prompt.iter().zip(known).map(entry).collect();
+            self.hold(entries_bytes(&self.prompt_logprobs));
+        }
         let Some(echo) = self.echo.take() else { return };
         if self.want_logprobs {
-            // The first token of a prompt follows nothing, so it has no probability.
             let known = std::iter::once(None).chain(logprobs.into_iter().flatten().map(Some));
             let known = known.chain(std::iter::repeat(None));
             let places = echo.tokens.iter().zip(&echo.offsets);
@@ -457,6 +490,7 @@ impl Sink for Choice {
                         reasoning: std::mem::take(&mut self.message.reasoning),
                         calls: std::mem::take(&mut self.message.calls),
                         logprobs: std::mem::take(&mut self.logprobs),
+                        prompt_logprobs: std::mem::take(&mut self.prompt_logprobs),
                         token_ids: std::mem::take(&mut self.token_ids),
                         finish: Finish {
                             reason,

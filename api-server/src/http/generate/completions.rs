@@ -135,6 +135,7 @@ async fn try_chat(
         } = read(&on_server, &asker, &bytes)?;
         drop(bytes);
         check_model(&on_server, &chat.params)?;
+        chat.params.know(model, until)?;
         let format = chat.offer.format(model.formats.format)?;
         chat.suit(model.formats.format)?;
         let ChatRequest {
@@ -164,6 +165,9 @@ async fn try_chat(
         let tokens = tokens.map_err(refused)?;
         drop(prompt);
         let generation = params.generation(model, "messages", tokens.len(), None)?;
+        if let Some(top) = params.prompt_logprobs {
+            fits_the_bus(&on_server, tokens.len(), "prompt_logprobs", top)?;
+        }
         let prepared = Prepared {
             tokens: tokens.into(),
             generation,
@@ -201,12 +205,13 @@ async fn try_text(
     let work = move |until: &Until| {
         let _room = room;
         let CompletionRequest {
-            params,
+            mut params,
             prompts,
             echo,
         } = CompletionRequest::parse(&bytes, &on_server.model.defaults, &on_server.limits)?;
         drop(bytes);
         check_model(&on_server, &params)?;
+        params.know(&on_server.model, until)?;
         place.grow(prompts.len() * params.n as usize - 1)?;
         let prepared = prompts
             .into_iter()
@@ -261,8 +266,14 @@ fn prepare(
     let generation = params.generation(model, "prompt", tokens.len(), Some(COMPLETION_TOKENS))?;
     let tokens: Arc<[u32]> = tokens.into();
     let logprobs = params.sampling.logprobs;
-    if let Some(top) = logprobs.filter(|_| echo) {
-        fits_the_bus(server, tokens.len(), top)?;
+    let echoed = logprobs.filter(|_| echo);
+    for (param, top) in [
+        ("logprobs", echoed),
+        ("prompt_logprobs", params.prompt_logprobs),
+    ] {
+        if let Some(top) = top {
+            fits_the_bus(server, tokens.len(), param, top)?;
+        }
     }
     let echo = echo.then(|| match text {
         Some(text) => {
@@ -279,20 +290,27 @@ fn prepare(
     })
 }
 
-/// Whether the log-probabilities of a prompt that is repeated can come back over the bus.
-fn fits_the_bus(server: &Server, tokens: usize, top: u8) -> Result<(), ApiError> {
+/// Whether the log-probabilities of a prompt can come back over the bus. Those of a prompt that is repeated are asked for with
+/// `logprobs`.
+fn fits_the_bus(server: &Server, tokens: usize, param: &str, top: u8) -> Result<(), ApiError> {
     let vocabulary = server.model.vocabulary.count() as u32;
     let bytes = PrefillReply::bytes_max(tokens, top, vocabulary);
     let bytes_max = server.bus.bytes_max();
     if bytes <= bytes_max {
         return Ok(());
     }
+    let (with, without) = match param {
+        "logprobs" => (
+            "echo with ",
+            "repeat a shorter prompt, or leave echo or logprobs out",
+        ),
+        _ => ("", "send a shorter prompt, or leave prompt_logprobs out"),
+    };
     let message = format!(
-        "echo with the log-probabilities of {tokens} prompt tokens and {top} alternatives each makes an answer of up to \
-         {bytes} bytes, and the bus carries {bytes_max}: ask for fewer alternatives, repeat a shorter prompt, or leave echo \
-         or logprobs out"
+        "{with}the log-probabilities of {tokens} prompt tokens and {top} alternatives each make an answer of up to {bytes} bytes, \
+         and the bus carries {bytes_max}: ask for fewer alternatives, {without}"
     );
-    let param = Some("logprobs".to_owned());
+    let param = Some(param.to_owned());
     Err(ApiError {
         param,
         ..ApiError::new(ErrorKind::AnswerTooLarge, message)

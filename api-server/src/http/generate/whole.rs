@@ -35,6 +35,8 @@ pub struct Whole {
     pub calls: Vec<Call>,
     /// Log-probabilities, if asked for.
     pub logprobs: Vec<LogprobEntry>,
+    /// Those of its prompt, if asked for.
+    pub prompt_logprobs: Vec<LogprobEntry>,
     /// Token ids, if asked for.
     pub token_ids: Vec<u32>,
     /// Why it ended.
@@ -158,6 +160,8 @@ struct Answer {
     choices: std::iter::Enumerate<std::vec::IntoIter<Whole>>,
     /// The number of the choice that is being written.
     index: usize,
+    /// What is being written of a prompt.
+    prompt: Vec<LogprobEntry>,
     step: Step,
 }
 
@@ -173,13 +177,18 @@ enum Step {
     Calls(Whole, usize, usize),
     /// Of a choice, this entry in this array of its log-probabilities.
     Logprobs(Whole, usize, usize),
+    /// Of the prompt of a choice, or of all, this entry of its log-probabilities.
+    Prompt(Option<Whole>, usize),
     Finish(Whole),
     Over,
 }
 
 impl Answer {
-    fn new(shape: Shape, tally: Tally, choices: Vec<Whole>) -> Self {
+    fn new(shape: Shape, tally: Tally, mut choices: Vec<Whole>) -> Self {
+        let first = choices.first_mut().filter(|_| shape.has_one_prompt());
+        let prompt = first.map(|choice| std::mem::take(&mut choice.prompt_logprobs));
         Self {
+            prompt: prompt.unwrap_or_default(),
             shape,
             tally,
             choices: choices.into_iter().enumerate(),
@@ -206,7 +215,13 @@ impl Answer {
         match step {
             Step::Open => {
                 shape.open_answer(out);
-                Step::Choice
+                match shape.has_one_prompt() {
+                    true => Step::Prompt(None, 0),
+                    false => {
+                        shape.open_choices(out);
+                        Step::Choice
+                    }
+                }
             }
             Step::Choice => match self.choices.next() {
                 Some((index, whole)) => {
@@ -268,9 +283,13 @@ impl Answer {
                     false => Step::Calls(whole, number, to),
                 }
             }
-            Step::Logprobs(whole, array, entry) => {
+            Step::Logprobs(mut whole, array, entry) => {
                 if entry == 0 && !shape.open_logprobs(array, out) {
-                    return Step::Finish(whole);
+                    if shape.has_one_prompt() {
+                        return Step::Finish(whole);
+                    }
+                    self.prompt = std::mem::take(&mut whole.prompt_logprobs);
+                    return Step::Prompt(Some(whole), 0);
                 }
                 if let Some(logprob) = whole.logprobs.get(entry) {
                     shape.logprob(array, entry, logprob, model, out);
@@ -278,6 +297,26 @@ impl Answer {
                 match entry + 1 < whole.logprobs.len() {
                     true => Step::Logprobs(whole, array, entry + 1),
                     false => Step::Logprobs(whole, array + 1, 0),
+                }
+            }
+            Step::Prompt(whole, entry) => {
+                let is_shown = entry > 0 || shape.open_prompt(out);
+                if let Some(logprob) = self.prompt.get(entry) {
+                    shape.prompt_logprob(entry, logprob, model, out);
+                }
+                if entry + 1 < self.prompt.len() {
+                    return Step::Prompt(whole, entry + 1);
+                }
+                if is_shown {
+                    shape.close_prompt(out);
+                }
+                self.prompt = Vec::new();
+                match whole {
+                    Some(whole) => Step::Finish(whole),
+                    None => {
+                        shape.open_choices(out);
+                        Step::Choice
+                    }
                 }
             }
             Step::Finish(whole) => {
@@ -313,6 +352,11 @@ mod tests {
             top: (0..20).map(|i| TopLogprob(7, -0.5 - i as f32)).collect(),
             offset,
         };
+        let prompt = |at: usize| LogprobEntry {
+            token: [7, 99][at % 2],
+            top: (5..8).map(|id| TopLogprob(id, -0.5)).collect(),
+            ..entry(at)
+        };
         let whole = |_| {
             let mut held = Held::nothing(all);
             assert!(held.grow(tokens));
@@ -320,6 +364,7 @@ mod tests {
                 // Whose characters lie across the ends of steps.
                 text: "aü\"\n".repeat(20 * tokens),
                 logprobs: (0..tokens).map(entry).collect(),
+                prompt_logprobs: (0..tokens).map(prompt).collect(),
                 reasoning: String::new(),
                 calls: Vec::new(),
                 token_ids: Vec::new(),
@@ -345,6 +390,7 @@ mod tests {
             let all = Arc::new(Bound::new(1 << 20));
             let shown = Shown {
                 logprobs: true,
+                prompt_logprobs: true,
                 ..Shown::default()
             };
             let shape = Shape::new(kind, "1", "m", "f", shown);
@@ -373,6 +419,35 @@ mod tests {
             assert_eq!(document["usage"]["completion_tokens"], 9_000);
             for index in 0..3 {
                 let choice = &document["choices"][index];
+                let (prompt, other) = match kind {
+                    ApiKind::Chat => (&document, choice),
+                    ApiKind::Completion => (choice, &document),
+                };
+                assert_eq!(other.get("prompt_logprobs"), None);
+                let prompt = prompt["prompt_logprobs"].as_array().unwrap();
+                assert_eq!((prompt.len(), &prompt[0]), (3_000, &Value::Null));
+                let ranks = |at: usize| -> Vec<_> {
+                    let entry = prompt[at].as_object().unwrap();
+                    let rank = |(id, one): (&String, &Value)| (id.clone(), one["rank"].as_u64());
+                    entry.iter().map(rank).collect()
+                };
+                let ranked = |id: &str, rank| (id.to_owned(), rank);
+                let top = [
+                    ranked("5", Some(1)),
+                    ranked("6", Some(2)),
+                    ranked("7", Some(3)),
+                ];
+                let mut known = ranks(2_998);
+                known.sort();
+                assert_eq!(known, top);
+                // One that is none of the alternatives is there too, its rank not known.
+                let mut unknown = ranks(2_999);
+                unknown.sort();
+                assert_eq!(unknown[..3], top);
+                assert_eq!(unknown[3..], [ranked("99", None)]);
+                assert!(prompt[1]["99"]["decoded_token"].is_string());
+                assert_eq!(prompt[1]["99"]["logprob"], -0.5);
+                assert_eq!(choice["stop_reason"], Value::Null);
                 assert_eq!(choice["index"], index);
                 assert_eq!(choice["finish_reason"], "length");
                 let (text, count) = match kind {
@@ -417,6 +492,7 @@ mod tests {
             let shape = Shape::new(ApiKind::Chat, "1", "m", "f", Shown::default());
             let whole = Whole {
                 text: text.to_owned(),
+                prompt_logprobs: Vec::new(),
                 reasoning: reasoning.to_owned(),
                 calls: calls.clone(),
                 finish: Finish {

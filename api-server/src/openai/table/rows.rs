@@ -49,6 +49,8 @@ pub const FIELDS: &[Field] = &[
     done("presence_penalty", BOTH, "of the output, from -2 to 2"),
     done("frequency_penalty", BOTH, "of the output, from -2 to 2"),
     done("logit_bias", BOTH, "token ids and what is added to their logits, from -100 to 100"),
+    done("allowed_token_ids", BOTH, "only these ids are chosen; an end only if its id is one of them"),
+    done("bad_words", BOTH, "texts that the output does not hold: of the tokens of each, with and without a space before it, the last does not follow the others"),
     done("seed", BOTH, "the same seed gives the same text, choice by choice"),
     // how the prompt is made
     done("cache_salt", BOTH, "prompts with different salts never share KV"),
@@ -61,6 +63,7 @@ pub const FIELDS: &[Field] = &[
     // what the answer shows
     done("logprobs", BOTH, "chat: true or false; completions: how many alternatives, 0 to 20"),
     done("top_logprobs", CHAT, "alternatives, 0 to 20; needs `logprobs`"),
+    done("prompt_logprobs", BOTH, "those of the prompt, with 0 to 20 alternatives: in the answer (chat) or in each choice (completions); not with `stream`. `rank` is the place among the alternatives, null for a token that is none of them"),
     done("return_tokens_as_token_ids", BOTH, "in log-probabilities, tokens are `token_id:N`"),
     done("return_token_ids", BOTH, "choices have `token_ids`; the answer (chat) or each choice (completions) `prompt_token_ids`, in streams the first event"),
     done("return_token_strs", TOKENIZE, "the tokens' names in the vocabulary too"),
@@ -115,9 +118,6 @@ pub const FIELDS: &[Field] = &[
     refused("thinking", CHAT, &[], "say so in chat_template_kwargs"),
     refused("enable_thinking", CHAT, &[], "say so in chat_template_kwargs"),
     // what workers would have to do
-    refused("allowed_token_ids", BOTH, &[], "use logit_bias"),
-    refused("bad_words", BOTH, &["[]"], "use logit_bias"),
-    refused("prompt_logprobs", BOTH, &[], "completions have them with echo and logprobs"),
     refused("logits_processors", BOTH, &["[]"], "use logit_bias"),
     refused("best_of", BOTH, &["1"], "ask for n choices and take the best"),
     refused("use_beam_search", BOTH, &["false"], "tokens are drawn one by one"),

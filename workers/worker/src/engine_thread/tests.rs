@@ -1,12 +1,13 @@
 use baton_engine::{
     EngineConfig, Executor, ExecutorError, ExecutorInfo, FakeConfig, FakeExecutor, StepOutput,
-    StepPlan,
+    StepPlan, TokenMask,
 };
 use baton_protocol::{CacheSalt, Generation, RequestId, SequenceSpec};
 
 use super::*;
 
 mod grammars;
+mod token_rules;
 
 /// Works until the given step, and then fails or panics.
 struct Breaking {

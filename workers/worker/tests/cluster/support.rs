@@ -568,6 +568,7 @@ pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
             min_tokens: 0,
             max_tokens,
             grammar: None,
+            token_rules: None,
         },
         cache_salt: CacheSalt::NONE,
     }

@@ -80,7 +80,7 @@ prop_compose! {
         min_tokens in 0u32..10,
         max_tokens in 1u32..20,
     ) -> Job {
-        Job { family, shared, own, generation: Generation { sampling, stop_token_ids, min_tokens, max_tokens, grammar: None, } }
+        Job { family, shared, own, generation: Generation { sampling, stop_token_ids, min_tokens, max_tokens, grammar: None, token_rules: None, } }
     }
 }
 
