@@ -13,6 +13,7 @@
 )]
 
 mod admission;
+mod anthropic;
 mod bound;
 mod bus;
 mod config;

@@ -17,6 +17,9 @@ use super::respond::refuse;
 use crate::error::Dialect;
 use crate::server::Server;
 
+/// By what name Anthropic's clients look for the request's.
+const ANTHROPIC_ID: HeaderName = HeaderName::from_static("request-id");
+
 /// Around everything else.
 pub async fn front(
     server: web::Data<Server>,
@@ -39,6 +42,7 @@ pub async fn front(
         origin.filter(|origin| origin.to_str().is_ok_and(|text| server.origins.allow(text)));
     let origin = origin.cloned();
     let asked = preflight(&request);
+    let is_anthropic = Dialect::of(request.path()) == Dialect::Anthropic;
     let mut response = match (&origin, asked) {
         (Some(_), Some(headers)) => request.into_response(permission(headers)),
         _ => {
@@ -47,6 +51,9 @@ pub async fn front(
         }
     };
     if let Some(name) = named.header() {
+        if is_anthropic {
+            response.headers_mut().insert(ANTHROPIC_ID, name.clone());
+        }
         response.headers_mut().insert(REQUEST_ID, name);
     }
     if let Some(origin) = origin {
