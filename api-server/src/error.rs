@@ -229,7 +229,7 @@ impl ApiError {
         }
     }
 
-    /// Anthropic's error body, with the request's name where no header tells it.
+    /// Anthropic's error body, with the request's name, if it is known.
     pub fn anthropic_body(&self, request: Option<&str>) -> String {
         let message = match self.kind {
             // By these words agents know that they have to make their chat shorter.

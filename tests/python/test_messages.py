@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import urllib.error
+import urllib.request
 
 import anthropic
+import pydantic
 import pytest
+from anthropic import types
 
 ASK = [{"role": "user", "content": "Name three colours."}]
 # the SDK's newest has no argument for it any more; the same tokens each time, whatever the model's defaults are
@@ -205,3 +209,42 @@ def test_errors_are_the_sdks_own(claude, model):
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         with claude.messages.stream(model=model, max_tokens=1, messages=ASK, extra_body={"temperature": 9}) as stream:
             stream.until_done()
+
+
+def test_answers_and_events_are_what_the_types_say(cluster, model):
+    """The SDK takes nearly anything; its types do not."""
+
+    def known(value, path):
+        if isinstance(value, pydantic.BaseModel):
+            assert not value.model_extra, f"{path}: {value.model_extra}"
+            for name in type(value).model_fields:
+                known(getattr(value, name), f"{path}.{name}")
+        for i, item in enumerate(value if isinstance(value, list) else []):
+            known(item, f"{path}[{i}]")
+
+    def check(kind, value):
+        known(pydantic.TypeAdapter(kind).validate_python(value, strict=True), kind)
+
+    def post(path, body):
+        request = urllib.request.Request(cluster["url"] + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+
+    body = {"model": model, "max_tokens": 8, "messages": ASK}
+    check(types.Message, json.loads(post("/v1/messages", body)))
+    events = post("/v1/messages", {**body, "stream": True}).split("\n\n")
+    events = [event.split("\ndata: ") for event in events if event.startswith("event: ")]
+    assert events[1] == ["event: ping", '{"type":"ping"}']
+    for name, data in [*events[:1], *events[2:]]:
+        assert json.loads(data)["type"] == name.removeprefix("event: ")
+        check(types.RawMessageStreamEvent, json.loads(data))
+    count = {"model": model, "messages": ASK}
+    check(types.MessageTokensCount, json.loads(post("/v1/messages/count_tokens", count)))
+    for wrong in ({**body, "model": "other"}, {**body, "messages": []}, {}):
+        error = json.loads(post("/v1/messages", wrong))
+        check(types.shared.ErrorResponse, error)
+        assert error["request_id"]

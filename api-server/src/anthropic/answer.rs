@@ -58,7 +58,7 @@ impl MessageWriter {
         out.extend_from_slice(b",\"content\":[");
     }
 
-    /// Why it ended: two fields of an object.
+    /// Why it ended, and where it ran, which is nowhere: fields of an object.
     pub(super) fn stop(&self, finish: &Finish, usage: Usage, out: &mut Vec<u8>) {
         let (reason, text) = match (&finish.stop, finish.reason) {
             (Some(Stop::Text(text)), _) => ("stop_sequence", Some(text)),
@@ -75,7 +75,9 @@ impl MessageWriter {
         };
         put(
             out,
-            format_args!("\"stop_reason\":\"{reason}\",\"stop_sequence\":"),
+            format_args!(
+                "\"container\":null,\"stop_details\":null,\"stop_reason\":\"{reason}\",\"stop_sequence\":"
+            ),
         );
         match text {
             None => out.extend_from_slice(b"null"),
@@ -88,18 +90,27 @@ impl MessageWriter {
     }
 }
 
-/// Tokens used: Anthropic's input tokens are without those that were cached.
-pub(super) fn write_usage(usage: Usage, out: &mut Vec<u8>) {
+/// Tokens used so far, as the end of a stream tells them, but for the end of the object: Anthropic's input tokens are without those that
+/// were cached.
+pub(super) fn open_usage(usage: Usage, out: &mut Vec<u8>) {
     put(
         out,
         format_args!(
             "{{\"input_tokens\":{},\"cache_creation_input_tokens\":0,\"cache_read_input_tokens\":{},\"output_tokens\":{},\
-             \"output_tokens_details\":{{\"thinking_tokens\":{}}}}}",
+             \"output_tokens_details\":{{\"thinking_tokens\":{}}},\"server_tool_use\":null",
             usage.prompt.saturating_sub(usage.cached),
             usage.cached,
             usage.completion,
             usage.reasoning
         ),
+    );
+}
+
+/// Tokens used, as a message tells them.
+pub(super) fn write_usage(usage: Usage, out: &mut Vec<u8>) {
+    open_usage(usage, out);
+    out.extend_from_slice(
+        b",\"cache_creation\":null,\"inference_geo\":null,\"service_tier\":\"standard\"}",
     );
 }
 
@@ -148,7 +159,7 @@ impl AnswerWriter for MessageWriter {
 
 /// A call's block, up to its input.
 pub(super) fn open_call(id: &str, name: &str, out: &mut Vec<u8>) {
-    out.extend_from_slice(b"{\"type\":\"tool_use\",\"id\":\"");
+    out.extend_from_slice(b"{\"type\":\"tool_use\",\"caller\":{\"type\":\"direct\"},\"id\":\"");
     escape(id, out);
     out.extend_from_slice(b"\",\"name\":\"");
     escape(name, out);
@@ -219,17 +230,17 @@ mod tests {
             finish: &finish,
             usage,
         });
-        let input =
-            |input: Value| json!({"type": "tool_use", "id": "c", "name": "f", "input": input});
+        let input = |input: Value| json!({"type": "tool_use", "caller": {"type": "direct"}, "id": "c", "name": "f", "input": input});
         let content = json!([
             {"type": "thinking", "thinking": "Hm\n", "signature": SIGNATURE},
             {"type": "text", "citations": null, "text": "né\""},
             input(json!({"a": [1]})), input(json!({})), input(json!({})), input(json!({})),
         ]);
         let usage = json!({"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4,
-            "output_tokens": 7, "output_tokens_details": {"thinking_tokens": 2}});
+            "output_tokens": 7, "output_tokens_details": {"thinking_tokens": 2}, "server_tool_use": null, "cache_creation": null,
+            "inference_geo": null, "service_tier": "standard"});
         let expected = json!({"id": "msg_1", "type": "message", "role": "assistant", "model": "a \"model\"", "content": content,
-            "stop_reason": "tool_use", "stop_sequence": null, "usage": usage});
+            "container": null, "stop_details": null, "stop_reason": "tool_use", "stop_sequence": null, "usage": usage});
         assert_eq!(message, expected);
     }
 

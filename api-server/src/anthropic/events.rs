@@ -1,6 +1,6 @@
 //! The answer as a stream of Anthropic's events. Written by hand around text that alone is escaped: a token costs no JSON value.
 
-use super::answer::{MessageWriter, Opened, SIGNATURE, open_call, write_usage};
+use super::answer::{MessageWriter, Opened, SIGNATURE, open_call, open_usage, write_usage};
 use crate::error::ApiError;
 use crate::openai::{escape, put};
 use crate::output::{Finish, Part, Piece, StreamWriter, Usage};
@@ -11,7 +11,7 @@ impl StreamWriter for MessageWriter {
         begin("message_start", out);
         out.extend_from_slice(b",\"message\":");
         self.head(out);
-        out.extend_from_slice(b"],\"stop_reason\":null,\"stop_sequence\":null,\"usage\":");
+        out.extend_from_slice(b"],\"container\":null,\"stop_details\":null,\"stop_reason\":null,\"stop_sequence\":null,\"usage\":");
         write_usage(usage, out);
         out.extend_from_slice(b"}}\n\n");
         begin("ping", out);
@@ -56,8 +56,8 @@ impl StreamWriter for MessageWriter {
         out.extend_from_slice(b",\"delta\":{");
         self.stop(finish, usage, out);
         out.extend_from_slice(b"},\"usage\":");
-        write_usage(usage, out);
-        out.extend_from_slice(b"}\n\n");
+        open_usage(usage, out);
+        out.extend_from_slice(b"}}\n\n");
     }
 
     fn done(&mut self, _: Usage, out: &mut Vec<u8>) {

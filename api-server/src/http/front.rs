@@ -13,7 +13,7 @@ use tracing::Instrument;
 
 use super::gzip;
 use super::name::{Named, REQUEST_ID};
-use super::respond::refuse;
+use super::respond::{Unnamed, refuse};
 use crate::error::Dialect;
 use crate::server::Server;
 
@@ -50,6 +50,11 @@ pub async fn front(
             next.call(request).instrument(span).await?
         }
     };
+    let unnamed = response.response_mut().extensions_mut().remove::<Unnamed>();
+    if let Some(Unnamed(error)) = unnamed {
+        let body = error.anthropic_body(Some(&named.name));
+        response = response.map_body(|_, _| BoxBody::new(body));
+    }
     if let Some(name) = named.header() {
         if is_anthropic {
             response.headers_mut().insert(ANTHROPIC_ID, name.clone());

@@ -100,7 +100,9 @@ fn assembled(response: &Response) -> Value {
                 for (name, value) in data["delta"].as_object().unwrap() {
                     message[name] = value.clone();
                 }
-                message["usage"] = data["usage"].clone();
+                for (name, value) in data["usage"].as_object().unwrap() {
+                    message["usage"][name] = value.clone();
+                }
             }
             "ping" => assert_eq!(names.len(), 2),
             "message_stop" => {}
@@ -143,7 +145,7 @@ async fn both(cluster: &Cluster, more: Value) -> Value {
 async fn thinking_text_and_calls_are_blocks_streamed_or_not() {
     let mut cluster = cluster(OUTPUT, None, None).await;
     let message = both(&cluster, json!({"tools": tools()})).await;
-    let call = |name: &str, input: Value| json!({"type": "tool_use", "id": null, "name": name, "input": input});
+    let call = |name: &str, input: Value| json!({"type": "tool_use", "caller": {"type": "direct"}, "id": null, "name": name, "input": input});
     let content = json!([
         {"type": "thinking", "thinking": "Wéather.", "signature": "baton"},
         {"type": "text", "citations": null, "text": "I look."},
@@ -363,11 +365,9 @@ async fn errors_have_anthropics_form() {
             error["error"]["message"].as_str().unwrap().contains(said),
             "{error}"
         );
-        assert!(
-            response.head.contains("\r\nrequest-id: "),
-            "{}",
-            response.head
-        );
+        let id = error["request_id"].as_str().unwrap();
+        let header = format!("\r\nrequest-id: {id}\r\n");
+        assert!(response.head.contains(&header), "{}", response.head);
     }
     // In mid-stream.
     decode.script.lock().unwrap().refuses_with = Some("broken");
