@@ -81,7 +81,7 @@ mod tests {
         let keys = ApiKeys::parse(text).unwrap().with_in_flight_max(Some(3));
         let key = |name: &str| {
             let header = format!("Bearer sk-{name}-0123456789");
-            Some(keys.check(Some(header.as_bytes())).unwrap())
+            Some(keys.check(Some(header.as_bytes()), None).unwrap())
         };
         let server = Arc::new(Bound::new(7));
         let two = Place::take(&server, key("anna")).unwrap();

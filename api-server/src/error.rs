@@ -225,11 +225,23 @@ impl ApiError {
     pub fn body_in(&self, dialect: Dialect) -> String {
         match dialect {
             Dialect::OpenAi => self.body(),
-            Dialect::Anthropic => {
-                let error = serde_json::json!({"type": self.anthropic(), "message": self.message});
-                serde_json::json!({"type": "error", "error": error}).to_string()
-            }
+            Dialect::Anthropic => self.anthropic_body(None),
         }
+    }
+
+    /// Anthropic's error body, with the request's name, if it is known.
+    pub fn anthropic_body(&self, request: Option<&str>) -> String {
+        let message = match self.kind {
+            // By these words agents know that they have to make their chat shorter.
+            ErrorKind::ContextLength => format!("prompt is too long: {}", self.message),
+            _ => self.message.clone(),
+        };
+        let error = serde_json::json!({"type": self.anthropic(), "message": message});
+        let mut body = serde_json::json!({"type": "error", "error": error});
+        if let Some(request) = request {
+            body["request_id"] = request.into();
+        }
+        body.to_string()
     }
 
     /// Anthropic's `type`.

@@ -120,20 +120,32 @@ impl ApiKeys {
         self.keys.is_empty()
     }
 
-    /// The key that an `Authorization` header gives.
+    /// The key that an `Authorization` header or an `x-api-key` header gives; where there are both, either may be known.
     ///
     /// # Errors
     /// 401, with what is missing.
-    pub fn check(&self, authorization: Option<&[u8]>) -> Result<Arc<Key>, ApiError> {
+    pub fn check(
+        &self,
+        authorization: Option<&[u8]>,
+        api_key: Option<&[u8]>,
+    ) -> Result<Arc<Key>, ApiError> {
         let refused = |message: &str| Err(ApiError::new(ErrorKind::Unauthorized, message));
-        let Some(header) = authorization else {
-            return refused("this server wants an API key: Authorization: Bearer KEY");
-        };
-        let given = match header.split_at_checked(7) {
-            Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => key.trim_ascii(),
-            _ => return refused("the Authorization header is not of the form: Bearer KEY"),
-        };
-        let digest: [u8; 32] = Sha256::digest(given).into();
+        let bearer = authorization.map(|header| match header.split_at_checked(7) {
+            Some((scheme, key)) if scheme.eq_ignore_ascii_case(b"bearer ") => self.find(key),
+            _ => refused("the Authorization header is not of the form: Bearer KEY"),
+        });
+        match (bearer, api_key) {
+            (Some(Ok(key)), _) => Ok(key),
+            (_, Some(key)) => self.find(key),
+            (Some(refused), None) => refused,
+            (None, None) => refused(
+                "this server wants an API key: Authorization: Bearer KEY, or x-api-key: KEY",
+            ),
+        }
+    }
+
+    fn find(&self, key: &[u8]) -> Result<Arc<Key>, ApiError> {
+        let digest: [u8; 32] = Sha256::digest(key.trim_ascii()).into();
         let mut found = u32::MAX;
         for (index, key) in self.keys.iter().enumerate() {
             let same: Choice = digest.ct_eq(&key.digest);
@@ -141,7 +153,10 @@ impl ApiKeys {
         }
         match self.keys.get(found as usize) {
             Some(key) => Ok(Arc::clone(key)),
-            None => refused("this API key is not known here"),
+            None => Err(ApiError::new(
+                ErrorKind::Unauthorized,
+                "this API key is not known here",
+            )),
         }
     }
 }
@@ -163,7 +178,7 @@ mod tests {
         let keys = ApiKeys::parse(TEXT).unwrap();
         assert_eq!(keys.len(), 2);
         let name = |header: &str| {
-            keys.check(Some(header.as_bytes()))
+            keys.check(Some(header.as_bytes()), None)
                 .map(|key| key.name.clone())
         };
         assert_eq!(name("Bearer sk-anna-0123456789").unwrap(), "anna");
@@ -181,7 +196,20 @@ mod tests {
             let error = name(wrong).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Unauthorized, "{wrong}");
         }
-        assert!(keys.check(None).is_err());
+        assert!(keys.check(None, None).is_err());
+        // Anthropic's header has the key alone.
+        let (anna, nobody) = (b"sk-anna-0123456789", b"sk-bert-0123456789");
+        let name = |bearer: Option<&[u8]>, key: &[u8]| {
+            keys.check(bearer, Some(key)).map(|key| key.name.clone())
+        };
+        assert_eq!(name(None, anna).unwrap(), "anna");
+        assert_eq!(name(Some(b"Bearer none"), anna).unwrap(), "anna");
+        assert_eq!(
+            name(Some(b"Bearer sk-anna-0123456789"), nobody).unwrap(),
+            "anna"
+        );
+        assert!(name(None, nobody).is_err());
+        assert!(name(None, b"Bearer sk-anna-0123456789").is_err());
     }
 
     #[test]

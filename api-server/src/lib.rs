@@ -13,6 +13,7 @@
 )]
 
 mod admission;
+mod anthropic;
 mod bound;
 mod bus;
 mod config;
@@ -42,6 +43,7 @@ pub use run::run;
 /// What reads bytes from outside or acts upon them, for the fuzz targets and the bench and for nobody else.
 #[doc(hidden)]
 pub mod fuzzing {
+    pub use crate::anthropic::{CountRequest, read as read_messages};
     pub use crate::error::ApiError;
     pub use crate::fleet::Fleet;
     pub use crate::fleet::membership::{Membership, Taken};

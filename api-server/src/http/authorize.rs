@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use actix_web::body::BoxBody;
 use actix_web::dev::{ServiceRequest, ServiceResponse};
-use actix_web::http::header;
+use actix_web::http::header::{self, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::{HttpMessage, HttpRequest, web};
 
@@ -12,6 +12,9 @@ use super::respond::refuse;
 use crate::error::Dialect;
 use crate::keys::{Key, OPEN_PATHS};
 use crate::server::Server;
+
+/// Where Anthropic's clients put their key.
+const X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 
 /// Who sent a request: a key, or anybody where there are none.
 pub struct Caller(pub Option<Arc<Key>>);
@@ -32,8 +35,9 @@ pub async fn authorize(
     if server.keys.is_empty() || OPEN_PATHS.contains(&request.path()) {
         return next.call(request).await;
     }
-    let header = request.headers().get(header::AUTHORIZATION);
-    match server.keys.check(header.map(|value| value.as_bytes())) {
+    let given = |name| request.headers().get(name).map(HeaderValue::as_bytes);
+    let (bearer, plain) = (given(header::AUTHORIZATION), given(X_API_KEY));
+    match server.keys.check(bearer, plain) {
         Ok(key) => {
             tracing::debug!(key = key.name, path = request.path(), "request");
             request.extensions_mut().insert(key);

@@ -13,9 +13,12 @@ use tracing::Instrument;
 
 use super::gzip;
 use super::name::{Named, REQUEST_ID};
-use super::respond::refuse;
+use super::respond::{Unnamed, refuse};
 use crate::error::Dialect;
 use crate::server::Server;
+
+/// By what name Anthropic's clients look for the request's.
+const ANTHROPIC_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// Around everything else.
 pub async fn front(
@@ -39,6 +42,7 @@ pub async fn front(
         origin.filter(|origin| origin.to_str().is_ok_and(|text| server.origins.allow(text)));
     let origin = origin.cloned();
     let asked = preflight(&request);
+    let is_anthropic = Dialect::of(request.path()) == Dialect::Anthropic;
     let mut response = match (&origin, asked) {
         (Some(_), Some(headers)) => request.into_response(permission(headers)),
         _ => {
@@ -46,7 +50,15 @@ pub async fn front(
             next.call(request).instrument(span).await?
         }
     };
+    let unnamed = response.response_mut().extensions_mut().remove::<Unnamed>();
+    if let Some(Unnamed(error)) = unnamed {
+        let body = error.anthropic_body(Some(&named.name));
+        response = response.map_body(|_, _| BoxBody::new(body));
+    }
     if let Some(name) = named.header() {
+        if is_anthropic {
+            response.headers_mut().insert(ANTHROPIC_ID, name.clone());
+        }
         response.headers_mut().insert(REQUEST_ID, name);
     }
     if let Some(origin) = origin {

@@ -5,6 +5,7 @@ mod body;
 mod front;
 mod generate;
 mod gzip;
+mod messages;
 mod name;
 mod respond;
 mod status;
@@ -56,6 +57,11 @@ pub fn serve(
             .app_data(web::Data::from(mailbox))
             .service(post("/v1/chat/completions", web::post().to(generate::chat)))
             .service(post("/v1/completions", web::post().to(generate::text)))
+            .service(post("/v1/messages", web::post().to(messages::messages)))
+            .service(post(
+                "/v1/messages/count_tokens",
+                web::post().to(messages::count_tokens),
+            ))
             .service(post("/tokenize", web::post().to(tokenize::tokenize)))
             .service(post("/detokenize", web::post().to(tokenize::detokenize)))
             .service(get("/v1/models", || web::route().to(status::models)))

@@ -6,6 +6,9 @@ use actix_web::http::{StatusCode, header};
 use crate::error::{ApiError, Dialect};
 use crate::server::Server;
 
+/// The error of a response in Anthropic's form, whose body is to name the request: what is around all paths knows its name.
+pub struct Unnamed(pub ApiError);
+
 /// An error as a response in this dialect: status, `Retry-After` and body from the one table.
 pub fn error_response(dialect: Dialect, error: &ApiError) -> HttpResponse {
     let status =
@@ -19,7 +22,11 @@ pub fn error_response(dialect: Dialect, error: &ApiError) -> HttpResponse {
         // The header counts whole seconds.
         response.insert_header((header::RETRY_AFTER, ms.div_ceil(1_000).max(1).to_string()));
     }
-    response.body(error.body_in(dialect))
+    let mut response = response.body(error.body_in(dialect));
+    if dialect == Dialect::Anthropic {
+        response.extensions_mut().insert(Unnamed(error.clone()));
+    }
+    response
 }
 
 /// As [`error_response`], counted and logged.

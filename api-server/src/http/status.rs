@@ -222,7 +222,7 @@ pub fn worker_rows(members: &Membership, now: Instant) -> impl Iterator<Item = W
 pub async fn unknown_path(request: HttpRequest) -> HttpResponse {
     let path: String = request.path().chars().take(200).collect();
     error_response(
-        Dialect::OpenAi,
+        Dialect::of(request.path()),
         &ApiError::new(
             ErrorKind::UnknownPath,
             format!("there is nothing at {path}"),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use actix_web::http::StatusCode;
 use actix_web::{HttpRequest, HttpResponse, web};
+use serde_json::Value;
 use tokio::time::Instant;
 
 use super::authorize::Caller;
@@ -18,7 +19,7 @@ use crate::error::{ApiError, Dialect};
 use crate::openai::{DetokenizeRequest, ToTokenize, TokenizeRequest, tools};
 use crate::server::Server;
 use crate::text::texts::Until;
-use crate::text::tokenizer::TextError;
+use crate::text::tokenizer::{Rendering, TextError};
 
 /// `POST /tokenize`.
 pub async fn tokenize(
@@ -39,12 +40,13 @@ pub async fn detokenize(
 }
 
 /// Reads the body and has it worked on where texts are. No worker is asked, so that the bus may be away.
-async fn respond(
+pub async fn respond(
     server: Arc<Server>,
     request: HttpRequest,
     payload: web::Payload,
     work: fn(&Server, &[u8], &Until) -> Result<String, ApiError>,
 ) -> HttpResponse {
+    let dialect = Dialect::of(request.path());
     let answer = async {
         let Caller(key) = Caller::of(&request);
         let client = Presence::new(Named::of(&request)?, Place::take(&server.in_flight, key)?);
@@ -59,7 +61,7 @@ async fn respond(
     };
     match answer.await {
         Ok(answer) => respond::json(StatusCode::OK, answer),
-        Err(error) => refuse(&server, Dialect::OpenAi, &error),
+        Err(error) => refuse(&server, dialect, &error),
     }
 }
 
@@ -72,13 +74,8 @@ fn tokens(server: &Server, body: &[u8], until: &Until) -> Result<String, ApiErro
             let tokens = model.encode(&text, special, until);
             tokens.map_err(|error| error.of("prompt", model))?
         }
-        ToTokenize::Chat(mut messages, rendering) => {
-            tools::suit(&mut messages, model.formats.format)?;
-            let refused = |error: TextError| error.of("messages", model);
-            let prompt = model.render_chat_as(messages, rendering, None, until);
-            let prompt = prompt.map_err(refused)?;
-            let tokens = model.encode_chat_as(&prompt, special, None, until);
-            tokens.map_err(refused)?
+        ToTokenize::Chat(messages, rendering) => {
+            chat_tokens(server, messages, rendering, special, until)?
         }
     };
     let mut out = format!(
@@ -103,6 +100,26 @@ fn tokens(server: &Server, body: &[u8], until: &Until) -> Result<String, ApiErro
     Ok(out)
 }
 
+/// The tokens of a chat.
+///
+/// # Errors
+/// 400 that names the messages.
+pub fn chat_tokens(
+    server: &Server,
+    mut messages: Vec<Value>,
+    rendering: Rendering,
+    special: bool,
+    until: &Until,
+) -> Result<Vec<u32>, ApiError> {
+    let model = &server.model;
+    tools::suit(&mut messages, model.formats.format)?;
+    let refused = |error: TextError| error.of("messages", model);
+    let prompt = model.render_chat_as(messages, rendering, None, until);
+    let prompt = prompt.map_err(refused)?;
+    let tokens = model.encode_chat_as(&prompt, special, None, until);
+    tokens.map_err(refused)
+}
+
 fn text(server: &Server, body: &[u8], _: &Until) -> Result<String, ApiError> {
     let request = DetokenizeRequest::parse(body)?;
     check_model(server, request.model.as_deref())?;
@@ -121,7 +138,10 @@ fn text(server: &Server, body: &[u8], _: &Until) -> Result<String, ApiError> {
 }
 
 /// A request that names no model means the one that there is.
-fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
+///
+/// # Errors
+/// 404 if it names another.
+pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
     match name {
         Some(name) if name != server.model_name => Err(unknown_model(server, name)),
         _ => Ok(()),

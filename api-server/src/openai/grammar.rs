@@ -12,8 +12,10 @@ use crate::error::ApiError;
 
 /// Fields that ask for a grammar, or how they begin, and how an ASCII character begins that is escaped: in a body without any of
 /// these there is no grammar. Tools that must be called, or called rightly, take one too.
-const MARKS: [&str; 6] = [
+const MARKS: [&str; 8] = [
     "response_format",
+    "output_config",
+    "output_format",
     "structured_outputs",
     "guided_",
     "tool_choice",
@@ -66,18 +68,28 @@ pub fn read(fields: &Fields) -> Result<Option<(String, Grammar)>, ApiError> {
         let message = format!("{name} and {other} both say what the output must be: send one");
         return Err(ApiError::param(other, message));
     }
+    check(&name, &grammar)?;
+    Ok(Some((name, grammar)))
+}
+
+/// Refuses what has too many bytes or cannot be compiled.
+fn check(name: &str, grammar: &Grammar) -> Result<(), ApiError> {
     let bytes = grammar.text().len();
     if bytes > GRAMMAR_BYTES_MAX {
         let message = format!("{name} has {bytes} bytes, more than {GRAMMAR_BYTES_MAX}");
         return Err(ApiError::param(name, message));
     }
-    match baton_grammar::check(&grammar) {
-        Ok(()) => Ok(Some((name, grammar))),
-        Err(error) => {
-            let message = format!("{name}: {error}");
-            Err(ApiError::param(name, message))
-        }
-    }
+    baton_grammar::check(grammar).map_err(|error| ApiError::param(name, format!("{name}: {error}")))
+}
+
+/// The grammar of this JSON schema, which this field has.
+///
+/// # Errors
+/// 400 with the field's name, if it cannot be compiled.
+pub fn of_checked_schema(name: &str, schema: &Value) -> Result<Grammar, ApiError> {
+    let grammar = of_schema(schema);
+    check(name, &grammar)?;
+    Ok(grammar)
 }
 
 /// OpenAI's field.

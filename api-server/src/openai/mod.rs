@@ -3,22 +3,22 @@
 mod chat;
 mod completions;
 mod events;
-mod fields;
+pub mod fields;
 pub mod grammar;
 mod message;
 mod params;
 mod shape;
 mod size;
-mod table;
+pub mod table;
 mod thinking;
 mod token_wishes;
 mod tokenize;
 mod tool_grammar;
 pub mod tools;
 
-pub use chat::ChatRequest;
+pub use chat::{ChatRequest, rendering};
 pub use completions::{CompletionRequest, Prompt};
-pub use params::Params;
-pub use shape::{ApiKind, Shape, Shown};
+pub use params::{Params, stops};
+pub use shape::{ApiKind, Shape, Shown, escape, put};
 pub use size::{Extent, ID_BYTES, LOGPROB_BYTES};
 pub use tokenize::{DetokenizeRequest, ToTokenize, TokenizeRequest};

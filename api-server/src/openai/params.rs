@@ -46,6 +46,8 @@ pub struct Params {
     pub special_tokens: bool,
     /// Most output tokens, if the client says. 0 is for a prompt that is only repeated.
     pub max_tokens: Option<u32>,
+    /// More than there is room for means as many as there is.
+    pub fills_room: bool,
     /// No stop before this many tokens.
     pub min_tokens: u32,
     /// Go on past the model's end-of-sequence ids.
@@ -105,10 +107,11 @@ impl Params {
             stream,
             include_usage,
             continuous_usage,
-            stops: stops(fields, limits.stops_max)?,
+            stops: stops(fields, "stop", limits.stops_max)?,
             include_stop: flag("include_stop_str_in_output")?,
             special_tokens: fields.bool("skip_special_tokens")? == Some(false),
             max_tokens: max_completion.or(max_tokens).map(|n| n as u32),
+            fills_room: false,
             min_tokens: fields.integer("min_tokens", 0, max)?.unwrap_or(0) as u32,
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             stop_token_ids: stop_token_ids(fields)?,
@@ -191,7 +194,7 @@ impl Params {
         }
         let room = (tokens_max - prompt_tokens) as u32;
         let max_tokens = match self.max_tokens {
-            Some(asked) if asked > room => {
+            Some(asked) if asked > room && !self.fills_room => {
                 let message = format!(
                     "max_tokens is {asked}, but after a prompt of {prompt_tokens} tokens the model has \
                      room for {room} ({tokens_max} in all)"
@@ -199,7 +202,7 @@ impl Params {
                 return Err(too_long("max_tokens", message));
             }
             // Of a prompt that is only repeated, what follows is made and not shown: a prefill gives a token.
-            Some(asked) => asked.max(1),
+            Some(asked) => asked.clamp(1, room),
             None => default_max_tokens.map_or(room, |default| default.min(room)),
         };
         if self.min_tokens > max_tokens {
@@ -356,9 +359,13 @@ fn truncation(fields: &Fields) -> Result<Option<(Option<u32>, Side)>, ApiError> 
     }
 }
 
-fn stops(fields: &Fields, stops_max: usize) -> Result<Vec<String>, ApiError> {
+/// The strings of this field, each of which ends the output.
+///
+/// # Errors
+/// 400 with the field's name: another type, an empty string, too many or too long ones.
+pub fn stops(fields: &Fields, name: &str, stops_max: usize) -> Result<Vec<String>, ApiError> {
     const EXPECTED: &str = "a string or an array of strings";
-    let stops: Vec<String> = match fields.value("stop") {
+    let stops: Vec<String> = match fields.value(name) {
         None => Vec::new(),
         Some(Value::String(stop)) => vec![stop.clone()],
         Some(Value::Array(list)) => list
@@ -366,25 +373,25 @@ fn stops(fields: &Fields, stops_max: usize) -> Result<Vec<String>, ApiError> {
             .map(|stop| {
                 let text = stop
                     .as_str()
-                    .ok_or_else(|| wrong_type("stop", EXPECTED, stop))?;
+                    .ok_or_else(|| wrong_type(name, EXPECTED, stop))?;
                 Ok(text.to_owned())
             })
             .collect::<Result<_, ApiError>>()?,
-        Some(other) => return Err(wrong_type("stop", EXPECTED, other)),
+        Some(other) => return Err(wrong_type(name, EXPECTED, other)),
     };
     if stops.len() > stops_max {
         let message = format!(
-            "stop takes at most {stops_max} strings, got {}",
+            "{name} takes at most {stops_max} strings, got {}",
             stops.len()
         );
-        return Err(ApiError::param("stop", message));
+        return Err(ApiError::param(name, message));
     }
     if stops
         .iter()
         .any(|stop| stop.is_empty() || stop.len() > STOP_BYTES_MAX)
     {
-        let message = format!("stop strings must have 1 to {STOP_BYTES_MAX} bytes");
-        return Err(ApiError::param("stop", message));
+        let message = format!("strings of {name} must have 1 to {STOP_BYTES_MAX} bytes");
+        return Err(ApiError::param(name, message));
     }
     Ok(stops)
 }

@@ -520,7 +520,8 @@ fn separated<T>(items: &[T], out: &mut Vec<u8>, mut write: impl FnMut(&T, &mut V
     }
 }
 
-pub(super) fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+/// Appends this.
+pub fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     // Writing to memory cannot fail.
     let _ = out.write_fmt(text);
 }

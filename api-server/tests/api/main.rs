@@ -6,6 +6,7 @@ mod doors;
 mod fields;
 mod hostile;
 mod keys;
+mod messages;
 mod strays;
 mod support;
 mod tokens;

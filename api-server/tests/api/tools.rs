@@ -13,18 +13,22 @@ const TEMPLATE: &str = "{% if tools %}{{ tools | tojson }}\nAnswer in <tool_call
     {% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}\n{% endfor %}<assistant>\
     {% if reasoning_effort %}[{{ reasoning_effort }}]{% endif %}{% if enable_thinking %}<think>\n{% endif %}";
 
-const OUTPUT: &str = "<think>\nWéather.\n</think>\n\nI look.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": \
+pub const OUTPUT: &str = "<think>\nWéather.\n</think>\n\nI look.\n<tool_call>\n{\"name\": \"get_weather\", \"arguments\": \
     {\"city\": \"São \\\"P\\\"\"}}\n</tool_call>\n<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
 
-struct Cluster {
+pub struct Cluster {
     _nats: Nats,
     context: Worker,
     decode: Worker,
-    api: Api,
+    pub api: Api,
     _model: tempfile::TempDir,
 }
 
-async fn cluster(output: &str, format: Option<Format>, reasoning: Option<Reasoning>) -> Cluster {
+pub async fn cluster(
+    output: &str,
+    format: Option<Format>,
+    reasoning: Option<Reasoning>,
+) -> Cluster {
     let script = Script {
         tokens: output.bytes().map(u32::from).collect(),
         ..Script::default()
@@ -56,7 +60,7 @@ impl Cluster {
     }
 
     /// The text of the prompt of the next job.
-    async fn prompt(&mut self) -> String {
+    pub async fn prompt(&mut self) -> String {
         let job = self.context.prefills.recv().await.unwrap();
         let bytes = job
             .sequence

@@ -1,8 +1,9 @@
-//! Bodies of `POST /v1/chat/completions` and `/v1/completions`.
+//! Bodies of `POST /v1/chat/completions`, `/v1/completions` and `/v1/messages`.
 
 use baton_api_server::Limits;
 use baton_api_server::fuzzing::{
-    ApiError, ChatRequest, CompletionRequest, Params, Prompt, TextError, Until,
+    ApiError, ChatRequest, CompletionRequest, CountRequest, Params, Prompt, TextError, Until,
+    read_messages,
 };
 use baton_protocol::{
     ApiServerId, PROTOCOL_VERSION, PrefillJob, RequestId, SequenceSpec, decode, encode,
@@ -14,11 +15,39 @@ use crate::fixture;
 /// Longest sentence that a client is told.
 const MESSAGE_BYTES_MAX: usize = 4 << 10;
 
-/// Reads a body as a chat and as a text completion. One that is taken must make a job that the bus carries and a worker
+/// Reads a body as a chat of either schema and as a text completion. One that is taken must make a job that the bus carries and a worker
 /// takes; one that is not gets a short sentence.
 pub fn http_body(data: &[u8]) {
     let (model, limits) = (fixture::model(), Limits::default());
-    match ChatRequest::parse(data, &model.defaults, &limits) {
+    chat(ChatRequest::parse(data, &model.defaults, &limits));
+    chat(read_messages(data, &model.defaults, &limits));
+    if let Err(error) = CountRequest::parse(data) {
+        told(&error);
+    }
+    match CompletionRequest::parse(data, &model.defaults, &limits) {
+        Err(error) => told(&error),
+        Ok(CompletionRequest {
+            params, prompts, ..
+        }) => {
+            assert!(prompts.len() * params.n as usize <= limits.choices_max);
+            for prompt in prompts {
+                let tokens = match prompt {
+                    Prompt::Text(text) => fits(model.encode(&text, true, &Until::forever())),
+                    Prompt::Tokens(tokens) => Some(tokens),
+                };
+                let Some(tokens) = tokens else { continue };
+                if tokens.iter().all(|token| *token < fixture::VOCAB) {
+                    runs(&params, tokens, Some(16));
+                }
+            }
+        }
+    }
+}
+
+/// A chat, whatever the door through which it came.
+fn chat(request: Result<ChatRequest, ApiError>) {
+    let model = fixture::model();
+    match request {
         Err(error) => told(&error),
         Ok(ChatRequest {
             params,
@@ -57,24 +86,6 @@ pub fn http_body(data: &[u8]) {
                     "each message ends, and none ends another"
                 );
                 runs(&params, tokens, None);
-            }
-        }
-    }
-    match CompletionRequest::parse(data, &model.defaults, &limits) {
-        Err(error) => told(&error),
-        Ok(CompletionRequest {
-            params, prompts, ..
-        }) => {
-            assert!(prompts.len() * params.n as usize <= limits.choices_max);
-            for prompt in prompts {
-                let tokens = match prompt {
-                    Prompt::Text(text) => fits(model.encode(&text, true, &Until::forever())),
-                    Prompt::Tokens(tokens) => Some(tokens),
-                };
-                let Some(tokens) = tokens else { continue };
-                if tokens.iter().all(|token| *token < fixture::VOCAB) {
-                    runs(&params, tokens, Some(16));
-                }
             }
         }
     }

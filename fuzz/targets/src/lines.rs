@@ -44,7 +44,7 @@ fn keys(text: &str) {
                 .find(|line| !line.is_empty() && !line.starts_with('#'));
             let key = line.and_then(|line| line.split_whitespace().last());
             let header = format!("Bearer {}", key.expect("there is a key"));
-            keys.check(Some(header.as_bytes()))
+            keys.check(Some(header.as_bytes()), None)
                 .expect("the first key opens");
         }
     }

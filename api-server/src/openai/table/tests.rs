@@ -1,6 +1,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::anthropic;
 use crate::config::Limits;
 use crate::openai::{ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest};
 use crate::text::tokenizer::GenerationDefaults;
@@ -13,7 +14,9 @@ fn plain(door: Door) -> Value {
         Door::Text => json!({"model": "m", "prompt": "hi"}),
         Door::Tokenize => json!({"messages": [user]}),
         Door::Detokenize => json!({"tokens": [1]}),
-        Door::Responses | Door::Messages | Door::CountTokens => json!({}),
+        Door::Messages => json!({"model": "m", "max_tokens": 5, "messages": [user]}),
+        Door::CountTokens => json!({"model": "m", "messages": [user]}),
+        Door::Responses => json!({}),
     }
 }
 
@@ -25,7 +28,9 @@ fn parse(door: Door, body: &Value) -> Result<(), ApiError> {
         Door::Text => CompletionRequest::parse(body, &defaults, &limits).map(drop),
         Door::Tokenize => TokenizeRequest::parse(body).map(drop),
         Door::Detokenize => DetokenizeRequest::parse(body).map(drop),
-        Door::Responses | Door::Messages | Door::CountTokens => Ok(()),
+        Door::Messages => anthropic::read(body, &defaults, &limits).map(drop),
+        Door::CountTokens => anthropic::CountRequest::parse(body).map(drop),
+        Door::Responses => Ok(()),
     }
 }
 
@@ -34,7 +39,9 @@ fn with(door: Door, name: &str, value: Value) -> Value {
     let mut body = plain(door);
     match name.split_once('.') {
         Some((parent, name)) => {
-            body["stream"] = true.into();
+            if parent == "stream_options" {
+                body["stream"] = true.into();
+            }
             body[parent] = json!({name: value});
         }
         None => body[name] = value,
@@ -124,9 +131,20 @@ fn unknown_fields_are_named_and_so_is_what_was_meant() {
         (
             Door::Text,
             "messages",
-            "is a field of /v1/chat/completions and /tokenize, not of /v1/completions",
+            "is a field of /v1/chat/completions and /tokenize and /v1/messages and /v1/messages/count_tokens, not of /v1/completions",
         ),
         (Door::Detokenize, "temperature", "not of /detokenize"),
+        (Door::Messages, "max_token", "do you mean max_tokens?"),
+        (
+            Door::CountTokens,
+            "max_tokens",
+            "and /v1/messages, not of /v1/messages/count_tokens",
+        ),
+        (
+            Door::Messages,
+            "thinking.budget",
+            "there is no field thinking.budget",
+        ),
         (
             Door::Chat,
             "stream_options.include_usages",
