@@ -214,7 +214,7 @@ async fn what_requests_say_of_calls_and_reasoning() {
     assert_eq!(cut["choices"][0]["finish_reason"], "length");
     for (more, param) in [
         (
-            json!({"tools": tools(), "tool_choice": "required"}),
+            json!({"tools": tools(), "tool_choice": "some"}),
             "tool_choice",
         ),
         (json!({"tool_choice": "auto"}), "tool_choice"),
