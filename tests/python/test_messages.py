@@ -14,10 +14,28 @@ ASK = [{"role": "user", "content": "Name three colours."}]
 # the SDK's newest has no argument for it any more; the same tokens each time, whatever the model's defaults are
 GREEDY = {"temperature": 0}
 PLAIN = dict(max_tokens=24, messages=ASK, extra_body=GREEDY)
+# without white space between its parts and with an end in sight: a small model may go on for ever
+COMPACT = {"whitespace_flexible": False}
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of a city.",
-    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "input_schema": {
+        "x-guidance": COMPACT,
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["celsius", "fahrenheit"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+}
+SONG = {
+    "name": "play_song",
+    "input_schema": {
+        "x-guidance": COMPACT,
+        "type": "object",
+        "properties": {"loud": {"type": "boolean"}},
+        "required": ["loud"],
+        "additionalProperties": False,
+    },
 }
 
 
@@ -131,7 +149,7 @@ def test_a_prefilled_answer_is_gone_on_with(claude, model):
 
 def test_an_answer_by_schema(claude, model):
     schema = {
-        "x-guidance": {"whitespace_flexible": False},
+        "x-guidance": COMPACT,
         "type": "object",
         "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
         "required": ["colour", "count"],
@@ -190,6 +208,43 @@ def test_tools_in_auto_are_refused_for_a_model_that_calls_none(claude, model):
         with pytest.raises(anthropic.BadRequestError, match="tool"):
             ask(model=model, tools=[WEATHER], **more)
         assert ask(model=model, tools=[WEATHER], tool_choice={"type": "none"}, **more)
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+def test_a_call_comes_if_it_must_and_goes_on(claude, model, choice):
+    """This model calls none of its own accord: it is made to. Streamed it is the same call."""
+    choice = {**choice, "disable_parallel_tool_use": True}
+    asked = dict(model=model, max_tokens=100, messages=ASK, tools=[WEATHER, SONG], tool_choice=choice)
+    for seed in range(2):
+        extra = {"temperature": 1, "seed": seed}
+        message = claude.messages.create(**asked, extra_body=extra)
+        with claude.messages.stream(**asked, extra_body=extra) as stream:
+            streamed = stream.get_final_message()
+        for answer in (message, streamed):
+            assert answer.stop_reason == "tool_use"
+            (call,) = answer.content
+            assert (call.type, call.name in ("get_weather", "play_song")) == ("tool_use", True)
+            if call.name == "get_weather":
+                assert set(call.input) == {"city", "unit"} and len(call.input["city"]) <= 12
+            else:
+                assert choice["type"] == "any" and call.input["loud"] in (True, False)
+        assert message.content[0].name == streamed.content[0].name
+        assert message.content[0].input == streamed.content[0].input
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "Rain."}]}
+    messages = [*ASK, {"role": "assistant", "content": streamed.content}, {"role": "user", "content": [result]}]
+    after = claude.messages.create(model=model, max_tokens=8, messages=messages)
+    assert read(after.usage) > read(message.usage)
+
+
+def test_a_call_that_is_cut_has_no_input(claude, model):
+    choice = {"type": "tool", "name": "get_weather"}
+    for max_tokens in (6, 12):
+        message = claude.messages.create(
+            model=model, max_tokens=max_tokens, messages=ASK, tools=[WEATHER], tool_choice=choice
+        )
+        assert message.stop_reason == "max_tokens"
+        # what is not yet a call is text
+        assert all(block.type == "text" or block.input == {} for block in message.content)
 
 
 def test_errors_are_the_sdks_own(claude, model):

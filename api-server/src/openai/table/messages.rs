@@ -31,6 +31,8 @@ pub const FIELDS: &[Field] = &[
     done("presence_penalty", ASK, "as in chats"),
     done("frequency_penalty", ASK, "as in chats"),
     done("logit_bias", ASK, "as in chats"),
+    done("allowed_token_ids", ASK, "as in chats"),
+    done("bad_words", ASK, "as in chats"),
     done("seed", ASK, "as in chats"),
     // how the prompt is made
     done("cache_salt", ASK, "as in chats"),
