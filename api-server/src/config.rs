@@ -125,6 +125,8 @@ pub struct Limits {
     pub answer_bytes_max: usize,
     /// What answers that are not streams may hold together while they are generated and sent; more are answered 429.
     pub answers_bytes_max: usize,
+    /// What responses that are kept may hold; 0 keeps none.
+    pub responses_bytes_max: usize,
     /// A client that leaves its stream full for this long is given up.
     pub reader_stall: Duration,
     /// A connection that takes not one byte for this long is closed, whatever it was to carry.
@@ -149,6 +151,7 @@ impl Default for Limits {
             // One choice of 131,072 tokens with 20 alternatives each, or 128 choices of as many tokens without.
             answer_bytes_max: 256 << 20,
             answers_bytes_max: 512 << 20,
+            responses_bytes_max: 256 << 20,
             // A page in the background or a proxy may pause for seconds; whoever lets 64 KiB and all
             // buffers on the way lie for half a minute has gone.
             reader_stall: Duration::from_secs(30),

@@ -23,6 +23,8 @@ pub enum ErrorKind {
     Unauthorized,
     /// No such model.
     UnknownModel,
+    /// No such response is kept.
+    UnknownResponse,
     /// No such path.
     UnknownPath,
     /// The path takes another method.
@@ -85,7 +87,7 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
@@ -95,6 +97,7 @@ impl ErrorKind {
         Self::AnswerTooLarge,
         Self::Unauthorized,
         Self::UnknownModel,
+        Self::UnknownResponse,
         Self::UnknownPath,
         Self::Method,
         Self::TooManyRequests,
@@ -142,6 +145,13 @@ impl ErrorKind {
             ),
             Self::Unauthorized => (401, BAD, Some("invalid_api_key"), false, "unauthorized"),
             Self::UnknownModel => (404, BAD, Some("model_not_found"), false, "unknown_model"),
+            Self::UnknownResponse => (
+                404,
+                BAD,
+                Some("response_not_found"),
+                false,
+                "unknown_response",
+            ),
             Self::UnknownPath => (404, BAD, Some("not_found"), false, "unknown_path"),
             Self::Method => (405, BAD, Some("method_not_allowed"), false, "method"),
             Self::TooManyRequests => (

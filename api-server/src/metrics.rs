@@ -109,15 +109,21 @@ impl Metrics {
         })
     }
 
-    /// Prometheus' text format, with the load of every worker as it last told.
+    /// Prometheus' text format, with the load of every worker as it last told, and how many responses are kept, of how many bytes.
     ///
     /// # Errors
     /// If the registry cannot be written.
-    pub fn render(&self, members: &Membership, now: Instant) -> Result<String, prometheus::Error> {
+    pub fn render(
+        &self,
+        members: &Membership,
+        kept: (usize, usize),
+        now: Instant,
+    ) -> Result<String, prometheus::Error> {
         let mut bytes = Vec::new();
         TextEncoder::new().encode(&self.registry.gather(), &mut bytes)?;
         let mut text = String::from_utf8_lossy(&bytes).into_owned();
         log_counters(&mut text);
+        response_gauges(kept, &mut text);
         worker_gauges(members, now, &mut text);
         Ok(text)
     }
@@ -142,6 +148,18 @@ fn log_counters(out: &mut String) {
         "# HELP baton_http_malformed_total Requests that were no HTTP, answered with 400.\n\
          # TYPE baton_http_malformed_total counter\nbaton_http_malformed_total {}",
         baton_logs::malformed_http_requests()
+    );
+}
+
+/// What responses that are kept hold.
+fn response_gauges((responses, bytes): (usize, usize), out: &mut String) {
+    // Writing to memory cannot fail.
+    let _ = writeln!(
+        out,
+        "# HELP baton_response_store_bytes Bytes of responses that are kept.\n\
+         # TYPE baton_response_store_bytes gauge\nbaton_response_store_bytes {bytes}\n\
+         # HELP baton_response_store_responses Responses that are kept.\n\
+         # TYPE baton_response_store_responses gauge\nbaton_response_store_responses {responses}"
     );
 }
 

@@ -22,6 +22,7 @@ use crate::config::ApiServerConfig;
 use crate::error::ApiServerError;
 use crate::http;
 use crate::metrics::Metrics;
+use crate::openai::responses::ResponseStore;
 use crate::request::inbox::{Event, Registry, lock};
 use crate::server::{Name, Server};
 use crate::text::texts::TextPool;
@@ -72,6 +73,7 @@ pub async fn run(
         metrics,
         in_flight: Arc::new(Bound::new(config.limits.in_flight_max)),
         answers: Arc::new(Bound::new(config.limits.answers_bytes_max)),
+        responses: Arc::new(ResponseStore::new(config.limits.responses_bytes_max)),
         texts: TextPool::new(config.limits.text_threads),
         body_room: Arc::new(Semaphore::new(config.limits.bodies_bytes_max >> 10)),
         limits: config.limits,

@@ -18,6 +18,7 @@ use crate::fleet::Fleet;
 use crate::fleet::membership::{Membership, Taken};
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
+use crate::openai::responses::ResponseStore;
 use crate::request::decode_room::DecodeRoom;
 use crate::request::inbox::{Event, Registry, lock};
 use crate::request::lifecycle::Target;
@@ -50,6 +51,8 @@ pub struct Server {
     pub in_flight: Arc<Bound>,
     /// Bytes that answers hold which are not streams.
     pub answers: Arc<Bound>,
+    /// Responses that are kept.
+    pub responses: Arc<ResponseStore>,
     /// Threads for large texts.
     pub texts: TextPool,
     /// Kibibytes that request bodies may still take.

@@ -25,6 +25,7 @@ use crate::fleet::membership::SUSPECT_AFTER;
 use crate::fleet::router::prefix_chain;
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
+use crate::openai::responses::ResponseStore;
 use crate::request::driver::{Job, Sink, drive};
 use crate::request::inbox::{Event, Inbox, Mailbox, Registry};
 use crate::server::{Name, Server};
@@ -84,6 +85,7 @@ impl SimulatedServer {
             metrics,
             in_flight: Arc::new(Bound::new(0)),
             answers: Arc::new(Bound::new(0)),
+            responses: Arc::new(ResponseStore::new(0)),
             texts: TextPool::new(0),
             body_room: Arc::new(Semaphore::new(0)),
             limits: Limits::default(),

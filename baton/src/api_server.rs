@@ -112,6 +112,9 @@ pub struct AnswerArgs {
     /// [default: none]
     #[arg(long, value_name = "ORIGIN")]
     pub cors_origin: Vec<String>,
+    /// Memory for responses that are kept (/v1/responses), in MiB; 0 keeps none [default: 256]
+    #[arg(long)]
+    pub response_store_mib: Option<usize>,
 }
 
 /// A value of `--generation-config`.
@@ -216,6 +219,9 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     config.reasoning_format = args.content.reasoning_format;
     config.special_tokens_in_content = args.content.special_tokens_in_content.into();
     config.generation_config = args.answers.generation_config.into();
+    if let Some(mib) = args.answers.response_store_mib {
+        config.limits.responses_bytes_max = mib << 20;
+    }
     let origins = args.answers.cors_origin.iter().map(String::as_str);
     config.origins = Origins::parse(origins).map_err(|error| format!("--cors-origin: {error}"))?;
     config.host = args.api_server_host;

@@ -97,7 +97,10 @@ fn preflight(request: &ServiceRequest) -> Option<Option<HeaderValue>> {
 /// Yes, with these headers. The question comes without a key; what follows it needs one.
 fn permission(headers: Option<HeaderValue>) -> HttpResponse {
     let mut response = HttpResponse::build(StatusCode::NO_CONTENT);
-    response.insert_header((header::ACCESS_CONTROL_ALLOW_METHODS, "GET, HEAD, POST"));
+    response.insert_header((
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        "GET, HEAD, POST, DELETE",
+    ));
     response.insert_header((header::ACCESS_CONTROL_MAX_AGE, "600"));
     if let Some(headers) = headers {
         response.insert_header((header::ACCESS_CONTROL_ALLOW_HEADERS, headers));

@@ -8,6 +8,7 @@ mod gzip;
 mod messages;
 mod name;
 mod respond;
+mod responses;
 mod status;
 mod tokenize;
 
@@ -56,6 +57,16 @@ pub fn serve(
             .app_data(web::Data::from(Arc::clone(&server)))
             .app_data(web::Data::from(mailbox))
             .service(post("/v1/chat/completions", web::post().to(generate::chat)))
+            .service(post("/v1/responses", web::post().to(responses::create)))
+            .service(only(
+                web::resource("/v1/responses/{id}")
+                    .route(web::get().to(responses::get))
+                    .route(web::head().to(responses::get))
+                    .route(web::delete().to(responses::delete)),
+            ))
+            .service(get("/v1/responses/{id}/input_items", || {
+                web::route().to(responses::input_items)
+            }))
             .service(post("/v1/completions", web::post().to(generate::text)))
             .service(post("/v1/messages", web::post().to(messages::messages)))
             .service(post(

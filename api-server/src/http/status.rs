@@ -95,7 +95,10 @@ pub async fn live() -> HttpResponse {
 /// `GET /metrics`.
 pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
     let text = aside(move || {
-        let text = server.metrics.render(&server.members(), Instant::now());
+        let text =
+            server
+                .metrics
+                .render(&server.members(), server.responses.size(), Instant::now());
         text.map_err(|error| error.to_string())
     });
     match text.await {

@@ -50,6 +50,11 @@ impl Fields {
         self.0.remove(name).filter(|value| !value.is_null())
     }
 
+    /// Puts a field in its place.
+    pub fn put(&mut self, name: &str, value: Value) {
+        self.0.insert(name.to_owned(), value);
+    }
+
     /// A boolean.
     pub fn bool(&self, name: &str) -> Result<Option<bool>, ApiError> {
         self.typed(name, "a boolean", Value::as_bool)

@@ -12,10 +12,14 @@ use crate::error::ApiError;
 
 /// Fields that ask for a grammar, or how they begin, and how an ASCII character begins that is escaped: in a body without any of
 /// these there is no grammar. Tools that must be called, or called rightly, take one too.
-const MARKS: [&str; 8] = [
+const MARKS: [&str; 11] = [
     "response_format",
     "output_config",
     "output_format",
+    "json_schema",
+    "json_object",
+    // what it goes on from may be long
+    "previous_response_id",
     "structured_outputs",
     "guided_",
     "tool_choice",

@@ -7,6 +7,7 @@ pub mod fields;
 pub mod grammar;
 mod message;
 mod params;
+pub mod responses;
 mod shape;
 mod size;
 pub mod table;

@@ -14,25 +14,34 @@ const EFFORTS: [&str; 6] = ["none", "minimal", "low", "medium", "high", "xhigh"]
 /// # Errors
 /// 400 with the parameter's name.
 pub fn effort(fields: &Fields, variables: &mut Map<String, Value>) -> Result<(), ApiError> {
-    if let Some(effort) = fields.string("reasoning_effort")? {
-        if !EFFORTS.contains(&effort) {
-            let message = format!(
-                "reasoning_effort must be one of {}, got {:?}",
-                EFFORTS.join(", "),
-                beginning(effort)
-            );
-            return Err(ApiError::param("reasoning_effort", message));
-        }
-        if effort == "none" {
-            // How templates whose models think or do not think are told.
-            variables
-                .entry("enable_thinking")
-                .or_insert(Value::Bool(false));
-        }
-        variables
-            .entry("reasoning_effort")
-            .or_insert_with(|| effort.into());
+    match fields.string("reasoning_effort")? {
+        Some(effort) => say("reasoning_effort", effort, variables),
+        None => Ok(()),
     }
+}
+
+/// Tells these variables how much, which this field says.
+///
+/// # Errors
+/// 400 with the field's name.
+pub fn say(name: &str, effort: &str, variables: &mut Map<String, Value>) -> Result<(), ApiError> {
+    if !EFFORTS.contains(&effort) {
+        let message = format!(
+            "{name} must be one of {}, got {:?}",
+            EFFORTS.join(", "),
+            beginning(effort)
+        );
+        return Err(ApiError::param(name, message));
+    }
+    if effort == "none" {
+        // How templates whose models think or do not think are told.
+        variables
+            .entry("enable_thinking")
+            .or_insert(Value::Bool(false));
+    }
+    variables
+        .entry("reasoning_effort")
+        .or_insert_with(|| effort.into());
     Ok(())
 }
 

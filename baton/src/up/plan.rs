@@ -70,6 +70,9 @@ impl Plan {
         front.extend(flags([("--special-tokens-in-content", rule.label())]));
         let from = args.answers.generation_config;
         front.extend(flags([("--generation-config", from.label())]));
+        if let Some(mib) = args.answers.response_store_mib {
+            front.extend(flags([("--response-store-mib", &mib.to_string())]));
+        }
         for origin in &args.answers.cors_origin {
             front.extend(flags([("--cors-origin", origin)]));
         }

@@ -258,7 +258,7 @@ impl Engine {
 
     /// Have the tokens of the step in flight chosen, if it waits for masks and no other is before it.
     fn choose(&mut self) -> Result<(), ExecutorError> {
-        if let Some(flight) = self.flights.to_choose() {
+        if let Some(flight) = self.flights.alone_unchosen() {
             let deadline = self.pace.busy_until((self.clock)());
             let masks = self.scheduler.masks(&mut flight.rows, deadline);
             self.executor.choose(&masks)?;

@@ -77,7 +77,7 @@ impl Flights {
     }
 
     /// The only step, if its tokens are to be chosen now.
-    pub fn to_choose(&mut self) -> Option<&mut Flight> {
+    pub fn alone_unchosen(&mut self) -> Option<&mut Flight> {
         match self.steps.make_contiguous() {
             [only] if only.is_unchosen => Some(only),
             _ => None,

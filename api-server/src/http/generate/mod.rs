@@ -10,5 +10,5 @@ mod sse;
 mod whole;
 
 pub use self::answer::Answer;
-pub use self::completions::{Asked, Asker, Read, chat, chat_through, text};
+pub use self::completions::{Asked, Asker, chat, chat_through, text};
 pub use self::presence::Presence;

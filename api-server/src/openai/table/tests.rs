@@ -3,7 +3,9 @@ use serde_json::json;
 use super::*;
 use crate::anthropic;
 use crate::config::Limits;
-use crate::openai::{ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest};
+use crate::openai::{
+    ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, responses,
+};
 use crate::text::tokenizer::GenerationDefaults;
 
 /// A body that this door takes.
@@ -16,7 +18,7 @@ fn plain(door: Door) -> Value {
         Door::Detokenize => json!({"tokens": [1]}),
         Door::Messages => json!({"model": "m", "max_tokens": 5, "messages": [user]}),
         Door::CountTokens => json!({"model": "m", "messages": [user]}),
-        Door::Responses => json!({}),
+        Door::Responses => json!({"model": "m", "input": "hi"}),
     }
 }
 
@@ -30,7 +32,7 @@ fn parse(door: Door, body: &Value) -> Result<(), ApiError> {
         Door::Detokenize => DetokenizeRequest::parse(body).map(drop),
         Door::Messages => anthropic::read(body, &defaults, &limits).map(drop),
         Door::CountTokens => anthropic::CountRequest::parse(body).map(drop),
-        Door::Responses => Ok(()),
+        Door::Responses => responses::read(body, &defaults, &limits, &|_| None).map(drop),
     }
 }
 
@@ -126,7 +128,7 @@ fn unknown_fields_are_named_and_so_is_what_was_meant() {
         (
             Door::Chat,
             "prompt",
-            "is a field of /v1/completions and /tokenize, not of /v1/chat/completions",
+            "is a field of /v1/completions and /tokenize and /v1/responses, not of /v1/chat/completions",
         ),
         (
             Door::Text,

@@ -1,0 +1,11 @@
+//! OpenAI's Responses: items in, items out, and a store that lets a request go on from an earlier answer.
+
+mod answer;
+mod events;
+mod input;
+mod request;
+mod store;
+
+pub use answer::{Keeping, ResponseWriter};
+pub use request::{ResponseRequest, not_kept, read};
+pub use store::{Kept, ResponseStore};
