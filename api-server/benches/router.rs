@@ -77,7 +77,12 @@ fn main() {
             while !over.load(Ordering::Relaxed) {
                 let members = cluster.fleet().members().clone();
                 let now = cluster.now;
-                black_box(metrics.render(&members, now).map(|text| text.len()).ok());
+                black_box(
+                    metrics
+                        .render(&members, (0, 0), now)
+                        .map(|text| text.len())
+                        .ok(),
+                );
                 let rows: Vec<_> = worker_rows(&members, now).collect();
                 black_box(serde_json::to_string(&rows).map(|text| text.len()).ok());
                 pages += 1;
