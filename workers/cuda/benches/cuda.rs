@@ -20,7 +20,7 @@ use std::time::Instant;
 use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device};
 use baton_engine::{
     Engine, EngineConfig, Executor, ExecutorError, ExecutorInfo, ResumedSequence, SampleRequest,
-    SequenceStep, StepOutput, StepPlan, kv_geometry,
+    SequenceStep, StepOutput, StepPlan, TokenMask, kv_geometry,
 };
 use baton_model::{
     Fp8Matrix, Fp8Scales, LayerKind, MatrixBytes, Mixer, ModelSpec, Rope, RopeScaling, TensorBytes,
