@@ -8,7 +8,7 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-EVENT = TypeAdapter(ResponseStreamEvent)
+RESPONSE, EVENT = TypeAdapter(Response), TypeAdapter(ResponseStreamEvent)
 TOOL = {
     "type": "function",
     "name": "paint",
@@ -56,6 +56,18 @@ def test_an_answer(ask, model):
     )
     assert response.store is True and response.text.format.type == "text"
     assert response.output_text == ask(instructions="Be brief.", top_p=0.5, store=False).output_text
+
+
+def test_an_answer_as_it_comes_has_the_clients_types(client, model):
+    arguments = dict(model=model, input="hi", max_output_tokens=60, tools=[TOOL])
+    for choice in ("none", "required"):
+        raw = client.responses.with_raw_response.create(**arguments, tool_choice=choice)
+        RESPONSE.validate_json(raw.text(), strict=True)
+        raw = client.responses.with_raw_response.create(**arguments, tool_choice=choice, stream=True)
+        lines = [line for line in raw.http_response.iter_lines() if line.startswith("data: ")]
+        for line in lines:
+            EVENT.validate_json(line.removeprefix("data: "), strict=True)
+        assert len(lines) > 5
 
 
 def test_a_stream_is_the_same_answer(ask, client, model):

@@ -268,7 +268,7 @@ mod tests {
         let done = stream(|share| share.done(1, Usage::default()));
         assert!(done.ends_with("data: [DONE]\n\n"), "{done}");
         assert!(!done.contains("error"), "{done}");
-        let broken = stream(|share| drop(share));
+        let broken = stream(drop);
         assert!(!broken.contains("[DONE]"), "{broken}");
         assert!(
             broken.contains("event: error") && broken.contains("internal_error"),

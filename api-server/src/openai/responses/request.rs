@@ -72,6 +72,10 @@ pub fn read(
         }
     };
     if let Some((name, schema)) = settings.format()? {
+        if let Some(other) = &params.grammar_field {
+            let message = format!("{other} and {name} both say what the text must be: send one");
+            return Err(ApiError::param(name, message));
+        }
         params.grammar = Some(grammar::of_checked_schema(&name, &schema)?);
         params.grammar_field = Some(name);
     }
@@ -567,6 +571,10 @@ mod tests {
                 "include[0]",
             ),
             (json!({"background": true}), "background"),
+            (
+                json!({"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}}),
+                "text.format",
+            ),
         ] {
             let error = ask(more.clone()).err().expect("an error");
             assert_eq!(error.param.as_deref(), Some(param), "{more} {error}");

@@ -44,6 +44,7 @@ pub const FIELDS: &[Field] = &[
     // structured output
     done("text", ASK, "an object"),
     done("text.format", ASK, "`text`, `json_object`, or `json_schema` with a `schema`: the text is valid JSON by it"),
+    done("structured_outputs", ASK, "as in chats, in place of `text.format`"),
     refused("text.verbosity", ASK, &["\"medium\""], "ask for it in the instructions"),
     // reasoning
     done("reasoning", ASK, "an object"),
