@@ -119,6 +119,8 @@ def test_responses_are_kept_and_deleted(ask, client):
     assert found.model_dump() == made.model_dump()
     items = client.responses.input_items.list(made.id)
     assert [item.content[0].text for item in items] == ["Name a color."]
+    with pytest.raises(openai.BadRequestError, match="in the background"):
+        client.responses.cancel(made.id)
     client.responses.delete(made.id)
     unkept = ask(store=False)
     for response in (made, unkept):

@@ -58,6 +58,12 @@ pub fn serve(
             .app_data(web::Data::from(mailbox))
             .service(post("/v1/chat/completions", web::post().to(generate::chat)))
             .service(post("/v1/responses", web::post().to(responses::create)))
+            // Not a response's id: whoever tries whether there is compaction is told that there is none.
+            .service(web::resource("/v1/responses/compact").to(status::unknown_path))
+            .service(post(
+                "/v1/responses/{id}/cancel",
+                web::post().to(responses::cancel),
+            ))
             .service(only(
                 web::resource("/v1/responses/{id}")
                     .route(web::get().to(responses::get))

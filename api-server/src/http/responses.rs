@@ -115,6 +115,24 @@ pub async fn delete(
     }
 }
 
+/// `POST /v1/responses/{id}/cancel`: refused, since only responses in the background can be cancelled.
+pub async fn cancel(
+    server: web::Data<Server>,
+    request: HttpRequest,
+    id: web::Path<String>,
+) -> HttpResponse {
+    let Caller(key) = Caller::of(&request);
+    let owner = key.as_ref().map(|key| key.name.as_str());
+    let error = match server.responses.get(&id, owner) {
+        Some(_) => ApiError::param(
+            "response_id",
+            "this response is over: only responses in the background can be cancelled, and there are none",
+        ),
+        None => responses::not_kept("response_id", &id),
+    };
+    refuse(&server, Dialect::OpenAi, &error)
+}
+
 fn found(
     server: &Server,
     request: &HttpRequest,

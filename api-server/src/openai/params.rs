@@ -437,13 +437,19 @@ fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>, ApiError> {
         }
         Some(other) => return Err(wrong_type(NAME, EXPECTED, other)),
     };
-    let entry = |(id, bias): (&String, &Value)| {
-        let id = id.parse::<u32>().ok();
-        let bias = bias.as_f64().filter(|bias| bias.abs() <= 100.0);
-        match (id, bias) {
-            (Some(id), Some(bias)) => Ok((id, bias as f32)),
-            _ => Err(ApiError::param(NAME, format!("{NAME} must be {EXPECTED}"))),
-        }
+    let entry = |(key, value): (&String, &Value)| {
+        let id = key.parse::<u32>().ok();
+        let id = id.ok_or_else(|| {
+            let shown: String = key.chars().take(100).collect();
+            let message = format!("{NAME} must be {EXPECTED}: {shown:?} is no token id");
+            ApiError::param(NAME, message)
+        })?;
+        let bias = value.as_f64().filter(|bias| bias.abs() <= 100.0);
+        let bias = bias.ok_or_else(|| {
+            let message = format!("{NAME} must be {EXPECTED}: that of token {id} is not");
+            ApiError::param(NAME, message)
+        })?;
+        Ok((id, bias as f32))
     };
     map.iter().map(entry).collect()
 }
@@ -535,6 +541,17 @@ mod tests {
             assert_eq!(error.param.as_deref(), Some(name), "{body}");
             assert_eq!(error.kind, ErrorKind::InvalidRequest);
         }
+    }
+
+    #[test]
+    fn the_wrong_entry_of_a_logit_bias_is_named() {
+        let error = |bias: Value| read(json!({"logit_bias": bias})).unwrap_err().message;
+        let wrong = error(json!({"5": 1, "fish": 1}));
+        assert!(wrong.ends_with("\"fish\" is no token id"), "{wrong}");
+        let wrong = error(json!({"5": 1, "7": 1000}));
+        assert!(wrong.ends_with("that of token 7 is not"), "{wrong}");
+        let long = error(json!({"x".repeat(10_000): 1}));
+        assert!(long.len() < 300, "{long}");
     }
 
     #[test]

@@ -162,6 +162,28 @@ async fn what_get_answers_head_does_too() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn responses_are_neither_compacted_nor_cancelled() {
+    let (_nats, _context, _decode, api) = usual().await;
+    let asked = json!({"model": "tiny", "input": "a", "max_output_tokens": 2});
+    let compacted = api.post("/v1/responses/compact", asked.clone()).await;
+    assert_eq!(compacted.status, 404, "{}", compacted.body);
+    assert_eq!(compacted.json()["error"]["code"], "not_found");
+
+    let made = api.post("/v1/responses", asked).await.json();
+    let cancel = |id: &str| {
+        let path = format!("/v1/responses/{id}/cancel");
+        let api = &api;
+        async move { api.post(&path, json!({})).await }
+    };
+    let over = cancel(made["id"].as_str().unwrap()).await;
+    assert_eq!(over.status, 400, "{}", over.body);
+    assert_eq!(over.json()["error"]["param"], "response_id");
+    let unknown = cancel("resp_none").await;
+    assert_eq!(unknown.status, 404, "{}", unknown.body);
+    assert_eq!(unknown.json()["error"]["code"], "response_not_found");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_answer_says_which_request_it_is_of() {
     let (_nats, mut context, _decode, api) = usual().await;
     let typed = "Content-Type: application/json";
