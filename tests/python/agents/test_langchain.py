@@ -60,8 +60,7 @@ def check(call):
     assert call["id"]
 
 
-@pytest.mark.parametrize("choice", ["Weather", "Song", "any", "required", True])
-@pytest.mark.parametrize("strict", [None, True])
+@pytest.mark.parametrize("choice, strict", [("Weather", None), ("Song", True), ("any", True), ("required", None), (True, None)])
 def test_calls(chat, choice, strict):
     tools = [Weather] if choice is True else [Weather, Song]
     bound = chat().bind_tools(tools, tool_choice=choice, strict=strict, parallel_tool_calls=False)
@@ -85,8 +84,7 @@ def test_a_result_is_sent_back(chat):
     assert answer.content and not answer.tool_calls
 
 
-@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-@pytest.mark.parametrize("strict", [None, True])
+@pytest.mark.parametrize("method, strict", [("json_schema", True), ("function_calling", None)])
 def test_structured_output(chat, later, method, strict):
     bound = chat().with_structured_output(Weather, method=method, strict=strict)
     weather = bound.invoke(QUESTION)

@@ -41,7 +41,8 @@ def run(cluster, model):
 
 
 def agent(model, max_tokens=300, **more) -> Agent:
-    return Agent(model, model_settings=ModelSettings(temperature=0, max_tokens=max_tokens), retries=0, **more)
+    settings = ModelSettings(temperature=0, max_tokens=max_tokens, parallel_tool_calls=False)
+    return Agent(model, model_settings=settings, retries=0, **more)
 
 
 @pytest.mark.parametrize("door", DOORS)
