@@ -40,6 +40,12 @@ impl Offer {
             Some(answer) if !self.may_be_called() => {
                 return Ok(Some(reasoned(answer.grammar, reasoning, token)));
             }
+            // There is no answer then: the schema holds of none.
+            Some(Answer { grammar, .. })
+                if self.is_forced() && matches!(grammar, Grammar::JsonSchema(_)) =>
+            {
+                None
+            }
             Some(answer) => Some(self.schema(answer)?),
             None => None,
         };
@@ -237,10 +243,15 @@ mod tests {
         let choice = Grammar::Lark("start: \"a\" | \"b\"".to_owned());
         let text = lark(made(body("none"), Some(&choice)));
         assert!(text.contains("answer: \"a\" | \"b\""), "{text}");
-        let error = made(body(FORCED), Some(&schema)).unwrap_err();
+        // Nothing but calls: no answer that the schema could hold of.
+        assert_eq!(
+            lark(made(body(FORCED), Some(&schema))),
+            lark(made(body(FORCED), None))
+        );
+        let regex = Grammar::Regex("a+".to_owned());
+        let error = made(body(FORCED), Some(&regex)).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("tool_choice"));
         assert!(error.message.contains("response_format"), "{error}");
-        let regex = Grammar::Regex("a+".to_owned());
         let error = made(body("auto"), Some(&regex)).unwrap_err();
         assert_eq!(error.param.as_deref(), Some("response_format"));
         let answer = Answer {

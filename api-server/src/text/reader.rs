@@ -19,6 +19,9 @@ pub struct Reading {
     pub include_reasoning: bool,
     /// Whether more than one call is wanted.
     pub parallel: bool,
+    /// Whether the output is calls, after reasoning if there is any, and no answer. What is neither is then a call that was cut before
+    /// its name was known, and is left out.
+    pub is_forced: bool,
 }
 
 impl Reading {
@@ -99,6 +102,7 @@ impl Reader {
                     parts.push(Part::Reasoning(text))
                 }
                 Event::Reasoning(_) => {}
+                Event::Content(_) if self.reading.is_forced => {}
                 Event::Content(text) => parts.push(Part::Content(text)),
                 Event::CallBegins { index, id, name } => {
                     self.calls += 1;
@@ -126,6 +130,8 @@ impl Reader {
 
 #[cfg(test)]
 mod tests {
+    use baton_chat_formats::Tool;
+
     use super::*;
 
     fn read(parallel: bool, include_reasoning: bool, text: &str) -> (Vec<Part>, bool) {
@@ -135,6 +141,7 @@ mod tests {
             tools: Arc::default(),
             include_reasoning,
             parallel,
+            is_forced: false,
         });
         let mut parts = Vec::new();
         let is_over = reader.push(Piece::text(text), &mut parts);
@@ -169,6 +176,7 @@ mod tests {
             tools: Arc::default(),
             include_reasoning: false,
             parallel: true,
+            is_forced: false,
         });
         let mut parts = Vec::new();
         let mut counts = Vec::new();
@@ -180,6 +188,33 @@ mod tests {
         reader.finish(&mut parts);
         counts.push(reader.reasoning_tokens());
         assert_eq!(counts, [0, 2, 3, 3, 3, 3, 3, 3]);
+    }
+
+    #[test]
+    fn a_forced_call_that_is_cut_is_no_content() {
+        let go = Tool::new("go", serde_json::Value::Null);
+        for (text, calls) in [
+            (r#"[{"name": "go", "arguments": {}}, {"na"#, 1),
+            (r#"[{"name": "g"#, 0),
+        ] {
+            for is_forced in [true, false] {
+                let mut reader = Reader::new(Reading {
+                    format: Format::Json,
+                    reasoning: Reasoning::None,
+                    tools: Arc::new(Tools::new(vec![go.clone()])),
+                    include_reasoning: true,
+                    parallel: true,
+                    is_forced,
+                });
+                let mut parts = Vec::new();
+                reader.push(Piece::text(text), &mut parts);
+                reader.finish(&mut parts);
+                let count = |of: fn(&Part) -> bool| parts.iter().filter(|part| of(part)).count();
+                assert_eq!(count(|part| matches!(part, Part::Call { .. })), calls);
+                let is_text = count(|part| matches!(part, Part::Content(_))) > 0;
+                assert_eq!(is_text, !is_forced, "{text}: {parts:?}");
+            }
+        }
     }
 
     #[test]

@@ -153,9 +153,11 @@ async fn try_chat(
         // Where no tool may be called, all of an output that follows a grammar is the answer, from its first token on.
         let reasoning = model.formats.reasoning.after_prompt(&prompt.text());
         let is_read = params.hold_calls(&offer, format, reasoning, model)?;
+        let is_forced = offer.is_forced();
         let reading = is_read.then(|| Reading {
             format,
             reasoning,
+            is_forced,
             tools: offer.tools,
             include_reasoning,
             parallel: offer.parallel,
