@@ -186,7 +186,7 @@ WRONG = tool("go", {"type": "object", "properties": {"x": {"type": "strnig"}}}, 
         ({"tools": TOOLS}, "tools"),
         ({"tools": TOOLS, "tool_choice": named("fly")}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "required", "guided_regex": "a+"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "extra_body": {"guided_regex": "a+"}}, "tool_choice"),
         ({"tools": [*TOOLS, WRONG], "tool_choice": "required"}, "tools[2].function.parameters"),
     ],
 )
