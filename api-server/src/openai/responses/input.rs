@@ -1,5 +1,7 @@
 //! `input` and `instructions` as the messages of a chat template.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -52,6 +54,8 @@ pub struct Chat {
     messages: Vec<Value>,
     /// Reasoning of the assistant's message that comes next.
     reasoning: String,
+    /// The functions of the calls so far, by the calls' ids.
+    names: HashMap<String, String>,
     /// The last message is the assistant's turn, to which calls and text may be added.
     is_open: bool,
 }
@@ -154,6 +158,7 @@ impl Chat {
         let arguments = string(at, item, "arguments")?;
         let function = json!({"name": name, "arguments": arguments});
         let call = json!({"id": id, "type": "function", "function": function});
+        self.names.insert(id.to_owned(), name.to_owned());
         let message = self.turn();
         if let Some(message) = message.as_object_mut() {
             let calls = message.entry("tool_calls").or_insert_with(|| json!([]));
@@ -170,8 +175,11 @@ impl Chat {
         let path = format!("{at}.output");
         let text = text(&path, item.get("output").unwrap_or(&Value::Null))?;
         self.assistant();
-        self.messages
-            .push(json!({"role": "tool", "tool_call_id": id, "content": text}));
+        let mut message = json!({"role": "tool", "tool_call_id": id, "content": text});
+        if let Some(name) = self.names.get(id) {
+            message["name"] = name.as_str().into();
+        }
+        self.messages.push(message);
         Ok(())
     }
 
@@ -325,10 +333,10 @@ mod tests {
             {"role": "system", "content": "Think."},
             user("hi"),
             {"role": "assistant", "content": "Let me see.", "reasoning_content": "Hm.", "tool_calls": [called("1"), called("2")]},
-            {"role": "tool", "tool_call_id": "1", "content": "7"},
-            {"role": "tool", "tool_call_id": "2", "content": "7"},
+            {"role": "tool", "tool_call_id": "1", "content": "7", "name": "f"},
+            {"role": "tool", "tool_call_id": "2", "content": "7", "name": "f"},
             {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [called("3")]},
-            {"role": "tool", "tool_call_id": "3", "content": "7"},
+            {"role": "tool", "tool_call_id": "3", "content": "7", "name": "f"},
             {"role": "assistant", "content": "Done."},
             {"role": "assistant", "content": "Really."},
             {"role": "assistant", "content": "", "reasoning_content": "Hm."},

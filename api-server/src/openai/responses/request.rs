@@ -91,6 +91,18 @@ pub fn read(
             None => return Err(not_kept("previous_response_id", id)),
         },
     };
+    // A short body must not become more work than the longest.
+    let bytes: usize = before
+        .iter()
+        .map(|turn| turn.input.len() + turn.output.len())
+        .sum();
+    if bytes > limits.body_bytes_max {
+        let message = format!(
+            "the conversation of previous_response_id has {bytes} bytes, and with what is asked a request has {} at most: begin another",
+            limits.body_bytes_max
+        );
+        return Err(ApiError::param("previous_response_id", message));
+    }
     let mut chat = Chat::new(fields.string("instructions")?);
     for turn in &before {
         for text in [&turn.input, &turn.output] {
@@ -498,6 +510,32 @@ mod tests {
             settings["text"],
             json!({"verbosity": "medium", "format": {"type": "text"}})
         );
+    }
+
+    #[test]
+    fn a_conversation_has_a_bound() {
+        let limits = Limits::default();
+        let turn = |bytes: usize| Kept {
+            response: "{}".into(),
+            turns: vec![Arc::new(Segment {
+                input: format!("[{}]", " ".repeat(bytes - 4)),
+                output: "[]".to_owned(),
+            })],
+        };
+        let body =
+            json!({"model": "m", "input": "hi", "previous_response_id": "resp_1"}).to_string();
+        let ask = |bytes: usize| {
+            let find = |_: &str| Some(turn(bytes));
+            read(
+                body.as_bytes(),
+                &GenerationDefaults::default(),
+                &limits,
+                &find,
+            )
+        };
+        assert!(ask(limits.body_bytes_max).is_ok());
+        let error = ask(limits.body_bytes_max + 1).err().expect("an error");
+        assert_eq!(error.param.as_deref(), Some("previous_response_id"));
     }
 
     #[test]
