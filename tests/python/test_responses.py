@@ -62,7 +62,7 @@ def test_an_answer_as_it_comes_has_the_clients_types(client, model):
     arguments = dict(model=model, input="hi", max_output_tokens=60, tools=[TOOL])
     for choice in ("none", "required"):
         raw = client.responses.with_raw_response.create(**arguments, tool_choice=choice)
-        RESPONSE.validate_json(raw.text(), strict=True)
+        RESPONSE.validate_json(raw.text, strict=True)
         raw = client.responses.with_raw_response.create(**arguments, tool_choice=choice, stream=True)
         lines = [line for line in raw.http_response.iter_lines() if line.startswith("data: ")]
         for line in lines:
