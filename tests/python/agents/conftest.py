@@ -38,4 +38,10 @@ def later():
     """Runs coroutines in one loop: some clients keep connections for all their users."""
     loop = asyncio.new_event_loop()
     yield loop.run_until_complete
+    # what clients left running in it ends here, as with asyncio.run: left to the interpreter's end, litellm's crashes it
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
