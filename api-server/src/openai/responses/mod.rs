@@ -4,7 +4,9 @@ mod answer;
 mod events;
 mod input;
 mod request;
+mod settings;
 mod store;
+mod tools;
 
 pub use answer::{Keeping, ResponseWriter};
 pub use request::{ResponseRequest, not_kept, read};
