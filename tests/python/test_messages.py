@@ -20,7 +20,6 @@ WEATHER = {
     "name": "get_weather",
     "description": "The weather of a city.",
     "input_schema": {
-        "x-guidance": COMPACT,
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["celsius", "fahrenheit"]}},
         "required": ["city", "unit"],
@@ -30,7 +29,6 @@ WEATHER = {
 SONG = {
     "name": "play_song",
     "input_schema": {
-        "x-guidance": COMPACT,
         "type": "object",
         "properties": {"loud": {"type": "boolean"}},
         "required": ["loud"],

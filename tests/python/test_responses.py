@@ -14,7 +14,6 @@ TOOL = {
     "name": "paint",
     "description": "Paints a thing.",
     "parameters": {
-        "x-guidance": {"whitespace_flexible": False},
         "type": "object",
         "properties": {"color": {"enum": ["red", "green"]}, "coats": {"type": "integer", "minimum": 1, "maximum": 9}},
         "required": ["color", "coats"],

@@ -7,11 +7,10 @@ import pytest
 
 ASK = [{"role": "user", "content": "What is the weather in Paris tomorrow? Then play a song."}]
 
-# Without white space between its parts and with an end in sight: a small model may go on for ever.
+# Answers are without white space between their parts and with an end in sight: a small model may go on for ever.
 COMPACT = {"whitespace_flexible": False}
 
 WEATHER = {
-    "x-guidance": COMPACT,
     "type": "object",
     "properties": {
         "city": {"type": "string", "maxLength": 12},
@@ -23,7 +22,6 @@ WEATHER = {
 }
 
 SONG = {
-    "x-guidance": COMPACT,
     "type": "object",
     "properties": {"loud": {"type": "boolean"}},
     "required": ["loud"],

@@ -1,10 +1,30 @@
-//! Arguments that are not written as one JSON object: Qwen's XML and Python's keywords.
+//! Arguments: how their JSON is written, and those that are not one JSON object, Qwen's XML and Python's keywords.
 
 use serde_json::{Map, Value, json};
 
 use super::calls::Ask;
 use super::lark::{Lark, literal};
 use crate::tool::Tool;
+
+/// How the JSON of arguments is written where its schema does not say it (`x-guidance`): at most one space, behind a comma or a colon.
+///
+/// With free white space, which is what a schema means by itself, a model that is made to call may write blanks until its tokens run out.
+/// Formats and chat templates show models calls as Python's `json.dumps` writes them, `, ` and `: `; some models were trained on calls
+/// without any space (DeepSeek, Kimi, gpt-oss). Both are habits of one line, so a space may be there or not, and nothing else.
+pub(crate) fn written(schema: Value) -> Value {
+    match schema {
+        Value::Object(mut schema) => {
+            schema.entry(HOW).or_insert_with(|| {
+                json!({"whitespace_flexible": false, "item_separator": ", ?", "key_separator": ": ?"})
+            });
+            Value::Object(schema)
+        }
+        other => other,
+    }
+}
+
+/// The key of a schema that says how its JSON is written; the separators in it are regular expressions.
+const HOW: &str = "x-guidance";
 
 /// An argument of a tool.
 struct Argument {
@@ -18,7 +38,7 @@ fn arguments(ask: &Ask<'_>, tool: &Tool) -> Option<Vec<Argument>> {
     if ask.is_auto && !tool.strict {
         return None;
     }
-    let schema = tool.schema();
+    let schema = written(tool.schema());
     let Some(Value::Object(properties)) = schema.get("properties") else {
         // An object about which nothing is said.
         return match schema.get("additionalProperties") {
@@ -43,7 +63,7 @@ fn with_definitions(part: &Value, whole: &Value) -> Value {
         Value::Bool(false) => return json!({"not": {}}),
         _ => Map::new(),
     };
-    for key in ["$defs", "definitions", "x-guidance"] {
+    for key in ["$defs", "definitions", HOW] {
         if let (Some(shared), false) = (whole.get(key), part.contains_key(key)) {
             part.insert(key.to_owned(), shared.clone());
         }
@@ -106,7 +126,7 @@ pub(crate) fn python(ask: &Ask<'_>, lark: &mut Lark<'_>) {
     for (number, tool) in ask.tools.iter().enumerate() {
         let inside = match arguments(ask, tool) {
             None => {
-                lark.json("any_value", &json!({}));
+                lark.json("any_value", &written(json!({})));
                 lark.rule(
                     "any_argument",
                     "/[A-Za-z_][A-Za-z0-9_]{0,63}/ \"=\" any_value",

@@ -36,10 +36,11 @@ impl Ask<'_> {
     /// The rule for a tool's arguments as JSON.
     fn arguments(&self, number: usize, tool: &Tool, lark: &mut Lark<'_>) -> String {
         let name = format!("arguments_{number}");
-        match self.is_auto && !tool.strict {
-            true => lark.json(&name, &json!({"type": "object"})),
-            false => lark.json(&name, &tool.schema()),
-        }
+        let schema = match self.is_auto && !tool.strict {
+            true => json!({"type": "object"}),
+            false => tool.schema(),
+        };
+        lark.json(&name, &arguments::written(schema));
         name
     }
 

@@ -192,6 +192,63 @@ fn required_calls_are_the_formats_own() {
 }
 
 #[test]
+fn arguments_have_no_free_white_space() {
+    let choice = ToolChoice::Required;
+    let good = [
+        r#"{"city": "Paris", "days": 3}"#,
+        r#"{"city":"Paris","days":3}"#,
+        r#"{"city": " \n  ", "where": {"x":1}}"#,
+    ];
+    let bad = [
+        r#"{ "city": "Paris"}"#,
+        r#"{"city":  "Paris"}"#,
+        "{\"city\":\n\"Paris\"}",
+        r#"{"city": "Paris" , "days": 3}"#,
+        r#"{"city": "Paris",  "days": 3}"#,
+        "{\"city\": \"Paris\"\n}",
+    ];
+    // These have no object around their arguments.
+    let formats =
+        formats().filter(|(format, _)| !matches!(format, Format::QwenXml | Format::Pythonic));
+    for (format, special) in formats {
+        let grammar = made(format, Reasoning::None, &choice, true, special);
+        let accepts = |arguments: &str| {
+            let written = write(format, &[("get_weather", arguments)]).unwrap();
+            grammar.accepts(&pieces(&written, special))
+        };
+        for arguments in good {
+            assert!(accepts(arguments), "{format} {arguments}\n{}", grammar.text);
+        }
+        for arguments in bad {
+            assert!(
+                !accepts(arguments),
+                "{format} {arguments}\n{}",
+                grammar.text
+            );
+        }
+    }
+}
+
+#[test]
+fn a_schema_may_say_itself_how_it_is_written() {
+    let schema = json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+        "additionalProperties": false, "x-guidance": {"whitespace_flexible": true}});
+    let tools = Tools::new(vec![Tool::new("count", schema)]);
+    let made = grammar(&Request {
+        format: Format::Hermes,
+        reasoning: Reasoning::None,
+        tools: &tools,
+        choice: &ToolChoice::Required,
+        parallel: true,
+        answer: None,
+        token: &|_| None,
+    });
+    let grammar = Grammar::new(made.unwrap().unwrap());
+    let written = write(Format::Hermes, &[("count", "{ \"n\" :\n 1 }")]).unwrap();
+    assert!(grammar.accepts(&[text(&written)]), "{}", grammar.text);
+}
+
+#[test]
 fn a_named_tool_is_called_once() {
     let choice = ToolChoice::Named("search".to_owned());
     for (format, special) in formats() {

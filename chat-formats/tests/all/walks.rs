@@ -43,7 +43,7 @@ fn tools(format: Format) -> Arc<Tools> {
     }
     let required: Vec<&String> = properties.as_object().unwrap().keys().collect();
     let all = json!({"type": "object", "properties": properties, "required": required, "additionalProperties": false,
-        "$defs": {"inner": inner}, "x-guidance": {"whitespace_flexible": false}});
+        "$defs": {"inner": inner}});
     let none = json!({"additionalProperties": false});
     Arc::new(Tools::new(vec![
         Tool::new("all", all),

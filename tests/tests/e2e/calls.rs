@@ -26,7 +26,7 @@ async fn a_model_answers_by_schema_or_calls_strictly() {
     let answer = json!({"type": "object", "properties": {"sunny": {"type": "boolean"}}, "required": ["sunny"],
         "additionalProperties": false, "x-guidance": compact});
     let place = json!({"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
-        "additionalProperties": false, "x-guidance": compact});
+        "additionalProperties": false});
     let tool = json!({"type": "function", "function": {"name": "look", "parameters": place, "strict": true}});
     let ask = |begins: &str, structured: bool, parallel: bool| {
         let mut body = json!({"model": model, "max_tokens": 60, "temperature": 0, "logit_bias": {begins: 100}, "tools": [tool],
