@@ -49,18 +49,10 @@ pub fn read(
         return Err(ApiError::param(name.as_str(), message));
     }
     let schema = schemas.pop();
-    if let Some((name, _)) = &schema
-        && thinking.state == State::Enabled
-    {
-        let message = format!(
-            "with {name} all of the output is the answer, and there is no thinking before it: leave thinking out, or send \"disabled\" or \"adaptive\""
-        );
-        return Err(ApiError::param("thinking", message));
-    }
     let thinks = match thinking.state {
         State::Unsaid => None,
         State::Disabled => Some(false),
-        State::Enabled | State::Adaptive => Some(schema.is_none()),
+        State::Enabled | State::Adaptive => Some(true),
     };
     if let Some(thinks) = thinks {
         // How templates are told: most by the first name, DeepSeek's and some others by the second.
@@ -215,16 +207,17 @@ mod tests {
             ),
             (
                 json!({"thinking": {"type": "enabled", "budget_tokens": 2048, "display": "omitted"}}),
-                (on, false),
+                (on.clone(), false),
             ),
-            (
-                json!({"thinking": {"type": "disabled"}}),
-                (off.clone(), true),
-            ),
-            // Where all of the output is the answer, it does not think.
+            (json!({"thinking": {"type": "disabled"}}), (off, true)),
+            // Also before an answer by a schema.
             (
                 json!({"thinking": {"type": "adaptive"}, "output_format": format}),
-                (off, true),
+                (json!({"enable_thinking": true, "thinking": true}), true),
+            ),
+            (
+                json!({"thinking": {"type": "enabled", "budget_tokens": 2048}, "output_config": {"format": format}}),
+                (on.clone(), true),
             ),
             (
                 json!({"output_config": {"effort": "max"}}),

@@ -64,6 +64,7 @@ pub fn offer(door: Door, fields: &mut Fields) -> Result<Offer, ApiError> {
         tools: Arc::new(tools),
         choice,
         parallel,
+        schema_field: "input_schema",
     })
 }
 
@@ -224,6 +225,18 @@ mod tests {
     fn read(body: Value) -> Result<Offer, ApiError> {
         let mut fields = Fields::parse(Door::Messages, body.to_string().as_bytes())?;
         offer(Door::Messages, &mut fields)
+    }
+
+    #[test]
+    fn a_schema_that_cannot_be_compiled_is_named_as_this_door_has_it() {
+        use baton_chat_formats::{Format, Reasoning};
+        let bad = json!({"type": "object", "properties": {"a": {"type": "strnig"}}});
+        let tools = json!([{"name": "f", "input_schema": bad}]);
+        let offer = read(json!({"tools": tools, "tool_choice": {"type": "any"}})).unwrap();
+        let made = offer.grammar(Format::Hermes, Reasoning::None, None, &|_| None);
+        let error = made.unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("tools[0].input_schema"));
+        assert!(error.message.contains("strnig"), "{error}");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 use actix_web::{HttpRequest, HttpResponse, web};
 
 use super::generate::{Answer, Asked, Asker, chat_through};
-use super::tokenize::{chat_tokens, check_model, respond};
+use super::status::check_model;
+use super::tokenize::{chat_tokens, respond};
 use crate::anthropic::{self, CountRequest, MessageWriter};
 use crate::error::ApiError;
 use crate::request::inbox::Mailbox;
@@ -50,7 +51,7 @@ fn count(server: &Server, body: &[u8], until: &Until) -> Result<String, ApiError
         rendering,
         offer,
     } = CountRequest::parse(body)?;
-    check_model(server, Some(&model))?;
+    check_model(server, model.as_deref())?;
     // What would be refused there is refused here.
     offer.format(server.model.formats.format)?;
     let tokens = chat_tokens(server, messages, rendering, false, until)?;

@@ -44,6 +44,17 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
     }
 }
 
+/// A request that names no model means the one that there is.
+///
+/// # Errors
+/// 404 if it names another.
+pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
+    match name {
+        Some(name) if name != server.model_name => Err(unknown_model(server, name)),
+        _ => Ok(()),
+    }
+}
+
 /// Longest sequence that can be served.
 pub fn longest_sequence(server: &Server) -> u32 {
     let longest = server

@@ -13,7 +13,7 @@ use super::body::{self, Body};
 use super::generate::Presence;
 use super::name::Named;
 use super::respond::{self, refuse};
-use super::status::{longest_sequence, unknown_model};
+use super::status::{check_model, longest_sequence};
 use crate::admission::Place;
 use crate::error::{ApiError, Dialect};
 use crate::openai::{DetokenizeRequest, ToTokenize, TokenizeRequest, tools};
@@ -135,15 +135,4 @@ fn text(server: &Server, body: &[u8], _: &Until) -> Result<String, ApiError> {
     }
     let text = model.whole_text(&request.tokens);
     Ok(serde_json::json!({"prompt": text}).to_string())
-}
-
-/// A request that names no model means the one that there is.
-///
-/// # Errors
-/// 404 if it names another.
-pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
-    match name {
-        Some(name) if name != server.model_name => Err(unknown_model(server, name)),
-        _ => Ok(()),
-    }
 }

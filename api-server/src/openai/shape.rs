@@ -273,7 +273,7 @@ impl Shape {
     /// From its message or its text to its log-probabilities.
     pub fn close_message(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(match self.kind {
-            ApiKind::Chat => b",\"refusal\":null},\"logprobs\":",
+            ApiKind::Chat => b",\"refusal\":null,\"annotations\":[]},\"logprobs\":",
             ApiKind::Completion => b",\"logprobs\":",
         });
     }

@@ -122,7 +122,7 @@ impl Offer {
             }
             let schema = Grammar::JsonSchema(tool.schema().to_string());
             if let Err(error) = baton_grammar::check(&schema) {
-                let param = format!("tools[{i}].function.parameters");
+                let param = format!("tools[{i}].{}", self.schema_field);
                 let message = format!("{param}: {error}");
                 return Some(ApiError::param(param, message));
             }

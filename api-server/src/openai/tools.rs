@@ -26,6 +26,8 @@ pub struct Offer {
     pub choice: ToolChoice,
     /// Whether it may call more than once.
     pub parallel: bool,
+    /// Where the door has a tool's schema, in the tool.
+    pub schema_field: &'static str,
 }
 
 impl Offer {
@@ -57,6 +59,7 @@ impl Offer {
             tools: Arc::new(tools),
             choice,
             parallel,
+            schema_field: "function.parameters",
         })
     }
 

@@ -14,7 +14,7 @@ use crate::http::authorize::Caller;
 use crate::http::body::{self, Body};
 use crate::http::name::Named;
 use crate::http::respond::refuse;
-use crate::http::status::unknown_model;
+use crate::http::status::check_model;
 use crate::keys::Key;
 use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt, grammar};
 use crate::request::inbox::Mailbox;
@@ -134,7 +134,7 @@ async fn try_chat(
             answer: written,
         } = read(&on_server, &asker, &bytes)?;
         drop(bytes);
-        check_model(&on_server, &chat.params)?;
+        check_model(&on_server, chat.params.model.as_deref())?;
         chat.params.know(model, until)?;
         let format = chat.offer.format(model.formats.format)?;
         chat.suit(model.formats.format)?;
@@ -212,7 +212,7 @@ async fn try_text(
             echo,
         } = CompletionRequest::parse(&bytes, &on_server.model.defaults, &on_server.limits)?;
         drop(bytes);
-        check_model(&on_server, &params)?;
+        check_model(&on_server, params.model.as_deref())?;
         params.know(&on_server.model, until)?;
         place.grow(prompts.len() * params.n as usize - 1)?;
         let prepared = prompts
@@ -324,13 +324,5 @@ fn size(body: &[u8]) -> usize {
     match body.len() <= INLINE_BYTES_MAX && grammar::is_likely(body) {
         true => INLINE_BYTES_MAX + 1,
         false => body.len(),
-    }
-}
-
-fn check_model(server: &Server, params: &Params) -> Result<(), ApiError> {
-    match &params.model {
-        Some(name) if *name != server.model_name => Err(unknown_model(server, name)),
-        Some(_) => Ok(()),
-        None => Err(ApiError::param("model", "model is required")),
     }
 }

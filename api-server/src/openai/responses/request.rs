@@ -160,6 +160,18 @@ mod tests {
     }
 
     #[test]
+    fn a_tools_schema_that_cannot_be_compiled_is_named_as_this_door_has_it() {
+        use baton_chat_formats::{Format, Reasoning};
+        let bad = json!({"type": "object", "properties": {"a": {"type": "strnig"}}});
+        let tools = json!([{"type": "function", "name": "f", "parameters": bad}]);
+        let asked = ask(json!({"tools": tools, "tool_choice": "required"})).unwrap();
+        let offer = &asked.chat.offer;
+        let made = offer.grammar(Format::Hermes, Reasoning::None, None, &|_| None);
+        let error = made.unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("tools[0].parameters"));
+    }
+
+    #[test]
     fn a_request_comes_down_to_a_chat() {
         let tool = json!({"type": "function", "name": "f", "parameters": {"type": "object"}, "description": null});
         let asked = ask(json!({
@@ -304,10 +316,7 @@ mod tests {
             ),
             (json!({"reasoning": {"effort": "most"}}), "reasoning.effort"),
             (json!({"metadata": {"a": 1}}), "metadata"),
-            (
-                json!({"include": ["message.output_text.logprobs"]}),
-                "include[0]",
-            ),
+            (json!({"include": ["message.output_text.logprobs"]}), "include[0]"),
             (json!({"background": true}), "background"),
             (
                 json!({"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}}),

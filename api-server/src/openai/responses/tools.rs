@@ -58,7 +58,11 @@ pub fn offer(fields: &mut Fields, settings: &mut Settings) -> Result<Offer, ApiE
     };
     flat.into_iter()
         .for_each(|choice| fields.put("tool_choice", choice));
-    Offer::read(fields).map_err(|error| ApiError {
+    let offer = Offer::read(fields).map(|offer| Offer {
+        schema_field: "parameters",
+        ..offer
+    });
+    offer.map_err(|error| ApiError {
         message: error.message.replace(".function", ""),
         param: error.param.map(|param| param.replace(".function", "")),
         ..error

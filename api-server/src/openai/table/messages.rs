@@ -12,7 +12,7 @@ const KEEPS_ALL: &str = r#"{"edits":[{"type":"clear_thinking_20251015","keep":"a
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked
-    done("model", BOTH, "the model's name, as `GET /v1/models` gives it"),
+    done("model", BOTH, "the model's name, as `GET /v1/models` gives it; left out, the one that is served"),
     done("messages", BOTH, "the chat, through the model's template ([Messages](#messages)); with the assistant's message last, the output goes on with it"),
     done("system", BOTH, "the system prompt: a text or text blocks"),
     done("stream", ASK, "the answer as server-sent events"),
@@ -40,7 +40,7 @@ pub const FIELDS: &[Field] = &[
     accepted("cache_control", BOTH, "prefixes are found without"),
     // thinking
     done("thinking", BOTH, "whether the model is to think, which its template is told; left out, the template's own default"),
-    done("thinking.type", BOTH, "`enabled` and `adaptive` tell the template `enable_thinking: true` (and `thinking: true`), `disabled` tells it false. With `output_config.format` there is no thinking: `adaptive` tells it false, `enabled` is refused"),
+    done("thinking.type", BOTH, "`enabled` and `adaptive` tell the template `enable_thinking: true` (and `thinking: true`), `disabled` tells it false. With `output_config.format` a model that reasons does so before the answer"),
     done("thinking.budget_tokens", BOTH, "told to the template as `thinking_budget`, for models that are made for it. Nothing holds others to it: `max_tokens` bounds thinking and answer together"),
     done("thinking.display", BOTH, "`omitted` leaves the thinking blocks out; default `summarized`, which shows all of it"),
     // tools
