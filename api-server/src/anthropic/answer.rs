@@ -4,6 +4,7 @@ use baton_protocol::FinishReason;
 
 use crate::openai::{escape, put};
 use crate::output::{AnswerWriter, Call, Finish, Outcome, Stop, Usage};
+use crate::text::tokenizer::ModelText;
 
 /// What stands for Anthropic's signature of a thinking block. Nothing is signed here, and none is checked; many clients send a block
 /// back only if it has one.
@@ -115,7 +116,7 @@ pub(super) fn write_usage(usage: Usage, out: &mut Vec<u8>) {
 }
 
 impl AnswerWriter for MessageWriter {
-    fn whole(self: Box<Self>, outcome: Outcome<'_>) -> Vec<u8> {
+    fn whole(self: Box<Self>, outcome: Outcome<'_>, _: &ModelText) -> Vec<u8> {
         let calls: usize = outcome
             .calls
             .iter()
@@ -194,10 +195,12 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::text::tokenizer::tests::opened;
 
     fn whole(outcome: Outcome<'_>) -> Value {
         let writer = MessageWriter::new("1", "a \"model\"", "name", 7);
-        serde_json::from_slice(&Box::new(writer).whole(outcome)).unwrap()
+        let model = opened(7, "{}").unwrap();
+        serde_json::from_slice(&Box::new(writer).whole(outcome, &model)).unwrap()
     }
 
     #[test]
@@ -227,6 +230,7 @@ mod tests {
                 call("[1]"),
                 call(""),
             ],
+            logprobs: &[],
             finish: &finish,
             usage,
         });
@@ -280,6 +284,7 @@ mod tests {
                 content: "",
                 reasoning: "",
                 calls: &[],
+                logprobs: &[],
                 finish: &finish,
                 usage,
             });

@@ -5,6 +5,7 @@ mod completions;
 mod events;
 pub mod fields;
 pub mod grammar;
+mod logprobs;
 mod message;
 mod params;
 pub mod responses;
@@ -19,7 +20,8 @@ pub mod tools;
 
 pub use chat::{ChatRequest, rendering};
 pub use completions::{CompletionRequest, Prompt};
-pub use params::{Params, stops};
+pub use logprobs::logprob_object;
+pub use params::{Params, alternatives, stops};
 pub use shape::{ApiKind, Shape, Shown, escape, put};
 pub use size::{Extent, ID_BYTES, LOGPROB_BYTES};
 pub use tokenize::{DetokenizeRequest, ToTokenize, TokenizeRequest};

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use baton_protocol::{FinishReason, TopLogprob};
 
+use super::logprobs::{finite, logprob_object, separated, token_name, token_text};
 use crate::output::{Finish, LogprobEntry, Piece, Stop, Usage};
 use crate::text::tokenizer::ModelText;
 
@@ -314,8 +315,10 @@ impl Shape {
             out.push(b',');
         }
         match (self.kind, array) {
-            (ApiKind::Chat, _) => self.chat_logprob(entry, model, out),
-            (ApiKind::Completion, 0) => self.token_name(entry.token, model, out),
+            (ApiKind::Chat, _) => logprob_object(entry, self.shown.tokens_as_ids, model, out),
+            (ApiKind::Completion, 0) => {
+                token_name(entry.token, self.shown.tokens_as_ids, model, out)
+            }
             (ApiKind::Completion, 1) => match entry.logprob {
                 Some(logprob) => put(out, format_args!("{}", finite(logprob))),
                 None => out.extend_from_slice(b"null"),
@@ -411,35 +414,6 @@ impl Shape {
         }
     }
 
-    fn token_name(&self, token: u32, model: &ModelText, out: &mut Vec<u8>) {
-        match self.shown.tokens_as_ids {
-            true => put(out, format_args!("\"token_id:{token}\"")),
-            false => token_text(token, model, out),
-        }
-    }
-
-    fn chat_logprob(&self, entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
-        let one = |token: u32, logprob: f32, out: &mut Vec<u8>| {
-            out.extend_from_slice(b"{\"token\":");
-            self.token_name(token, model, out);
-            put(
-                out,
-                format_args!(",\"logprob\":{},\"bytes\":[", finite(logprob)),
-            );
-            separated(model.vocabulary.bytes(token), out, |byte, out| {
-                put(out, format_args!("{byte}"))
-            });
-            out.push(b']');
-        };
-        one(entry.token, entry.logprob.unwrap_or(0.0), out);
-        out.extend_from_slice(b",\"top_logprobs\":[");
-        separated(&entry.top, out, |TopLogprob(token, logprob), out| {
-            one(*token, *logprob, out);
-            out.push(b'}');
-        });
-        out.extend_from_slice(b"]}");
-    }
-
     /// The most likely tokens, and the chosen one, which need not be among them: of 0 alternatives, that one alone.
     fn top_logprobs(&self, entry: &LogprobEntry, model: &ModelText, out: &mut Vec<u8>) {
         let Some(chosen) = entry.logprob else {
@@ -447,7 +421,7 @@ impl Shape {
         };
         out.push(b'{');
         separated(&entry.top, out, |TopLogprob(token, logprob), out| {
-            self.token_name(*token, model, out);
+            token_name(*token, self.shown.tokens_as_ids, model, out);
             put(out, format_args!(":{}", finite(*logprob)));
         });
         let mut top = entry.top.iter();
@@ -455,7 +429,7 @@ impl Shape {
             if !entry.top.is_empty() {
                 out.push(b',');
             }
-            self.token_name(entry.token, model, out);
+            token_name(entry.token, self.shown.tokens_as_ids, model, out);
             put(out, format_args!(":{}", finite(chosen)));
         }
         out.push(b'}');
@@ -470,12 +444,6 @@ impl Shape {
             array += 1;
         }
     }
-}
-
-fn token_text(token: u32, model: &ModelText, out: &mut Vec<u8>) {
-    out.push(b'"');
-    escape(&model.token_text(token), out);
-    out.push(b'"');
 }
 
 /// An array of token ids, after this.
@@ -500,24 +468,6 @@ fn write_usage(usage: Usage, out: &mut Vec<u8>) {
             usage.reasoning
         ),
     );
-}
-
-/// JSON has no infinity; OpenAI's stand-in for an impossible token is -9999.
-fn finite(logprob: f32) -> f32 {
-    if logprob.is_finite() {
-        logprob
-    } else {
-        -9999.0
-    }
-}
-
-fn separated<T>(items: &[T], out: &mut Vec<u8>, mut write: impl FnMut(&T, &mut Vec<u8>)) {
-    for (i, item) in items.iter().enumerate() {
-        if i > 0 {
-            out.push(b',');
-        }
-        write(item, out);
-    }
 }
 
 /// Appends this.

@@ -12,6 +12,9 @@ const TEXT_BYTES: usize = 8;
 /// A token's id and the comma after it.
 pub const ID_BYTES: usize = 8;
 
+/// Most bytes of log-probabilities in an answer that is made at once, or repeated at the end of its stream.
+const REPEATED_BYTES_MAX: usize = 16 << 20;
+
 /// What a stream writes at once is a part of what may be gathered.
 const AT_ONCE: usize = 4;
 
@@ -87,6 +90,25 @@ impl Params {
         );
         Err(ApiError::param("max_tokens", message))
     }
+
+    /// Refuses log-probabilities of a response that may have too many of them: its last events repeat all, and a response is kept.
+    ///
+    /// # Errors
+    /// 400 that says which are too many.
+    pub fn check_repeated(&self, max_tokens: usize) -> Result<(), ApiError> {
+        let Some(top) = self.sampling.logprobs.map(usize::from) else {
+            return Ok(());
+        };
+        let tokens_max = REPEATED_BYTES_MAX / ((1 + top) * LOGPROB_BYTES);
+        if max_tokens <= tokens_max {
+            return Ok(());
+        }
+        let message = format!(
+            "with {top} top_logprobs an answer has up to {tokens_max} tokens, and this one may have {max_tokens}: ask for fewer \
+             top_logprobs, or set max_output_tokens"
+        );
+        Err(ApiError::param("max_output_tokens", message))
+    }
 }
 
 #[cfg(test)]
@@ -107,6 +129,22 @@ mod tests {
         let request =
             ChatRequest::parse(body.as_bytes(), &GenerationDefaults::default(), &limits).unwrap();
         request.params.check_size([prompt], limits.answer_bytes_max)
+    }
+
+    #[test]
+    fn log_probabilities_that_are_repeated_have_a_bound_of_their_own() {
+        let body = |top: u8| {
+            let body = json!({"messages": [{"role": "user", "content": "hi"}], "logprobs": true, "top_logprobs": top});
+            let (defaults, limits) = (GenerationDefaults::default(), Limits::default());
+            ChatRequest::parse(body.to_string().as_bytes(), &defaults, &limits)
+                .unwrap()
+                .params
+        };
+        assert!(body(0).check_repeated(131_072).is_ok());
+        assert!(body(20).check_repeated(12_000).is_ok());
+        let error = body(20).check_repeated(13_000).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("max_output_tokens"));
+        assert!(error.message.contains("20 top_logprobs"), "{error}");
     }
 
     #[test]

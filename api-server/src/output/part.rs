@@ -63,6 +63,9 @@ pub struct LogprobEntry {
     pub top: Vec<TopLogprob>,
     /// Where its text begins in the choice's text, in characters.
     pub offset: usize,
+    /// Whether its text is text of the answer, and not of reasoning, a call, a marker or what ended the output. A token of which
+    /// nothing was told apart yet counts as what came before it.
+    pub in_content: bool,
 }
 
 /// What a stream brings of one choice at once.

@@ -1,6 +1,6 @@
 //! How a door writes an answer. A door is a reader of bodies and one of these.
 
-use super::{Call, Finish, Part, Piece, Usage};
+use super::{Call, Finish, LogprobEntry, Part, Piece, Usage};
 use crate::error::ApiError;
 use crate::text::tokenizer::ModelText;
 
@@ -43,10 +43,11 @@ pub trait StreamWriter {
     fn fail(&mut self, error: &ApiError, out: &mut Vec<u8>);
 }
 
-/// Writes the answer of a door that has one choice and shows no log-probabilities, as a stream or in one piece.
+/// Writes the answer of a door that has one choice, as a stream or in one piece. What it may repeat of log-probabilities is bounded
+/// before ([`Params::check_repeated`](crate::openai::Params::check_repeated)).
 pub trait AnswerWriter: StreamWriter + Send {
     /// The JSON document. It is made at once, so it is to be no more than a small multiple of the output.
-    fn whole(self: Box<Self>, outcome: Outcome<'_>) -> Vec<u8>;
+    fn whole(self: Box<Self>, outcome: Outcome<'_>, model: &ModelText) -> Vec<u8>;
 }
 
 /// A choice that has ended.
@@ -58,6 +59,8 @@ pub struct Outcome<'a> {
     pub reasoning: &'a str,
     /// Calls of tools, in their order.
     pub calls: &'a [Call],
+    /// Log-probabilities, if asked for.
+    pub logprobs: &'a [LogprobEntry],
     /// Why it ended.
     pub finish: &'a Finish,
     /// Tokens used.

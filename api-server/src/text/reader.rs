@@ -42,6 +42,7 @@ pub struct Reader {
     /// Tokens of which no text has been told apart yet.
     undecided: u64,
     reasoning_tokens: u64,
+    in_content: bool,
 }
 
 impl Reader {
@@ -55,6 +56,7 @@ impl Reader {
             is_over: false,
             undecided: 0,
             reasoning_tokens: 0,
+            in_content: false,
         }
     }
 
@@ -66,6 +68,11 @@ impl Reader {
     /// Tokens of the reasoning so far, with the marker before it. A token counts as what was last read up to its end.
     pub fn reasoning_tokens(&self) -> u64 {
         self.reasoning_tokens
+    }
+
+    /// Whether what was last read is text of the answer.
+    pub fn is_in_content(&self) -> bool {
+        self.in_content
     }
 
     /// Takes text and appends the parts that it makes. True if the output is over: one call was wanted, and it has ended.
@@ -92,6 +99,7 @@ impl Reader {
             if matches!(last, Event::Reasoning(_)) {
                 self.reasoning_tokens += tokens;
             }
+            self.in_content = matches!(last, Event::Content(_)) && !self.reading.is_forced;
         }
         for event in self.events.drain(..) {
             if self.is_over {

@@ -72,6 +72,9 @@ pub async fn answer(
         max_tokens: prompt.generation.max_tokens as usize,
     });
     params.check_size(extents, server.limits.answer_bytes_max)?;
+    if let (Answer::Own(_), [prompt]) = (&answer, &prompts[..]) {
+        params.check_repeated(prompt.generation.max_tokens as usize)?;
+    }
     let named = client.named();
     let id = named.id;
     let shape = |kind: ApiKind| {
@@ -148,7 +151,7 @@ pub async fn answer(
     match writer {
         Writer::Choices(shape) => Ok(whole::response(server, *shape, tally, whole, client)),
         Writer::Own(writer) => match &whole[..] {
-            [one] => Ok(whole::document(writer, tally, one)),
+            [one] => Ok(whole::document(writer, tally, one, &server.model)),
             _ => Err(ApiError::new(
                 ErrorKind::Internal,
                 "an answer of one choice has several",

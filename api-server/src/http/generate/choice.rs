@@ -307,6 +307,10 @@ impl Choice {
             if self.reader.is_some() && self.read(false) {
                 return true;
             }
+            let has_text = self.special_tokens || !self.server.model.vocabulary.special(*token);
+            if let Some(entry) = self.logprobs.last_mut().filter(|_| has_text) {
+                entry.in_content = self.reader.as_ref().is_none_or(Reader::is_in_content);
+            }
         }
         false
     }
@@ -324,6 +328,7 @@ impl Choice {
                 logprob,
                 top,
                 offset,
+                in_content: false,
             });
         }
     }
@@ -348,6 +353,7 @@ impl Sink for Choice {
                     known.top[..top.min(known.top.len())].to_vec()
                 }),
                 offset: 0,
+                in_content: false,
             };
             self.prompt_logprobs = prompt.iter().zip(known).map(entry).collect();
             self.hold(entries_bytes(&self.prompt_logprobs));

@@ -104,17 +104,23 @@ pub fn response(
 }
 
 /// The response with the one choice of a door that writes it at once.
-pub fn document(writer: Box<dyn AnswerWriter>, tally: Tally, choice: &Whole) -> HttpResponse {
+pub fn document(
+    writer: Box<dyn AnswerWriter>,
+    tally: Tally,
+    choice: &Whole,
+    model: &ModelText,
+) -> HttpResponse {
     let mut tally = tally;
     tally.add(0, choice.usage);
     let outcome = Outcome {
         content: &choice.text,
         reasoning: &choice.reasoning,
         calls: &choice.calls,
+        logprobs: &choice.logprobs,
         finish: &choice.finish,
         usage: tally.usage(),
     };
-    respond::json(StatusCode::OK, writer.whole(outcome))
+    respond::json(StatusCode::OK, writer.whole(outcome, model))
 }
 
 /// The body of a large answer.
@@ -351,6 +357,7 @@ mod tests {
             logprob: (offset > 0).then_some(-0.5),
             top: (0..20).map(|i| TopLogprob(7, -0.5 - i as f32)).collect(),
             offset,
+            in_content: true,
         };
         let prompt = |at: usize| LogprobEntry {
             token: [7, 99][at % 2],

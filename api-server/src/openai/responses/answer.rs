@@ -7,8 +7,9 @@ use serde_json::{Map, Value};
 
 use super::store::{Kept, ResponseStore, Segment};
 use crate::error::ApiError;
-use crate::openai::{escape, put};
-use crate::output::{AnswerWriter, Finish, Outcome, Usage};
+use crate::openai::{escape, logprob_object, put};
+use crate::output::{AnswerWriter, Finish, LogprobEntry, Outcome, Usage};
+use crate::text::tokenizer::ModelText;
 
 /// Where a response is kept when it is over.
 #[derive(Debug)]
@@ -40,6 +41,8 @@ pub struct ResponseWriter {
     pub(super) open: Option<Open>,
     /// Of a stream: events so far.
     pub(super) events: u64,
+    /// Of a stream: log-probabilities of the message's tokens that no event has had yet, as [`logprobs`] writes them.
+    pub(super) waiting: Vec<u8>,
 }
 
 /// An item under way.
@@ -50,6 +53,8 @@ pub(super) struct Open {
     pub id: String,
     /// The text so far; of a call its arguments.
     pub text: String,
+    /// Of a message: the log-probabilities so far, as [`logprobs`] writes them.
+    pub logprobs: Vec<u8>,
 }
 
 /// What an item is.
@@ -94,6 +99,7 @@ impl ResponseWriter {
             items: Vec::new(),
             open: None,
             events: 0,
+            waiting: Vec::new(),
         }
     }
 
@@ -103,6 +109,7 @@ impl ResponseWriter {
             id: format!("{}_{}_{}", kind.prefix(), self.id, self.items.len()),
             kind,
             text: String::new(),
+            logprobs: Vec::new(),
         }
     }
 
@@ -223,7 +230,7 @@ impl Status<'_> {
 impl Open {
     /// The item as JSON, with its text if it has any yet.
     pub fn item(&self, status: &str, out: &mut Vec<u8>) {
-        let Self { kind, id, text } = self;
+        let Self { kind, id, text, .. } = self;
         match kind {
             Kind::Reasoning => {
                 put(
@@ -233,7 +240,7 @@ impl Open {
                     ),
                 );
                 if !text.is_empty() {
-                    self.part(text, out);
+                    self.part(out);
                 }
                 put(
                     out,
@@ -248,7 +255,7 @@ impl Open {
                     ),
                 );
                 if status != Status::InProgress.word() {
-                    self.part(text, out);
+                    self.part(out);
                 }
                 out.extend_from_slice(b"]}");
             }
@@ -267,19 +274,40 @@ impl Open {
         }
     }
 
-    /// Its part with this text, of what has parts.
-    pub fn part(&self, text: &str, out: &mut Vec<u8>) {
-        out.extend_from_slice(match self.kind {
-            Kind::Reasoning => b"{\"type\":\"reasoning_text\",\"text\":\"".as_slice(),
-            _ => b"{\"type\":\"output_text\",\"annotations\":[],\"logprobs\":[],\"text\":\"",
-        });
-        escape(text, out);
+    /// Its part, of what has parts.
+    pub fn part(&self, out: &mut Vec<u8>) {
+        match self.kind {
+            Kind::Reasoning => out.extend_from_slice(b"{\"type\":\"reasoning_text\""),
+            _ => {
+                out.extend_from_slice(b"{\"type\":\"output_text\",\"annotations\":[]");
+                logprobs_field(&self.logprobs, out);
+            }
+        }
+        out.extend_from_slice(b",\"text\":\"");
+        escape(&self.text, out);
         out.extend_from_slice(b"\"}");
     }
 }
 
+/// Appends those of the answer's tokens among these log-probabilities: objects with commas between, and before if there are some.
+pub(super) fn logprobs(entries: &[LogprobEntry], model: &ModelText, out: &mut Vec<u8>) {
+    for entry in entries.iter().filter(|entry| entry.in_content) {
+        if !out.is_empty() {
+            out.push(b',');
+        }
+        logprob_object(entry, false, model, out);
+    }
+}
+
+/// Writes what [`logprobs`] wrote as a field, with a comma before.
+pub(super) fn logprobs_field(logprobs: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(b",\"logprobs\":[");
+    out.extend_from_slice(logprobs);
+    out.push(b']');
+}
+
 impl AnswerWriter for ResponseWriter {
-    fn whole(mut self: Box<Self>, outcome: Outcome<'_>) -> Vec<u8> {
+    fn whole(mut self: Box<Self>, outcome: Outcome<'_>, model: &ModelText) -> Vec<u8> {
         let calls = outcome.calls.iter().map(|call| {
             let kind = Kind::Call {
                 id: call.id.clone(),
@@ -299,6 +327,9 @@ impl AnswerWriter for ResponseWriter {
         for (i, (kind, text)) in parts.into_iter().enumerate() {
             let mut item = self.begin(kind);
             item.text.push_str(text);
+            if item.kind == Kind::Message {
+                logprobs(outcome.logprobs, model, &mut item.logprobs);
+            }
             // What was cut is the last of them.
             let status = if i + 1 == last {
                 status
@@ -340,6 +371,18 @@ mod tests {
 
     use super::*;
     use crate::output::Call;
+    use crate::text::tokenizer::tests::opened;
+    use baton_protocol::TopLogprob;
+
+    fn entry(token: u32, in_content: bool) -> LogprobEntry {
+        LogprobEntry {
+            token,
+            logprob: Some(-0.5),
+            top: vec![TopLogprob(token, -0.5)],
+            offset: 0,
+            in_content,
+        }
+    }
 
     #[test]
     fn a_response_has_an_item_for_each_part_and_is_kept() {
@@ -373,21 +416,31 @@ mod tests {
             name: "f".to_owned(),
             arguments: "{\"a\": \"Par".to_owned(),
         }];
-        let bytes = Box::new(writer).whole(Outcome {
+        let outcome = Outcome {
             content: "né\"",
             reasoning: "Hm\n",
             calls: &calls,
+            logprobs: &[entry(5, false), entry(6, true), entry(7, true)],
             finish: &finish,
             usage,
-        });
+        };
+        let model = opened(7, "{}").unwrap();
+        let bytes = Box::new(writer).whole(outcome, &model);
         let mut response: Value = serde_json::from_slice(&bytes).unwrap();
         assert!(response["created_at"].is_u64());
         response["created_at"] = 1.into();
+        let shown = |token: u32| {
+            let bytes = model.vocabulary.bytes(token);
+            let named = json!({"token": model.token_text(token), "logprob": -0.5, "bytes": bytes});
+            let mut all = named.clone();
+            all["top_logprobs"] = json!([named]);
+            all
+        };
         let output = json!([
             {"type": "reasoning", "id": "rs_x_0", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm\n"}],
              "encrypted_content": null, "status": "completed"},
             {"type": "message", "id": "msg_x_1", "status": "completed", "role": "assistant",
-             "content": [{"type": "output_text", "annotations": [], "logprobs": [], "text": "né\""}]},
+             "content": [{"type": "output_text", "annotations": [], "logprobs": [shown(6), shown(7)], "text": "né\""}]},
             {"type": "function_call", "id": "fc_x_2", "call_id": "call_1", "name": "f", "arguments": "{\"a\": \"Par", "status": "incomplete"},
         ]);
         let expected = json!({"id": "resp_x", "object": "response", "created_at": 1, "model": "a \"model\"", "status": "incomplete",

@@ -1,7 +1,7 @@
 //! The answer as a stream of events. Deltas are written by hand around text that alone is escaped; what an item has said is repeated
 //! whole at its end, as clients expect.
 
-use super::answer::{Kind, Open, ResponseWriter, Status, code};
+use super::answer::{Kind, Open, ResponseWriter, Status, code, logprobs, logprobs_field};
 use crate::error::ApiError;
 use crate::openai::{escape, put};
 use crate::output::{Finish, Part, Piece, StreamWriter, Usage};
@@ -17,7 +17,8 @@ impl StreamWriter for ResponseWriter {
         }
     }
 
-    fn text(&mut self, _: usize, piece: Piece<'_>, _: Usage, _: &ModelText, out: &mut Vec<u8>) {
+    fn text(&mut self, _: usize, piece: Piece<'_>, _: Usage, model: &ModelText, out: &mut Vec<u8>) {
+        logprobs(piece.logprobs, model, &mut self.waiting);
         self.say(&Kind::Message, piece.text, out);
     }
 
@@ -25,11 +26,12 @@ impl StreamWriter for ResponseWriter {
         &mut self,
         _: usize,
         part: &Part,
-        _: Piece<'_>,
+        piece: Piece<'_>,
         _: Usage,
-        _: &ModelText,
+        model: &ModelText,
         out: &mut Vec<u8>,
     ) {
+        logprobs(piece.logprobs, model, &mut self.waiting);
         match part {
             Part::Content(text) => self.say(&Kind::Message, text, out),
             Part::Reasoning(text) => self.say(&Kind::Reasoning, text, out),
@@ -141,7 +143,7 @@ impl ResponseWriter {
             self.event("response.content_part.added", out);
             self.place(&open.id, true, out);
             out.extend_from_slice(b",\"part\":");
-            open.part("", out);
+            open.part(out);
             out.extend_from_slice(b"}\n\n");
         }
         self.open = Some(open);
@@ -154,7 +156,8 @@ impl ResponseWriter {
         self.event(name, out);
         self.place(&open.id, has_parts(&open), out);
         if open.kind == Kind::Message {
-            out.extend_from_slice(b",\"logprobs\":[]");
+            logprobs_field(&self.waiting, out);
+            self.take_waiting(&mut open);
         }
         out.extend_from_slice(b",\"delta\":\"");
         escape(text, out);
@@ -163,9 +166,23 @@ impl ResponseWriter {
         self.open = Some(open);
     }
 
+    /// Puts the log-probabilities that wait with those of this message.
+    fn take_waiting(&mut self, message: &mut Open) {
+        if !self.waiting.is_empty() && !message.logprobs.is_empty() {
+            message.logprobs.push(b',');
+        }
+        message.logprobs.append(&mut self.waiting);
+    }
+
     /// Ends the item under way, if there is one.
     fn end_item(&mut self, status: Status<'_>, out: &mut Vec<u8>) {
-        let Some(open) = self.open.take() else { return };
+        let Some(mut open) = self.open.take() else {
+            return;
+        };
+        if open.kind == Kind::Message {
+            // Of tokens that made no text of their own.
+            self.take_waiting(&mut open);
+        }
         let (name, field) = match &open.kind {
             Kind::Reasoning => ("response.reasoning_text.done", "text"),
             Kind::Message => ("response.output_text.done", "text"),
@@ -175,7 +192,7 @@ impl ResponseWriter {
         self.place(&open.id, has_parts(&open), out);
         match &open.kind {
             Kind::Reasoning => {}
-            Kind::Message => out.extend_from_slice(b",\"logprobs\":[]"),
+            Kind::Message => logprobs_field(&open.logprobs, out),
             Kind::Call { name, .. } => {
                 out.extend_from_slice(b",\"name\":\"");
                 escape(name, out);
@@ -189,7 +206,7 @@ impl ResponseWriter {
             self.event("response.content_part.done", out);
             self.place(&open.id, true, out);
             out.extend_from_slice(b",\"part\":");
-            open.part(&open.text, out);
+            open.part(out);
             out.extend_from_slice(b"}\n\n");
         }
         self.event("response.output_item.done", out);
@@ -214,6 +231,7 @@ mod tests {
 
     use super::*;
     use crate::error::ErrorKind;
+    use crate::output::LogprobEntry;
     use crate::text::tokenizer::tests::opened;
 
     fn events(bytes: &[u8]) -> Vec<Value> {
@@ -322,6 +340,62 @@ mod tests {
             assert_eq!(event["output_index"], index);
             assert_eq!(event["item"]["status"], "in_progress");
         }
+    }
+
+    #[test]
+    fn log_probabilities_come_with_the_text_of_their_tokens() {
+        let model = opened(7, "{}").unwrap();
+        let mut writer = ResponseWriter::new("x", "m", &Map::new(), None);
+        let (usage, mut out) = (Usage::default(), Vec::new());
+        let entry = |token: u32, in_content: bool| LogprobEntry {
+            token,
+            logprob: Some(-(token as f32)),
+            top: Vec::new(),
+            offset: 0,
+            in_content,
+        };
+        let mut say = |part: Part, entries: &[LogprobEntry]| {
+            let piece = Piece {
+                logprobs: entries,
+                ..Piece::default()
+            };
+            writer.part(0, &part, piece, usage, &model, &mut out);
+        };
+        // What came at once goes with the first part, whosever it is.
+        say(
+            Part::Reasoning("Hm".to_owned()),
+            &[entry(1, false), entry(2, false), entry(3, true)],
+        );
+        say(Part::Content("a".to_owned()), &[]);
+        say(Part::Content(String::new()), &[entry(4, true)]);
+        say(Part::Content("b".to_owned()), &[entry(5, true)]);
+        say(Part::Content("c".to_owned()), &[]);
+        say(Part::Content(String::new()), &[entry(6, true)]);
+        let finish = Finish {
+            reason: FinishReason::Stop,
+            has_called: false,
+            stop: None,
+        };
+        writer.finish(0, &finish, usage, &mut out);
+        let events = events(&out);
+        let of = |value: &Value| -> Vec<f64> {
+            let list = value["logprobs"].as_array().unwrap();
+            let numbers = list.iter().map(|one| one["logprob"].as_f64().unwrap());
+            numbers.collect()
+        };
+        let named = |name: &str| {
+            let events = events.iter().filter(|event| event["type"] == name);
+            events.collect::<Vec<_>>()
+        };
+        let deltas = named("response.output_text.delta");
+        let deltas: Vec<Vec<f64>> = deltas.into_iter().map(of).collect();
+        assert_eq!(deltas, [vec![-3.0], vec![-4.0, -5.0], vec![]]);
+        let all = [-3.0, -4.0, -5.0, -6.0];
+        assert_eq!(of(named("response.output_text.done")[0]), all);
+        assert_eq!(of(&named("response.content_part.done")[1]["part"]), all);
+        let response = &named("response.completed")[0]["response"];
+        assert_eq!(of(&response["output"][1]["content"][0]), all);
+        assert!(of(&named("response.content_part.added")[1]["part"]).is_empty());
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub fn read(
     let most = i64::from(u32::MAX);
     let max_tokens = fields.integer("max_output_tokens", 1, most)?;
     params.max_tokens = max_tokens.map(|tokens| tokens as u32);
+    params.sampling.logprobs = settings.logprobs(&fields)?;
     params.truncation = match fields.string("truncation")? {
         None | Some("disabled") => None,
         Some("auto") => Some((None, Side::Left)),
@@ -157,6 +158,28 @@ mod tests {
             &Limits::default(),
             &find,
         )
+    }
+
+    #[test]
+    fn log_probabilities_are_asked_for_in_include() {
+        let include = json!(["message.output_text.logprobs"]);
+        for (more, top) in [
+            (json!({}), None),
+            (json!({"top_logprobs": 0}), None),
+            (json!({"include": include}), Some(0)),
+            (json!({"include": include, "top_logprobs": 3}), Some(3)),
+        ] {
+            let asked = ask(more).unwrap();
+            assert_eq!(asked.chat.params.sampling.logprobs, top);
+            assert_eq!(asked.settings["top_logprobs"], json!(top.unwrap_or(0)));
+        }
+        for more in [
+            json!({"top_logprobs": 3}),
+            json!({"include": include, "top_logprobs": 21}),
+        ] {
+            let error = ask(more).err().unwrap();
+            assert_eq!(error.param.as_deref(), Some("top_logprobs"), "{error}");
+        }
     }
 
     #[test]
@@ -316,7 +339,7 @@ mod tests {
             ),
             (json!({"reasoning": {"effort": "most"}}), "reasoning.effort"),
             (json!({"metadata": {"a": 1}}), "metadata"),
-            (json!({"include": ["message.output_text.logprobs"]}), "include[0]"),
+            (json!({"include": ["message.output_audio"]}), "include[0]"),
             (json!({"background": true}), "background"),
             (
                 json!({"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}}),

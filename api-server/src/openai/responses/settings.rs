@@ -7,14 +7,17 @@ use crate::error::ApiError;
 use crate::openai::fields::{Fields, wrong_type};
 use crate::openai::table::{self, Door};
 use crate::openai::tools::beginning;
-use crate::openai::{Params, thinking};
+use crate::openai::{Params, alternatives, thinking};
 
 /// Most pairs of `metadata`, and their longest texts in characters: OpenAI's bounds.
 const PAIRS_MAX: usize = 16;
 const KEY_CHARS_MAX: usize = 64;
 const VALUE_CHARS_MAX: usize = 512;
 
-/// What `include` may ask for: of all this there is nothing that is left out without it.
+/// What `include` asks for log-probabilities with.
+const LOGPROBS: &str = "message.output_text.logprobs";
+
+/// What else it may ask for: of all this there is nothing that is left out without it.
 const INCLUDES: [&str; 8] = [
     "reasoning.encrypted_content",
     "file_search_call.results",
@@ -30,6 +33,7 @@ const INCLUDES: [&str; 8] = [
 pub struct Settings {
     said: Map<String, Value>,
     format: Value,
+    wants_logprobs: bool,
 }
 
 impl Settings {
@@ -37,7 +41,7 @@ impl Settings {
     pub fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let mut said = Map::new();
         said.insert("metadata".to_owned(), metadata(fields)?);
-        include(fields)?;
+        let wants_logprobs = include(fields)?;
         let mut format = json!({"type": "text"});
         let mut text = Map::new();
         if let Some(value) = fields.value("text") {
@@ -51,7 +55,11 @@ impl Settings {
         }
         text.insert("format".to_owned(), format.clone());
         said.insert("text".to_owned(), Value::Object(text));
-        Ok(Self { said, format })
+        Ok(Self {
+            said,
+            format,
+            wants_logprobs,
+        })
     }
 
     /// Has the answer repeat this.
@@ -84,6 +92,22 @@ impl Settings {
             _ => {
                 let message = "text.format.type must be text, json_object or json_schema";
                 Err(ApiError::param("text.format.type", message))
+            }
+        }
+    }
+
+    /// How many alternatives to report with each token of the text; none if no log-probabilities are asked for.
+    ///
+    /// # Errors
+    /// 400 with the parameter's name.
+    pub fn logprobs(&self, fields: &Fields) -> Result<Option<u8>, ApiError> {
+        let name = "top_logprobs";
+        match (alternatives(fields, name)?, self.wants_logprobs) {
+            (top, true) => Ok(Some(top.unwrap_or(0))),
+            (None | Some(0), false) => Ok(None),
+            (Some(_), false) => {
+                let message = format!("{name} needs {LOGPROBS:?} in include");
+                Err(ApiError::param(name, message))
             }
         }
     }
@@ -157,7 +181,7 @@ impl Settings {
             ("service_tier", json!(tier)),
             ("store", json!(store)),
             ("temperature", number(sampling.temperature)),
-            ("top_logprobs", json!(0)),
+            ("top_logprobs", json!(sampling.logprobs.unwrap_or(0))),
             ("top_p", number(sampling.top_p)),
             (
                 "truncation",
@@ -194,16 +218,19 @@ fn metadata(fields: &mut Fields) -> Result<Value, ApiError> {
     Ok(value)
 }
 
-fn include(fields: &Fields) -> Result<(), ApiError> {
+/// Reads `include`: whether it asks for log-probabilities.
+fn include(fields: &Fields) -> Result<bool, ApiError> {
     let name = "include";
+    let mut wants_logprobs = false;
     let list = match fields.value(name) {
-        None => return Ok(()),
+        None => return Ok(false),
         Some(Value::Array(list)) => list,
         Some(other) => return Err(wrong_type(name, "an array of texts", other)),
     };
     for (i, value) in list.iter().enumerate() {
         let param = format!("{name}[{i}]");
         match value.as_str() {
+            Some(LOGPROBS) => wants_logprobs = true,
             Some(what) if INCLUDES.contains(&what) => {}
             Some(what) => {
                 let message = format!(
@@ -215,5 +242,5 @@ fn include(fields: &Fields) -> Result<(), ApiError> {
             None => return Err(wrong_type(&param, "a text", value)),
         }
     }
-    Ok(())
+    Ok(wants_logprobs)
 }

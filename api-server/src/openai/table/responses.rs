@@ -53,8 +53,8 @@ pub const FIELDS: &[Field] = &[
     accepted("reasoning.generate_summary", ASK, "all of the reasoning is in the answer"),
     // what the answer shows
     done("metadata", ASK, "up to 16 texts, which the answer repeats"),
-    done("include", ASK, "an array; what answers here do not have (log-probabilities) is refused, what they have anyhow is accepted"),
-    refused("top_logprobs", ASK, &["0"], "chats have log-probabilities"),
+    done("include", ASK, "an array; `message.output_text.logprobs` asks for log-probabilities of the text's tokens, what answers have anyhow is accepted, what they do not have is refused"),
+    done("top_logprobs", ASK, "alternatives, 0 to 20; needs `message.output_text.logprobs` in `include`"),
     // what changes nothing
     accepted("user", ASK, "for the client's own books"),
     accepted("safety_identifier", ASK, "for the client's own books"),
