@@ -49,6 +49,13 @@ impl Settings {
             if let Some(given) = object.get("format").filter(|value| !value.is_null()) {
                 format = given.clone();
             }
+            if let Some(format) = format.as_object_mut()
+                && format.get("type").is_some_and(|kind| kind == "json_schema")
+            {
+                // Answers say all of it.
+                format.entry("description").or_insert(Value::Null);
+                format.entry("strict").or_insert(false.into());
+            }
             if let Some(verbosity) = object.get("verbosity") {
                 text.insert("verbosity".to_owned(), verbosity.clone());
             }
