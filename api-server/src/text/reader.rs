@@ -142,6 +142,29 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn it_knows_what_it_is_in() {
+        let mut reader = Reader::new(Reading {
+            format: Format::Hermes,
+            reasoning: Reasoning::Think,
+            tools: Arc::default(),
+            include_reasoning: false,
+            parallel: true,
+            is_forced: false,
+        });
+        for (text, in_content) in [
+            ("<think>", false),
+            ("Hm", false),
+            ("</think>", false),
+            ("It", true),
+            (" is.", true),
+            ("<tool_call>{\"name\": \"f\", \"arguments\": {", false),
+        ] {
+            reader.push(Piece::text(text), &mut Vec::new());
+            assert_eq!(reader.is_in_content(), in_content, "{text}");
+        }
+    }
+
     fn read(parallel: bool, include_reasoning: bool, text: &str) -> (Vec<Part>, bool) {
         let mut reader = Reader::new(Reading {
             format: Format::Hermes,
