@@ -71,6 +71,19 @@ name_id!(
     "API server"
 );
 
+/// What these hexadecimal digits say, 32 of them at most. Every token comes with an id, and the standard library goes digit by digit
+/// through numbers of 128 bits.
+fn hex(digits: &[u8]) -> Option<u128> {
+    let half = |digits: &[u8]| {
+        digits.iter().try_fold(0, |value: u64, digit| {
+            let digit = char::from(*digit).to_digit(16)?;
+            Some(value << 4 | u64::from(digit))
+        })
+    };
+    let (high, low) = digits.split_at(digits.len().saturating_sub(16));
+    Some(u128::from(half(high)?) << 64 | u128::from(half(low)?))
+}
+
 macro_rules! hex_id {
     ($(#[$attribute:meta])* $name:ident, $inner:ty, $digits:literal) => {
         $(#[$attribute])*
@@ -93,13 +106,14 @@ macro_rules! hex_id {
             type Err = ProtocolError;
 
             fn from_str(text: &str) -> Result<Self, ProtocolError> {
-                let digits: usize = $digits.parse().unwrap_or(0);
-                let plain = text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
-                match <$inner>::from_str_radix(text, 16) {
-                    Ok(value) if plain => Ok(Self(value)),
-                    _ => Err(ProtocolError::Hex {
+                const DIGITS: usize = size_of::<$inner>() * 2;
+                let digits: Option<&[u8; DIGITS]> = text.as_bytes().try_into().ok();
+                let value = digits.and_then(|digits| hex(digits));
+                match value.and_then(|value| value.try_into().ok()) {
+                    Some(value) => Ok(Self(value)),
+                    None => Err(ProtocolError::Hex {
                         what: stringify!($name),
-                        digits,
+                        digits: DIGITS,
                         text: text.chars().take(40).collect(),
                     }),
                 }

@@ -22,17 +22,38 @@ impl Serialize for PackedTokens {
 
 impl<'de> Deserialize<'de> for PackedTokens {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Base64Bytes(bytes) = Base64Bytes::deserialize(deserializer)?;
-        let (words, rest) = bytes.as_chunks::<4>();
-        if !rest.is_empty() {
-            return Err(de::Error::custom(
-                "packed tokens are not a whole number of 32-bit words",
-            ));
+        struct Visitor;
+        impl de::Visitor<'_> for Visitor {
+            type Value = PackedTokens;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a base64 string")
+            }
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<PackedTokens, E> {
+                // An engine step makes a token or a few: their bytes need no allocation.
+                let mut few = [0; FEW_BYTES];
+                if text.len() <= FEW_BYTES / 3 * 4 {
+                    let bytes = STANDARD.decode_slice(text, &mut few).map_err(E::custom)?;
+                    return words(&few[..bytes]);
+                }
+                words(&STANDARD.decode(text).map_err(E::custom)?)
+            }
         }
-        Ok(Self(
-            words.iter().map(|word| u32::from_le_bytes(*word)).collect(),
-        ))
+        deserializer.deserialize_str(Visitor)
     }
+}
+
+/// Bytes of a few tokens.
+const FEW_BYTES: usize = 48;
+
+fn words<E: de::Error>(bytes: &[u8]) -> Result<PackedTokens, E> {
+    let (words, rest) = bytes.as_chunks::<4>();
+    if !rest.is_empty() {
+        return Err(E::custom(
+            "packed tokens are not a whole number of 32-bit words",
+        ));
+    }
+    let tokens = words.iter().map(|word| u32::from_le_bytes(*word));
+    Ok(PackedTokens(tokens.collect()))
 }
 
 impl From<Vec<u32>> for PackedTokens {
