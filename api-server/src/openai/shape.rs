@@ -357,7 +357,7 @@ impl Shape {
         out.extend_from_slice(b"data: {");
         out.extend_from_slice(self.head.as_bytes());
         out.extend_from_slice(b",\"choices\":[{\"index\":");
-        put(out, format_args!("{index}"));
+        number(index, out);
         out.push(b',');
     }
 
@@ -474,6 +474,14 @@ fn write_usage(usage: Usage, out: &mut Vec<u8>) {
 pub fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
     // Writing to memory cannot fail.
     let _ = out.write_fmt(text);
+}
+
+/// Appends a number. Most streams have one choice, and each of their events its number.
+fn number(number: usize, out: &mut Vec<u8>) {
+    match u8::try_from(number) {
+        Ok(digit @ 0..=9) => out.push(b'0' + digit),
+        _ => put(out, format_args!("{number}")),
+    }
 }
 
 /// Appends text as the inside of a JSON string.

@@ -6,8 +6,10 @@
 //! ([`Event::FramesLost`]): it asks for it again.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
 
 use baton_protocol::{End, FrameItem, RequestId, TokenFrame, TokenLogprobs};
 use tokio::sync::Notify;
@@ -75,11 +77,10 @@ const MAILBOX_BYTES_MAX: usize = 16 << 20;
 /// Strays of one frame that are acted on: a frame may name thousands, and each is a message.
 pub const STRAYS_MAX: usize = 64;
 
-/// Events on their way to one generation's driver.
+/// Events on their way to one generation's driver, the only one who takes them.
 #[derive(Debug, Default)]
 pub struct Inbox {
     events: Mutex<Waiting<Event>>,
-    notify: Notify,
     /// Its mailbox has dropped something for it, and says so in an event that is still on its way.
     lost: AtomicBool,
 }
@@ -91,6 +92,8 @@ struct Waiting<T> {
     bytes: usize,
     /// The last thing in line is that something was dropped.
     lost: bool,
+    /// Of whoever found nothing in line.
+    reader: Option<Waker>,
 }
 
 impl<T> Default for Waiting<T> {
@@ -99,6 +102,7 @@ impl<T> Default for Waiting<T> {
             events: VecDeque::new(),
             bytes: 0,
             lost: false,
+            reader: None,
         }
     }
 }
@@ -106,36 +110,38 @@ impl<T> Default for Waiting<T> {
 impl Inbox {
     /// Adds an event and wakes the driver if it was idle.
     pub fn push(&self, event: Event) {
-        let was_empty = {
+        let reader = {
             let mut waiting = lock(&self.events);
             let bytes = event.bytes();
-            let was_empty = waiting.events.is_empty();
             if waiting.bytes + bytes <= INBOX_BYTES_MAX || event.is_last() {
                 waiting.bytes += bytes;
                 waiting.events.push_back(event);
             } else if !std::mem::replace(&mut waiting.lost, true) {
                 waiting.events.push_back(Event::FramesLost);
             }
-            was_empty
+            waiting.reader.take()
         };
-        if was_empty {
-            self.notify.notify_one();
+        if let Some(reader) = reader {
+            reader.wake();
         }
     }
 
     /// Waits for events and swaps them into `into`, which is empty.
     pub async fn take(&self, into: &mut VecDeque<Event>) {
-        loop {
-            {
-                let mut waiting = lock(&self.events);
+        poll_fn(|cx| {
+            let mut waiting = lock(&self.events);
+            if !waiting.events.is_empty() {
                 std::mem::swap(&mut waiting.events, into);
                 (waiting.bytes, waiting.lost) = (0, false);
+                return Poll::Ready(());
             }
-            if !into.is_empty() {
-                return;
+            let reader = waiting.reader.as_ref();
+            if !reader.is_some_and(|reader| reader.will_wake(cx.waker())) {
+                waiting.reader = Some(cx.waker().clone());
             }
-            self.notify.notified().await;
-        }
+            Poll::Pending
+        })
+        .await;
     }
 }
 

@@ -354,10 +354,7 @@ impl Lifecycle {
     }
 
     fn item(&mut self, item: FrameItem, out: &mut Vec<Action>) {
-        let Some(decode) = self.decode().cloned() else {
-            return;
-        };
-        if item.attempt.checked_add(1) != Some(self.next_attempt) {
+        if self.decode().is_none() || item.attempt.checked_add(1) != Some(self.next_attempt) {
             return;
         }
         if let Some(report) = item.pulled {
@@ -376,15 +373,16 @@ impl Lifecycle {
             tokens.drain(..known.min(tokens.len()));
         }
         if have + tokens.len() > self.rules.max_tokens as usize {
-            let worker = Some(decode.worker);
+            let worker = self.decode().map(|decode| decode.worker.clone());
             return self.retry("more tokens came than were asked for", worker, out);
         }
         if !tokens.is_empty() || item.pulled.is_some() {
             // Tokens may overtake the answer.
             self.admitted(out);
-            self.phase = Phase::Decoding {
-                decode: decode.clone(),
-            };
+            if let Phase::Pulling { decode, .. } = &self.phase {
+                let decode = decode.clone();
+                self.phase = Phase::Decoding { decode };
+            }
         }
         if !tokens.is_empty() {
             self.output.extend_from_slice(&tokens);
@@ -403,12 +401,12 @@ impl Lifecycle {
             }
             Some(End::Failed(failure)) => {
                 // A handle that went stale is the fault of the one who held it; so may a pull be.
-                let context = self.handle().map(|handle| handle.worker.clone());
-                let culprit = match failure.code {
-                    FailureCode::HandleInvalid => context.unwrap_or(decode.worker),
-                    _ => decode.worker,
-                };
-                self.worker_failed(failure, culprit, out);
+                let context = self.handle().map(|handle| &handle.worker);
+                let context = context.filter(|_| failure.code == FailureCode::HandleInvalid);
+                let decode = self.decode().map(|decode| &decode.worker);
+                if let Some(culprit) = context.or(decode).cloned() {
+                    self.worker_failed(failure, culprit, out);
+                }
             }
         }
     }

@@ -16,8 +16,8 @@ use crate::output::{StreamWriter, Tally, Usage};
 /// Bytes that may wait for a slow reader. With these written no more tokens are rendered; they wait as ids.
 const WAITING_BYTES_MAX: usize = 64 << 10;
 
-/// More than one event with a token takes.
-const EVENT_BYTES: usize = 1 << 10;
+/// Most events with a token take less.
+const EVENT_BYTES: usize = 512;
 
 /// The stream of one request, between its choices and its body.
 pub struct Outbox {
@@ -74,8 +74,8 @@ impl Outbox {
             return;
         }
         inner.started = true;
-        let Inner { writer, bytes, .. } = &mut *inner;
-        write(&mut **writer, bytes);
+        let (writer, bytes) = inner.page();
+        write(writer, bytes);
         inner.wake();
     }
 
@@ -108,7 +108,7 @@ impl Outbox {
         inner.open_choices -= 1;
         if inner.open_choices == 0 && !inner.ended {
             let usage = inner.tally.usage();
-            let Inner { writer, bytes, .. } = &mut *inner;
+            let (writer, bytes) = inner.page();
             writer.done(usage, bytes);
             inner.ended = true;
         }
@@ -122,7 +122,7 @@ impl Outbox {
             return false;
         }
         if inner.started {
-            let Inner { writer, bytes, .. } = &mut *inner;
+            let (writer, bytes) = inner.page();
             writer.fail(&error, bytes);
         } else {
             inner.failure = Some(error);
@@ -216,15 +216,18 @@ impl Drop for Share {
 }
 
 impl Inner {
-    /// What was written. An event is copied out, which is one allocation of its size where a buffer that begins
-    /// again grows four times.
-    fn take(&mut self) -> Bytes {
-        if self.bytes.len() > EVENT_BYTES {
-            return std::mem::take(&mut self.bytes).into();
+    /// Where to write. A buffer that was just given back by another stream is in the cache; one that this stream kept since its last
+    /// event is not.
+    fn page(&mut self) -> (&mut dyn StreamWriter, &mut Vec<u8>) {
+        if self.bytes.capacity() == 0 {
+            self.bytes = Vec::with_capacity(EVENT_BYTES);
         }
-        let bytes = Bytes::copy_from_slice(&self.bytes);
-        self.bytes.clear();
-        bytes
+        (&mut *self.writer, &mut self.bytes)
+    }
+
+    /// What was written.
+    fn take(&mut self) -> Bytes {
+        std::mem::take(&mut self.bytes).into()
     }
 
     fn wake(&mut self) {
