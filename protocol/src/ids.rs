@@ -231,3 +231,26 @@ impl<'de> Deserialize<'de> for ModelFingerprint {
         Self::new(String::deserialize(deserializer)?).map_err(de::Error::custom)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_all_digits_is_no_id() {
+        let digits = RequestId(u128::MAX).to_string();
+        for (at, wrong) in [
+            (0, "+"),
+            (15, "g"),
+            (16, "-"),
+            (31, " "),
+            (30, "é"),
+            (0, ""),
+            (31, "00"),
+        ] {
+            let mut text = digits.clone();
+            text.replace_range(at..(at + wrong.len()).clamp(at + 1, 32), wrong);
+            assert!(text.parse::<RequestId>().is_err(), "{text}");
+        }
+    }
+}

@@ -401,6 +401,26 @@ mod tests {
         assert!(!inboxes[0].1.lost.load(Relaxed));
     }
 
+    #[tokio::test]
+    async fn whoever_waits_at_an_empty_inbox_is_woken() {
+        let inbox = Arc::new(Inbox::default());
+        let reader = Arc::clone(&inbox);
+        let waits = tokio::spawn(async move {
+            let mut events = VecDeque::new();
+            reader.take(&mut events).await;
+            events.len()
+        });
+        // One that gives up waiting takes nothing with it.
+        let mut events = VecDeque::new();
+        assert!(inbox.take(&mut events).now_or_never().is_none());
+        tokio::task::yield_now().await;
+        inbox.push(item(0));
+        inbox.push(item(1));
+        let limit = std::time::Duration::from_secs(60);
+        let taken = tokio::time::timeout(limit, waits).await;
+        assert_eq!(taken.unwrap().unwrap(), 2);
+    }
+
     #[test]
     fn strays_of_a_frame_are_few_and_each_is_named_once() {
         let registry = Arc::new(Registry::default());
