@@ -84,11 +84,11 @@ def ask(cluster):
 
 
 @pytest.fixture
-def made(ask):
+def made(ask, model):
     """The same of a request that goes well; greedy, and short."""
 
     def made(path, limit="max_tokens", **body):
-        status, answer = ask("POST", path, {limit: 12, "temperature": 0, **body})
+        status, answer = ask("POST", path, {"model": model, limit: 12, "temperature": 0, **body})
         assert status == 200, answer
         return answer
 
@@ -216,20 +216,22 @@ class OpenAIError(pydantic.BaseModel):
         ("/v1/messages", anthropic.types.ErrorResponse),
     ],
 )
-def test_errors(ask, path, kind):
+def test_errors(ask, model, path, kind):
     prompt = {"/v1/completions": {"prompt": "x"}, "/v1/responses": {"input": "x"}}.get(path, {"messages": MESSAGES})
     limit = {} if path == "/v1/responses" else {"max_tokens": 1}
     for more, expected in [({"temperature": "hot"}, 400), ({"model": "gpt-17"}, 404)]:
-        status, answer = ask("POST", path, {**prompt, **limit, **more})
+        status, answer = ask("POST", path, {"model": model, **prompt, **limit, **more})
         assert status == expected, answer
         check(kind, answer)
 
 
-def test_a_model_that_is_not_named_is_the_one_that_is_served(made, model):
-    for path, limit, body in [
-        ("/v1/chat/completions", "max_tokens", {"messages": MESSAGES}),
-        ("/v1/completions", "max_tokens", {"prompt": "x"}),
-        ("/v1/responses", "max_output_tokens", {"input": "x"}),
-        ("/v1/messages", "max_tokens", {"messages": MESSAGES}),
+def test_a_request_for_an_answer_names_its_model(ask):
+    for path, body in [
+        ("/v1/chat/completions", {"messages": MESSAGES}),
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/messages", {"messages": MESSAGES, "max_tokens": 1}),
+        ("/v1/messages/count_tokens", {"messages": MESSAGES}),
     ]:
-        assert made(path, limit, **body)["model"] == model
+        status, answer = ask("POST", path, body)
+        assert status == 400 and "model is required" in answer["error"]["message"], (path, answer)

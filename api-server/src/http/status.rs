@@ -44,11 +44,22 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
     }
 }
 
-/// A request that names no model means the one that there is.
+/// Whether a request for an answer names the model that is served, as OpenAI demands.
+///
+/// # Errors
+/// 404 if it names another, 400 if it names none.
+pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
+    match name {
+        None => Err(ApiError::param("model", "model is required")),
+        Some(_) => check_model_if_named(server, name),
+    }
+}
+
+/// The same for what makes no answer: who names no model means the one that there is.
 ///
 /// # Errors
 /// 404 if it names another.
-pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
+pub fn check_model_if_named(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
     match name {
         Some(name) if name != server.model_name => Err(unknown_model(server, name)),
         _ => Ok(()),

@@ -8,7 +8,7 @@ const ASK: Doors = Doors(Door::Responses as u8);
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked
-    done("model", ASK, "the model's name, as `GET /v1/models` gives it; left out, the one that is served"),
+    done("model", ASK, "the model's name, as `GET /v1/models` gives it"),
     done("input", ASK, "a text, or items: messages, function calls, their outputs, reasoning ([Responses](#responses))"),
     done("instructions", ASK, "the system message; that of an earlier response is not carried over"),
     done("previous_response_id", ASK, "goes on from a response that this API server keeps; 404 if it does not"),

@@ -21,7 +21,7 @@ const NO_SPLIT: &str = "Baton hands KV over by itself";
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked
-    done("model", ALL, "the model's name, as `GET /v1/models` gives it; left out, the one that is served"),
+    done("model", ALL, "the model's name, as `GET /v1/models` gives it; `/tokenize` and `/detokenize` need none"),
     done("messages", MESSAGES, "the chat, through the model's template"),
     done("prompt", Doors(TEXT.0 | TOKENIZE.0), "a text; for completions also token ids, or an array of either"),
     done("tokens", DETOKENIZE, "token ids"),
