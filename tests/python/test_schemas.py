@@ -198,8 +198,8 @@ def test_messages(made, model, more):
             check(anthropic.types.RawMessageStreamEvent, event)
 
 
-def test_a_prompt_is_counted(ask):
-    _, counted = ask("POST", "/v1/messages/count_tokens", {"messages": MESSAGES})
+def test_a_prompt_is_counted(ask, model):
+    _, counted = ask("POST", "/v1/messages/count_tokens", {"model": model, "messages": MESSAGES})
     check(anthropic.types.MessageTokensCount, counted)
 
 
