@@ -75,6 +75,12 @@ pub struct UpArgs {
     /// What workers compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Tensor-parallel ranks of each worker [default: as the model directory is divided]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    tp_size: Option<u32>,
+    /// The same of context workers alone, which need not have as many as decode workers
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    context_tp_size: Option<u32>,
     /// Compute threads of all workers together [default: one for each CPU]; each gets its share, and one at least
     #[arg(long)]
     threads: Option<usize>,

@@ -29,7 +29,10 @@ pub struct WorkerArgs {
     /// What to compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Compute threads [default: one for each CPU]
+    /// Tensor-parallel ranks the model is shared out over [default: as the model directory is divided]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    tp_size: Option<u32>,
+    /// Compute threads of all ranks [default: one for each CPU]
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     threads: usize,
     /// Time for requests under way to finish at the end, in seconds [default: 25]
@@ -105,6 +108,7 @@ fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
     let mut config = WorkerConfig::new(worker, role, args.model, cluster);
     config.bus = args.bus.config();
     config.device = args.device.parse()?;
+    config.tp_size = args.tp_size;
     config.threads = args.threads;
     if let Some(seconds) = args.drain_s {
         config.drain_ms = seconds.saturating_mul(1000);

@@ -135,7 +135,7 @@ pub fn smollm2_gguf() -> PathBuf {
     );
 }
 
-/// SmolLM2-135M-Instruct as `baton model-prep` makes it.
+/// SmolLM2-135M-Instruct as `baton model-prep` makes it: of one rank.
 pub fn model_dir() -> &'static Path {
     static MODEL: OnceLock<PathBuf> = OnceLock::new();
     MODEL.get_or_init(|| prepared("smollm2-135m-instruct", &[]))
@@ -145,6 +145,12 @@ pub fn model_dir() -> &'static Path {
 pub fn fp8_model_dir() -> &'static Path {
     static MODEL: OnceLock<PathBuf> = OnceLock::new();
     MODEL.get_or_init(|| prepared("smollm2-135m-instruct-fp8", &["--dtype", "fp8"]))
+}
+
+/// The same model divided over three ranks.
+pub fn divided_model_dir() -> &'static Path {
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| prepared("smollm2-135m-instruct-tp3", &["--tp-size", "3"]))
 }
 
 /// Tokens of the longest sequence of [`long_model_dir`].
@@ -191,7 +197,6 @@ fn prepared(name: &str, args: &[&str]) -> PathBuf {
         .arg("model-prep")
         .arg("--model")
         .arg(smollm2_gguf())
-        .args(["--tp-size", "1"])
         .args(["--max-num-tokens", &TOKENS_MAX.to_string()])
         .args(args)
         .arg("--out")

@@ -29,7 +29,9 @@ mod wait;
 
 pub use api::{Answer, Api, Events};
 pub use cluster::{ApiServer, Cluster, Worker};
-pub use fixture::{baton, command, fp8_model_dir, golden, model_dir, repository, smollm2_gguf};
+pub use fixture::{
+    baton, command, divided_model_dir, fp8_model_dir, golden, model_dir, repository, smollm2_gguf,
+};
 pub use freeze::Frozen;
 pub use metrics::Metrics;
 pub use mutate::Mutator;

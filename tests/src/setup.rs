@@ -31,6 +31,8 @@ pub struct Setup {
     pub tokenizer: &'static Path,
     /// That of decode workers, if it is another.
     pub decode_model: Option<&'static Path>,
+    /// Tensor-parallel ranks of context workers, and of the others.
+    pub tp_sizes: [Option<u32>; 2],
     /// Token budget of a step.
     pub step_tokens: usize,
     /// Sequences of a step.
@@ -65,6 +67,7 @@ impl Default for Setup {
             model: model_dir(),
             tokenizer: model_dir(),
             decode_model: None,
+            tp_sizes: [None; 2],
             step_tokens: 256,
             batch: 32,
             queue: 256,
@@ -185,6 +188,14 @@ pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role)
         .args(["--batch", &setup.batch.to_string()])
         .args(["--queue", &setup.queue.to_string()])
         .args(&setup.worker_args);
+    let [context, others] = setup.tp_sizes;
+    let ranks = match role {
+        Role::Context => context,
+        Role::Decode | Role::Both => others,
+    };
+    if let Some(ranks) = ranks {
+        command.args(["--tp-size", &ranks.to_string()]);
+    }
     // Shared memory knows nothing of network namespaces: UCX would go round the network.
     let tls = setup.ucx_tls.or(setup.network.as_ref().map(|_| "tcp,self"));
     if let Some(tls) = tls {

@@ -30,6 +30,8 @@ pub struct Plan {
     common: Vec<OsString>,
     front: Vec<OsString>,
     workers: Vec<(WorkerId, Role)>,
+    /// Of context workers, and of the others.
+    tp_sizes: (Option<u32>, Option<u32>),
     compute: Vec<OsString>,
     device: Device,
     tuning: TuningArgs,
@@ -99,6 +101,7 @@ impl Plan {
             common,
             front,
             workers,
+            tp_sizes: (args.context_tp_size.or(args.tp_size), args.tp_size),
             compute,
             device: args.device.parse()?,
             tuning: args.tuning.clone(),
@@ -116,12 +119,21 @@ impl Plan {
             let cluster = Cluster::new("any")?;
             let mut config = WorkerConfig::new(worker.clone(), *role, model, cluster);
             config.device = self.device;
+            config.tp_size = self.tp_size(*role);
             worker::apply(self.tuning.clone(), &mut config);
             bytes = bytes.saturating_add(host_memory_bytes(&config)?);
         }
         let workers = self.workers.len();
         let what = format!("the cluster of {workers} workers, with their KV and weights,");
         Ok(check_host_memory(bytes, &what)?)
+    }
+
+    fn tp_size(&self, role: Role) -> Option<u32> {
+        let (context, others) = self.tp_sizes;
+        match role {
+            Role::Context => context,
+            _ => others,
+        }
     }
 
     /// What to start, in this order, once the bus and the model are there.
@@ -146,7 +158,10 @@ impl Plan {
             &[&self.front, &tokenizer],
         )];
         for (worker, role) in &self.workers {
-            let own = flags([("--role", role.label()), ("--worker-name", worker.as_str())]);
+            let mut own = flags([("--role", role.label()), ("--worker-name", worker.as_str())]);
+            if let Some(ranks) = self.tp_size(*role) {
+                own.extend(flags([("--tp-size", &ranks.to_string())]));
+            }
             let model = [OsString::from("--model"), model.into()];
             processes.push(process(
                 worker.as_str(),
@@ -292,6 +307,28 @@ mod tests {
             "--worker-name a.b",
         ] {
             assert!(workers(&args(line)).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn context_workers_have_a_tensor_parallel_size_of_their_own() {
+        for (line, context, decode) in [
+            ("", None, None),
+            ("--tp-size 2", Some(2), Some(2)),
+            ("--tp-size 2 --context-tp-size 4", Some(4), Some(2)),
+            ("--context-tp-size 4", Some(4), None),
+        ] {
+            let plan = Plan::new(
+                &args(&format!("--api-server-port 0 {line}")),
+                LogFormat::Json,
+            );
+            let processes = plan.unwrap().processes("nats://h:1", Path::new("/m"));
+            let told = processes.iter().skip(1).map(|process| {
+                let at = process.args.iter().position(|arg| arg == "--tp-size")?;
+                process.args[at + 1].to_str()?.parse().ok()
+            });
+            let told: Vec<Option<u32>> = told.collect();
+            assert_eq!(told, [context, decode], "{line}");
         }
     }
 

@@ -13,6 +13,8 @@ use crate::setup::Setup;
 pub struct Shape {
     /// `cpu` or `fake`.
     pub device: &'static str,
+    /// Tensor-parallel ranks of context workers, and of the others. Answers are the same whatever they are.
+    pub ranks: [u32; 2],
     /// Context workers.
     pub context: usize,
     /// Decode workers.
@@ -48,8 +50,16 @@ impl Shape {
     pub fn of(seed: u64, device: &'static str) -> Self {
         let mut draw = Draw::new(seed, "shape");
         let api_servers = draw.number(1, 2) as usize;
+        // Without a draw: seeds keep the rest of their clusters. The model has three heads to share out, the fake device none.
+        let ranks = match (device, seed % 4) {
+            ("cpu", 1) => [3, 1],
+            ("cpu", 2) => [1, 3],
+            ("cpu", 3) => [3, 3],
+            _ => [1, 1],
+        };
         Self {
             device,
+            ranks,
             context: 2,
             decode: 2,
             both: usize::from(draw.percent(30)),
@@ -100,6 +110,7 @@ impl Shape {
             worker_args.push("--no-prefix-cache".to_owned());
         }
         Setup {
+            tp_sizes: self.ranks.map(|ranks| (ranks > 1).then_some(ranks)),
             context: self.context,
             decode: self.decode,
             both: self.both,
@@ -119,12 +130,14 @@ impl fmt::Display for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} context, {} decode, {} both on {}; API servers with {} names and budgets of {:?} s; {} MiB of KV, batch {}, queue {}, \
+            "{} context, {} decode, {} both on {}, {} and {} ranks; API servers with {} names and budgets of {:?} s; {} MiB of KV, batch {}, queue {}, \
              steps of {} tokens, leases of {} ms, prefix cache {}, UCX over {}, {}",
             self.context,
             self.decode,
             self.both,
             self.device,
+            self.ranks[0],
+            self.ranks[1],
             if self.same_name { "lasting" } else { "new" },
             self.budget_s,
             self.kv_mib,

@@ -15,6 +15,7 @@ mod logs;
 mod mixed_precision;
 mod partition;
 mod permissions;
+mod ranks;
 mod rolling;
 mod same_text;
 mod slow;

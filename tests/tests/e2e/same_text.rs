@@ -42,8 +42,17 @@ fn requests(model: &str) -> Vec<Value> {
     requests
 }
 
+/// The plain way: one worker, nothing cached, each prompt in one step, alone.
+pub fn plain() -> Setup {
+    Setup {
+        step_tokens: 512,
+        worker_args: vec!["--no-prefix-cache".to_owned()],
+        ..Setup::unsplit()
+    }
+}
+
 /// Answers to all requests, one after the other.
-async fn ask(cluster: &Cluster) -> Vec<Value> {
+pub async fn ask(cluster: &Cluster) -> Vec<Value> {
     let mut answers = Vec::new();
     for request in requests(&cluster.model().await) {
         answers.push(told(&cluster.api.complete(&request).await));
@@ -58,7 +67,7 @@ fn told(answer: &Value) -> Value {
 }
 
 #[track_caller]
-fn assert_same(how: &str, expected: &[Value], answers: &[Value]) {
+pub fn assert_same(how: &str, expected: &[Value], answers: &[Value]) {
     assert_eq!(expected.len(), answers.len());
     for (number, (expected, answer)) in expected.iter().zip(answers).enumerate() {
         assert_eq!(expected, answer, "request {number}, {how}");
@@ -69,12 +78,8 @@ fn assert_same(how: &str, expected: &[Value], answers: &[Value]) {
 async fn the_same_request_gives_the_same_text() {
     let turn = Turn::take();
 
-    // the plain way: one worker, nothing cached, each prompt in one step, alone
-    let mut plain = Setup::unsplit();
-    plain.step_tokens = 512;
-    plain.worker_args = vec!["--no-prefix-cache".to_owned()];
     let expected = {
-        let cluster = Cluster::start(&turn, plain.clone()).await;
+        let cluster = Cluster::start(&turn, plain()).await;
         let from = cluster.tap.now();
         let answers = ask(&cluster).await;
         for trace in Trace::all(&cluster.tap, from).await.values() {

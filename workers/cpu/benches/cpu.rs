@@ -75,7 +75,7 @@ fn model(path: &str, kernel: Kernel, threads: usize, bandwidth: f64, peak: f64) 
         step_sequences_max: 64,
     };
     let since = Instant::now();
-    let mut executor = CpuExecutor::load(&spec, &weights, memory, kv.clone(), options)
+    let mut executor = CpuExecutor::load(&spec, &[&weights], vec![memory], kv.clone(), options)
         .expect("the executor loads");
     println!(
         "load                        {:8.2} s",

@@ -6,21 +6,22 @@ use std::sync::Arc;
 
 use baton_engine::{
     Choices, Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan,
-    Want, answer, count_followed, uniform_arena, wants,
+    Want, answer, count_followed, kv_geometry, uniform_arena, wants,
 };
-use baton_kv_memory::{Address, KvMemory};
-use baton_model::{AttentionSpec, Mixer, ModelSpec, TensorSource, Weights};
-use baton_protocol::KvGeometry;
+use baton_kv_memory::KvMemory;
+use baton_model::{AttentionSpec, Mixer, ModelSpec, TensorSource};
+use baton_protocol::{KvGeometry, KvGroup};
 
 use crate::attention::{self, Attention, HeadLayout, Piece, Scratch};
 use crate::error::CpuError;
-use crate::gemm::{Epilogue, ROW_STEP, multiply};
+use crate::gemm::{Epilogue, Part, ROW_STEP, multiply};
 use crate::kernel::{Kernel, Ops};
 use crate::memory::{Pages, Shared};
 use crate::pack::{K_STEP, PANEL};
 use crate::qkv::Qkv;
+use crate::rank::{Rank, rows_for};
 use crate::threads::Pool;
-use crate::weights::{LayerWeights, ModelWeights};
+use crate::weights::ModelWeights;
 
 /// How to run.
 #[derive(Clone, Debug)]
@@ -39,10 +40,14 @@ pub struct CpuOptions {
 pub struct CpuExecutor {
     info: ExecutorInfo,
     spec: ModelSpec,
+    /// A rank's.
     shape: HeadLayout,
     frequencies: Vec<f64>,
-    memory: Arc<dyn KvMemory>,
-    weights: ModelWeights,
+    /// `[vocab][hidden]`.
+    embedding: Pages<u16>,
+    /// The last norm.
+    norm: Vec<f32>,
+    ranks: Vec<Rank>,
     ops: &'static Ops,
     pool: Pool,
     buffers: Buffers,
@@ -51,24 +56,19 @@ pub struct CpuExecutor {
     done: VecDeque<(Choices, StepOutput)>,
 }
 
-/// Activations of a step, allocated once. Row strides are whole panels and K steps.
+/// Activations of a step that all ranks share, allocated once. Row strides are whole panels and K steps.
 struct Buffers {
     /// Residual stream, f32.
     x: Pages<f32>,
     /// A norm's output.
     normed: Pages<u16>,
-    qkv: Pages<f32>,
-    /// Queries, by KV head.
-    q: Pages<u16>,
-    /// Attention's output.
-    attended: Pages<u16>,
-    /// The feed-forward layer's inside.
-    inner: Pages<u16>,
     cos: Vec<f32>,
     sin: Vec<f32>,
     /// Rows whose logits are wanted, then their logits.
     chosen: Pages<u16>,
     logits: Pages<f32>,
+    /// Numbers from one row of logits to the next.
+    logits_stride: usize,
     pieces: Vec<Piece>,
     scratch: Vec<Scratch>,
     /// Rows the buffers hold.
@@ -82,47 +82,40 @@ const RUN_MAX: usize = 8;
 const LOGITS_ROWS: usize = 64;
 
 impl CpuExecutor {
-    /// Packs the weights and takes the arena.
+    /// Packs the weights and takes the arenas, for as many ranks as there are sources of weights. A source has its rank's part
+    /// of the model, an arena its rank's KV of every block.
     ///
     /// # Errors
     /// [`CpuError`] says which weight, which field of the geometry or which kernel does not fit.
+    ///
+    /// # Panics
+    /// If there is not one arena for each source.
     pub fn load(
         spec: &ModelSpec,
-        weights: &Weights,
-        memory: Arc<dyn KvMemory>,
+        sources: &[&dyn TensorSource],
+        memories: Vec<Arc<dyn KvMemory>>,
         kv: KvGeometry,
         options: CpuOptions,
     ) -> Result<Self, CpuError> {
-        Self::load_from(spec, weights, memory, kv, options)
-    }
-
-    /// As [`CpuExecutor::load`], from anything that has tensors.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn load_from(
-        spec: &ModelSpec,
-        weights: &dyn TensorSource,
-        memory: Arc<dyn KvMemory>,
-        kv: KvGeometry,
-        options: CpuOptions,
-    ) -> Result<Self, CpuError> {
-        let attention = check(spec)?;
-        let (group, blocks) = uniform_arena(spec, &kv, memory.len()).map_err(CpuError::Arena)?;
-        if memory.address().host().is_none() {
-            let told = "it is on a GPU, and a CPU cannot compute there";
-            return Err(CpuError::Arena(told.to_owned()));
-        }
+        assert_eq!(
+            sources.len(),
+            memories.len(),
+            "a rank has weights and an arena"
+        );
+        check(spec)?;
+        let of_rank = spec.of_rank(sources.len()).map_err(CpuError::Unsupported)?;
+        let attention = check(&of_rank)?;
+        let (group, blocks) = arenas(spec, &of_rank, &kv, &memories)?;
         let kernel = options.kernel.unwrap_or_else(Kernel::best);
         if !kernel.available() {
             return Err(CpuError::Kernel(kernel.to_string()));
         }
         let threads = options.threads.max(1);
         let mut pool = Pool::new(threads);
-        let weights = ModelWeights::load(spec, weights, &mut pool)?;
+        let weights = ModelWeights::load(spec, sources, &mut pool)?;
         let shape = HeadLayout {
             block_tokens: kv.block_tokens as usize,
-            block_bytes: kv.block_bytes(),
+            block_bytes: kv_geometry(&of_rank, kv.block_tokens).block_bytes(),
             head_bytes: (u64::from(group.layers) * kv.cell_bytes(&group)) as usize,
             kv_heads: attention.kv_heads,
             group: attention.heads / attention.kv_heads,
@@ -130,8 +123,12 @@ impl CpuExecutor {
             head_dim_padded: attention.head_dim.next_multiple_of(PANEL),
             window: attention.sliding_window,
         };
+        let device = match sources.len() {
+            1 => format!("cpu {kernel}, {threads} threads"),
+            ranks => format!("cpu {kernel}, {threads} threads, {ranks} ranks"),
+        };
         let info = ExecutorInfo {
-            device: format!("cpu {kernel}, {threads} threads"),
+            device,
             kv,
             blocks: u32::try_from(blocks).unwrap_or(u32::MAX),
             vocab: spec.vocab as u32,
@@ -141,14 +138,18 @@ impl CpuExecutor {
             steps_in_flight: 1,
             run_max: RUN_MAX,
         };
-        let buffers = Buffers::new(&shape, &weights, options.step_tokens_max, threads);
+        let rows = rows_for(options.step_tokens_max);
+        let buffers = Buffers::new(&shape, &weights, spec, rows, threads);
+        let ranks = weights.ranks.into_iter().zip(memories);
+        let ranks = ranks.map(|(weights, memory)| Rank::new(weights, memory, &shape, rows));
         Ok(Self {
             info,
             spec: spec.clone(),
             frequencies: attention.rope.inverse_frequencies(attention.head_dim),
+            embedding: weights.embedding,
+            norm: weights.norm,
+            ranks: ranks.collect(),
             shape,
-            memory,
-            weights,
             ops: kernel.ops(),
             pool,
             buffers,
@@ -164,7 +165,10 @@ impl CpuExecutor {
 
     /// Bytes of weights that a step of one row reads, for benchmarks.
     pub fn streamed_bytes(&self) -> usize {
-        self.weights.streamed_bytes()
+        self.ranks
+            .iter()
+            .map(|rank| rank.weights.streamed_bytes())
+            .sum()
     }
 }
 
@@ -184,7 +188,7 @@ impl Executor for CpuExecutor {
             self.pool.threads(),
             &mut self.buffers.pieces,
         );
-        for layer in 0..self.weights.layers.len() {
+        for layer in 0..self.spec.layers.len() {
             self.layer(layer);
         }
         let output = self.output(plan);
@@ -205,7 +209,7 @@ impl CpuExecutor {
         let Self {
             rows,
             buffers,
-            weights,
+            embedding,
             ops,
             spec,
             frequencies,
@@ -214,7 +218,7 @@ impl CpuExecutor {
         let half = frequencies.len();
         let stride = spec.hidden.next_multiple_of(PANEL);
         for (row, token) in rows.tokens.iter().enumerate() {
-            let embedding = &weights.embedding[*token as usize * spec.hidden..][..spec.hidden];
+            let embedding = &embedding[*token as usize * spec.hidden..][..spec.hidden];
             // SAFETY: the kernel was available at load.
             unsafe { (ops.widen)(embedding, &mut buffers.x[row * stride..][..spec.hidden]) };
         }
@@ -228,127 +232,118 @@ impl CpuExecutor {
     }
 
     fn layer(&mut self, index: usize) {
+        self.attention(index);
+        self.mlp(index);
+    }
+
+    /// The layer's first half, into the residual stream.
+    fn attention(&mut self, index: usize) {
         let Self {
             rows,
             buffers,
-            weights,
+            ranks,
             ops,
             spec,
             shape,
             pool,
-            memory,
             ..
         } = self;
         let count = rows.tokens.len();
-        let layer = &weights.layers[index];
-        let then = weights
-            .layers
-            .get(index + 1)
-            .map_or(&weights.lm_head, |l| &l.qkv);
-        let LayerWeights {
-            qkv,
-            output,
-            gate_up,
-            down,
-            ..
-        } = layer;
-        let (x, hidden) = (buffers.x.as_mut_ptr(), output.panels * PANEL);
-        let arena = match memory.address() {
-            Address::Host(base) => base.as_ptr(),
-            Address::Device(_) => unreachable!("refused at load"),
-        };
+        let first = &ranks[0].weights.layers[index];
+        let hidden = first.output.panels * PANEL;
+        let (weight, out) = (&first.attention_norm, &mut buffers.normed);
+        let (a, lda) = norm(pool, ops, spec, &buffers.x, hidden, weight, out, count);
+        for rank in &mut *ranks {
+            let layer = &rank.weights.layers[index];
+            let weights = &layer.qkv;
+            let store = Epilogue::Store {
+                c: rank.qkv.as_mut_ptr(),
+                ldc: weights.panels * PANEL,
+                bias: layer.qkv_bias.as_deref(),
+            };
+            let part = Part { a, lda, weights };
+            multiply(pool, ops, &[part], &layer.output, store, count);
 
-        let normed = norm(
-            pool,
-            ops,
-            spec,
-            &buffers.x,
-            hidden,
-            &layer.attention_norm,
-            &mut buffers.normed,
-            count,
-        );
-        let store = Epilogue::Store {
-            c: buffers.qkv.as_mut_ptr(),
-            ldc: qkv.panels * PANEL,
-            bias: layer.qkv_bias.as_deref(),
-        };
-        multiply(pool, ops, normed, qkv, output, store, count);
+            let arena = rank.arena();
+            let job = Qkv {
+                shape,
+                rows,
+                qkv: rank.qkv.as_mut_ptr(),
+                ldq: weights.panels * PANEL,
+                cos: &buffers.cos,
+                sin: &buffers.sin,
+                norms: layer.qk_norm.as_ref().map(|(q, k)| (&q[..], &k[..])),
+                eps: spec.rms_eps,
+                arena,
+                layer: index,
+                q: rank.q.as_mut_ptr(),
+                q_rows: buffers.rows,
+            };
+            by_rows(pool, count, |_, range| {
+                // SAFETY: the kernel was available at load; rows are disjoint; the plan was checked against
+                // the arena, and the engine lends these blocks to this step alone.
+                unsafe { (ops.rotate)(&job, range) }
+            });
+        }
 
-        let job = Qkv {
+        let attention = |rank: &mut Rank| Attention {
             shape,
             rows,
-            qkv: buffers.qkv.as_mut_ptr(),
-            ldq: qkv.panels * PANEL,
-            cos: &buffers.cos,
-            sin: &buffers.sin,
-            norms: layer.qk_norm.as_ref().map(|(q, k)| (&q[..], &k[..])),
-            eps: spec.rms_eps,
-            arena,
+            arena: rank.arena(),
             layer: index,
-            q: buffers.q.as_mut_ptr(),
+            q: rank.q.as_ptr(),
             q_rows: buffers.rows,
+            out: rank.attended.as_mut_ptr(),
+            ldo: rank.weights.layers[index].output.k,
         };
-        by_rows(pool, count, |_, range| {
-            // SAFETY: the kernel was available at load; rows are disjoint; the plan was checked against
-            // the arena, and the engine lends these blocks to this step alone.
-            unsafe { (ops.rotate)(&job, range) }
-        });
-
-        let ldo = output.k;
-        let job = Attention {
-            shape,
-            rows,
-            arena,
-            layer: index,
-            q: buffers.q.as_ptr(),
-            q_rows: buffers.rows,
-            out: buffers.attended.as_mut_ptr(),
-            ldo,
-        };
+        let jobs: Vec<Attention<'_>> = ranks.iter_mut().map(attention).collect();
         let (pieces, scratch) = (&buffers.pieces, Shared::new(&mut buffers.scratch));
-        pool.run(pieces.len(), &|thread, piece| {
+        pool.run(jobs.len() * pieces.len(), &|thread, at| {
+            let (job, piece) = (&jobs[at / pieces.len()], at % pieces.len());
             let next = pieces.get(piece + 1);
             // SAFETY: as above; pieces are disjoint, and a thread has one scratch and one piece at a time.
-            unsafe { (ops.attend)(&job, &pieces[piece], next, &mut scratch.slice(thread, 1)[0]) }
+            unsafe { (ops.attend)(job, &pieces[piece], next, &mut scratch.slice(thread, 1)[0]) }
         });
-        let attended = (buffers.attended.as_ptr(), ldo);
-        multiply(
-            pool,
-            ops,
-            attended,
-            output,
-            gate_up,
-            Epilogue::Add { c: x, ldc: hidden },
-            count,
-        );
+        let parts: Vec<Part<'_>> = ranks.iter().map(|rank| rank.attended(index)).collect();
+        let then = &ranks[0].weights.layers[index].gate_up;
+        let (c, ldc) = (buffers.x.as_mut_ptr(), hidden);
+        multiply(pool, ops, &parts, then, Epilogue::Add { c, ldc }, count);
+    }
 
-        let normed = norm(
-            pool,
+    /// The layer's second half, into the residual stream.
+    fn mlp(&mut self, index: usize) {
+        let Self {
+            rows,
+            buffers,
+            ranks,
             ops,
             spec,
-            &buffers.x,
-            hidden,
-            &layer.mlp_norm,
-            &mut buffers.normed,
-            count,
-        );
-        let ldo = down.k;
-        let swiglu = Epilogue::SwiGlu {
-            out: buffers.inner.as_mut_ptr(),
-            ldo,
-        };
-        multiply(pool, ops, normed, gate_up, down, swiglu, count);
-        let inner = (buffers.inner.as_ptr(), ldo);
-        multiply(
             pool,
-            ops,
-            inner,
-            down,
-            then,
-            Epilogue::Add { c: x, ldc: hidden },
-            count,
-        );
+            ..
+        } = self;
+        let count = rows.tokens.len();
+        let first = &ranks[0].weights.layers[index];
+        let hidden = first.output.panels * PANEL;
+        let (weight, out) = (&first.mlp_norm, &mut buffers.normed);
+        let (a, lda) = norm(pool, ops, spec, &buffers.x, hidden, weight, out, count);
+        for rank in &mut *ranks {
+            let layer = &rank.weights.layers[index];
+            let weights = &layer.gate_up;
+            let swiglu = Epilogue::SwiGlu {
+                out: rank.inner.as_mut_ptr(),
+                ldo: layer.down.k,
+            };
+            let part = Part { a, lda, weights };
+            multiply(pool, ops, &[part], &layer.down, swiglu, count);
+        }
+        let parts: Vec<Part<'_>> = ranks.iter().map(|rank| rank.inner(index)).collect();
+        let first = &ranks[0].weights;
+        let then = first
+            .layers
+            .get(index + 1)
+            .map_or(&first.lm_head, |l| &l.qkv);
+        let (c, ldc) = (buffers.x.as_mut_ptr(), hidden);
+        multiply(pool, ops, &parts, then, Epilogue::Add { c, ldc }, count);
     }
 
     /// Logits of the rows that are asked for, and what is made of them.
@@ -360,7 +355,7 @@ impl CpuExecutor {
         };
         for wants in wants.chunks(LOGITS_ROWS) {
             self.logits(wants);
-            let (vocab, stride) = (self.spec.vocab, self.weights.lm_head.panels * PANEL);
+            let (vocab, stride) = (self.spec.vocab, self.buffers.logits_stride);
             let mut answers: Vec<Option<SequenceOutput>> = vec![None; wants.len()];
             let (rows, out) = (
                 Shared::new(&mut self.buffers.logits),
@@ -383,34 +378,35 @@ impl CpuExecutor {
     fn logits(&mut self, wants: &[Want]) {
         let Self {
             buffers,
-            weights,
+            norm,
+            ranks,
             ops,
             spec,
             pool,
             ..
         } = self;
-        let head = &weights.lm_head;
+        let lda = ranks[0].weights.lm_head.k;
         let stride = spec.hidden.next_multiple_of(PANEL);
         for (i, want) in wants.iter().enumerate() {
             let x = &buffers.x[want.row * stride..][..spec.hidden];
-            let out = &mut buffers.chosen[i * head.k..][..spec.hidden];
+            let out = &mut buffers.chosen[i * lda..][..spec.hidden];
             // SAFETY: the kernel was available at load.
-            unsafe { (ops.rms_norm)(x, &weights.norm, spec.rms_eps, out) };
+            unsafe { (ops.rms_norm)(x, norm, spec.rms_eps, out) };
         }
-        let store = Epilogue::Store {
-            c: buffers.logits.as_mut_ptr(),
-            ldc: head.panels * PANEL,
-            bias: None,
-        };
-        multiply(
-            pool,
-            ops,
-            (buffers.chosen.as_ptr(), head.k),
-            head,
-            &weights.layers[0].qkv,
-            store,
-            wants.len(),
-        );
+        // A rank's last panel reaches beyond its part of the vocabulary: the next rank writes there after it.
+        for rank in ranks.iter() {
+            let weights = &rank.weights.lm_head;
+            let c = &mut buffers.logits[rank.weights.vocab.start..];
+            let store = Epilogue::Store {
+                c: c.as_mut_ptr(),
+                ldc: buffers.logits_stride,
+                bias: None,
+            };
+            let a = buffers.chosen.as_ptr();
+            let part = Part { a, lda, weights };
+            let then = &ranks[0].weights.layers[0].qkv;
+            multiply(pool, ops, &[part], then, store, wants.len());
+        }
     }
 }
 
@@ -448,27 +444,57 @@ fn by_rows(pool: &mut Pool, rows: usize, work: impl Fn(usize, Range<usize>) + Sy
 }
 
 impl Buffers {
-    fn new(shape: &HeadLayout, weights: &ModelWeights, tokens: usize, threads: usize) -> Self {
-        // A tile may read a whole ROW_STEP of rows from any row on.
-        let rows = tokens + ROW_STEP;
-        let layer = &weights.layers[0];
-        let half = shape.head_dim / 2;
+    fn new(
+        shape: &HeadLayout,
+        weights: &ModelWeights,
+        spec: &ModelSpec,
+        rows: usize,
+        threads: usize,
+    ) -> Self {
+        let first = &weights.ranks[0];
+        let (layer, half) = (&first.layers[0], shape.head_dim / 2);
+        // Each rank writes whole panels.
+        let ends = weights.ranks.iter();
+        let ends = ends.map(|rank| rank.vocab.start + rank.lm_head.panels * PANEL);
+        let logits_stride = ends.fold(spec.vocab, usize::max).next_multiple_of(PANEL);
         Self {
             x: Pages::zeroed(rows * layer.output.panels * PANEL),
             normed: Pages::zeroed(rows * layer.qkv.k),
-            qkv: Pages::zeroed(rows * layer.qkv.panels * PANEL),
-            q: Pages::zeroed(rows * shape.kv_heads * shape.group * shape.head_dim_padded),
-            attended: Pages::zeroed(rows * layer.output.k),
-            inner: Pages::zeroed(rows * layer.down.k.max(layer.gate_up.panels * PANEL / 2)),
             cos: vec![0.0; rows * half],
             sin: vec![0.0; rows * half],
-            chosen: Pages::zeroed((LOGITS_ROWS + ROW_STEP) * weights.lm_head.k),
-            logits: Pages::zeroed(LOGITS_ROWS * weights.lm_head.panels * PANEL),
+            chosen: Pages::zeroed((LOGITS_ROWS + ROW_STEP) * first.lm_head.k),
+            logits: Pages::zeroed(LOGITS_ROWS * logits_stride),
+            logits_stride,
             pieces: Vec::new(),
             scratch: (0..threads).map(|_| Scratch::new(shape)).collect(),
             rows,
         }
     }
+}
+
+/// The group of all layers, and the blocks that every rank's arena holds.
+fn arenas(
+    spec: &ModelSpec,
+    of_rank: &ModelSpec,
+    kv: &KvGeometry,
+    memories: &[Arc<dyn KvMemory>],
+) -> Result<(KvGroup, usize), CpuError> {
+    if let Some(difference) = kv.difference(&kv_geometry(spec, kv.block_tokens)) {
+        return Err(CpuError::Arena(difference));
+    }
+    let of_rank_kv = kv_geometry(of_rank, kv.block_tokens);
+    let mut fewest: Option<(KvGroup, usize)> = None;
+    for memory in memories {
+        let held = uniform_arena(of_rank, &of_rank_kv, memory.len());
+        let (group, blocks) = held.map_err(CpuError::Arena)?;
+        if memory.address().host().is_none() {
+            let told = "it is on a GPU, and a CPU cannot compute there";
+            return Err(CpuError::Arena(told.to_owned()));
+        }
+        let blocks = fewest.map_or(blocks, |(_, fewest)| fewest.min(blocks));
+        fewest = Some((group, blocks));
+    }
+    fewest.ok_or_else(|| CpuError::Arena("there is none".to_owned()))
 }
 
 /// The attention of all layers, if this executor computes such a model.

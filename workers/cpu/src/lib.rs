@@ -12,7 +12,8 @@
 //! - every query row walks the KV in steps of 32 tokens at absolute positions, in order, in prefill and in
 //!   decode; what a row must not see is masked by selection, not by arithmetic, and weighs exactly zero;
 //! - activations are rounded to BF16 where they enter a product, always at the same places;
-//! - no sum is split over threads, so work can be handed out in any order.
+//! - no sum is split over threads, so work can be handed out in any order;
+//! - nor over ranks: the parts of K that tensor-parallel ranks have are added in their order by the same accumulator ([`rank`]).
 
 // Lanes and registers are counted: `acc[r][v]` beside `b[v]` reads better than zipped iterators, and a tile
 // has as many arguments as a product has.
@@ -27,6 +28,7 @@ mod math;
 mod memory;
 mod pack;
 mod qkv;
+mod rank;
 mod threads;
 mod weights;
 

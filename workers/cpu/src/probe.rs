@@ -1,6 +1,6 @@
 //! What this machine can do, and single operations, for benchmarks. Not part of the API.
 
-use crate::gemm::{Epilogue, ROW_STEP};
+use crate::gemm::{Epilogue, Part, ROW_STEP};
 use crate::kernel::Kernel;
 use crate::math::bf16_of;
 use crate::memory::{Carver, Pages, Shared};
@@ -145,12 +145,15 @@ impl Gemm {
             bias: None,
         };
         let since = seconds(self.pool.threads());
-        let a = (self.a.as_ptr(), weights.k);
+        let part = Part {
+            a: self.a.as_ptr(),
+            lda: weights.k,
+            weights,
+        };
         crate::gemm::multiply(
             &mut self.pool,
             self.kernel.ops(),
-            a,
-            weights,
+            &[part],
             then,
             epilogue,
             self.rows,

@@ -1,6 +1,9 @@
 //! A model's weights, packed at load.
 
-use baton_model::{LayerKind, MatrixBytes, Mixer, Mlp, ModelSpec, TensorSource, names};
+use std::borrow::Cow;
+use std::ops::Range;
+
+use baton_model::{LayerKind, MatrixBytes, Mixer, Mlp, ModelSpec, TensorSource, names, part};
 
 use crate::error::CpuError;
 use crate::math::f32_of;
@@ -12,12 +15,19 @@ use crate::threads::Pool;
 pub struct ModelWeights {
     /// `[vocab][hidden]`, as in the checkpoint.
     pub embedding: Pages<u16>,
-    pub layers: Vec<LayerWeights>,
     pub norm: Vec<f32>,
-    pub lm_head: Packed,
+    pub ranks: Vec<RankWeights>,
 }
 
-/// One decoder layer.
+/// What one rank has: its part of each layer, and of the vocabulary.
+pub struct RankWeights {
+    pub layers: Vec<LayerWeights>,
+    /// Logits of `vocab`.
+    pub lm_head: Packed,
+    pub vocab: Range<usize>,
+}
+
+/// One rank's part of a decoder layer. The norms are the whole layer's, the same on each.
 pub struct LayerWeights {
     pub attention_norm: Vec<f32>,
     /// Queries, keys and values side by side.
@@ -34,37 +44,49 @@ pub struct LayerWeights {
 }
 
 impl ModelWeights {
+    /// The weights of as many ranks as there are sources, each of which has its rank's part of `spec`.
     pub fn load(
         spec: &ModelSpec,
-        source: &dyn TensorSource,
+        sources: &[&dyn TensorSource],
         pool: &mut Pool,
     ) -> Result<Self, CpuError> {
-        let embedding = matrix(source, names::EMBED, spec.vocab, spec.hidden)?;
+        let ranks = sources.len();
+        let of_rank = spec.of_rank(ranks).map_err(CpuError::Unsupported)?;
+        let embedding = matrix(sources[0], names::EMBED, spec.vocab, spec.hidden)?;
+        let norm = vector(sources[0], names::FINAL_NORM, spec.hidden)?;
         let mut memory = Carver::default();
-        let layers = spec.layers.iter().enumerate();
-        let layers = layers
-            .map(|(index, kind)| {
-                LayerWeights::load(spec.hidden, kind, source, index, pool, &mut memory)
+        let mut load = |(rank, source): (usize, &&dyn TensorSource)| {
+            let layers = of_rank.layers.iter().enumerate();
+            let layers = layers.map(|(index, kind)| {
+                LayerWeights::load(spec.hidden, kind, *source, index, pool, &mut memory)
+            });
+            let layers = layers.collect::<Result<_, _>>()?;
+            let vocab = part(spec.vocab, rank, ranks);
+            let lm_head = if spec.tied_embeddings {
+                Packed::new(pool, &mut memory, vocab.len(), spec.hidden, |column| {
+                    Some(embedding.row(vocab.start + column))
+                })
+            } else {
+                let head = matrix(*source, names::LM_HEAD, vocab.len(), spec.hidden)?;
+                pack(pool, &mut memory, &[&head])
+            };
+            Ok(RankWeights {
+                layers,
+                lm_head,
+                vocab,
             })
-            .collect::<Result<_, _>>()?;
-        let norm = vector(source, names::FINAL_NORM, spec.hidden)?;
-        let lm_head = if spec.tied_embeddings {
-            pack(pool, &mut memory, &[&embedding])
-        } else {
-            pack(
-                pool,
-                &mut memory,
-                &[&matrix(source, names::LM_HEAD, spec.vocab, spec.hidden)?],
-            )
         };
+        let ranks = sources.iter().enumerate().map(&mut load);
+        let ranks = ranks.collect::<Result<_, CpuError>>()?;
         Ok(Self {
             embedding: embedding.numbers,
-            layers,
             norm,
-            lm_head,
+            ranks,
         })
     }
+}
 
+impl RankWeights {
     /// Bytes that one step with a single row reads: all packed matrices.
     pub fn streamed_bytes(&self) -> usize {
         let layers = self.layers.iter();
@@ -181,7 +203,7 @@ fn matrix(
     rows: usize,
     k: usize,
 ) -> Result<Matrix, CpuError> {
-    Ok(Matrix::new(read(source, name, &[rows, k])?, rows, k))
+    Ok(Matrix::new(&read(source, name, &[rows, k])?, rows, k))
 }
 
 /// A projection; FP8 becomes BF16, which every kernel multiplies.
@@ -192,7 +214,7 @@ fn projection(
     k: usize,
 ) -> Result<Matrix, CpuError> {
     match source.projection(name, rows, k) {
-        Ok(MatrixBytes::Bf16(bytes)) => Ok(Matrix::new(bytes, rows, k)),
+        Ok(MatrixBytes::Bf16(bytes)) => Ok(Matrix::new(&bytes, rows, k)),
         Ok(MatrixBytes::Fp8(matrix)) => {
             let mut bytes = Vec::new();
             matrix.dequantize(&mut bytes);
@@ -207,7 +229,7 @@ fn projection(
 
 fn vector(source: &dyn TensorSource, name: &str, len: usize) -> Result<Vec<f32>, CpuError> {
     let mut numbers = vec![0u16; len];
-    copy_numbers(read(source, name, &[len])?, &mut numbers);
+    copy_numbers(&read(source, name, &[len])?, &mut numbers);
     Ok(numbers.into_iter().map(f32_of).collect())
 }
 
@@ -221,7 +243,7 @@ fn read<'a>(
     source: &'a dyn TensorSource,
     name: &str,
     shape: &[usize],
-) -> Result<&'a [u8], CpuError> {
+) -> Result<Cow<'a, [u8]>, CpuError> {
     source
         .shaped(name, shape)
         .map_err(|reason| CpuError::Weight {

@@ -96,13 +96,8 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
             step_tokens_max: 8,
             step_sequences_max: 2,
         };
-        CpuExecutor::load_from(
-            &tiny.spec,
-            &tiny,
-            Arc::new(HeapMemory::new(bytes)),
-            kv,
-            options,
-        )
+        let memory = Arc::new(HeapMemory::new(bytes));
+        CpuExecutor::load(&tiny.spec, &[&tiny], vec![memory], kv, options)
     };
     let error = |result: Result<CpuExecutor, CpuError>| result.err().expect("refused").to_string();
     assert!(error(load(kv.clone(), 100)).contains("a block takes"));
@@ -119,7 +114,13 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
         step_sequences_max: 2,
     };
     let memory = Arc::new(HeapMemory::new(1 << 20));
-    let refused = CpuExecutor::load_from(&other.spec, &other, memory, kv.clone(), options.clone());
+    let refused = CpuExecutor::load(
+        &other.spec,
+        &[&other],
+        vec![memory],
+        kv.clone(),
+        options.clone(),
+    );
     assert!(error(refused).contains("model.embed_tokens.weight"));
 
     let mut mixed = Tiny::new(tiny_families().remove(0), 1);
@@ -127,7 +128,13 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
     let Mixer::Attention(attention) = &mut kind.mixer;
     attention.sliding_window = Some(7);
     let memory = Arc::new(HeapMemory::new(1 << 20));
-    let refused = CpuExecutor::load_from(&mixed.spec, &mixed, memory, kv.clone(), options.clone());
+    let refused = CpuExecutor::load(
+        &mixed.spec,
+        &[&mixed],
+        vec![memory],
+        kv.clone(),
+        options.clone(),
+    );
     assert!(error(refused).contains(
         "cannot run this model: its layers differ (1 with full attention of 6/2 heads of 12 and a gated MLP of 104, 1 \
          with sliding attention over 7 tokens"

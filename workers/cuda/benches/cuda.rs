@@ -13,6 +13,7 @@
 
 mod ceilings;
 
+use std::borrow::Cow;
 use std::error::Error;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -359,12 +360,8 @@ impl TensorSource for Noise {
         Err("noise has any shape".to_owned())
     }
 
-    fn shaped(&self, name: &str, shape: &[usize]) -> Result<&[u8], String> {
-        Ok(piece(
-            &self.numbers,
-            name,
-            shape.iter().product::<usize>() * 2,
-        ))
+    fn shaped(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, String> {
+        Ok(piece(&self.numbers, name, shape.iter().product::<usize>() * 2).into())
     }
 
     fn projection(&self, name: &str, out: usize, inputs: usize) -> Result<MatrixBytes<'_>, String> {

@@ -22,7 +22,7 @@ impl TensorSource for Tiny {
         let (shape, bytes) = self.tensors.get(name).ok_or("there is no such tensor")?;
         Ok(TensorBytes {
             shape: shape.clone(),
-            bytes,
+            bytes: bytes.into(),
         })
     }
 

@@ -33,8 +33,8 @@ pub use spec::{
     UniformSpec,
 };
 pub use weights::{
-    BLOCK, Dtype, E4M3_MAX, Fp8Matrix, Fp8Scales, MatrixBytes, SafetensorsFile, Split,
+    BLOCK, Dtype, E4M3_MAX, Fp8Matrix, Fp8Scales, MatrixBytes, RankSource, SafetensorsFile, Split,
     StoredTensor, Tensor, TensorBytes, TensorEntry, TensorSource, TensorSpec, WeightFormat,
     check_tp_size, dequantize_row, e4m3_from_f32, e4m3_is_nan, expected_tensors, f32_from_e4m3,
-    header_bytes, names, quantize_row, stored_tensors,
+    header_bytes, names, part, quantize_row, stored_tensors,
 };

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use baton_bus::BusConfig;
 use baton_engine::{FakeFaults, fake_geometry};
+use baton_model::ModelDir;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, KvShares, Role, WorkerId, deadlines};
 
@@ -27,6 +28,8 @@ pub struct WorkerConfig {
     pub bus: BusConfig,
     /// What it computes on.
     pub device: Device,
+    /// Tensor-parallel ranks; `None` takes as many as the model directory is divided over.
+    pub tp_size: Option<u32>,
     /// Compute threads; 0 takes one for each CPU it may run on.
     pub threads: usize,
     /// Bytes of the KV arena, rounded down to whole blocks; `None` takes what a full batch of longest
@@ -115,6 +118,7 @@ impl WorkerConfig {
             cluster,
             bus: BusConfig::default(),
             device: Device::Cpu,
+            tp_size: None,
             threads: 0,
             kv_bytes: None,
             kv_free_gpu_memory_fraction: KV_FREE_GPU_MEMORY_FRACTION_DEFAULT,
@@ -166,12 +170,47 @@ impl WorkerConfig {
         Ok(())
     }
 
-    /// Blocks of the arena.
+    /// Tensor-parallel ranks that this model runs on.
+    ///
+    /// # Errors
+    /// [`WorkerError`] if the model cannot be shared out over so many, or is divided over another number.
+    pub(crate) fn ranks(&self, model: &ModelDir) -> Result<u32, WorkerError> {
+        let unusable = |detail: String| WorkerError::Model {
+            path: model.path.clone(),
+            detail,
+        };
+        let divided = model.manifest.tp_size;
+        let ranks = self.tp_size.map_or(divided, |ranks| ranks as usize);
+        if divided != 1 && ranks != divided {
+            return Err(unusable(format!(
+                "it is divided over {divided} ranks, and the tensor-parallel size is {ranks}: give --tp-size {divided}, or prepare \
+                 it with --tp-size 1, which runs on any number of ranks"
+            )));
+        }
+        match self.device {
+            Device::Fake { .. } if self.tp_size.is_some_and(|ranks| ranks != 1) => {
+                Err(WorkerError::Config {
+                    detail: format!("the fake device has no model to share out over {ranks} ranks"),
+                })
+            }
+            Device::Fake { .. } => Ok(1),
+            _ => {
+                model.spec().of_rank(ranks).map_err(unusable)?;
+                Ok(ranks as u32)
+            }
+        }
+    }
+
+    /// Blocks of the arena, each of which takes `block` bytes on all ranks together.
     ///
     /// # Errors
     /// [`WorkerError::Config`] if not even one block fits.
-    pub(crate) fn kv_blocks(&self, kv: &KvGeometry, tokens_max: u32) -> Result<u32, WorkerError> {
-        let block = kv.block_bytes() as u64;
+    pub(crate) fn kv_blocks(
+        &self,
+        kv: &KvGeometry,
+        block: u64,
+        tokens_max: u32,
+    ) -> Result<u32, WorkerError> {
         let full = kv.blocks_for(tokens_max as usize) as u64 * self.batch as u64;
         let bytes = self
             .kv_bytes

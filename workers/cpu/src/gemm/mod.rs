@@ -190,20 +190,32 @@ pub enum Epilogue<'a> {
     SwiGlu { out: *mut u16, ldo: usize },
 }
 
-/// A piece of a product: some rows, some panels.
+/// A product whose K is cut into parts, the ranks': every element is one accumulator that runs over the first part, then over the
+/// second, and so on. So it is what one part of all of K makes of it, bit for bit.
 #[derive(Clone, Copy)]
 pub struct Product<'a> {
+    /// In the order of the additions, one at least; all have the same panels.
+    pub parts: &'a [Part<'a>],
+    pub epilogue: Epilogue<'a>,
+}
+
+/// One part of K.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
     /// BF16 activations, row 0; rows `lda` apart, K padded with zeros, readable to a multiple of [`ROW_STEP`].
     pub a: *const u16,
     pub lda: usize,
     pub weights: &'a Packed,
-    pub epilogue: Epilogue<'a>,
 }
 
 // SAFETY: pointers only; `product` carries the obligation.
 unsafe impl Send for Product<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Product<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Part<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Part<'_> {}
 
 /// Computes rows `rows` of panels `panels`; `next` is the panel that this thread will probably need after them.
 ///
@@ -225,26 +237,29 @@ pub unsafe fn product<T: Tile>(
     // SAFETY: by the caller's promise.
     unsafe { T::begin() };
     for panel in panels.clone() {
-        let b = product.weights.panel(panel);
-        let next = match panel + 1 < panels.end {
-            true => product.weights.panel(panel + 1),
-            false => next,
-        };
         for tile in 0..tiles {
             let first = rows.start + rows.len() * tile / tiles;
             let height = rows.start + rows.len() * (tile + 1) / tiles - first;
             let c = scratch.0.as_mut_ptr();
-            // SAFETY: by the caller's promise; the scratch holds ROW_STEP rows of one panel.
-            unsafe {
-                let (a, pairs) = (product.a.add(first * product.lda), product.weights.k / 2);
-                let prefetch = match tiles {
-                    1 => Prefetch::ahead(b),
-                    _ => Prefetch::share(next, tile, tiles, pairs),
+            for (index, part) in product.parts.iter().enumerate() {
+                let b = part.weights.panel(panel);
+                let next = match panel + 1 < panels.end {
+                    true => part.weights.panel(panel + 1),
+                    false => next,
                 };
-                let b = b.as_ptr();
-                T::run(height, a, product.lda, b, pairs, c, PANEL, false, prefetch);
-                finish(&product.epilogue, &scratch.0, first, height, panel);
+                // SAFETY: by the caller's promise; the scratch holds ROW_STEP rows of one panel.
+                unsafe {
+                    let (a, pairs) = (part.a.add(first * part.lda), part.weights.k / 2);
+                    let prefetch = match tiles {
+                        1 => Prefetch::ahead(b),
+                        _ => Prefetch::share(next, tile, tiles, pairs),
+                    };
+                    let (b, goes_on) = (b.as_ptr(), index > 0);
+                    T::run(height, a, part.lda, b, pairs, c, PANEL, goes_on, prefetch);
+                }
             }
+            // SAFETY: as above.
+            unsafe { finish(&product.epilogue, &scratch.0, first, height, panel) };
         }
     }
     if tiles == 1 {
@@ -370,10 +385,13 @@ mod tests {
             rows: Range<usize>,
             panels: Range<usize>,
         ) {
-            let job = Product {
+            let part = Part {
                 a: self.a.as_ptr(),
                 lda: self.lda,
                 weights: &self.weights,
+            };
+            let job = Product {
+                parts: &[part],
                 epilogue,
             };
             // SAFETY: the kernel is available; the outputs of these tests cover all rows and panels.
@@ -423,6 +441,60 @@ mod tests {
                     c[rows * ldc..].iter().all(|c| c.is_nan()),
                     "{kernel} wrote row {rows}"
                 );
+            }
+        }
+    }
+
+    /// Parts of any even width, padded each to whole steps of K.
+    #[test]
+    fn a_product_in_parts_of_k_has_the_same_bits() {
+        for kernel in kernels() {
+            let case = case(29, 206, 70);
+            let ldc = case.weights.panels * PANEL;
+            let whole = case.store(kernel, 0..29, 0..case.weights.panels);
+            for cuts in [vec![0_usize, 64, 206], vec![0, 10, 38, 40, 206]] {
+                let parts: Vec<(Vec<u16>, usize, Packed)> = cuts
+                    .windows(2)
+                    .map(|cut| {
+                        let (k, lda) = (cut[0]..cut[1], (cut[1] - cut[0]).next_multiple_of(K_STEP));
+                        let mut a = vec![bf16_of(POISON); (29 + ROW_STEP) * lda];
+                        for (row, to) in a.chunks_mut(lda).take(29).enumerate() {
+                            to.fill(0);
+                            to[..k.len()].copy_from_slice(&case.a[row * case.lda..][k.clone()]);
+                        }
+                        let (mut pool, mut memory) = (Pool::new(1), Carver::default());
+                        let packed = Packed::new(&mut pool, &mut memory, 70, k.len(), |c| {
+                            Some(&case.columns[c][k.clone()])
+                        });
+                        (a, lda, packed)
+                    })
+                    .collect();
+                let parts: Vec<Part<'_>> = parts
+                    .iter()
+                    .map(|(a, lda, weights)| Part {
+                        a: a.as_ptr(),
+                        lda: *lda,
+                        weights,
+                    })
+                    .collect();
+                let mut c = vec![POISON; whole.len()];
+                let epilogue = Epilogue::Store {
+                    c: c.as_mut_ptr(),
+                    ldc,
+                    bias: None,
+                };
+                let parts = &parts;
+                let job = Product { parts, epilogue };
+                let panels = 0..case.weights.panels;
+                // SAFETY: the kernel is available; `c` covers all rows and panels.
+                unsafe { (kernel.ops().product)(&job, 0..29, panels, parts[0].weights.panel(0)) };
+                for (at, (ours, theirs)) in c.iter().zip(&whole).enumerate() {
+                    assert_eq!(
+                        ours.to_bits(),
+                        theirs.to_bits(),
+                        "{kernel} {cuts:?} at {at}"
+                    );
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Epilogue, Product};
+use super::{Epilogue, Part, Product};
 use crate::kernel::Ops;
 use crate::pack::Packed;
 use crate::threads::{Pool, run_of};
@@ -11,18 +11,13 @@ use crate::threads::{Pool, run_of};
 pub fn multiply(
     pool: &mut Pool,
     ops: &Ops,
-    (a, lda): (*const u16, usize),
-    weights: &Packed,
+    parts: &[Part<'_>],
     then: &Packed,
     epilogue: Epilogue<'_>,
     rows: usize,
 ) {
-    let job = Product {
-        a,
-        lda,
-        weights,
-        epilogue,
-    };
+    let job = Product { parts, epilogue };
+    let weights = parts[0].weights;
     let threads = pool.threads();
     let (cut, then_cut) = (
         Cut::new(rows, weights, threads),

@@ -8,6 +8,8 @@ use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory, Kernel};
 use baton_engine::kv_geometry;
 use baton_executor_tests::{Build, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX};
 use baton_kv_memory::KvMemory;
+use baton_model::{RankSource, TensorSource};
+use baton_protocol::KvShares;
 
 /// Kernels of this CPU.
 pub fn kernels() -> impl Iterator<Item = Kernel> {
@@ -16,17 +18,36 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
 
 /// An executor whose arena starts as NaN everywhere: what is read and was not written shows.
 pub fn executor(kernel: Kernel, threads: usize, build: Build<'_>) -> CpuExecutor {
+    ranks(kernel, threads, 1, build).0
+}
+
+/// The same of so many ranks, and their arenas.
+pub fn ranks(
+    kernel: Kernel,
+    threads: usize,
+    ranks: usize,
+    build: Build<'_>,
+) -> (CpuExecutor, Vec<Arc<dyn KvMemory>>) {
     let kv = kv_geometry(build.spec, build.block_tokens);
-    let memory = HeapMemory::new(build.blocks * kv.block_bytes());
-    let base = memory.address().host().expect("host memory");
-    // SAFETY: the arena is this function's alone until the executor takes it.
-    unsafe { base.write_bytes(0xff, memory.len()) };
+    let shares = KvShares::parallel(&kv, ranks as u32, 1);
+    let memory = |rank| -> Arc<dyn KvMemory> {
+        let bytes = build.blocks * shares.block_bytes(&kv, rank) as usize;
+        let memory = HeapMemory::new(bytes);
+        let base = memory.address().host().expect("host memory");
+        // SAFETY: the arena is this function's alone until the executor takes it.
+        unsafe { base.write_bytes(0xff, memory.len()) };
+        Arc::new(memory)
+    };
+    let memories: Vec<_> = (0..ranks).map(memory).collect();
     let options = CpuOptions {
         threads,
         kernel: Some(kernel),
         step_tokens_max: STEP_TOKENS_MAX,
         step_sequences_max: STEP_SEQUENCES_MAX,
     };
-    CpuExecutor::load_from(build.spec, build.weights, Arc::new(memory), kv, options)
-        .expect("it loads")
+    let source = |rank| RankSource::new(build.weights, build.spec, rank, ranks);
+    let sources: Vec<_> = (0..ranks).map(source).collect();
+    let sources: Vec<&dyn TensorSource> = sources.iter().map(|source| source as _).collect();
+    let executor = CpuExecutor::load(build.spec, &sources, memories.clone(), kv, options);
+    (executor.expect("it loads"), memories)
 }

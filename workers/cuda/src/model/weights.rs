@@ -3,6 +3,7 @@
 //! Projections stay FP8 where every path can read them; others become BF16 here. The host never holds more of a rearranged copy
 //! than [`STAGE_BYTES`].
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::sync::Arc;
 
@@ -233,7 +234,7 @@ struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    fn bytes(&self, name: &str, shape: &[usize]) -> Result<&'a [u8], CudaError> {
+    fn bytes(&self, name: &str, shape: &[usize]) -> Result<Cow<'a, [u8]>, CudaError> {
         self.source
             .shaped(name, shape)
             .map_err(|reason| CudaError::Weight {
@@ -243,7 +244,7 @@ impl<'a> Loader<'a> {
     }
 
     fn one(&self, name: &str, shape: &[usize]) -> Result<Buffer<u8>, CudaError> {
-        Buffer::of(self.device, self.bytes(name, shape)?, name)
+        Buffer::of(self.device, &self.bytes(name, shape)?, name)
     }
 
     fn part(&self, name: String, rows: usize, inputs: usize) -> Result<Part<'a>, CudaError> {
@@ -312,7 +313,7 @@ impl<'a> Loader<'a> {
         )
     }
 
-    fn joined(&self, parts: &[(String, &[u8])]) -> Result<Buffer<u8>, CudaError> {
+    fn joined(&self, parts: &[(String, Cow<'_, [u8]>)]) -> Result<Buffer<u8>, CudaError> {
         let bytes = parts.iter().map(|(_, bytes)| bytes.len()).sum();
         let mut buffer = Buffer::uninitialized(self.device, bytes, &parts[0].0)?;
         let mut at = 0;

@@ -62,7 +62,7 @@ impl TensorSource for Weights {
         let tensor = self.of_dtype(name, Dtype::Bf16)?;
         Ok(TensorBytes {
             shape: tensor.shape,
-            bytes: tensor.bytes,
+            bytes: tensor.bytes.into(),
         })
     }
 

@@ -59,6 +59,43 @@ pub struct GatedMlpSpec {
 }
 
 impl LayerKind {
+    /// As [`super::ModelSpec::of_rank`].
+    pub(super) fn of_rank(&self, ranks: usize) -> Result<Self, String> {
+        let Mixer::Attention(attention) = &self.mixer;
+        let Mlp::Gated(mlp) = &self.mlp;
+        let kv = attention.kv_heads;
+        let shared = kv.is_multiple_of(ranks) || ranks.is_multiple_of(kv);
+        for (what, count, fits) in [
+            (
+                "query heads",
+                attention.heads,
+                attention.heads.is_multiple_of(ranks),
+            ),
+            ("key/value heads", kv, shared),
+            (
+                "feed-forward columns",
+                mlp.intermediate,
+                mlp.intermediate.is_multiple_of(ranks),
+            ),
+        ] {
+            if !fits {
+                return Err(format!(
+                    "tensor-parallel size {ranks} does not divide the model's {count} {what}; choose a size that does"
+                ));
+            }
+        }
+        Ok(Self {
+            mixer: Mixer::Attention(AttentionSpec {
+                heads: attention.heads / ranks,
+                kv_heads: (kv / ranks).max(1),
+                ..attention.clone()
+            }),
+            mlp: Mlp::Gated(GatedMlpSpec {
+                intermediate: mlp.intermediate / ranks,
+            }),
+        })
+    }
+
     pub(super) fn check(&self) -> Result<(), String> {
         let Mixer::Attention(attention) = &self.mixer;
         let Mlp::Gated(mlp) = &self.mlp;

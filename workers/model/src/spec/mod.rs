@@ -101,6 +101,29 @@ impl ModelSpec {
         groups
     }
 
+    /// What each of so many ranks computes of every layer: its part of the heads and of the feed-forward columns. The residual
+    /// stream and the vocabulary are the whole model's. Where there are more ranks than key/value heads, neighbouring
+    /// ranks have the same head.
+    ///
+    /// # Errors
+    /// What cannot be shared out equally.
+    pub fn of_rank(&self, ranks: usize) -> Result<Self, String> {
+        if ranks == 0 {
+            return Err("the tensor-parallel size must be at least 1, it is 0".to_owned());
+        }
+        let kinds = self.kinds().into_iter();
+        let kinds = kinds.map(|kind| Ok((kind, Arc::new(kind.of_rank(ranks)?))));
+        let kinds = kinds.collect::<Result<Vec<_>, String>>()?;
+        let of_kind = |layer: &Arc<LayerKind>| {
+            let found = kinds.iter().find(|(kind, _)| *kind == layer);
+            found.map_or_else(|| layer.clone(), |(_, part)| part.clone())
+        };
+        Ok(Self {
+            layers: self.layers.iter().map(of_kind).collect(),
+            ..self.clone()
+        })
+    }
+
     /// Whether the numbers are possible and in bounds, so that arithmetic on them cannot overflow.
     ///
     /// # Errors

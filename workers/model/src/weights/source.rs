@@ -1,5 +1,7 @@
 //! Where an executor takes weights from: one rank's file of a model directory, or a test.
 
+use std::borrow::Cow;
+
 use super::fp8::Fp8Matrix;
 
 /// A BF16 tensor as it lies in the checkpoint.
@@ -7,14 +9,14 @@ pub struct TensorBytes<'a> {
     /// Its shape, rows first.
     pub shape: Vec<usize>,
     /// Its numbers, little-endian, row after row.
-    pub bytes: &'a [u8],
+    pub bytes: Cow<'a, [u8]>,
 }
 
 /// A projection `[out][in]` in whatever format the source has it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MatrixBytes<'a> {
     /// Little-endian BF16, row after row.
-    Bf16(&'a [u8]),
+    Bf16(Cow<'a, [u8]>),
     /// e4m3 with scales.
     Fp8(Fp8Matrix<'a>),
 }
@@ -25,7 +27,7 @@ pub trait TensorSource {
     fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String>;
 
     /// The same, and it has this shape.
-    fn shaped(&self, name: &str, shape: &[usize]) -> Result<&[u8], String> {
+    fn shaped(&self, name: &str, shape: &[usize]) -> Result<Cow<'_, [u8]>, String> {
         let tensor = self.bf16(name)?;
         let bytes: usize = shape.iter().product::<usize>() * 2;
         if tensor.shape != shape || tensor.bytes.len() != bytes {

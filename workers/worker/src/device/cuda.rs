@@ -33,10 +33,11 @@ impl Backend {
         };
         // The device first: without one, nothing of the model is worth reading.
         let device = baton_cuda::Device::open(ordinal).map_err(failed)?;
-        if model.manifest.tp_size != 1 {
+        let ranks = config.ranks(model)?;
+        if ranks != 1 {
             return Err(unusable(format!(
-                "it is divided over {} ranks; the CUDA executor runs one: prepare it with --tp-size 1",
-                model.manifest.tp_size
+                "it is to run on {ranks} ranks; the CUDA executor runs one: prepare the model with --tp-size 1, and start \
+                 the worker with --tp-size 1"
             )));
         }
         let weights = model
@@ -51,7 +52,12 @@ impl Backend {
         let kv = baton_engine::kv_geometry(model.spec(), config.block_tokens);
         let (free, _) = device.memory().map_err(failed)?;
         let blocks = config.kv_blocks_of_gpu(&kv, free as u64)?;
-        memory::serves_somebody(&kv, blocks, model.spec().tokens_max as u32)?;
+        memory::serves_somebody(
+            &kv,
+            kv.block_bytes() as u64,
+            blocks,
+            model.spec().tokens_max as u32,
+        )?;
         let bytes = kv.block_bytes() * blocks as usize;
         let memory = CudaMemory::new(&device, gpu_allocation_bytes(bytes)).map_err(failed)?;
         let memory = Arc::new(memory);

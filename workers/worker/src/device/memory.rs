@@ -5,6 +5,7 @@ use baton_protocol::KvGeometry;
 use baton_protocol::limits::SEQUENCE_TOKENS_MIN;
 use baton_transfer::memory;
 
+use super::HostArena;
 use crate::config::{Device, WorkerConfig};
 use crate::error::WorkerError;
 
@@ -21,8 +22,8 @@ pub fn host_memory_bytes(config: &WorkerConfig) -> Result<u64, WorkerError> {
     if let Device::Cuda(_) = config.device {
         return Ok(0);
     }
-    let (kv, blocks) = super::host_arena(config, &model)?;
-    Ok(bytes(config.device, &model, &kv, blocks))
+    let arena = HostArena::new(config, &model)?;
+    Ok(bytes(config.device, &model, &arena))
 }
 
 /// Compares so many bytes with what the machine, its control groups and this process's limits have left.
@@ -39,11 +40,10 @@ pub fn check_host_memory(bytes: u64, what: &str) -> Result<(), WorkerError> {
 pub(crate) fn check(
     config: &WorkerConfig,
     model: &ModelDir,
-    kv: &KvGeometry,
-    blocks: u32,
+    arena: &HostArena,
 ) -> Result<(), WorkerError> {
-    let bytes = bytes(config.device, model, kv, blocks);
-    let arena = kv.block_bytes() as u64 * u64::from(blocks);
+    let bytes = bytes(config.device, model, arena);
+    let arena = arena.bytes();
     let what = match bytes - arena {
         0 => format!("the KV arena of {} MiB", arena >> 20),
         weights => format!(
@@ -55,7 +55,7 @@ pub(crate) fn check(
     check_host_memory(bytes, &what)
 }
 
-fn bytes(device: Device, model: &ModelDir, kv: &KvGeometry, blocks: u32) -> u64 {
+fn bytes(device: Device, model: &ModelDir, arena: &HostArena) -> u64 {
     let is_weight = |name: &str| name.ends_with(".safetensors");
     let weights = match device {
         // They are packed into memory of the worker's own.
@@ -68,15 +68,16 @@ fn bytes(device: Device, model: &ModelDir, kv: &KvGeometry, blocks: u32) -> u64 
         }
         Device::Fake { .. } | Device::Cuda(_) => 0,
     };
-    (kv.block_bytes() as u64 * u64::from(blocks)).saturating_add(weights)
+    arena.bytes().saturating_add(weights)
 }
 
-/// Refuses an arena in which not even a short sequence has room.
+/// Refuses an arena in which not even a short sequence has room. A block takes `block` bytes.
 ///
 /// # Errors
 /// [`WorkerError::Config`] with what sequences take.
 pub(crate) fn serves_somebody(
     kv: &KvGeometry,
+    block: u64,
     blocks: u32,
     tokens_max: u32,
 ) -> Result<(), WorkerError> {
@@ -85,7 +86,7 @@ pub(crate) fn serves_somebody(
     if u64::from(blocks) >= takes(least) {
         return Ok(());
     }
-    let mib = |tokens| (takes(tokens) * kv.block_bytes() as u64).div_ceil(1 << 20);
+    let mib = |tokens| (takes(tokens) * block).div_ceil(1 << 20);
     Err(WorkerError::Config {
         detail: format!(
             "a KV arena of {blocks} blocks holds {} tokens, which serves nobody. A sequence of {least} tokens takes {} MiB, one of \
@@ -116,9 +117,13 @@ mod tests {
         )
     }
 
+    const BLOCK: u64 = 720 << 10;
+
     #[test]
     fn an_arena_that_holds_no_sequence_is_refused_with_what_sequences_take() {
-        let told = serves_somebody(&kv(), 1, 8192).unwrap_err().to_string();
+        let told = serves_somebody(&kv(), BLOCK, 1, 8192)
+            .unwrap_err()
+            .to_string();
         for words in [
             "holds 32 tokens",
             "64 tokens takes 2 MiB",
@@ -127,8 +132,8 @@ mod tests {
         ] {
             assert!(told.contains(words), "{told}");
         }
-        assert!(serves_somebody(&kv(), 2, 8192).is_ok());
+        assert!(serves_somebody(&kv(), BLOCK, 2, 8192).is_ok());
         // A model of short sequences needs no more than one of its longest.
-        assert!(serves_somebody(&kv(), 1, 32).is_ok());
+        assert!(serves_somebody(&kv(), BLOCK, 1, 32).is_ok());
     }
 }

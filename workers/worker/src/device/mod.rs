@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_cpu::{CpuExecutor, CpuOptions, HeapMemory};
 use baton_engine::{Executor, kv_geometry};
 use baton_kv_memory::KvMemory;
-use baton_model::ModelDir;
+use baton_model::{ModelDir, ModelError, RankSource, TensorSource};
 use baton_protocol::{KvGeometry, KvShares, Role, TransferDescriptor};
 use baton_transfer::{Agent, AgentConfig, ArenaSource, TransferError};
 
@@ -34,18 +34,14 @@ impl Backend {
         if let Device::Cuda(ordinal) = config.device {
             return Self::start_cuda(config, model, ordinal);
         }
-        let (kv, blocks) = host_arena(config, model)?;
-        memory::check(config, model, &kv, blocks)?;
-        let shares = match config.device {
-            Device::Fake { .. } => config.fake_kv.shares(&kv),
-            _ => KvShares::whole(&kv),
-        };
-        let bytes = |rank| shares.block_bytes(&kv, rank) as usize * blocks as usize;
+        let arena = HostArena::new(config, model)?;
+        memory::check(config, model, &arena)?;
         let Arenas {
             memories,
             agent,
             transport,
-        } = Arenas::start(config, (0..shares.ranks()).map(bytes).collect())?;
+        } = Arenas::start(config, arena.bytes_of_ranks())?;
+        let HostArena { kv, shares, blocks } = arena;
         let executor: Box<dyn Executor> = match config.device {
             Device::Fake { step_micros } => Box::new(fake_kv::executor(
                 config,
@@ -70,23 +66,53 @@ impl Backend {
     }
 }
 
-/// Geometry and blocks of an arena in main memory.
-///
-/// # Errors
-/// [`WorkerError::Config`] if it could serve nobody.
-pub(crate) fn host_arena(
-    config: &WorkerConfig,
-    model: &ModelDir,
-) -> Result<(KvGeometry, u32), WorkerError> {
-    let spec = model.spec();
-    let kv = match config.device {
-        Device::Fake { .. } => config.fake_kv.geometry(config.block_tokens),
-        _ => kv_geometry(spec, config.block_tokens),
-    };
-    let tokens_max = spec.tokens_max as u32;
-    let blocks = config.kv_blocks(&kv, tokens_max)?;
-    memory::serves_somebody(&kv, blocks, tokens_max)?;
-    Ok((kv, blocks))
+/// The KV arenas of all ranks in main memory, before there are any.
+pub(crate) struct HostArena {
+    kv: KvGeometry,
+    shares: KvShares,
+    blocks: u32,
+}
+
+impl HostArena {
+    /// # Errors
+    /// [`WorkerError`] if it could serve nobody, or if the model cannot be shared out as the configuration says.
+    pub(crate) fn new(config: &WorkerConfig, model: &ModelDir) -> Result<Self, WorkerError> {
+        let spec = model.spec();
+        let ranks = config.ranks(model)?;
+        let (kv, shares) = match config.device {
+            Device::Fake { .. } => {
+                let kv = config.fake_kv.geometry(config.block_tokens);
+                let shares = config.fake_kv.shares(&kv);
+                (kv, shares)
+            }
+            _ => {
+                let kv = kv_geometry(spec, config.block_tokens);
+                let shares = KvShares::parallel(&kv, ranks, 1);
+                (kv, shares)
+            }
+        };
+        let tokens_max = spec.tokens_max as u32;
+        let block = block_bytes(&kv, &shares);
+        let blocks = config.kv_blocks(&kv, block, tokens_max)?;
+        memory::serves_somebody(&kv, block, blocks, tokens_max)?;
+        Ok(Self { kv, shares, blocks })
+    }
+
+    fn bytes_of_ranks(&self) -> Vec<usize> {
+        let bytes = |rank| self.shares.block_bytes(&self.kv, rank) as usize * self.blocks as usize;
+        (0..self.shares.ranks()).map(bytes).collect()
+    }
+
+    /// Of all ranks.
+    pub(crate) fn bytes(&self) -> u64 {
+        block_bytes(&self.kv, &self.shares) * u64::from(self.blocks)
+    }
+}
+
+/// Bytes of one block on all ranks together: more than the whole geometry's where ranks have the same head.
+fn block_bytes(kv: &KvGeometry, shares: &KvShares) -> u64 {
+    let of_rank = |rank| shares.block_bytes(kv, rank);
+    (0..shares.ranks()).map(of_rank).sum()
 }
 
 fn cpu(
@@ -95,35 +121,34 @@ fn cpu(
     memories: Vec<Arc<dyn KvMemory>>,
     kv: KvGeometry,
 ) -> Result<Box<dyn Executor>, WorkerError> {
-    let failed = |detail: String| WorkerError::Model {
+    let unusable = |error: ModelError| WorkerError::Model {
         path: model.path.clone(),
-        detail,
+        detail: error.to_string(),
     };
-    if model.manifest.tp_size != 1 {
-        return Err(failed(format!(
-            "it is divided over {} ranks; the CPU executor runs one: prepare it with --tp-size 1",
-            model.manifest.tp_size
-        )));
-    }
-    let weights = model
-        .weights(0)
-        .map_err(|error| failed(error.to_string()))?;
+    let files = (0..model.manifest.tp_size).map(|rank| model.weights(rank));
+    let files = files.collect::<Result<Vec<_>, _>>().map_err(unusable)?;
     let options = CpuOptions {
         threads: config.threads(),
         kernel: None,
         step_tokens_max: config.step_tokens,
         step_sequences_max: config.batch,
     };
-    let Ok([memory]) = <[_; 1]>::try_from(memories) else {
-        unreachable!("one rank has one arena");
+    let (spec, ranks) = (model.spec(), memories.len());
+    // A directory that is whole is cut here.
+    let cut = |rank| RankSource::new(&files[0], spec, rank, ranks);
+    let cut: Vec<RankSource<'_>> = match files.len() == ranks {
+        true => Vec::new(),
+        false => (0..ranks).map(cut).collect(),
     };
-    let executor =
-        CpuExecutor::load(model.spec(), &weights, memory, kv, options).map_err(|error| {
-            WorkerError::Device {
-                device: config.device.to_string(),
-                detail: error.to_string(),
-            }
-        })?;
+    let sources: Vec<&dyn TensorSource> = match cut.is_empty() {
+        true => files.iter().map(|file| file as _).collect(),
+        false => cut.iter().map(|source| source as _).collect(),
+    };
+    let executor = CpuExecutor::load(spec, &sources, memories, kv, options);
+    let executor = executor.map_err(|error| WorkerError::Device {
+        device: config.device.to_string(),
+        detail: error.to_string(),
+    })?;
     Ok(Box::new(executor))
 }
 
