@@ -80,7 +80,12 @@ pub const PULL_SILENCE_MS: u64 = PULL_STALL_MS + 2 * CONTROL_TIMEOUT_MS;
 pub const DECODE_SILENCE_MS: u64 = 30_000;
 
 /// The same after frames were lost, or the bus was away: the news of the end may have been among them.
-pub const SILENCE_AFTER_LOSS_MS: u64 = 2 * JOB_REPORT_INTERVAL_MS;
+/// Two reports are due in what is left of it after [`LATE_AFTER_LOSS_MS`].
+pub const SILENCE_AFTER_LOSS_MS: u64 = LATE_AFTER_LOSS_MS + 2 * JOB_REPORT_INTERVAL_MS;
+
+/// An API server may still be reading what it received before a loss for this long after the loss: until then it does not
+/// take what it reads for a sign that the worker is at it.
+pub const LATE_AFTER_LOSS_MS: u64 = JOB_REPORT_INTERVAL_MS;
 
 /// Longest step of an executor on a GPU. One that takes longer hangs: its worker says so and ends.
 pub const STEP_MAX_GPU_MS: u64 = 30_000;
@@ -108,7 +113,7 @@ const _: () = {
     // A worker that is gone is seen by its beats before anybody gives up waiting for what it reports.
     assert!(GONE_AFTER_MS < PULL_SILENCE_MS && PULL_SILENCE_MS <= DECODE_SILENCE_MS);
     // A loss is not told by silence before a report was due.
-    assert!(SILENCE_AFTER_LOSS_MS > JOB_REPORT_INTERVAL_MS);
+    assert!(SILENCE_AFTER_LOSS_MS > LATE_AFTER_LOSS_MS + JOB_REPORT_INTERVAL_MS);
     // A lost job is sent again before its sender would be missed for it, and long before the request's end.
     assert!(PREFILL_PATIENCE_MS > CONTROL_TIMEOUT_MS);
     assert!(DECODE_WAIT_MAX_MS < REQUEST_BUDGET_MS as u64);

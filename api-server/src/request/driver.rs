@@ -5,6 +5,7 @@ mod clock;
 mod jobs;
 mod lease;
 mod placed;
+mod silence;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -12,7 +13,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_protocol::deadlines::SILENCE_AFTER_LOSS_MS;
 use baton_protocol::{CacheSalt, DecodeReply, FinishReason, Generation, RequestId, TokenLogprobs};
 use tokio::time::Instant;
 
@@ -24,9 +24,7 @@ use crate::server::Server;
 
 use self::lease::Lease;
 use self::placed::Placed;
-
-/// After the bus lost messages: the news of the end may have been among them.
-const SILENCE_AFTER_LOSS: Duration = Duration::from_millis(SILENCE_AFTER_LOSS_MS);
+use self::silence::Silence;
 
 /// Time between two words to a worker that generates what it should not have any more.
 const DISOWN_INTERVAL: Duration = Duration::from_millis(100);
@@ -96,8 +94,7 @@ pub async fn drive(
         lease: None,
         ticket: None,
         wait_until: None,
-        heard: now,
-        stall_by: None,
+        silence: Silence::new(now),
         disown_next: now,
         last_token: None,
         full_since: None,
@@ -119,10 +116,8 @@ struct Driver<S: Sink> {
     /// Its place among those that wait for room.
     ticket: Option<Ticket>,
     wait_until: Option<Instant>,
-    /// When a decode worker was last heard, or asked.
-    heard: Instant,
-    /// Set after a loss on the bus: something must be heard until then.
-    stall_by: Option<Instant>,
+    /// Of the decode worker.
+    silence: Silence,
     /// When a worker may be told again that this generation was taken from it.
     disown_next: Instant,
     last_token: Option<Instant>,
@@ -193,14 +188,13 @@ impl<S: Sink> Driver<S> {
                 if let Some(placed) = &mut self.placed {
                     placed.admitted = true;
                 }
-                self.heard = Instant::now();
-                self.stall_by = None;
+                self.silence.heard(Instant::now());
                 self.input(Input::Item(item));
             }
             Event::WorkerLost(target) => self.input(Input::WorkerLost(target)),
-            Event::FramesLost => self.stall_by = Some(Instant::now() + SILENCE_AFTER_LOSS),
+            Event::FramesLost => self.silence.lost(Instant::now()),
             Event::BusBack => {
-                self.stall_by = Some(Instant::now() + SILENCE_AFTER_LOSS);
+                self.silence.lost(Instant::now());
                 self.input(Input::BusBack);
             }
             Event::ClientLeft => self.input(Input::ClientLeft),

@@ -6,6 +6,7 @@ use baton_protocol::deadlines::{DECODE_SILENCE_MS, PULL_SILENCE_MS};
 use tokio::time::Instant;
 
 use super::lease::Lease;
+use super::silence::Silence;
 use super::{Driver, Sink};
 use crate::request::lifecycle::{Input, Phase};
 
@@ -22,7 +23,7 @@ impl<S: Sink> Driver<S> {
         if !self.sink.has_room() {
             self.full_since.get_or_insert_with(Instant::now);
         } else if self.full_since.take().is_some() {
-            self.heard = Instant::now();
+            self.silence.begin_again(Instant::now());
         }
     }
 
@@ -49,8 +50,7 @@ impl<S: Sink> Driver<S> {
         } else if self.full_until().is_some_and(|until| now >= until) {
             self.input(Input::ClientStalled);
         } else if self.silent_until().is_some_and(|until| now >= until) {
-            self.stall_by = None;
-            self.heard = now;
+            self.silence = Silence::new(now);
             self.input(Input::Stalled);
         }
     }
@@ -85,7 +85,6 @@ impl<S: Sink> Driver<S> {
             Phase::Decoding { .. } => DECODE_SILENCE,
             _ => return None,
         };
-        let usual = self.heard + allowed;
-        Some(self.stall_by.map_or(usual, |by| by.min(usual)))
+        Some(self.silence.until(allowed))
     }
 }

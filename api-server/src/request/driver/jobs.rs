@@ -7,6 +7,7 @@ use baton_protocol::{DecodeJob, PROTOCOL_VERSION, PackedTokens, PrefillJob, Sequ
 use tokio::time::Instant;
 
 use super::placed::Placed;
+use super::silence::Silence;
 use super::{Driver, Sink};
 use crate::fleet::router::{Constraints, Outstanding};
 use crate::request::lifecycle::{Input, Phase, Target};
@@ -120,8 +121,7 @@ impl<S: Sink> Driver<S> {
             ..Outstanding::default()
         };
         self.placed = Some(Placed::new(&self.server, &decode, outstanding));
-        self.heard = Instant::now();
-        self.stall_by = None;
+        self.silence = Silence::new(Instant::now());
         let bus = self.server.bus.clone();
         let timeout = Duration::from_millis(CONTROL_TIMEOUT_MS);
         self.reply = Some(Box::pin(async move {
