@@ -11,11 +11,11 @@ use crate::gpu::device::Device;
 use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 
-/// Bytes of partials up to which everything is sent to everybody. For two ranks that is never more than in two shots; for
-/// more, the sizes at which what is sent in excess takes as long as the second way through NVLink (computed, not measured).
+/// Bytes of partials up to which everything is sent to everybody. Two ranks: measured (docs/cuda-ranks.md). More: the sizes
+/// at which what is sent in excess takes as long as the second way through NVLink (computed, not measured).
 fn one_shot_bytes_max(ranks: usize) -> usize {
     match ranks {
-        0..=2 => usize::MAX,
+        0..=2 => 2 << 20,
         3..=4 => 512 << 10,
         _ => 128 << 10,
     }
@@ -94,6 +94,8 @@ pub struct AllReduce {
     kernels: [[Kernel; 3]; 2],
     threads: usize,
     blocks_max: usize,
+    /// Not where ranks share a GPU: blocks that wait for their turn would keep the other rank's out, and be waited for.
+    early: bool,
 }
 
 impl AllReduce {
@@ -127,12 +129,8 @@ impl AllReduce {
                     kernel(shot, "f32")?,
                 ])
             };
-            // Of ranks that share a GPU, this turn's and the next one's blocks are there at once.
             let sharing = devices.iter().filter(|d| d.ordinal() == device.ordinal());
-            let sharing = match sharing.count() {
-                1 => 1,
-                more => 2 * more,
-            };
+            let sharing = sharing.count();
             let resident = device.multiprocessors() as usize * resident / sharing;
             Ok(Self {
                 device: device.clone(),
@@ -143,6 +141,7 @@ impl AllReduce {
                 kernels: [of("one_shot")?, of("two_shot")?],
                 threads,
                 blocks_max: resident.min(turn_blocks),
+                early: sharing == 1,
             })
         })
         .collect()
@@ -216,7 +215,10 @@ impl AllReduce {
                 residual => at(residual, out_bytes),
             };
             let kernel = &self.kernels[set][sum.dtype.index()];
-            let shape = LaunchConfig::row(blocks, self.threads as u32).early();
+            let shape = LaunchConfig {
+                early: self.early,
+                ..LaunchConfig::row(blocks, self.threads as u32)
+            };
             // SAFETY: the kernel's arguments, by its file; the caller's promise.
             unsafe {
                 crate::launch!(
