@@ -19,6 +19,7 @@
 // variant RANKS=3
 // variant RANKS=4
 // variant RANKS=8
+// variant RANKS=4 HOLD_BACK=1
 #include "exchange.cuh"
 
 using exchange::Exchange;
@@ -138,6 +139,7 @@ template <int W, bool OUT_F32, int U> DEVICE void one_shot(const Exchange& e, co
                 for (u32 r = 0; r < RANKS; r++)
                     if (r != e.rank) turn.send(r, e.rank * stride + first + u * step, own[u]);
             }
+        turn.pause();
 #pragma unroll
         for (int u = 0; u < U; u++)
             if (first + u * step < vectors) {
@@ -166,6 +168,7 @@ template <int W, bool OUT_F32, int U> DEVICE void two_shot(const Exchange& e, co
                 if (r != e.rank && i < share && r * share + i < vectors)
                     turn.send(r, e.rank * share + i, exchange::sendable(load<W>(partial, r * share + i, to.count)));
             }
+        turn.pause();
 #pragma unroll
         for (int u = 0; u < U; u++) {
             const u32 i = first + u * step, at = e.rank * share + i;

@@ -86,6 +86,17 @@ struct Turn {
         return first;
     }
 
+    // Between sends and receives. For tests, with HOLD_BACK: some blocks are late there, so that peers are a turn ahead.
+    DEVICE void pause() const {
+#ifdef HOLD_BACK
+        const long long start = clock64();
+        const u32 chance = ((u32)start >> 4) * 0x9e3779b9u >> 16;
+        const long long cycles = chance % 8 == 0 ? chance : 0; // up to 33 µs
+        while (clock64() - start < cycles) {
+        }
+#endif
+    }
+
     // Whether waiting goes on: ends it on all ranks where the time is over.
     DEVICE void look_up(u32 from) {
         u64 now;

@@ -18,13 +18,15 @@ const DTYPES: [SumDtype; 3] = [SumDtype::Bf16, SumDtype::Bf16ToF32, SumDtype::F3
 const SET_BYTES: usize = 4 << 20;
 
 /// Ranks on all GPUs there are, in turn.
-fn group(ranks: usize, wait: Duration) -> Vec<AllReduce> {
+fn group(ranks: usize, wait: Duration, hold_back: bool) -> Vec<AllReduce> {
+    Device::open(0).unwrap_or_else(|error| panic!("{error}"));
     let gpus = (0..8).take_while(|gpu| Device::open(*gpu).is_ok()).count() as u32;
     let ordinals: Vec<u32> = (0..ranks as u32).map(|rank| rank % gpus).collect();
     let devices = open_group(&ordinals).unwrap_or_else(|error| panic!("{error}"));
     let options = ExchangeOptions {
         set_bytes: SET_BYTES,
         wait,
+        hold_back,
     };
     AllReduce::open(&devices, options).unwrap_or_else(|error| panic!("{error}"))
 }
@@ -152,7 +154,7 @@ fn sum_once(
 #[ignore = "needs a GPU"]
 fn sums_are_right_and_the_same_bits_on_all_ranks() {
     for ranks in [2, 3, 4, 8] {
-        let ends = group(ranks, Duration::from_secs(20));
+        let ends = group(ranks, Duration::from_secs(20), false);
         for algorithm in ALGORITHMS {
             for dtype in DTYPES {
                 for count in [1, 7, 8, 9, 1023, 2048, 4097, 100_003, 1 << 20, 3_000_001] {
@@ -190,7 +192,7 @@ fn sums_are_right_and_the_same_bits_on_all_ranks() {
 #[test]
 #[ignore = "needs a GPU"]
 fn any_number_may_be_sent() {
-    let ends = group(2, Duration::from_secs(20));
+    let ends = group(2, Duration::from_secs(20), false);
     // Words of all bits are what an empty slot holds.
     let f32s = [
         u32::MAX,
@@ -380,8 +382,8 @@ impl Steps {
 #[ignore = "needs a GPU"]
 fn ten_thousand_sums_of_graphs_are_right_however_late_a_rank_is() {
     const REPLAYS: u32 = 2500;
-    for ranks in [2u32, 4] {
-        let ends = group(ranks as usize, Duration::from_secs(20));
+    for (ranks, hold_back) in [(2u32, false), (2, true), (4, true)] {
+        let ends = group(ranks as usize, Duration::from_secs(20), hold_back);
         // Everything is allocated before any rank waits for another.
         let steps: Vec<_> = ends
             .iter()
@@ -415,7 +417,7 @@ fn ten_thousand_sums_of_graphs_are_right_however_late_a_rank_is() {
 fn a_rank_that_never_comes_ends_the_others_sums() {
     for algorithm in ALGORITHMS {
         let wait = Duration::from_millis(200);
-        let ends = group(2, wait);
+        let ends = group(2, wait, false);
         let devices = [ends[0].device(), ends[1].device()];
         let buffers = devices.map(|device| Buffer::<u8>::zeroed(device, 1 << 20, "a sum").unwrap());
         let launch = |rank: usize| {

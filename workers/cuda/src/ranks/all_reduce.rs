@@ -108,7 +108,11 @@ impl AllReduce {
         let mut compiled = Vec::new();
         for device in devices {
             let compiler = Compiler::for_capability(device.capability())?;
-            let image = compiler.compile(&sources::ALL_REDUCE, &[format!("RANKS={ranks}")])?;
+            let mut defines = vec![format!("RANKS={ranks}")];
+            if options.hold_back {
+                defines.push("HOLD_BACK=1".to_owned());
+            }
+            let image = compiler.compile(&sources::ALL_REDUCE, &defines)?;
             let module = Module::load(device, &image)?;
             compiled.push((module.constants("all_reduce_shape")?, module));
         }

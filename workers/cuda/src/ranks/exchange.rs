@@ -15,6 +15,8 @@ pub struct ExchangeOptions {
     /// How long a rank waits for another one's part. Longer than hosts may be late with a step, shorter than the watchdog's
     /// limit for one.
     pub wait: Duration,
+    /// For tests: kernels are late at random between sending and receiving.
+    pub hold_back: bool,
 }
 
 impl Default for ExchangeOptions {
@@ -22,6 +24,7 @@ impl Default for ExchangeOptions {
         Self {
             set_bytes: 32 << 20,
             wait: Duration::from_secs(10),
+            hold_back: false,
         }
     }
 }
