@@ -56,6 +56,13 @@ pub enum CudaError {
     },
     /// The model is of a kind that this executor does not compute.
     Unsupported(String),
+    /// A rank's part of a sum did not come in time. The group's sums are over: it has to be opened again.
+    Rank {
+        /// Whose part was waited for first, as far as the others can tell.
+        missing: u32,
+        /// How long a rank waits.
+        waited: std::time::Duration,
+    },
     /// The arena does not fit the model.
     Arena(String),
 }
@@ -78,6 +85,11 @@ impl fmt::Display for CudaError {
             Self::Unsupported(what) => {
                 write!(f, "the CUDA executor cannot run this model: {what}")
             }
+            Self::Rank { missing, waited } => write!(
+                f,
+                "rank {missing} did not send its part of a sum within {waited:?}: it failed, hangs, or was given other steps than \
+                 its peers"
+            ),
             Self::Arena(what) => write!(f, "the KV arena does not fit the model: {what}"),
         }
     }

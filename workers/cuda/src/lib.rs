@@ -7,7 +7,8 @@
 //! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
 //! logits; `model/attention` chooses among the attention kernels; `model/chain` multiplies up to 8 rows, `products/skinny`
 //! few and `products/prefill_gemm` many; `gpu/graph` captures a decode step whole, once for each size of batch; `executor` puts them
-//! together and takes the tokens back. `gpu/` knows devices, memory and kernels, but no model.
+//! together and takes the tokens back. `gpu/` knows devices, memory and kernels, but no model; `ranks` adds what several GPUs
+//! of a host have computed.
 //!
 //! # Numbers
 //! Weights, KV and what enters a product are BF16; weights may be FP8, and then what many rows are multiplied as is FP8
@@ -24,6 +25,7 @@ mod gpu;
 mod model;
 mod options;
 mod products;
+mod ranks;
 mod sampling;
 mod step;
 
@@ -41,5 +43,6 @@ pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 pub use options::CudaOptions;
 pub use products::gemm::{Blas, Dtype, Output, Product};
 pub use products::matrix::{Format, Matrix, RowOrder};
+pub use ranks::{Algorithm, AllReduce, ExchangeOptions, Sum, SumDtype, open_group};
 pub use sampling::{Answer, Batch, Sampler};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};

@@ -79,6 +79,37 @@ impl Device {
         }))
     }
 
+    /// Lets kernels on this GPU read and write all plain memory of another, of this process.
+    ///
+    /// # Errors
+    /// [`CudaError::Device`] if the two cannot reach each other, [`CudaError::Driver`].
+    pub fn reach(&self, peer: &Self) -> Result<(), CudaError> {
+        if self.handle == peer.handle {
+            return Ok(());
+        }
+        let mut can = 0;
+        // SAFETY: two devices; one integer is written.
+        unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.handle, peer.handle) }
+            .result()
+            .map_err(|e| driver("asking which GPUs reach each other", e))?;
+        if can == 0 {
+            return Err(CudaError::Device(format!(
+                "GPU {} cannot reach the memory of GPU {}: ranks of one worker need GPUs with peer access, by NVLink or PCIe \
+                 (`nvidia-smi topo -p2p r` shows which have it)",
+                self.ordinal, peer.ordinal
+            )));
+        }
+        self.bind()?;
+        // SAFETY: two live contexts; this one is current.
+        match unsafe { sys::cuCtxEnablePeerAccess(peer.context, 0) } {
+            sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            result => result.result().map_err(|e| {
+                let what = format!("letting GPU {} reach GPU {}", self.ordinal, peer.ordinal);
+                driver(&what, e)
+            }),
+        }
+    }
+
     /// Which GPU of those this process sees.
     pub fn ordinal(&self) -> u32 {
         self.ordinal

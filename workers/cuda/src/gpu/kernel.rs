@@ -243,6 +243,19 @@ impl Kernel {
         .map_err(|e| driver(&format!("launching {} as {shape:?}", self.name), e))
     }
 
+    /// Has its code on the GPU now, not at its first launch: that may wait for kernels that run, and one of those may be waiting
+    /// for this one on another GPU.
+    ///
+    /// # Errors
+    /// [`CudaError::Driver`].
+    pub fn load(&self) -> Result<(), CudaError> {
+        self.module.device.bind()?;
+        // SAFETY: a function of a loaded module.
+        unsafe { sys::cuFuncLoad(self.function) }
+            .result()
+            .map_err(|e| driver(&format!("loading {}", self.name), e))
+    }
+
     /// Blocks of this shape that fit one multiprocessor at once.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ source!(RMS_NORM, "rms_norm.cu");
 source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
 source!(QUANTISE, "quantise.cu");
+source!(ALL_REDUCE, "all_reduce.cu");
 source!(ARGMAX, "argmax.cu");
 source!(SAMPLE, "sample.cu");
 source!(ATTENTION_DECODE, "attention_decode.cu");
@@ -50,6 +51,7 @@ pub const HEADERS: &[(&str, &str)] = headers![
     "cluster.cuh",
     "common.cuh",
     "e4m3.cuh",
+    "exchange.cuh",
     "gemm_ampere.cuh",
     "gemm_chain.cuh",
     "gemm_epilogue.cuh",
