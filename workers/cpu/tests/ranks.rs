@@ -10,7 +10,7 @@ use baton_engine::{Executor, kv_geometry};
 use baton_executor_tests::company::{BLOCK_TOKENS, BLOCKS, alone, sequences, together};
 use baton_executor_tests::{Build, Part, Random, Tiny, golden, step, tiny_families};
 use baton_kv_memory::KvMemory;
-use baton_model::{ModelDir, ModelSpec, Rope, RopeScaling, TensorSource, UniformSpec};
+use baton_model::{ModelDir, ModelSpec, TensorSource, UniformSpec};
 use baton_protocol::KvShares;
 use common::{kernels, ranks};
 
@@ -18,23 +18,11 @@ use common::{kernels, ranks};
 fn many_heads(kv_heads: usize, tied: bool) -> ModelSpec {
     let spec = UniformSpec {
         family: "qwen2".to_owned(),
-        hidden: 72,
-        intermediate: 104,
-        layers: 2,
         heads: 8,
         kv_heads,
-        head_dim: 12,
-        vocab: 150,
-        tokens_max: 256,
-        rms_eps: 1e-5,
-        rope: Rope {
-            theta: 10_000.0,
-            scaling: RopeScaling::None,
-        },
         qkv_bias: true,
-        qk_norm: false,
         tied_embeddings: tied,
-        sliding_window: None,
+        ..tiny_families().remove(0)
     };
     ModelSpec::try_from(spec).expect("a model")
 }
