@@ -61,8 +61,6 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 MpiDefault=none
-JobCompType=jobcomp/none
-AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
 ReturnToService=2
 NodeName=node[0-$((nodes - 1))] NodeHostname=batonhost NodeAddr=node[0-$((nodes - 1))] Port=[17001-$((17000 + nodes))] CPUs=$(nproc)
