@@ -17,7 +17,7 @@ use clap::{ArgGroup, Args};
 use futures::future::try_join_all;
 use serde::{Deserialize, Serialize};
 
-use self::nats::Listen;
+pub use self::nats::Listen;
 use self::plan::{Models, Plan};
 use self::restarts::Restarts;
 use self::scratch::Scratch;

@@ -12,6 +12,8 @@ use crate::Failure;
 
 /// A deployment takes some kilobytes.
 const BYTES_MAX: u64 = 1 << 20;
+/// As much of a line is shown.
+const LINE_CHARS_MAX: usize = 80;
 
 impl Deployment {
     /// Reads a file and checks what it says.
@@ -38,8 +40,9 @@ impl Deployment {
         let deployment: Self =
             serde_saphyr::from_str_with_options(text, options).map_err(|error| {
                 let error = error.without_snippet();
-                let place = error.location().map(|place| format!(":{}", place.line()));
-                (place.unwrap_or_default(), sentence(&error.render()))
+                let line = error.location().map(|place| place.line());
+                let place = line.map(|line| format!(":{line}")).unwrap_or_default();
+                (place, sentence(&error.render(), line, text))
             })?;
         let refused = |refusal: super::Refusal| (String::new(), refusal.to_string());
         deployment.check().map_err(refused)?;
@@ -85,8 +88,27 @@ fn pruned(value: Value) -> Value {
     }
 }
 
-/// A parser's message as one line, without the place, which stands before it.
-fn sentence(message: &str) -> String {
-    let line = message.split_whitespace().collect::<Vec<_>>().join(" ");
-    line
+/// A parser's message as one line, with the line of the file that it is about.
+fn sentence(message: &str, line: Option<u64>, text: &str) -> String {
+    let words: Vec<_> = message.split_whitespace().collect();
+    let message = words.join(" ");
+    // The place stands before it already.
+    let message = message
+        .split_once(" at line ")
+        .map_or(message.as_str(), |(message, _)| message);
+    let message = match message {
+        "invalid u64" | "invalid u32" | "invalid u16" => "a whole number is expected",
+        "invalid f64" => "a number is expected",
+        "invalid bool" => "true or false is expected",
+        message => message,
+    };
+    let at = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1));
+    let told = at.and_then(|at| text.lines().nth(at)).map(str::trim);
+    match told {
+        Some(told) if !told.is_empty() => {
+            let told: String = told.chars().take(LINE_CHARS_MAX).collect();
+            format!("{message}, in `{told}`; docs/deployment.md lists the fields")
+        }
+        _ => format!("{message}; docs/deployment.md lists the fields"),
+    }
 }
