@@ -102,7 +102,7 @@ if wants agents "$@"; then
   step "Python agents" agents
 fi
 if wants slurm "$@"; then
-  slurm() { container/install-deps.sh slurm && timeout --kill-after=30 600 tests/slurm.sh 4 python -m pytest --quiet tests/python/slurm; }
+  slurm() { container/install-deps.sh slurm && timeout --kill-after=30 600 tests/slurm.sh 2 python -m pytest --quiet tests/python/slurm; }
   step "Slurm" slurm
 fi
 if wants container "$@"; then

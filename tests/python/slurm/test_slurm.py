@@ -1,4 +1,5 @@
-"""A Baton cluster under Slurm, in the cluster of virtual nodes that `tests/slurm.sh` makes: `container/slurm.sh` as a real job."""
+"""A Baton cluster under Slurm, in the cluster of virtual nodes that `tests/slurm.sh` makes: what `baton render slurm` writes, as a
+real job."""
 
 import json
 import os
@@ -11,11 +12,21 @@ from pathlib import Path
 import openai
 import pytest
 from cluster_state import wait_until
-from conftest import REPOSITORY, baton
+from conftest import baton
 
-# Of the cluster of tests/slurm.sh.
-NODES = 4
 URL = "http://node0:8000"
+# A context and a decode worker on each of two nodes, the API server on the first.
+DEPLOYMENT = """
+model: {model}
+api-server:
+  api-server-host: 0.0.0.0
+context:
+  - {{count: 2, devices: cpu, kv-mib: 192}}
+decode:
+  - {{count: 2, devices: cpu, kv-mib: 192}}
+slurm:
+  nodes: 2
+"""
 STREAMS = 6
 # Enough to be under way when a worker is asked to leave, and few enough to be done while it may drain.
 TOKENS = 300
@@ -56,20 +67,20 @@ def serving(count: int) -> bool:
 class Job:
     """A batch job, and what is known of it."""
 
-    def __init__(self, *command: str):
-        self.log = Path(os.environ["SLURM_TEST_DIR"]) / "job.log"
-        submit = ["sbatch", "--parsable", f"--output={self.log}", f"--nodes={NODES}"]
-        self.id = slurm(*submit, *command)
+    def __init__(self, script: Path):
+        self.log = script.with_suffix(".log")
+        self.id = slurm("sbatch", "--parsable", f"--output={self.log}", str(script))
 
     def field(self, name: str) -> str:
         found = re.search(rf"\b{name}=(\S+)", slurm("scontrol", "show", "job", self.id))
         assert found, f"the job has no {name}"
         return found[1]
 
-    def steps(self, node: str) -> list[str]:
-        """Ids of the steps on a node; the batch script itself is none of them."""
-        listed = slurm("squeue", "--noheader", "--steps", f"--nodelist={node}", "--format=%i").split()
-        return [step for step in listed if re.fullmatch(rf"{self.id}\.\d+", step)]
+    def steps(self, node: str) -> dict[str, str]:
+        """Ids of the steps on a node, by their names; the batch script itself is none of them."""
+        listed = slurm("squeue", "--noheader", "--steps", f"--nodelist={node}", "--format=%i %j").splitlines()
+        steps = (line.split() for line in listed)
+        return {name: step for step, name in steps if re.fullmatch(rf"{self.id}\.\d+", step)}
 
     def check_running(self):
         assert self.field("JobState") == "RUNNING", self.log.read_text(errors="replace")[-8000:]
@@ -119,13 +130,17 @@ class Stream(threading.Thread):
 
 @pytest.fixture(scope="module")
 def job(model_dir):
-    """The cluster: two context workers on node0 and node1, two decode workers on node2 and node3."""
-    binaries = Path(os.environ["SLURM_TEST_DIR"]) / "bin"
+    """The cluster."""
+    directory = Path(os.environ["SLURM_TEST_DIR"])
+    binaries = directory / "bin"
     binaries.mkdir()
     (binaries / "baton").symlink_to(baton().resolve())
     os.environ["PATH"] = f"{binaries}:{os.environ['PATH']}"
-    os.chdir(REPOSITORY)
-    job = Job("container/slurm.sh", str(model_dir))
+    config, script = directory / "cluster.yaml", directory / "job.sh"
+    config.write_text(DEPLOYMENT.format(model=json.dumps(str(model_dir))))
+    with open(script, "w") as out:
+        subprocess.run(["baton", "render", "slurm", "--config", config], stdout=out, check=True, timeout=30)
+    job = Job(script)
 
     def is_up():
         if job.field("JobState") not in ("PENDING", "RUNNING"):
@@ -158,29 +173,29 @@ def test_a_node_that_is_drained_loses_nothing(job, client, model):
     streams = [Stream(client, model, f"Story {number}: once upon a time") for number in range(STREAMS)]
     for stream in streams:
         assert stream.begun.wait(ANSWER_DEADLINE_S), "no first token"
-    wait_until("decode-3 to generate", lambda: workers()["decode-3"]["load"]["running"] > 0)
+    wait_until("decode-1 to generate", lambda: workers()["decode-1"]["load"]["running"] > 0)
 
     # Slurm gives the node nothing new, and touches nothing that runs there.
-    slurm("scontrol", "update", "nodename=node3", "state=drain", "reason=test")
-    assert node_state("node3") == "draining"
+    slurm("scontrol", "update", "nodename=node1", "state=drain", "reason=test")
+    assert node_state("node1") == "draining"
     job.check_running()
-    # The worker is asked to leave: it finishes what it has.
-    steps = job.steps("node3")
-    assert len(steps) == 1, steps
-    slurm("scancel", "--ctld", "--signal=TERM", *steps)
+    # The workers there are asked to leave: they finish what they have.
+    steps = job.steps("node1")
+    assert sorted(steps) == ["context-1", "decode-1"]
+    slurm("scancel", "--ctld", "--signal=TERM", *steps.values())
     late = [Stream(client, model, f"Late {number}: once upon a time") for number in range(STREAMS)]
 
     for stream in streams + late:
         stream.assert_whole()
-    wait_until("decode-3 to leave", lambda: "decode-3" not in workers(), END_DEADLINE_S)
-    wait_until("its step to end", lambda: not job.steps("node3"), END_DEADLINE_S)
-    assert serving(3)
+    wait_until("its workers to leave", lambda: sorted(workers()) == ["context-0", "decode-0"], END_DEADLINE_S)
+    wait_until("their steps to end", lambda: not job.steps("node1"), END_DEADLINE_S)
+    assert serving(2)
     # A step that failed would have ended the job.
     job.check_running()
     log = job.log.read_text(errors="replace")
-    held = re.search(r"draining prefills=\d+ decodes=(\d+)", log)
-    assert held and int(held[1]) > 0, "it had nothing to finish"
-    assert re.search(r"INFO left\n", log), "it did not end by itself"
+    held = re.findall(r"draining prefills=\d+ decodes=(\d+)", log)
+    assert len(held) == 2 and sum(map(int, held)) > 0, f"they had nothing to finish: {held}"
+    assert len(re.findall(r"INFO left\n", log)) == 2, "they did not end by themselves"
 
 
 def test_a_job_that_is_asked_to_leave_finishes_what_it_has(job, client, model):
@@ -191,4 +206,4 @@ def test_a_job_that_is_asked_to_leave_finishes_what_it_has(job, client, model):
     stream.assert_whole()
     wait_until("the job to end", lambda: job.field("JobState") != "RUNNING", END_DEADLINE_S)
     assert (job.field("JobState"), job.field("ExitCode")) == ("COMPLETED", "0:0"), job.log.read_text(errors="replace")[-8000:]
-    wait_until("node3 to be out of service", lambda: node_state("node3") == "drained", END_DEADLINE_S)
+    wait_until("node1 to be out of service", lambda: node_state("node1") == "drained", END_DEADLINE_S)
