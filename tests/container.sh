@@ -71,6 +71,10 @@ rm -r "$engines"
 
 if [ "${1:-}" != cpu ]; then
   check "an image for GPUs is built, and every library in it works"
+  # The compiler is the one that the kernels are tested with.
+  while read -r pin; do
+    grep -q "^$pin " container/cuda-wheels.txt || fail "container/cuda-wheels.txt has another version than $pin"
+  done < <(grep -o '^nvidia-[a-z-]*==[0-9.]*' tests/requirements.txt)
   container/build.sh --framework cuda --engine buildah --base-image "$base" --tag "$cuda_image"
   found=$(container/run.sh --engine buildah --image "$cuda_image" -- libraries --need ucx,nvrtc,cublaslt)
   echo "$found" >&2

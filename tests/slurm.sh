@@ -89,5 +89,6 @@ within 60 all_idle
 
 status=0
 "$@" || status=$?
-[ "$status" = 0 ] || tail -n 30 "$dir/slurmctld.log" >&2
+# What jobs wrote is there too, where they were told to.
+[ "$status" = 0 ] || tail -n 30 "$dir/slurmctld.log" "$dir"/job*.log >&2 2>/dev/null || true
 exit "$status"
