@@ -4,7 +4,7 @@ use std::fmt;
 
 use baton_protocol::Role;
 use baton_protocol::subjects::Cluster;
-use clap::error::ContextKind;
+use clap::error::{ContextKind, ErrorKind};
 use clap::{Args, FromArgMatches};
 
 use super::{Deployment, Devices, WorkerGroup};
@@ -227,6 +227,9 @@ pub fn parsed<A: Args + FromArgMatches>(path: &str, words: &[String]) -> Result<
                 Some(field) => format!("{path}.{field}"),
                 None => path.to_owned(),
             };
+            if error.kind() == ErrorKind::MissingRequiredArgument {
+                return Refusal::new(path, "it is missing, and another field needs it: give both");
+            }
             let text = error.to_string();
             let line = text.lines().next().unwrap_or_default();
             Refusal::new(path, line.strip_prefix("error: ").unwrap_or(line))

@@ -98,8 +98,11 @@ fn sentence(message: &str, line: Option<u64>, text: &str) -> String {
         .map_or(message.as_str(), |(message, _)| message);
     let message = match message {
         "invalid u64" | "invalid u32" | "invalid u16" => "a whole number is expected",
-        "invalid f64" => "a number is expected",
-        "invalid bool" => "true or false is expected",
+        "invalid floating point" => "a number is expected",
+        "invalid boolean" => "true or false is expected",
+        "expected string scalar" => "a text is expected",
+        "expected sequence start" => "a list is expected",
+        "expected mapping start" => "fields with values are expected",
         message => message,
     };
     let at = line.and_then(|line| usize::try_from(line).ok()?.checked_sub(1));

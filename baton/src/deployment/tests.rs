@@ -79,6 +79,12 @@ fn errors_name_the_place() {
             vec![":3", "gpu", "cuda:N"],
         ),
         ("model: m\ncontext: [{}\n", vec![":"]),
+        (
+            "model: m\nboth: [{no-prefix-cache: 3}]\n",
+            vec![":2", "true or false"],
+        ),
+        ("model: [m]\n", vec![":1", "text"]),
+        ("model: m\nboth:\n  count: 2\n", vec!["list"]),
         ("model: m\nmodel: n\n", vec![":2", "model"]),
         (
             "model: m\ncontext: [{}]\n",
@@ -368,4 +374,41 @@ fn a_whole_deployment_leaves_nothing_to_guess() {
         "http-threads",
     ];
     assert_eq!(unsaid(&value["api-server"]), set(open));
+}
+
+/// Rows of a table of docs/deployment.md: the first column's names, below a heading.
+fn rows(page: &str, heading: &str) -> BTreeSet<String> {
+    let section = page.split("\n## ").find(|part| part.starts_with(heading));
+    let section = section.unwrap_or_else(|| panic!("no section {heading}"));
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `"));
+    rows.filter_map(|row| row.split('`').next())
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn the_page_has_every_field() {
+    let page = include_str!("../../../docs/deployment.md");
+    let mut whole = Deployment::of_yaml(LEAST).unwrap();
+    assert_eq!(rows(page, "The whole"), fields(&whole));
+    for (heading, part) in [
+        ("`nats`", fields(&Nats::default())),
+        ("`api-server`", fields(&ApiServers::default())),
+        (
+            "`context`, `decode`, `both`",
+            fields(&WorkerGroup::default()),
+        ),
+        ("`containers`", fields(&Containers::default())),
+        ("`slurm`", fields(&Slurm::default())),
+    ] {
+        assert_eq!(rows(page, heading), part, "{heading}");
+    }
+    // Its examples are files that are taken.
+    let mut examples = 0;
+    for part in page.split("```yaml\n").skip(1) {
+        let example = part.split("```").next().unwrap();
+        whole = Deployment::of_yaml(example).unwrap_or_else(|error| panic!("{example}: {error:?}"));
+        examples += 1;
+    }
+    assert!(examples >= 2 && deal(&whole).is_ok());
 }

@@ -72,7 +72,12 @@ pub fn render(deployment: &Deployment) -> Result<String, Failure> {
         let port = u16::try_from(port).map_err(|_| "api-server.api-server-port: it is too high")?;
         let words = deployment.api_server_args(None, port, model);
         writeln!(text, "on {node} api-server-{index} 0 {}", line(&words))?;
-        urls.push(format!("http://${{nodes[{node}]}}:{port}"));
+        let host = match servers.api_server_host.as_str() {
+            "0.0.0.0" | "::" | "[::]" => format!("${{nodes[{node}]}}"),
+            // For whoever is on that node.
+            host => quoted(host),
+        };
+        urls.push(format!("http://{host}:{port}"));
     }
     for (worker, (node, devices)) in workers.iter().zip(&places) {
         let Worker { name, role, group } = worker;

@@ -45,6 +45,13 @@ pub fn deployment(args: &UpArgs) -> Result<Deployment, Failure> {
         .fold(0_usize, |all, (_, count)| all.saturating_add(*count));
     let mut gpus = devices.gpus();
     let one_for_all = gpus.len() == 1;
+    let most = args.tp_size.max(args.context_tp_size).unwrap_or(1);
+    if one_for_all && most > 1 {
+        return Err(format!(
+            "--device {devices} is one GPU, and a worker of {most} ranks takes as many: name all of them, as cuda:0-3"
+        )
+        .into());
+    }
     for (role, count) in counts {
         if count == 0 {
             continue;
