@@ -43,6 +43,6 @@ pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 pub use options::CudaOptions;
 pub use products::gemm::{Blas, Dtype, Output, Product};
 pub use products::matrix::{Format, Matrix, RowOrder};
-pub use ranks::{Algorithm, AllReduce, ExchangeOptions, Sum, SumDtype, open_group};
+pub use ranks::{Algorithm, AllGather, AllReduce, ExchangeOptions, Sum, SumDtype, open_group};
 pub use sampling::{Answer, Batch, Sampler};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};

@@ -94,8 +94,9 @@ pub struct AllReduce {
     kernels: [[Kernel; 3]; 2],
     threads: usize,
     blocks_max: usize,
-    /// Not where ranks share a GPU: blocks that wait for their turn would keep the other rank's out, and be waited for.
-    early: bool,
+    /// Ranks on this GPU. Where they are several, kernels do not start early: blocks that wait for their turn would keep the other
+    /// rank's out, and be waited for.
+    sharing: usize,
 }
 
 impl AllReduce {
@@ -121,11 +122,7 @@ impl AllReduce {
         let ends = devices.iter().zip(compiled).enumerate();
         ends.map(|(rank, (device, (shape, module)))| {
             let [threads, turn_blocks, _, resident] = shape.map(|x| x as usize);
-            let kernel = |shot, dtype| {
-                let kernel = module.kernel(&format!("{shot}_{dtype}"), 0)?;
-                kernel.load()?;
-                Ok::<_, CudaError>(kernel)
-            };
+            let kernel = |shot, dtype| module.kernel(&format!("{shot}_{dtype}"), 0);
             let of = |shot| -> Result<[Kernel; 3], CudaError> {
                 Ok([
                     kernel(shot, "bf16")?,
@@ -145,7 +142,7 @@ impl AllReduce {
                 kernels: [of("one_shot")?, of("two_shot")?],
                 threads,
                 blocks_max: resident.min(turn_blocks),
-                early: sharing == 1,
+                sharing,
             })
         })
         .collect()
@@ -154,6 +151,11 @@ impl AllReduce {
     /// Which rank this is.
     pub fn rank(&self) -> usize {
         self.rank
+    }
+
+    /// Ranks of the group that are on this one's GPU, itself too: 1 but in tests.
+    pub(crate) fn sharing(&self) -> usize {
+        self.sharing
     }
 
     /// The rank's GPU.
@@ -220,7 +222,7 @@ impl AllReduce {
             };
             let kernel = &self.kernels[set][sum.dtype.index()];
             let shape = LaunchConfig {
-                early: self.early,
+                early: self.sharing == 1,
                 ..LaunchConfig::row(blocks, self.threads as u32)
             };
             // SAFETY: the kernel's arguments, by its file; the caller's promise.
@@ -250,13 +252,30 @@ impl AllReduce {
         }
     }
 
+    /// The exchange, for others who use it.
+    pub(crate) fn exchange(&self) -> &Arc<Exchange> {
+        &self.exchange
+    }
+
+    /// Whether a sum that is over did without a rank. Never waits: what runs yet is not known.
+    ///
+    /// # Errors
+    /// [`CudaError::Rank`].
+    pub fn told(&self) -> Result<(), CudaError> {
+        self.judge(self.exchange.told(self.rank))
+    }
+
     /// Waits for all that was launched on this rank's stream.
     ///
     /// # Errors
     /// [`CudaError::Rank`] if a sum since the group was opened did without a rank, [`CudaError::Driver`].
     pub fn check(&self) -> Result<(), CudaError> {
         self.device.bind()?;
-        match self.exchange.failed(self.rank)? {
+        self.judge(self.exchange.failed(self.rank)?)
+    }
+
+    fn judge(&self, missing: Option<u32>) -> Result<(), CudaError> {
+        match missing {
             None => Ok(()),
             Some(missing) => Err(CudaError::Rank {
                 missing,
