@@ -86,12 +86,17 @@ tests() {
   within 200 "$programs/sampling" --ignored --nocapture || failed=1
   within 200 "$programs/ranks" --ignored --nocapture --test-threads 1 || failed=1
   within 500 "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced || failed=1
+  within 300 "$programs/executor_ranks" --ignored --nocapture --test-threads 1 --skip real_weights || failed=1
   return $failed
 }
 
 golden() {
   weights || { echo "no $model in $programs"; return 1; }
-  BATON_TEST_GGUF=$work/$model within 300 "$programs/executor" --ignored --nocapture --test-threads 1 teacher_forced
+  local failed=0
+  export BATON_TEST_GGUF=$work/$model
+  within 300 "$programs/executor" --ignored --nocapture --test-threads 1 teacher_forced || failed=1
+  within 200 "$programs/executor_ranks" --ignored --nocapture --test-threads 1 real_weights || failed=1
+  return $failed
 }
 
 # usage: answer UP_ARGUMENT...   prints what a cluster says the capital of France is

@@ -6,7 +6,7 @@
 //! (`bf16`, `fp8`, e4m3 with a scale a channel, and `fp8-block`, with one for each 128 × 128); none of a sort is all of it.
 //! `engine` is decode as a worker runs it, with the next step submitted before the last is collected, and without that. `70b` takes
 //! the larger shape, `tp=2` as many GPUs as ranks of one executor, `layers=8` fewer layers than the model has: what a layer
-//! takes shows with two numbers of them.
+//! takes shows with two numbers of them. `tp=2 like=4` gives each of two ranks what one of four has.
 //!
 //! Floors: decode reads every matrix and the batch's KV once, at the read bandwidth of a sum over 4 GiB; prefill does
 //! 2 · rows · weights + attention operations, at the rate of an 8192³ product of the same numbers. Both ceilings are the best of
@@ -69,6 +69,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         of.map(|text| text.parse::<usize>()).transpose()
     };
     let (ranks, layers) = (number("tp=")?.unwrap_or(1), number("layers=")?);
+    let like = number("like=")?.unwrap_or(ranks);
     let large = parts.iter().any(|p| p == "70b");
     let tables = ["ceilings", "decode", "prefill", "engine"];
     let parts: Vec<&String> = (parts.iter().filter(|p| tables.contains(&p.as_str()))).collect();
@@ -101,7 +102,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     if !wants("decode") && !wants("prefill") && !wants("engine") {
         return Ok(());
     }
-    let spec = llama(large, layers);
+    let spec = llama(large, layers, (ranks, like));
     for (name, format) in formats {
         let started = Instant::now();
         let mut executor = executor(&devices, &spec, *format)?;
@@ -359,7 +360,9 @@ fn executor(
         format,
     };
     let sources: Vec<&dyn TensorSource> = devices.iter().map(|_| &source as _).collect();
+    let started = Instant::now();
     let model = CudaModel::load(devices, spec, &sources, options)?;
+    println!("loaded in {:.1} s", started.elapsed().as_secs_f64());
     let kv = kv_geometry(spec, BLOCK_TOKENS);
     let of_rank = kv_geometry(&of_rank, BLOCK_TOKENS);
     let memory = |device: &Arc<Device>| {
@@ -418,7 +421,7 @@ fn piece<'a>(noise: &'a [u8], name: &str, bytes: usize) -> &'a [u8] {
 }
 
 /// The shape of Llama-3.1-8B or 70B.
-fn llama(large: bool, layers: Option<usize>) -> ModelSpec {
+fn llama(large: bool, layers: Option<usize>, (ranks, like): (usize, usize)) -> ModelSpec {
     let (hidden, intermediate, all, heads) = match large {
         false => (4096, 14_336, 32, 32),
         true => (8192, 28_672, 80, 64),
@@ -426,12 +429,12 @@ fn llama(large: bool, layers: Option<usize>) -> ModelSpec {
     let spec = UniformSpec {
         family: "llama".to_owned(),
         hidden,
-        intermediate,
+        intermediate: intermediate * ranks / like,
         layers: layers.unwrap_or(all),
-        heads,
-        kv_heads: 8,
+        heads: heads * ranks / like,
+        kv_heads: 8 * ranks / like,
         head_dim: 128,
-        vocab: 128_256,
+        vocab: 128_256 * ranks / like,
         tokens_max: 131_072,
         rms_eps: 1e-5,
         rope: Rope {

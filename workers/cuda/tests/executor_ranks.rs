@@ -89,6 +89,45 @@ fn logits_are_those_of_the_plain_decoder() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn long_prompts_give_the_plain_decoder_s_logits() {
+    const TOKENS: usize = 1300;
+    let spec = UniformSpec {
+        tokens_max: 2048,
+        ..wide(2, 512, 3)
+    };
+    let tiny = Tiny::new(spec, 5);
+    let tokens = Random(7).tokens(TOKENS, 512);
+    let reference = tiny.reference(&tokens);
+    for count in [2, 4] {
+        let blocks: Vec<u32> = (0..90).rev().collect();
+        let build = Build {
+            spec: &tiny.spec,
+            weights: &tiny,
+            block_tokens: 16,
+            blocks: blocks.len(),
+        };
+        let mut executor = ranks(count, build, 1536, 8);
+        let mut worst: f64 = 0.0;
+        for range in [0..1290, 1290..1291, 1291..TOKENS] {
+            let end = range.end;
+            let part = Part {
+                key: 0,
+                tokens: &tokens,
+                range,
+                blocks: &blocks,
+            };
+            let logits = &step(&mut executor, &[part])[0];
+            for (ours, truth) in logits.iter().zip(&reference[end - 1]) {
+                worst = worst.max((f64::from(*ours) - truth).abs());
+            }
+        }
+        println!("{count} ranks: {worst:.4}");
+        assert!(worst < ERROR_MAX, "{count} ranks: {worst}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
     prompt_log_probabilities(ERROR_MAX, &|b| Box::new(usual(2, b)));
 }
@@ -131,10 +170,10 @@ fn every_path_gives_the_plain_decoder_s_logits() {
         let tiny = Tiny::new(wide(kv_heads, vocab, layers), 3).in_format(format);
         let tokens = Random(77).tokens(110, vocab);
         let reference = tiny.reference(&tokens);
-        for count in [2, 4]
-            .into_iter()
-            .filter(|&count| divides(&tiny.spec, count))
-        {
+        // Where ranks share a GPU, one row goes through a product of many, and cuBLASLt takes no scales of blocks there.
+        let apart = |count| format != WeightFormat::Fp8Block || count <= gpus() as usize;
+        let counts = [2, 4].into_iter();
+        for count in counts.filter(|&count| divides(&tiny.spec, count) && apart(count)) {
             for first in [1, 7, 30, 64, 100] {
                 let build = Build {
                     spec: &tiny.spec,

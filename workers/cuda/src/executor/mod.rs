@@ -91,42 +91,49 @@ impl CudaExecutor {
         self.streamed_bytes
     }
 
-    /// Runs `work` unless the executor is out of service, which it is from then on if that fails.
-    fn unless_failed<T>(
+    /// Has all ranks do the same: the others are told `command`, the first does `own`. What all refuse alike leaves the executor as
+    /// it was; any other failure takes it out of service, for ranks that have not done the same cannot go on together.
+    fn together<T>(
         &mut self,
-        work: impl FnOnce(&mut Self) -> Result<T, ExecutorError>,
+        command: impl FnOnce() -> Command,
+        own: impl FnOnce(&mut RankExecutor) -> Result<T, ExecutorError>,
     ) -> Result<T, ExecutorError> {
+        if self.others.is_empty() {
+            return own(&mut self.first);
+        }
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
-        let done = work(self);
+        if let Err(error) = self.tell(command) {
+            return Err(self.failed.insert(error).clone());
+        }
+        let done = own(&mut self.first);
         if let Err(error) = &done
-            && !self.others.is_empty()
+            && !self.all_refuse(error)
         {
-            // Ranks that have not all done the same cannot go on together.
             self.failed = Some(error.clone());
         }
         done
     }
 
-    /// Waits until the other ranks have done what they were told.
-    fn settle(&mut self) -> Result<(), ExecutorError> {
-        let at_most = self.behind_max;
-        self.others
-            .iter_mut()
-            .try_for_each(|rank| rank.settle(at_most))
-    }
-
     /// Tells the other ranks what the first is about to do, once they are done with what they were told before.
     fn tell(&mut self, command: impl FnOnce() -> Command) -> Result<(), ExecutorError> {
-        if self.others.is_empty() {
-            return Ok(());
-        }
-        self.settle()?;
-        let command = command();
+        let (at_most, command) = (self.behind_max, command());
+        self.others
+            .iter_mut()
+            .try_for_each(|rank| rank.settle(at_most))?;
         self.others
             .iter_mut()
             .try_for_each(|rank| rank.tell(command.clone()))
+    }
+
+    fn all_refuse(&mut self, like: &ExecutorError) -> bool {
+        let at_most = self.behind_max;
+        let mut refused = self
+            .others
+            .iter_mut()
+            .map(|rank| rank.refused(like, at_most));
+        refused.all(|refused| refused == Ok(true))
     }
 
     /// Has all ranks make room that a step lacks, before any of them begins with it: a rank that allocates waits for what runs.
@@ -138,12 +145,13 @@ impl CudaExecutor {
         if self.others.is_empty() {
             return Ok(());
         }
-        let Some(room) = self.first.lacks(plan, masks) else {
-            return Ok(());
-        };
-        self.tell(|| Command::MakeRoom(room))?;
-        self.first.make_room(room)?;
-        self.settle()
+        match self.first.lacks(plan, masks) {
+            None => Ok(()),
+            Some(room) => self.together(
+                || Command::MakeRoom(room),
+                |first| first.make_room(room).map_err(ExecutorError::from),
+            ),
+        }
     }
 }
 
@@ -198,25 +206,22 @@ impl Executor for CudaExecutor {
     }
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        self.unless_failed(|all| {
-            all.make_room(plan, &[])?;
-            all.tell(|| Command::Submit(Arc::new(plan.clone())))?;
-            all.first.submit(plan)
-        })
+        self.make_room(plan, &[])?;
+        self.together(
+            || Command::Submit(Arc::new(plan.clone())),
+            |first| first.submit(plan),
+        )
     }
 
     fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
-        self.unless_failed(|all| {
-            all.make_room(&StepPlan::default(), masks)?;
-            all.tell(|| Command::Choose(masks.into()))?;
-            all.first.choose(masks)
-        })
+        self.make_room(&StepPlan::default(), masks)?;
+        self.together(
+            || Command::Choose(masks.into()),
+            |first| first.choose(masks),
+        )
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        self.unless_failed(|all| {
-            all.tell(|| Command::Collect)?;
-            all.first.collect()
-        })
+        self.together(|| Command::Collect, RankExecutor::collect)
     }
 }

@@ -19,8 +19,8 @@ pub(super) enum Command {
     MakeRoom(Room),
 }
 
-/// Commands that a rank may be behind with: a step is told when all have been carried out but the last two.
-const BEHIND: usize = 4;
+/// Commands that a rank may be behind with: the next one is told when the last has been carried out.
+const BEHIND: usize = 1;
 
 pub(super) struct RankThread {
     /// For sentences: `rank 1 (cuda:3)`.
@@ -89,20 +89,38 @@ impl RankThread {
     /// [`ExecutorError`]: its own, or that it took longer than `at_most`.
     pub(super) fn settle(&mut self, at_most: Duration) -> Result<(), ExecutorError> {
         while self.outstanding > 0 {
-            match self.replies.recv_timeout(at_most) {
-                Ok(done) => {
-                    self.outstanding -= 1;
-                    done.map_err(|error| self.error(&error.message))?;
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(self.error(&format!("has not done its part within {at_most:?}")));
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(self.error("is gone: its thread has panicked"));
-                }
-            }
+            let done = self.reply(at_most)?;
+            done.map_err(|error| self.error(&error.message))?;
         }
         Ok(())
+    }
+
+    /// Whether it has refused what it was told last, as another rank did. It was told one thing.
+    ///
+    /// # Errors
+    /// [`ExecutorError`]: it took longer than `at_most`.
+    pub(super) fn refused(
+        &mut self,
+        like: &ExecutorError,
+        at_most: Duration,
+    ) -> Result<bool, ExecutorError> {
+        let reply = self.reply(at_most)?;
+        Ok(reply.is_err_and(|error| error == *like))
+    }
+
+    fn reply(&mut self, at_most: Duration) -> Result<Result<(), ExecutorError>, ExecutorError> {
+        match self.replies.recv_timeout(at_most) {
+            Ok(done) => {
+                self.outstanding -= 1;
+                Ok(done)
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                Err(self.error(&format!("has not done its part within {at_most:?}")))
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(self.error("is gone: its thread has panicked"))
+            }
+        }
     }
 
     fn error(&self, what: &str) -> ExecutorError {

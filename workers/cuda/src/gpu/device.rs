@@ -21,6 +21,7 @@ pub struct Device {
     capability: (u32, u32),
     multiprocessors: u32,
     has_peers: AtomicBool,
+    is_shared: AtomicBool,
     handle: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -76,6 +77,7 @@ impl Device {
             capability,
             multiprocessors,
             has_peers: AtomicBool::new(false),
+            is_shared: AtomicBool::new(false),
             handle,
             context,
             stream,
@@ -88,6 +90,9 @@ impl Device {
     /// [`CudaError::Device`] if the two cannot reach each other, [`CudaError::Driver`].
     pub fn reach(&self, peer: &Self) -> Result<(), CudaError> {
         self.has_peers.store(true, Ordering::Relaxed);
+        if self.handle == peer.handle && !std::ptr::eq(self, peer) {
+            self.is_shared.store(true, Ordering::Relaxed);
+        }
         if self.handle == peer.handle {
             return Ok(());
         }
@@ -117,6 +122,12 @@ impl Device {
     /// Whether it is one of a group, whose kernels wait for each other.
     pub(crate) fn has_peers(&self) -> bool {
         self.has_peers.load(Ordering::Relaxed)
+    }
+
+    /// Whether several ranks of a group are on this GPU, in tests: no kernel starts early then, for its blocks would wait where
+    /// another rank's are waited for.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.is_shared.load(Ordering::Relaxed)
     }
 
     /// Which GPU of those this process sees.

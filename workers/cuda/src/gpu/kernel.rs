@@ -223,7 +223,7 @@ impl Kernel {
             attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster),
         ];
         let hopper = device.capability() >= (9, 0);
-        let first = usize::from(!(shape.early && hopper));
+        let first = usize::from(!(shape.early && hopper && !device.is_shared()));
         let last = 1 + usize::from(shape.cluster > 0 && hopper);
         let chosen = &mut attributes[first..last.max(first)];
         let config = sys::CUlaunchConfig {

@@ -4,6 +4,7 @@ pub(crate) mod attention;
 mod buffers;
 mod chain;
 pub(crate) mod rank;
+mod steps;
 mod tensor_parallel;
 pub(crate) mod weights;
 
@@ -42,11 +43,7 @@ impl CudaModel {
         assert_eq!(devices.len(), sources.len(), "a rank has a GPU and weights");
         let ranks = devices.len();
         let is_hopper = |device: &Arc<Device>| device.capability() == (9, 0);
-        let is_shared = |device: &Arc<Device>| {
-            let same = |other: &&Arc<Device>| other.ordinal() == device.ordinal();
-            devices.iter().filter(same).count() > 1
-        };
-        let pushes = devices.iter().all(|d| is_hopper(d) && !is_shared(d));
+        let pushes = devices.iter().all(|d| is_hopper(d) && !d.is_shared());
         let load = |rank: usize| {
             let place = Place {
                 rank,

@@ -19,7 +19,6 @@ pub struct AllGather {
     kernel: Kernel,
     threads: usize,
     blocks_max: usize,
-    early: bool,
 }
 
 impl AllGather {
@@ -41,7 +40,6 @@ impl AllGather {
             kernel: module.kernel("all_gather", 0)?,
             threads: threads as usize,
             blocks_max: resident.min(turn_blocks as usize),
-            early: sums.sharing() == 1,
             exchange,
         })
     }
@@ -75,10 +73,7 @@ impl AllGather {
             let count = turn_rows.min(rows - done);
             let vectors = (count * widest).div_ceil(4);
             let blocks = vectors.div_ceil(self.threads).min(self.blocks_max);
-            let shape = LaunchConfig {
-                early: self.early,
-                ..LaunchConfig::row(blocks, self.threads as u32)
-            };
+            let shape = LaunchConfig::row(blocks, self.threads as u32).early();
             let to = out + (done * width * size_of::<f32>()) as u64;
             let from = part + (done * columns * size_of::<f32>()) as u64;
             // SAFETY: the kernel's arguments, by its file; the caller's promise.

@@ -94,8 +94,7 @@ pub struct AllReduce {
     kernels: [[Kernel; 3]; 2],
     threads: usize,
     blocks_max: usize,
-    /// Ranks on this GPU. Where they are several, kernels do not start early: blocks that wait for their turn would keep the other
-    /// rank's out, and be waited for.
+    /// Ranks on this GPU.
     sharing: usize,
 }
 
@@ -221,10 +220,7 @@ impl AllReduce {
                 residual => at(residual, out_bytes),
             };
             let kernel = &self.kernels[set][sum.dtype.index()];
-            let shape = LaunchConfig {
-                early: self.sharing == 1,
-                ..LaunchConfig::row(blocks, self.threads as u32)
-            };
+            let shape = LaunchConfig::row(blocks, self.threads as u32).early();
             // SAFETY: the kernel's arguments, by its file; the caller's promise.
             unsafe {
                 crate::launch!(
