@@ -18,18 +18,18 @@ model=SmolLM2-135M-Instruct.Q4_1.gguf
 
 build() {
   mkdir -p "$1" || return
-  # The paths of what cargo builds are in its messages; `executor`, `products`, `sampling` and `ranks` are tests, the others benchmarks.
+  # The paths of what cargo builds are in its messages; `executor`, `executor_ranks`, `products`, `sampling` and `ranks` are tests, the others benchmarks.
   cargo build --locked --package baton-cuda --tests --benches --message-format=json |
     python3 -c '
 import json, shutil, sys
 for line in sys.stdin:
     message = json.loads(line)
-    if message.get("executable") and message["target"]["name"] in ("executor", "products", "sampling", "ranks", "sample", "cuda", "gpu_pull", "all_reduce"):
+    if message.get("executable") and message["target"]["name"] in ("executor", "executor_ranks", "products", "sampling", "ranks", "sample", "cuda", "gpu_pull", "all_reduce"):
         shutil.copy(message["executable"], sys.argv[1] + "/" + message["target"]["name"])
 ' "$1" || return
   cargo build --locked --release --package baton || return
   cp "${CARGO_TARGET_DIR:-$root/target}/release/baton" "$1" || return
-  strip "$1"/{executor,products,sampling,ranks,sample,cuda,gpu_pull,all_reduce} "$1"/baton
+  strip "$1"/{executor,executor_ranks,products,sampling,ranks,sample,cuda,gpu_pull,all_reduce} "$1"/baton
 }
 
 usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
@@ -86,12 +86,17 @@ tests() {
   within 200 "$programs/sampling" --ignored --nocapture || failed=1
   within 200 "$programs/ranks" --ignored --nocapture --test-threads 1 || failed=1
   within 500 "$programs/executor" --ignored --nocapture --test-threads 1 --skip teacher_forced || failed=1
+  within 300 "$programs/executor_ranks" --ignored --nocapture --test-threads 1 --skip real_weights || failed=1
   return $failed
 }
 
 golden() {
   weights || { echo "no $model in $programs"; return 1; }
-  BATON_TEST_GGUF=$work/$model within 300 "$programs/executor" --ignored --nocapture --test-threads 1 teacher_forced
+  local failed=0
+  export BATON_TEST_GGUF=$work/$model
+  within 300 "$programs/executor" --ignored --nocapture --test-threads 1 teacher_forced || failed=1
+  within 200 "$programs/executor_ranks" --ignored --nocapture --test-threads 1 real_weights || failed=1
+  return $failed
 }
 
 # usage: answer UP_ARGUMENT...   prints what a cluster says the capital of France is

@@ -136,7 +136,7 @@ fn what_does_not_fit_is_refused_with_a_sentence() {
         options.clone(),
     );
     assert!(error(refused).contains(
-        "cannot run this model: its layers differ (1 with full attention of 6/2 heads of 12 and a gated MLP of 104, 1 \
+        "cannot run this model: its layers differ (1 with full attention of 6/2 heads of 12 and a gated MLP of 144, 1 \
          with sliding attention over 7 tokens"
     ));
 

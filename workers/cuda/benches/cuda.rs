@@ -1,9 +1,12 @@
-//! Decode and prefill of the Llama-3.1-8B shape with random weights, against this GPU's ceilings, measured in the same run.
+//! Decode and prefill of the Llama-3.1-8B shape, or the 70B one, with random weights, on one GPU or several, against the first GPU's
+//! ceilings, measured in the same run.
 //!
 //! `cargo bench -p baton-cuda` where a GPU and cargo are on one machine; elsewhere copy the binary that
 //! `cargo bench -p baton-cuda --no-run` names. Arguments choose parts (`ceilings`, `decode`, `prefill`, `engine`) and weights
 //! (`bf16`, `fp8`, e4m3 with a scale a channel, and `fp8-block`, with one for each 128 × 128); none of a sort is all of it.
-//! `engine` is decode as a worker runs it, with the next step submitted before the last is collected, and without that.
+//! `engine` is decode as a worker runs it, with the next step submitted before the last is collected, and without that. `70b` takes
+//! the larger shape, `tp=2` as many GPUs as ranks of one executor, `layers=8` fewer layers than the model has: what a layer
+//! takes shows with two numbers of them. `tp=2 like=4` gives each of two ranks what one of four has.
 //!
 //! Floors: decode reads every matrix and the batch's KV once, at the read bandwidth of a sum over 4 GiB; prefill does
 //! 2 · rows · weights + attention operations, at the rate of an 8192³ product of the same numbers. Both ceilings are the best of
@@ -18,7 +21,7 @@ use std::error::Error;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device};
+use baton_cuda::{CudaError, CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device, open_group};
 use baton_engine::{
     Engine, EngineConfig, Executor, ExecutorError, ExecutorInfo, ResumedSequence, SampleRequest,
     SequenceStep, StepOutput, StepPlan, TokenMask, kv_geometry,
@@ -61,12 +64,21 @@ fn run() -> Result<(), Box<dyn Error>> {
         true => FORMATS.iter().collect(),
         false => formats,
     };
-    let parts: Vec<&String> = parts
-        .iter()
-        .filter(|p| FORMATS.iter().all(|(name, _)| p != name))
-        .collect();
+    let number = |name: &str| {
+        let of = parts.iter().find_map(|p| p.strip_prefix(name));
+        of.map(|text| text.parse::<usize>()).transpose()
+    };
+    let (ranks, layers) = (number("tp=")?.unwrap_or(1), number("layers=")?);
+    let like = number("like=")?.unwrap_or(ranks);
+    let large = parts.iter().any(|p| p == "70b");
+    let tables = ["ceilings", "decode", "prefill", "engine"];
+    let parts: Vec<&String> = (parts.iter().filter(|p| tables.contains(&p.as_str()))).collect();
     let wants = |part: &str| parts.is_empty() || parts.iter().any(|p| *p == part);
-    let device = Device::open(0)?;
+    let devices = match ranks {
+        1 => vec![Device::open(0)?],
+        ranks => open_group(&(0..ranks as u32).collect::<Vec<_>>())?,
+    };
+    let device = devices[0].clone();
     println!(
         "{}, {} multiprocessors",
         device.name(),
@@ -90,12 +102,14 @@ fn run() -> Result<(), Box<dyn Error>> {
     if !wants("decode") && !wants("prefill") && !wants("engine") {
         return Ok(());
     }
-    let spec = llama_8b();
+    let spec = llama(large, layers, (ranks, like));
     for (name, format) in formats {
         let started = Instant::now();
-        let mut executor = executor(&device, &spec, *format)?;
+        let mut executor = executor(&devices, &spec, *format)?;
         println!(
-            "\n{name}: {:.2} GB of matrices loaded, kernels and graphs made in {:.1} s",
+            "\n{name}, {} layers of width {} on {ranks}: {:.2} GB of matrices on each loaded, kernels and graphs made in {:.1} s",
+            spec.layers.len(),
+            spec.hidden,
             executor.streamed_bytes() as f64 / 1e9,
             started.elapsed().as_secs_f64()
         );
@@ -105,10 +119,10 @@ fn run() -> Result<(), Box<dyn Error>> {
             fp8.unwrap_or(bf16)
         };
         if wants("decode") {
-            decode_table(&mut executor, bandwidth)?;
+            decode_table(&mut executor, bandwidth, ranks)?;
         }
         if wants("prefill") {
-            prefill_table(&mut executor, &spec, rate)?;
+            prefill_table(&mut executor, &spec, rate * ranks as f64)?;
         }
         if wants("engine") {
             engine_table(executor);
@@ -117,12 +131,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn decode_table(executor: &mut CudaExecutor, bandwidth: f64) -> Result<(), String> {
+fn decode_table(executor: &mut CudaExecutor, bandwidth: f64, ranks: usize) -> Result<(), String> {
     println!("\ndecode, context {CONTEXT}: batch, ms per step, share of the read bandwidth");
     for batch in [1, 8, 32, 64, 128] {
         let time = decode(executor, batch);
         let kv = batch * CONTEXT * (executor.info().kv.block_bytes() / BLOCK_TOKENS as usize);
-        let floor = (executor.streamed_bytes() + kv) as f64 / bandwidth;
+        let floor = (executor.streamed_bytes() + kv / ranks) as f64 / bandwidth;
         let share = share(floor, time, &format!("decode of {batch} against the reads"))?;
         println!("{batch:6} {:8.3} {:5.1}%", time * 1e3, share * 100.0);
     }
@@ -325,7 +339,7 @@ fn operations(spec: &ModelSpec, prompts: usize, tokens: usize) -> f64 {
 }
 
 fn executor(
-    device: &Arc<Device>,
+    devices: &[Arc<Device>],
     spec: &ModelSpec,
     format: WeightFormat,
 ) -> Result<CudaExecutor, CudaError> {
@@ -333,19 +347,35 @@ fn executor(
         step_tokens_max: STEP_TOKENS,
         step_sequences_max: BATCH_MAX,
     };
-    let largest = expected_tensors(spec).iter().map(|t| t.elements()).max();
+    let ranks = devices.len();
+    let of_rank = spec.of_rank(ranks).map_err(CudaError::Unsupported)?;
+    let largest = expected_tensors(&of_rank)
+        .iter()
+        .map(|t| t.elements())
+        .max();
     let largest = largest.unwrap_or(0);
     let source = Noise {
         numbers: noise(largest * 2 + (1 << 20)),
         codes: codes(largest + (1 << 20)),
         format,
     };
-    let model = CudaModel::load(device, spec, &source, options)?;
+    let sources: Vec<&dyn TensorSource> = devices.iter().map(|_| &source as _).collect();
+    let started = Instant::now();
+    let model = CudaModel::load(devices, spec, &sources, options)?;
+    println!("loaded in {:.1} s", started.elapsed().as_secs_f64());
     let kv = kv_geometry(spec, BLOCK_TOKENS);
-    // A prime number of blocks, so that multiples of another prime visit each once.
-    let mut memory = CudaMemory::new(device, 4099 * kv.block_bytes())?;
-    memory.fill_bytes(0x3c)?;
-    CudaExecutor::new(model, Arc::new(memory), kv)
+    let of_rank = kv_geometry(&of_rank, BLOCK_TOKENS);
+    let memory = |device: &Arc<Device>| {
+        // A prime number of blocks, so that multiples of another prime visit each once.
+        let mut memory = CudaMemory::new(device, 4099 * of_rank.block_bytes())?;
+        memory.fill_bytes(0x3c)?;
+        Ok(Arc::new(memory) as _)
+    };
+    let memories = devices
+        .iter()
+        .map(memory)
+        .collect::<Result<_, CudaError>>()?;
+    CudaExecutor::new(model, memories, kv)
 }
 
 /// Every tensor is a piece of the same noise.
@@ -390,16 +420,21 @@ fn piece<'a>(noise: &'a [u8], name: &str, bytes: usize) -> &'a [u8] {
     &noise[at..at + bytes]
 }
 
-fn llama_8b() -> ModelSpec {
+/// The shape of Llama-3.1-8B or 70B.
+fn llama(large: bool, layers: Option<usize>, (ranks, like): (usize, usize)) -> ModelSpec {
+    let (hidden, intermediate, all, heads) = match large {
+        false => (4096, 14_336, 32, 32),
+        true => (8192, 28_672, 80, 64),
+    };
     let spec = UniformSpec {
         family: "llama".to_owned(),
-        hidden: 4096,
-        intermediate: 14_336,
-        layers: 32,
-        heads: 32,
-        kv_heads: 8,
+        hidden,
+        intermediate: intermediate * ranks / like,
+        layers: layers.unwrap_or(all),
+        heads: heads * ranks / like,
+        kv_heads: 8 * ranks / like,
         head_dim: 128,
-        vocab: 128_256,
+        vocab: 128_256 * ranks / like,
         tokens_max: 131_072,
         rms_eps: 1e-5,
         rope: Rope {

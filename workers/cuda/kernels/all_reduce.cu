@@ -152,14 +152,15 @@ template <int W, bool OUT_F32, int U> DEVICE void one_shot(const Exchange& e, co
     turn.end();
 }
 
-// Rank r adds the 16 bytes r * share … (r + 1) * share. Slots: of partials [rank][share], then of sums [rank][share].
+// Rank r adds the 16 bytes r * share … (r + 1) * share. Slots: of partials [rank][share], then of sums [rank][share]. What a thread
+// waits for was sent a round before: while it is on its way, the next round's partials are sent, and the last one's sums received.
 template <int W, bool OUT_F32, int U> DEVICE void two_shot(const Exchange& e, const Out<W, OUT_F32>& to, const void* partial) {
     dependency_trigger();
     dependency_wait();
     Turn turn(e);
     const u32 vectors = (u32)((to.count + W - 1) / W), step = gridDim.x * THREADS, share = (vectors + RANKS - 1) / RANKS;
-    const u32 sums = RANKS * share;
-    for (u32 first = blockIdx.x * THREADS + threadIdx.x; first < share; first += step * U) {
+    const u32 sums = RANKS * share, round = step * U, start = blockIdx.x * THREADS + threadIdx.x;
+    auto send_partials = [&](u32 first) {
 #pragma unroll
         for (int u = 0; u < U; u++)
 #pragma unroll
@@ -168,7 +169,8 @@ template <int W, bool OUT_F32, int U> DEVICE void two_shot(const Exchange& e, co
                 if (r != e.rank && i < share && r * share + i < vectors)
                     turn.send(r, e.rank * share + i, exchange::sendable(load<W>(partial, r * share + i, to.count)));
             }
-        turn.pause();
+    };
+    auto add = [&](u32 first) {
 #pragma unroll
         for (int u = 0; u < U; u++) {
             const u32 i = first + u * step, at = e.rank * share + i;
@@ -183,6 +185,8 @@ template <int W, bool OUT_F32, int U> DEVICE void two_shot(const Exchange& e, co
             unpack(sum, packed); // what the others get
             to.end(begun, sum, at);
         }
+    };
+    auto take_sums = [&](u32 first) {
 #pragma unroll
         for (int u = 0; u < U; u++)
 #pragma unroll
@@ -194,7 +198,16 @@ template <int W, bool OUT_F32, int U> DEVICE void two_shot(const Exchange& e, co
                 unpack(sum, turn.receive(r, sums + at, exchange::load_slot(turn.slot(e.rank, sums + at))));
                 to.end(begun, sum, at);
             }
+    };
+    send_partials(start);
+    u32 first = start;
+    for (; first < share; first += round) {
+        send_partials(first + round);
+        turn.pause();
+        add(first);
+        if (first != start) take_sums(first - round);
     }
+    if (first != start) take_sums(first - round);
     turn.end();
 }
 

@@ -19,11 +19,24 @@ DEVICE long long token_of(int* row_token, const int* chosen) {
     return token;
 }
 
-// x [rows][hidden]; table [vocab][hidden]. `hidden` is even. Grid: rows.
-extern "C" __global__ void embed(float* x, const u16* table, int* row_token, const int* chosen, int hidden) {
+// The table [vocab][hidden], in parts one after the other; a part may lie on another GPU. As `Embedding` of model/weights.rs.
+struct Table {
+    const u16* parts[8];
+    int vocab;
+    int count;
+};
+
+DEVICE const u32* embedding_of(const Table& table, long long token, int hidden) {
+    int part = 0;
+    while (part + 1 < table.count && token >= (long long)table.vocab * (part + 1) / table.count) part++;
+    return (const u32*)(table.parts[part] + (token - (long long)table.vocab * part / table.count) * hidden);
+}
+
+// x [rows][hidden]. `hidden` is even. Grid: rows.
+extern "C" __global__ void embed(float* x, const __grid_constant__ Table table, int* row_token, const int* chosen, int hidden) {
     dependency_trigger();
     dependency_wait();
-    const u32* from = (const u32*)(table + token_of(row_token, chosen) * hidden);
+    const u32* from = embedding_of(table, token_of(row_token, chosen), hidden);
     float2* to = (float2*)(x + (long long)blockIdx.x * hidden);
     for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) to[i] = f32x2_of(from[i]);
 }
@@ -31,13 +44,13 @@ extern "C" __global__ void embed(float* x, const u16* table, int* row_token, con
 // The same for a chain of skinny products, which divide by the norm at their ends: z = bf16(x * gamma), and the row's sum of
 // squares in the first of its ceil(hidden / 64) places, zeros in the others. Grid: rows; 128 threads.
 extern "C" __global__ void embed_scaled(
-    float* x, u32* z, float* squares, const u16* table, const u32* gamma, int* row_token, const int* chosen,
+    float* x, u32* z, float* squares, const __grid_constant__ Table table, const u32* gamma, int* row_token, const int* chosen,
     int hidden
 ) {
     __shared__ float scratch[32];
     dependency_trigger();
     dependency_wait();
-    const u32* from = (const u32*)(table + token_of(row_token, chosen) * hidden);
+    const u32* from = embedding_of(table, token_of(row_token, chosen), hidden);
     long long row = blockIdx.x;
     float sum = 0.0f;
     for (int i = threadIdx.x; i < hidden / 2; i += blockDim.x) {

@@ -23,11 +23,12 @@ constexpr u32 BLOCKS_MAX = 1024;      // a turn adds as much to `arrivals`, what
 constexpr int HEADER_BYTES = 256;
 constexpr u32 POLLS = 256; // between two looks at the clock
 
-// As `Arguments` of src/ranks/exchange.rs. Memory: a header, then two sets.
+// As `Arguments` of src/ranks/exchange.rs. Memory: a header, then two sets, then what products push (pushed_sum.cuh).
 struct Exchange {
     u8* memory[8]; // of each rank
     u64 set_bytes;
     u64 wait_ns; // for a peer
+    u32* told;   // on the host: what `failed` says, for this rank's
     u32 rank;
 };
 
@@ -54,17 +55,46 @@ DEVICE uint4 sendable(uint4 v) {
     return make_uint4(word(v.x), word(v.y), word(v.z), word(v.w));
 }
 
+DEVICE u32 load_failed(const Exchange& e) {
+    u32 failed;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(failed) : "l"(e.memory[e.rank] + 4) : "memory");
+    return failed;
+}
+DEVICE void tell(const Exchange& e, u32 failed) { asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(e.told), "r"(failed) : "memory"); }
+
+// One thread's waits for its peers.
+struct Patience {
+    u64 deadline = 0; // until a wait was long
+
+    // 0 as long as waiting goes on; ends it on all ranks where the time is over.
+    DEVICE u32 look_up(const Exchange& e, u32 from) {
+        u64 now;
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+        if (deadline == 0) deadline = now + e.wait_ns;
+        u32 failed = load_failed(e);
+        if (failed == 0 && now >= deadline) {
+            failed = from + 1;
+#pragma unroll
+            for (int rank = 0; rank < RANKS; rank++)
+                asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(e.memory[rank] + 4), "r"(failed) : "memory");
+        }
+        if (failed) tell(e, failed);
+        return failed;
+    }
+};
+
 struct Turn {
     const Exchange& e;
-    u64 set;      // bytes from a rank's memory
-    u32 failed;   // as in the header; then nothing is sent or waited for
-    u64 deadline; // 0 until a wait was long
+    u64 set;    // bytes from a rank's memory
+    u32 failed; // as in the header; then nothing is sent or waited for
+    Patience patience;
 
-    DEVICE explicit Turn(const Exchange& exchange) : e(exchange), deadline(0) {
+    DEVICE explicit Turn(const Exchange& exchange) : e(exchange) {
         u32 arrivals;
         asm volatile("ld.relaxed.sys.global.v2.u32 {%0,%1}, [%2];" : "=r"(arrivals), "=r"(failed) : "l"(e.memory[e.rank]) : "memory");
         // This block has not arrived yet, so that the quotient is this turn's.
         set = HEADER_BYTES + (arrivals / BLOCKS_MAX & 1) * e.set_bytes;
+        if (failed) tell(e, failed);
     }
 
     // `index`: 16 bytes of a set.
@@ -79,7 +109,7 @@ struct Turn {
         uint4* at = slot(e.rank, index);
         for (u32 polls = 1; !written(first) && !failed; polls++) {
             first = load_slot(at);
-            if (polls % POLLS == 0 && !written(first)) look_up(from);
+            if (polls % POLLS == 0 && !written(first)) failed = patience.look_up(e, from);
         }
         if (failed) return make_uint4(NOT_SENT, NOT_SENT, NOT_SENT, NOT_SENT);
         *at = make_uint4(MISSING, MISSING, MISSING, MISSING);
@@ -95,19 +125,6 @@ struct Turn {
         while (clock64() - start < cycles) {
         }
 #endif
-    }
-
-    // Whether waiting goes on: ends it on all ranks where the time is over.
-    DEVICE void look_up(u32 from) {
-        u64 now;
-        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-        if (deadline == 0) deadline = now + e.wait_ns;
-        asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(failed) : "l"(e.memory[e.rank] + 4) : "memory");
-        if (failed || now < deadline) return;
-        failed = from + 1;
-#pragma unroll
-        for (int rank = 0; rank < RANKS; rank++)
-            asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(e.memory[rank] + 4), "r"(failed) : "memory");
     }
 
     // All threads of the block, after their last send and receive.

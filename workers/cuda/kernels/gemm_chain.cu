@@ -14,6 +14,7 @@
 // - All CTAs must run at once: one on each multiprocessor, grid at most their number, nothing else that waits for them.
 //
 // -DROWS (1, 4 or 8): rows at most. Fewer have room for more of x, one for more weights ahead too.
+// -DRANKS: GPUs of a group, each with its part of k of o and of down: what these add to the residual is the sum over all.
 // One kernel for each -DROWS and -DWEIGHT (0 BF16, 1 FP8 with a scale per output channel, 2 FP8 with a scale per 128×128 block). All sizes:
 // hidden a multiple of 32, intermediate of 16, q·k·v of 16, every k of 64 (FP8: 128). Deterministic.
 // Launch: `gemm_chain_shape` = {threads, dynamic shared bytes, rows at most, k up to which x is brought once}; grid = multiprocessors, programmatic
@@ -30,6 +31,10 @@
 // variant WEIGHT=2 ROWS=1
 // variant WEIGHT=2 ROWS=4
 // variant WEIGHT=2 ROWS=8
+// variant WEIGHT=0 ROWS=1 RANKS=2
+// variant WEIGHT=0 ROWS=8 RANKS=8
+// variant WEIGHT=1 ROWS=8 RANKS=4
+// variant WEIGHT=2 ROWS=4 RANKS=2
 #ifndef ROWS
 #define ROWS 8
 #endif
@@ -57,6 +62,8 @@ struct Chain {
     int clear_count;
     int rows;
     float eps;
+    PushedSlots slots[2];  // with RANKS > 1: of the sums after o and after down
+    exchange::Exchange ranks;
 };
 
 #include "gemm_chain.cuh"

@@ -183,8 +183,8 @@ struct Consumer {
 
     DEVICE static void sync() { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); }
 
-    // Residual: z and squares of the norm that comes next go to `z`, `squares`. Swiglu, store: to `z`.
-    template <Epilogue E, int R> DEVICE void product(const ChainProduct& p, int norm, const bf16* gamma, bf16* z, float* squares) {
+    // Residual: z and squares of the norm that comes next go to `z`, `squares`; `pushed`: which of the two. Swiglu, store: to `z`.
+    template <Epilogue E, int R> DEVICE void product(const ChainProduct& p, int norm, const bf16* gamma, bf16* z, float* squares, int pushed = 0) {
         using S = Share<R>;
         const S share(p);
         if (share.tiles == 0) return;
@@ -245,7 +245,7 @@ struct Consumer {
                          "f"(sums[0]), "f"(sums[1]), "f"(sums[2]), "f"(sums[3])
                          : "memory");
             sync();
-            finish<E, R>(p, early, norm, tile, thread, z, squares);
+            finish<E, R>(p, early, norm, tile, thread, z, squares, pushed);
         }
     }
 
@@ -281,7 +281,7 @@ struct Consumer {
     }
 
     template <Epilogue E, int R>
-    DEVICE void finish(const ChainProduct& p, const Early<E, R>& early, int norm, int tile, int thread, bf16* z, float* squares) const {
+    DEVICE void finish(const ChainProduct& p, const Early<E, R>& early, int norm, int tile, int thread, bf16* z, float* squares, int pushed) const {
         const int n = row<E, R>(thread), m = output<E, R>(thread);
         if (warp * 32 >= ROWS * (E == SWIGLU ? R / 2 : R)) return; // whole warps
         const bool mine = n < c.rows;
@@ -298,6 +298,9 @@ struct Consumer {
                 width = p.out / 2, column = tile * (R / 2) + thread % (R / 2);
             }
             if (E == RESIDUAL) {
+#if RANKS > 1
+                v = pushed_sum::sum(c.ranks, c.slots[pushed], (u32)(n * p.out + column) * 4, v);
+#endif
                 v += early.residual;
                 c.residual[(size_t)n * p.out + column] = v;
             }
@@ -363,10 +366,10 @@ DEVICE void run(const Chain& c) {
     } else {
         Consumer consumer{c, at, warp, lane};
         dependency_wait();
-        consumer.product<RESIDUAL, 32>(c.o, 0, c.gamma[0], c.z[0], c.squares[0]);
+        consumer.product<RESIDUAL, 32>(c.o, 0, c.gamma[0], c.z[0], c.squares[0], 0);
         consumer.clear(); // the others' rows are waited for anyway
         consumer.product<SWIGLU, 32>(c.gate_up, 0, nullptr, c.inner, nullptr);
-        consumer.product<RESIDUAL, 32>(c.down, 0, c.gamma[1], c.z[1], c.squares[1]);
+        consumer.product<RESIDUAL, 32>(c.down, 0, c.gamma[1], c.z[1], c.squares[1], 1);
         consumer.product<STORE, 16>(c.qkv, 1, nullptr, c.qkv_out, nullptr);
     }
 }

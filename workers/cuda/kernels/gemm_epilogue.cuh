@@ -66,6 +66,18 @@ template <Epilogue EPILOGUE, int TILE> DEVICE void constants_early(const SkinnyG
     if (lane % 2 == 0 && p.bias != nullptr) fetch(p.bias + m);
 }
 
+#if RANKS > 1
+DEVICE u32 pushed_place(const SkinnyGemm& p, int n, int m) { return (u32)(n * p.out + m) * 2; }
+
+// The first half of sums over ranks: for every row before `finish_rows`, which waits for the peers'.
+template <int TILE, int THREADS, class Load> DEVICE void send_rows(const SkinnyGemm& p, int m0, int first, int end, const float* factor, int thread, Load load) {
+    for (int i = thread; i < (end - first) * (TILE / 4); i += THREADS) {
+        const int n = first + i / (TILE / 4), at = i % (TILE / 4) * 4;
+        if (m0 + at < p.out) pushed_sum::send(p.ranks, p.slots, pushed_place(p, n, m0 + at), value_quad(p, load(n, at), factor[n], m0 + at));
+    }
+}
+#endif
+
 // Rows `first..end` of the tile whose first output is m0. `load(n, m)` gives the sums of row n, outputs m0 + m ... + 3.
 // All THREADS threads take part; out is a multiple of 8 (of 1 for logits without bias). `early`: null, or what
 // `residual_early` fetched for the same rows.
@@ -92,6 +104,9 @@ DEVICE void finish_rows(const SkinnyGemm& p, int m0, int first, int end, const f
                     float4* place = (float4*)(p.residual + (size_t)n * p.out + m);
                     float4 r = early != nullptr && i == thread ? *early : *place;
                     float4 v = value_quad(p, load(n, at), factor[n], m);
+#if RANKS > 1
+                    v = pushed_sum::receive(p.ranks, p.slots, pushed_place(p, n, m), v);
+#endif
                     r.x += v.x, r.y += v.y, r.z += v.z, r.w += v.w;
                     *place = r;
                     sum = (r.x * r.x + r.y * r.y) + (r.z * r.z + r.w * r.w);

@@ -264,18 +264,29 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         for (int i = 0; i < N_TILE / 2; i++) sums[i] = whole[i];
 #endif
         if (split > 1) break; // one tile for each cluster, its sums are in parts
+        auto load = [&](int first) { // the sums of rows first..first + COLUMNS, where `spill` has left them
+            return [&, first](int n, int m) {
+                const float* at = tile + (n - first) * PITCH + m;
+                float4 v = *(const float4*)at;
+#pragma unroll
+                for (int i = 1; i < K_SHARES; i++) v = add(v, *(const float4*)(at + i * COLUMNS * PITCH));
+                return v;
+            };
+        };
+#if RANKS > 1
+        if (EPILOGUE == RESIDUAL) // all is on its way before the first is waited for
+            for (int first = 0; first < N_TILE && first < p.rows; first += COLUMNS) {
+                consumers_sync();
+                spill(tile, first, COLUMNS);
+                consumers_sync();
+                send_rows<M_TILE, CONSUMERS>(p, m0, first, min(first + COLUMNS, p.rows), factor, threadIdx.x, load(first));
+            }
+#endif
         for (int first = 0; first < N_TILE && first < p.rows; first += COLUMNS) {
             consumers_sync();
             spill(tile, first, COLUMNS);
             consumers_sync();
-            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, m0, first, min(first + COLUMNS, p.rows), factor, threadIdx.x, nullptr,
-                                                     [&](int n, int m) {
-                                                         const float* at = tile + (n - first) * PITCH + m;
-                                                         float4 v = *(const float4*)at;
-#pragma unroll
-                                                         for (int i = 1; i < K_SHARES; i++) v = add(v, *(const float4*)(at + i * COLUMNS * PITCH));
-                                                         return v;
-                                                     });
+            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, m0, first, min(first + COLUMNS, p.rows), factor, threadIdx.x, nullptr, load(first));
         }
         work.tile += work.step;
         if (warp == 0) constants_early<EPILOGUE, M_TILE>(p, work.tile * M_TILE, lane);
@@ -288,16 +299,18 @@ template <Epilogue EPILOGUE> DEVICE void gemm(const SkinnyGemm& p) {
         cluster_arrive();
         cluster_wait();
         const int tiles = (p.out + M_TILE - 1) / M_TILE, at = blockIdx.x / split;
-        if (at < tiles)
-            finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, at * M_TILE, row_first, row_end, factor, threadIdx.x, &early,
-                                                     [&](int n, int m) {
-                                                         u32 address = w_stages + (n * PITCH + m) * 4;
-                                                         float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
-                                                         for (u32 r = 0; r < split; r++)
+        auto load = [&](int n, int m) {
+            u32 address = w_stages + (n * PITCH + m) * 4;
+            float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+            for (u32 r = 0; r < split; r++)
 #pragma unroll
-                                                             for (int i = 0; i < K_SHARES; i++) v = add(v, load_remote(address + i * N_TILE * PITCH * 4, r));
-                                                         return v;
-                                                     });
+                for (int i = 0; i < K_SHARES; i++) v = add(v, load_remote(address + i * N_TILE * PITCH * 4, r));
+            return v;
+        };
+#if RANKS > 1
+        if (EPILOGUE == RESIDUAL && at < tiles) send_rows<M_TILE, CONSUMERS>(p, at * M_TILE, row_first, row_end, factor, threadIdx.x, load);
+#endif
+        if (at < tiles) finish_rows<EPILOGUE, M_TILE, CONSUMERS>(p, at * M_TILE, row_first, row_end, factor, threadIdx.x, &early, load);
         cluster_arrive(); // nobody leaves while its sums are read
         cluster_wait();
     }

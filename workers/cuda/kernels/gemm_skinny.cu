@@ -4,7 +4,7 @@
 // -DPORTABLE: gemm_ampere.cuh (cp.async, mma.sync). Deterministic: sums meet in a fixed order, no float atomics.
 // Defines: N_TILE = rows per pass (8, 16, 24, 32, 48, 64; not under p.rows), WEIGHT = 0 BF16, 1 FP8 with a scale per output
 // channel, 2 FP8 with a scale per 128×128 block, and on sm_90a M_TILE=128 for wide tiles (from 32 rows on, not with scales of
-// blocks). Shared memory: gemm_skinny_shape[3] (dynamic). Launch: docs/cuda-gemm.md.
+// blocks), RANKS = GPUs of a group, over which the residual's sums go (sm_90a alone). Shared memory: gemm_skinny_shape[3] (dynamic). Launch: docs/cuda-gemm.md.
 //
 // kernel gemm_skinny_store spill_bytes_max=0
 // kernel gemm_skinny_residual spill_bytes_max=0
@@ -19,6 +19,9 @@
 // variant N_TILE=64 WEIGHT=1 M_TILE=128
 // variant N_TILE=16 WEIGHT=2
 // variant N_TILE=64 WEIGHT=2
+// variant N_TILE=16 WEIGHT=0 RANKS=2
+// variant N_TILE=64 WEIGHT=1 RANKS=8
+// variant N_TILE=64 WEIGHT=2 RANKS=4
 #include "gemm_skinny.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(PORTABLE)

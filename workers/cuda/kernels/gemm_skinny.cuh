@@ -1,7 +1,7 @@
 // What both architectures of the skinny GEMM share: its parameters, the variants, e4m3 to bf16.
 #pragma once
 
-#include "common.cuh"
+#include "pushed_sum.cuh"
 
 // Weights: BF16; e4m3 with one scale per output channel; e4m3 with one scale per 128×128 block.
 #define WEIGHT_BF16 0
@@ -39,6 +39,8 @@ struct SkinnyGemm {
     int rows;
     int x_ssq_tiles;
     float eps;
+    PushedSlots slots;          // residual, with RANKS > 1: of this sum
+    exchange::Exchange ranks;
 };
 
 // Four e4m3, two bf16 pairs: bytes 0 and 2, bytes 1 and 3. Exact, subnormals too (a NaN becomes 480). The four exponent

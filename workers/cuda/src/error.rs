@@ -65,6 +65,23 @@ pub enum CudaError {
     },
     /// The arena does not fit the model.
     Arena(String),
+    /// One of several GPUs failed.
+    On {
+        /// Which.
+        gpu: u32,
+        /// How.
+        error: Box<Self>,
+    },
+}
+
+impl CudaError {
+    /// The error of one of several GPUs.
+    pub(crate) fn on(self, gpu: u32) -> Self {
+        Self::On {
+            gpu,
+            error: Box::new(self),
+        }
+    }
 }
 
 impl fmt::Display for CudaError {
@@ -90,6 +107,7 @@ impl fmt::Display for CudaError {
                 "rank {missing} did not send its part of a sum within {waited:?}: it failed, hangs, or was given other steps than \
                  its peers"
             ),
+            Self::On { gpu, error } => write!(f, "GPU {gpu}: {error}"),
             Self::Arena(what) => write!(f, "the KV arena does not fit the model: {what}"),
         }
     }

@@ -4,10 +4,10 @@
 //! binary starts on any machine and says what is missing. Kernels are in `kernels/`, one operation a file; they are
 //! compiled for the device at the first start and kept in a cache.
 //!
-//! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model` launches embeddings, layers and
+//! A step, by file: [`step`](StepArrays) tells the GPU what it is, in one copy; `model/steps` launches embeddings, layers and
 //! logits; `model/attention` chooses among the attention kernels; `model/chain` multiplies up to 8 rows, `products/skinny`
-//! few and `products/prefill_gemm` many; `gpu/graph` captures a decode step whole, once for each size of batch; `executor` puts them
-//! together and takes the tokens back. `gpu/` knows devices, memory and kernels, but no model; `ranks` adds what several GPUs
+//! few and `products/prefill_gemm` many; `gpu/graph` captures a decode step whole, once for each size of batch; `executor/rank` puts them
+//! together and takes the tokens back; `executor` has one GPU do it, or several as ranks. `gpu/` knows devices, memory and kernels, but no model; `ranks` adds what several GPUs
 //! of a host have computed.
 //!
 //! # Numbers
@@ -44,6 +44,6 @@ pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
 pub use options::CudaOptions;
 pub use products::gemm::{Blas, Dtype, Output, Product};
 pub use products::matrix::{Format, Matrix, RowOrder};
-pub use ranks::{Algorithm, AllReduce, ExchangeOptions, Sum, SumDtype, open_group};
+pub use ranks::{Algorithm, AllGather, AllReduce, ExchangeOptions, Sum, SumDtype, open_group};
 pub use sampling::{Answer, Batch, Sampler};
 pub use step::{HEADER_SEQUENCES, StepAddresses, StepArrays, StepShape};

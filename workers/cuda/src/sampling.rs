@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use baton_engine::{
-    Distribution, Draw, LOGPROB_MIN, SampleRequest, Sampled, TokenMask, Want, What,
+    Distribution, Draw, LOGPROB_MIN, SampleRequest, Sampled, StepPlan, TokenMask, Want, What,
 };
 use baton_protocol::{TokenLogprobs, TopLogprob};
 use cudarc::driver::sys::CUdeviceptr;
@@ -111,6 +111,22 @@ pub struct Batch {
     tops_each: usize,
 }
 
+/// Numbers that a batch takes room for, beside its rows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Room {
+    edits: usize,
+    /// Words of masks.
+    masks: usize,
+    /// Logits on the host.
+    pub(crate) logits: bool,
+}
+
+impl Room {
+    pub(crate) fn and_logits(self, logits: bool) -> Self {
+        Self { logits, ..self }
+    }
+}
+
 /// What a row's logits say to what was asked.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Answer {
@@ -193,7 +209,12 @@ impl Sampler {
         let edits = wants.iter().map(edits_of).sum();
         let words = self.vocab.div_ceil(32);
         let masks = wants.iter().filter_map(mask_of).count() * words;
-        self.make_room(batch, edits, masks)?;
+        let room = Room {
+            edits,
+            masks,
+            ..Room::default()
+        };
+        self.make_room(batch, room)?;
         let (mut edits, mut masked) = (0, 0);
         let mut plain = true;
         for (row, want) in batch.rows.iter_mut().zip(wants) {
@@ -267,12 +288,32 @@ impl Sampler {
         LaunchConfig::plane(blocks, rows, self.threads).cluster(blocks)
     }
 
-    fn make_room(
-        &mut self,
-        batch: &mut Batch,
-        edits: usize,
-        masks: usize,
-    ) -> Result<(), CudaError> {
+    /// At most what choosing the tokens of a plan takes, with masks that come later.
+    pub(crate) fn needed(&self, plan: &StepPlan, masks: &[Option<Arc<TokenMask>>]) -> Room {
+        let runs = || plan.sequences.iter().filter_map(|s| s.sample.as_ref());
+        let edits = runs().map(|run| {
+            let state = &run.state;
+            let each = state.sampling.logit_bias.len() + state.counts.len();
+            run.len * (each + state.stop_token_ids.len() + run.len)
+        });
+        let masked =
+            runs().filter(|run| run.mask.is_some()).count() + masks.iter().flatten().count();
+        Room {
+            edits: edits.sum(),
+            masks: masked * self.vocab.div_ceil(32),
+            logits: false,
+        }
+    }
+
+    pub(crate) fn has_room(&self, batch: &Batch, room: Room) -> bool {
+        room.masks <= self.masks.len().min(batch.masks.len())
+            && room.edits <= self.edits.len().min(batch.edits.len())
+    }
+
+    /// # Errors
+    /// [`CudaError::Memory`] and [`CudaError::Driver`].
+    pub(crate) fn make_room(&mut self, batch: &mut Batch, needed: Room) -> Result<(), CudaError> {
+        let Room { edits, masks, .. } = needed;
         let room = masks.next_power_of_two();
         if masks > self.masks.len() {
             self.masks = Buffer::zeroed(&self.device, room, "masks")?;

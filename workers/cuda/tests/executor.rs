@@ -25,12 +25,13 @@ fn build(build: Build<'_>, tokens: usize, sequences: usize) -> CudaExecutor {
         step_tokens_max: tokens,
         step_sequences_max: sequences,
     };
-    let model = CudaModel::load(&device, build.spec, build.weights, options)
+    let devices = [device.clone()];
+    let model = CudaModel::load(&devices, build.spec, &[build.weights], options)
         .unwrap_or_else(|error| panic!("{error}"));
     let kv = kv_geometry(build.spec, build.block_tokens);
     let mut memory = CudaMemory::new(&device, build.blocks * kv.block_bytes()).expect("GPU memory");
     memory.fill_bytes(0xff).expect("GPU memory"); // NaN: what is read and was not written shows
-    CudaExecutor::new(model, Arc::new(memory), kv).unwrap_or_else(|error| panic!("{error}"))
+    CudaExecutor::new(model, vec![Arc::new(memory)], kv).unwrap_or_else(|error| panic!("{error}"))
 }
 
 fn usual(b: Build<'_>) -> CudaExecutor {

@@ -25,6 +25,7 @@ fn group(ranks: usize, wait: Duration, hold_back: bool) -> Vec<AllReduce> {
     let devices = open_group(&ordinals).unwrap_or_else(|error| panic!("{error}"));
     let options = ExchangeOptions {
         set_bytes: SET_BYTES,
+        pushed_bytes: 0,
         wait,
         hold_back,
     };
@@ -307,8 +308,6 @@ impl Steps {
         let module = Module::load(device, &image)?;
         let buffer = |bytes| Buffer::uninitialized(device, bytes, "numbers");
         let (fill, verify) = (module.kernel("fill", 0)?, module.kernel("verify", 0)?);
-        fill.load()?;
-        verify.load()?;
         Ok(Self {
             fill,
             verify,

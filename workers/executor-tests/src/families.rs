@@ -32,7 +32,11 @@ pub fn fp8_families(label: &str, error_max: f64, build: Builder<'_>) {
     }
 }
 
-fn family(label: &str, tiny: &Tiny, error_max: f64, build: Builder<'_>) {
+/// As [`families`], one model.
+///
+/// # Panics
+/// As [`families`].
+pub fn family(label: &str, tiny: &Tiny, error_max: f64, build: Builder<'_>) {
     let mut random = Random(77);
     let tokens = random.tokens(100, tiny.spec.vocab);
     let reference = tiny.reference(&tokens);

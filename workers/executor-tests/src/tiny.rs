@@ -151,7 +151,7 @@ pub fn families() -> Vec<UniformSpec> {
     let llama = UniformSpec {
         family: "llama".to_owned(),
         hidden: 72,
-        intermediate: 104,
+        intermediate: 144,
         layers: 2,
         heads: 6,
         kv_heads: 2,

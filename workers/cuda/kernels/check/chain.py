@@ -43,10 +43,10 @@ class Parameters(ctypes.Structure):
     _fields_ = [(n, Product) for n in ("o", "gate_up", "down", "qkv")] + [
         ("attended", ctypes.c_void_p), ("residual", ctypes.c_void_p), ("gamma", ctypes.c_void_p * 2), ("z", ctypes.c_void_p * 2),
         ("squares", ctypes.c_void_p * 2), ("inner", ctypes.c_void_p), ("qkv_out", ctypes.c_void_p), ("clear", ctypes.c_void_p),
-        ("clear_count", ctypes.c_int), ("rows", ctypes.c_int), ("eps", ctypes.c_float), ("pad", ctypes.c_ubyte * 28)]
+        ("clear_count", ctypes.c_int), ("rows", ctypes.c_int), ("eps", ctypes.c_float), ("pad", ctypes.c_ubyte * 156)]
 
 
-assert ctypes.sizeof(Product) == 192 and ctypes.sizeof(Parameters) == 896
+assert ctypes.sizeof(Product) == 192 and ctypes.sizeof(Parameters) == 1024
 
 
 def map_of(w, box_rows):

@@ -83,7 +83,7 @@ class Config(ctypes.Structure):
 class Parameters(ctypes.Structure):
     _fields_ = [("w_map", ctypes.c_ubyte * 128), ("x_map", ctypes.c_ubyte * 128)] + [
         (n, ctypes.c_void_p) for n in ("w", "x", "w_scale", "bias", "x_ssq", "gamma", "y", "residual", "y_ssq")
-    ] + [(n, ctypes.c_int) for n in ("out", "k", "rows", "x_ssq_tiles")] + [("eps", ctypes.c_float), ("pad", ctypes.c_int)]
+    ] + [(n, ctypes.c_int) for n in ("out", "k", "rows", "x_ssq_tiles")] + [("eps", ctypes.c_float), ("pad", ctypes.c_ubyte * 164)]
 
 
 _cuda = None

@@ -6,6 +6,7 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_kv_memory::{Address, KvMemory};
 use cudarc::driver::{result, sys};
@@ -19,6 +20,8 @@ pub struct Device {
     name: String,
     capability: (u32, u32),
     multiprocessors: u32,
+    has_peers: AtomicBool,
+    is_shared: AtomicBool,
     handle: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
@@ -73,6 +76,8 @@ impl Device {
             name,
             capability,
             multiprocessors,
+            has_peers: AtomicBool::new(false),
+            is_shared: AtomicBool::new(false),
             handle,
             context,
             stream,
@@ -84,6 +89,10 @@ impl Device {
     /// # Errors
     /// [`CudaError::Device`] if the two cannot reach each other, [`CudaError::Driver`].
     pub fn reach(&self, peer: &Self) -> Result<(), CudaError> {
+        self.has_peers.store(true, Ordering::Relaxed);
+        if self.handle == peer.handle && !std::ptr::eq(self, peer) {
+            self.is_shared.store(true, Ordering::Relaxed);
+        }
         if self.handle == peer.handle {
             return Ok(());
         }
@@ -108,6 +117,17 @@ impl Device {
                 driver(&what, e)
             }),
         }
+    }
+
+    /// Whether it is one of a group, whose kernels wait for each other.
+    pub(crate) fn has_peers(&self) -> bool {
+        self.has_peers.load(Ordering::Relaxed)
+    }
+
+    /// Whether several ranks of a group are on this GPU, in tests: no kernel starts early then, for its blocks would wait where
+    /// another rank's are waited for.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.is_shared.load(Ordering::Relaxed)
     }
 
     /// Which GPU of those this process sees.

@@ -89,6 +89,14 @@ impl Module {
                 )
             })?;
         }
+        if self.device.has_peers() {
+            // Its code is on the GPU now, not at its first launch: that may wait for kernels that run, and one of those may be
+            // waiting for this one on another GPU.
+            // SAFETY: a function of a loaded module.
+            unsafe { sys::cuFuncLoad(function) }
+                .result()
+                .map_err(|e| driver(&format!("loading {name}"), e))?;
+        }
         Ok(Kernel {
             module: self.clone(),
             function,
@@ -215,7 +223,7 @@ impl Kernel {
             attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster),
         ];
         let hopper = device.capability() >= (9, 0);
-        let first = usize::from(!(shape.early && hopper));
+        let first = usize::from(!(shape.early && hopper && !device.is_shared()));
         let last = 1 + usize::from(shape.cluster > 0 && hopper);
         let chosen = &mut attributes[first..last.max(first)];
         let config = sys::CUlaunchConfig {
@@ -241,19 +249,6 @@ impl Kernel {
         }
         .result()
         .map_err(|e| driver(&format!("launching {} as {shape:?}", self.name), e))
-    }
-
-    /// Has its code on the GPU now, not at its first launch: that may wait for kernels that run, and one of those may be waiting
-    /// for this one on another GPU.
-    ///
-    /// # Errors
-    /// [`CudaError::Driver`].
-    pub fn load(&self) -> Result<(), CudaError> {
-        self.module.device.bind()?;
-        // SAFETY: a function of a loaded module.
-        unsafe { sys::cuFuncLoad(self.function) }
-            .result()
-            .map_err(|e| driver(&format!("loading {}", self.name), e))
     }
 
     /// Blocks of this shape that fit one multiprocessor at once.

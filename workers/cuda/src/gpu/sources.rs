@@ -25,6 +25,7 @@ source!(RMS_NORM, "rms_norm.cu");
 source!(ROPE, "rope.cu");
 source!(SWIGLU, "swiglu.cu");
 source!(QUANTISE, "quantise.cu");
+source!(ALL_GATHER, "all_gather.cu");
 source!(ALL_REDUCE, "all_reduce.cu");
 source!(ARGMAX, "argmax.cu");
 source!(SAMPLE, "sample.cu");
@@ -57,6 +58,7 @@ pub const HEADERS: &[(&str, &str)] = headers![
     "gemm_epilogue.cuh",
     "gemm_hopper.cuh",
     "gemm_skinny.cuh",
+    "pushed_sum.cuh",
     "ranks.cuh",
     "sample_block.cuh",
     "sample_search.cuh",

@@ -16,6 +16,7 @@ use crate::gpu::sources;
 use crate::gpu::tensor_map::TensorMap;
 use crate::launch;
 use crate::products::matrix::{Format, Matrix};
+use crate::ranks::{Arguments, PushedSums, Slots, set};
 
 /// Rows that one variant of the kernel handles; a step takes the least that has room.
 const ROWS: [usize; 3] = [1, 4, 8];
@@ -39,6 +40,8 @@ pub struct Chain {
     balanced: bool,
     hidden: usize,
     exchange: Exchange,
+    /// Where there are several ranks.
+    pushed: Option<PushedSums>,
     eps: f32,
     _alone: Alone,
 }
@@ -106,6 +109,8 @@ struct Parameters {
     clear_count: i32,
     rows: i32,
     eps: f32,
+    slots: [Slots; 2],
+    ranks: Arguments,
 }
 
 /// What a launch reads and leaves, each `[rows][...]`.
@@ -123,7 +128,7 @@ pub struct Streams {
 }
 
 impl Chain {
-    /// Compiles the kernel, if the GPU and all matrices are such that it can be used.
+    /// Compiles the kernel, if the GPU and all matrices are such that it can be used, for one of `ranks` ranks.
     ///
     /// # Errors
     /// [`CudaError`].
@@ -133,6 +138,7 @@ impl Chain {
         spec: &ModelSpec,
         mlp: &GatedMlpSpec,
         weights: &ModelWeights,
+        ranks: usize,
     ) -> Result<Option<Self>, CudaError> {
         // All blocks of a launch wait for each other. Where several processes share the GPU's multiprocessors at a time, two
         // launches could each wait for what the other holds.
@@ -146,7 +152,7 @@ impl Chain {
             return Ok(None);
         };
         let blocks = device.multiprocessors() as usize;
-        let variants = ROWS.map(|rows| Variant::load(device, compiler, rows, format));
+        let variants = ROWS.map(|rows| Variant::load(device, compiler, rows, format, ranks));
         let layers = (0..weights.layers.len()).map(|index| products(weights, index));
         Ok(Some(Self {
             variants: variants.into_iter().collect::<Result<_, _>>()?,
@@ -156,9 +162,15 @@ impl Chain {
             balanced: balanced(spec.hidden / TILE_OUTPUTS, blocks),
             hidden: spec.hidden,
             exchange: Exchange::new(device, spec.hidden, mlp.intermediate)?,
+            pushed: None,
             eps: spec.rms_eps,
             _alone: alone,
         }))
+    }
+
+    /// Whose products are parts of sums over ranks: before the first launch.
+    pub fn push(&mut self, sums: PushedSums) {
+        self.pushed = Some(sums);
     }
 
     /// Whether a step of so many rows is faster this way (docs/cuda-gemm.md has the models that were timed). FP8 weights come too fast
@@ -222,6 +234,14 @@ impl Chain {
             clear_count: (self.exchange.set_bytes() / 16) as i32,
             rows: rows as i32,
             eps: self.eps,
+            slots: [0, 1].map(|sum| match &self.pushed {
+                Some(pushed) => pushed.slots(index, sum),
+                None => Slots::NONE,
+            }),
+            ranks: match &self.pushed {
+                Some(pushed) => pushed.arguments(),
+                None => Arguments::NONE,
+            },
         };
         let variant = self.variant(rows).expect("the caller has asked");
         let shape = LaunchConfig::row(self.blocks, variant.threads)
@@ -238,8 +258,10 @@ impl Variant {
         compiler: &Compiler,
         rows: usize,
         format: Format,
+        ranks: usize,
     ) -> Result<Self, CudaError> {
         let defines = [
+            format!("RANKS={ranks}"),
             format!("ROWS={rows}"),
             format!("WEIGHT={}", format.number()),
         ];
@@ -255,16 +277,8 @@ impl Variant {
     }
 }
 
-/// Of the memory that layers exchange through; an odd number of layers needs a third.
+/// Of the memory that layers exchange through, by [`set`].
 const SETS: usize = 3;
-
-/// Which memory a layer exchanges through: another than the next layer, the first one after the last too.
-fn set(index: usize, layers: usize) -> usize {
-    match layers % 2 == 1 && index + 1 == layers {
-        true => 2,
-        false => index % 2,
-    }
-}
 
 struct Addresses {
     z: [CUdeviceptr; 2],
@@ -372,17 +386,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_layer_exchanges_through_what_the_next_one_does() {
-        for layers in 2..20 {
-            for index in 0..layers {
-                let next = (index + 1) % layers;
-                assert_ne!(set(index, layers), set(next, layers), "{index} of {layers}");
-                assert!(set(index, layers) < SETS);
-            }
-        }
-    }
-
-    #[test]
     fn a_gpu_has_one_chain_at_a_time() {
         let first = Alone::on(63);
         assert!(first.is_some() && Alone::on(63).is_none() && Alone::on(62).is_some());
@@ -401,6 +404,6 @@ mod tests {
     #[test]
     fn parameters_are_laid_out_as_in_the_kernel() {
         assert_eq!(size_of::<Product>(), 192);
-        assert_eq!(size_of::<Parameters>(), 896);
+        assert_eq!(size_of::<Parameters>(), 1024);
     }
 }

@@ -1,534 +1,121 @@
-//! A model on a GPU: weights, activations, and the launches of a step from tokens to logits.
+//! A model on one GPU, or on several as ranks.
 
 pub(crate) mod attention;
 mod buffers;
 mod chain;
+pub(crate) mod rank;
+mod steps;
+mod tensor_parallel;
 pub(crate) mod weights;
 
 use std::sync::Arc;
 
-use baton_model::{AttentionSpec, GatedMlpSpec, LayerKind, Mixer, Mlp, ModelSpec, TensorSource};
-use cudarc::driver::sys::CUdeviceptr;
+use baton_model::{ModelSpec, TensorSource};
 
 use crate::error::CudaError;
-use crate::gpu::compile::Compiler;
-use crate::gpu::device::{Buffer, Device};
-use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
-use crate::gpu::sources;
-use crate::launch;
-use crate::options::{CudaOptions, logits_rows, rows_max};
-use crate::products::gemm::Output;
-use crate::products::matrix::Format;
-use crate::products::prefill_gemm::PrefillGemm;
-use crate::products::skinny::{self, Epilogue, Norm, Skinny};
-use crate::step::{StepAddresses, StepShape};
-use attention::{Attention, Inputs};
-use buffers::{ARGMAX_PARTS, Buffers};
-use chain::{Chain, Streams};
-use weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};
+use crate::gpu::device::Device;
+use crate::options::CudaOptions;
+use crate::ranks::{AllReduce, ExchangeOptions, PushedSums};
+use rank::{Place, RankModel};
 
-/// A loaded model.
+/// A loaded model: of each rank its part, on a GPU of its own.
 pub struct CudaModel {
-    pub(crate) device: Arc<Device>,
+    pub(crate) ranks: Vec<RankModel>,
+    /// The whole one.
     pub(crate) spec: ModelSpec,
-    /// Of every layer.
-    pub(crate) attention: AttentionSpec,
-    pub(crate) options: CudaOptions,
-    pub(crate) compiler: Compiler,
-    weights: ModelWeights,
-    kernels: Kernels,
-    /// Products of steps of many rows.
-    prefill_gemm: PrefillGemm,
-    /// Products of steps of few rows, if the sizes allow.
-    skinny: Option<Skinny>,
-    /// Several products at once, of steps of fewer rows still.
-    chain: Option<Chain>,
-    buffers: Buffers,
-}
-
-/// Kernels of every step.
-struct Kernels {
-    embed: Kernel,
-    embed_scaled: Kernel,
-    angles: Kernel,
-    rope: Kernel,
-    argmax: Kernel,
 }
 
 impl CudaModel {
-    /// Copies the weights to the GPU, compiles the kernels and allocates the activations.
+    /// Copies the weights to the GPUs, compiles the kernels and allocates the activations, on all GPUs at the same time. There is a
+    /// source for each, with its rank's part of the model; devices that are several are of [`crate::open_group`].
     ///
     /// # Errors
-    /// [`CudaError`] says what is missing, what does not fit, or which weight is wrong.
+    /// [`CudaError`] says what is missing, what does not fit, or which weight is wrong, and with several GPUs on which.
+    ///
+    /// # Panics
+    /// If there are not as many sources as devices.
     pub fn load(
-        device: &Arc<Device>,
+        devices: &[Arc<Device>],
         spec: &ModelSpec,
-        source: &dyn TensorSource,
+        sources: &[&dyn TensorSource],
         options: CudaOptions,
     ) -> Result<Self, CudaError> {
-        let (attention, mlp) = check(spec)?;
-        let compiler = Compiler::for_capability(device.capability())?;
-        let kernels = Kernels::load(device, &compiler, attention.head_dim)?;
-        let weights = ModelWeights::load(device, spec, source)?;
-        let formats: Vec<Format> = weights.matrices().map(|matrix| matrix.format).collect();
-        let rows = rows_max(options);
-        let is_skinny = Skinny::takes_layers(spec.hidden, attention, mlp);
-        let skinny = match is_skinny {
-            true => Some(Skinny::new(device, &compiler, rows, &formats)?),
-            false => None,
+        assert_eq!(devices.len(), sources.len(), "a rank has a GPU and weights");
+        let ranks = devices.len();
+        let is_hopper = |device: &Arc<Device>| device.capability() == (9, 0);
+        let pushes = devices.iter().all(|d| is_hopper(d) && !d.is_shared());
+        let load = |rank: usize| {
+            let place = Place {
+                rank,
+                ranks,
+                pushes,
+            };
+            RankModel::load(&devices[rank], spec, sources[rank], options, place)
         };
-        let chain = match &skinny {
-            Some(_) => Chain::new(device, &compiler, spec, mlp, &weights)?,
-            None => None,
-        };
-        let prefill_gemm =
-            PrefillGemm::new(device, &compiler, spec, mlp, weights.matrices(), rows)?;
-        let buffers = Buffers::new(device, spec, (attention, mlp), is_skinny, options)?;
-        Ok(Self {
-            device: device.clone(),
+        let mut model = Self {
+            ranks: on_all(devices, &|rank| load(rank))?,
             spec: spec.clone(),
-            attention: attention.clone(),
-            options,
-            compiler,
-            weights,
-            kernels,
-            prefill_gemm,
-            skinny,
-            chain,
-            buffers,
-        })
+        };
+        if ranks > 1 {
+            model.join(devices)?;
+        }
+        Ok(model)
+    }
+
+    /// Makes a group of its ranks.
+    fn join(&mut self, devices: &[Arc<Device>]) -> Result<(), CudaError> {
+        let hidden = self.spec.hidden;
+        let mut options = ExchangeOptions::default();
+        if self.ranks.iter().any(RankModel::pushes) {
+            options.pushed_bytes = PushedSums::bytes(hidden, devices.len());
+        }
+        let ends = AllReduce::open(devices, options)?;
+        let embeddings: Vec<_> = self.ranks.iter().map(RankModel::embedding_at).collect();
+        let chains = self.ranks.iter().all(RankModel::has_chain);
+        for (rank, end) in self.ranks.iter_mut().zip(ends) {
+            rank.join(end, &embeddings, chains)?;
+        }
+        Ok(())
     }
 
     /// What became of the weights, as a sentence for whoever starts a worker.
     pub fn weights_text(&self) -> String {
-        let matrices = || self.weights.matrices();
-        let fp8 = || matrices().filter(|w| w.format != Format::Bf16);
-        let gigabytes = self.streamed_bytes() as f64 / 1e9;
-        let mut text = format!("{} matrices, {gigabytes:.2} GB", matrices().count());
-        if fp8().count() > 0 {
-            text += &format!(", {} of them FP8", fp8().count());
+        let text = self.ranks[0].weights_text();
+        match self.ranks.len() {
+            1 => text,
+            ranks => format!("on each of {ranks} GPUs {text}"),
         }
-        let widened = fp8().filter(|w| self.prefill_gemm.widens(w)).count();
-        if widened > 0 {
-            text += &format!(
-                "; {widened} of those are made BF16 for each step of more than {} tokens: this GPU has no \
-                 product for their format",
-                skinny::ROWS_MAX
-            );
-        }
-        if self.weights.widened > 0 {
-            text += &format!(
-                "; {} came as FP8 in sizes that only BF16 can have here, and take twice the memory",
-                self.weights.widened
-            );
-        }
-        text
     }
 
-    /// Bytes of weights that a step of one row reads.
+    /// Bytes of weights that a step of one row reads, on one GPU.
     pub fn streamed_bytes(&self) -> usize {
-        self.weights.streamed_bytes()
+        self.ranks[0].streamed_bytes()
     }
 
-    /// The GPU it is on.
-    pub fn device(&self) -> &Arc<Device> {
-        &self.device
-    }
-
-    /// Rows of logits that are computed at once.
-    pub(crate) fn logits_rows(&self) -> usize {
-        logits_rows(self.options)
-    }
-
-    /// Logits of the last [`Self::logits`], `[rows][vocab]`.
-    pub(crate) fn logits_at(&self, row: usize) -> CUdeviceptr {
-        self.buffers.logits.at(row * self.spec.vocab)
-    }
-
-    /// Their best tokens.
-    pub(crate) fn best_at(&self) -> CUdeviceptr {
-        self.buffers.best.at(0)
-    }
-
-    /// From tokens to the residual stream after the last layer; writes the KV of every row.
-    ///
-    /// # Safety
-    /// `at` is a step of this shape, whose slots and tables lie in the arena of `attention`.
-    pub(crate) unsafe fn layers(
-        &mut self,
-        attention: &Attention,
-        shape: StepShape,
-        at: &StepAddresses,
-    ) -> Result<(), CudaError> {
-        let (k, b, hidden) = (&self.kernels, &self.buffers, self.spec.hidden as i32);
-        let half = (self.attention.head_dim / 2) as i32;
-        let rows = LaunchConfig::row(shape.rows, 128).early();
-        let table = self.weights.embedding.buffer.at(0);
-        let is_skinny = self.skinny.is_some() && shape.rows <= skinny::ROWS_MAX;
-        // SAFETY: the kernels' arguments, by their files; buffers hold the shape's rows.
-        unsafe {
-            let (rope_table, frequencies) = (b.rope_table.at(0), b.frequencies.at(0));
-            launch!(
-                k.angles,
-                rows,
-                rope_table,
-                frequencies,
-                at.row_position,
-                half
-            )?;
-            if is_skinny {
-                let gamma = self.weights.layers[0].attention_norm.at(0);
-                let (x, z, squares) = (b.x.at(0), b.normed.at(0), b.squares.at(0));
-                let (token, chosen) = (at.row_token, b.best.at(0));
-                launch!(
-                    k.embed_scaled,
-                    rows,
-                    x,
-                    z,
-                    squares,
-                    table,
-                    gamma,
-                    token,
-                    chosen,
-                    hidden
-                )?;
-            } else {
-                let (token, chosen) = (at.row_token, b.best.at(0));
-                launch!(k.embed, rows, b.x.at(0), table, token, chosen, hidden)?;
-            }
-            if let Some(chain) = self.chain_of(shape.rows) {
-                return self.layers_in_chains(chain, attention, shape, at);
-            }
-            for layer in 0..self.weights.layers.len() {
-                if is_skinny {
-                    self.decode_layer(layer, attention, shape, at)?;
-                } else {
-                    self.layer_of_many(layer, attention, shape, at)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn chain_of(&self, rows: usize) -> Option<&Chain> {
-        self.chain.as_ref().filter(|chain| chain.takes(rows))
-    }
-
-    /// All layers, what is between two attentions in one launch.
-    ///
-    /// # Safety
-    /// As [`Self::layers`]; there is a [`Skinny`], and the embedding has left what its norms begin with.
-    unsafe fn layers_in_chains(
-        &self,
-        chain: &Chain,
-        attention: &Attention,
-        shape: StepShape,
-        at: &StepAddresses,
-    ) -> Result<(), CudaError> {
-        let (eps, b, k) = (self.spec.rms_eps, &self.buffers, &self.kernels);
-        let streams = Streams {
-            attended: b.attended.at(0),
-            residual: b.x.at(0),
-            qkv: b.qkv.at(0),
-            z: b.normed.at(0),
-            squares: b.squares.at(0),
-        };
-        // SAFETY: as `layers`; weights as loaded.
-        unsafe {
-            self.decode_qkv(0, shape.rows)?;
-            for (index, layer) in self.weights.layers.iter().enumerate() {
-                attend(k, eps, b, layer, 0, index, attention, shape, at)?;
-                chain.launch(&self.weights, index, &streams, shape.rows)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// A layer through cuBLASLt.
-    ///
-    /// # Safety
-    /// As [`Self::layers`].
-    unsafe fn layer_of_many(
-        &mut self,
-        index: usize,
-        attention: &Attention,
-        shape: StepShape,
-        at: &StepAddresses,
-    ) -> Result<(), CudaError> {
-        let Self {
-            spec: ModelSpec { rms_eps: eps, .. },
-            weights,
-            kernels,
-            prefill_gemm,
-            buffers: b,
-            ..
-        } = self;
-        let layer = &weights.layers[index];
-        let rows = shape.rows;
-        let (x, normed, attended) = (b.x.at(0), b.normed.at(0), b.attended.at(0));
-        let (qkv, gate_up, inner) = (b.qkv.at(0), b.gate_up.at(0), b.inner.at(0));
-        let bias = layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0));
-        // SAFETY: as `layers`; weights as loaded, activations of this many rows.
-        unsafe {
-            prefill_gemm.norm(&layer.qkv, normed, x, &layer.attention_norm, 0, rows)?;
-            prefill_gemm.multiply(&layer.qkv, normed, qkv, rows, Output::Bf16)?;
-            attend(kernels, *eps, b, layer, bias, index, attention, shape, at)?;
-            prefill_gemm.prepare(&layer.output, attended, rows)?;
-            prefill_gemm.multiply(&layer.output, attended, x, rows, Output::AddF32)?;
-            prefill_gemm.norm(&layer.gate_up, normed, x, &layer.mlp_norm, 0, rows)?;
-            prefill_gemm.multiply(&layer.gate_up, normed, gate_up, rows, Output::Bf16)?;
-            prefill_gemm.swiglu(&layer.down, inner, gate_up, rows)?;
-            prefill_gemm.multiply(&layer.down, inner, x, rows, Output::AddF32)
-        }
-    }
-
-    /// A layer whose products are bound by reading the weights: norms, SwiGLU and the residual stream are in their ends.
-    ///
-    /// # Safety
-    /// As [`Self::layers`], and there is a [`Skinny`].
-    unsafe fn decode_layer(
-        &self,
-        index: usize,
-        attention: &Attention,
-        shape: StepShape,
-        at: &StepAddresses,
-    ) -> Result<(), CudaError> {
-        let (eps, b, weights) = (self.spec.rms_eps, &self.buffers, &self.weights);
-        let skinny = self.skinny.as_ref().expect("the caller has looked");
-        let layer = &weights.layers[index];
-        let (rows, squares) = (shape.rows, b.squares.at(0));
-        let norm = Some(self.decode_norm());
-        let residual = |gamma: &Buffer<u8>| Epilogue::Residual {
-            residual: b.x.at(0),
-            gamma: gamma.at(0),
-            z: b.normed.at(0),
-            squares,
-        };
-        let next = weights.layers.get(index + 1);
-        let next = next.map_or(&weights.norm, |next| &next.attention_norm);
-        let swiglu = Epilogue::SwiGlu { y: b.inner.at(0) };
-        // SAFETY: as `layers`; weights as loaded.
-        unsafe {
-            self.decode_qkv(index, rows)?;
-            attend(&self.kernels, eps, b, layer, 0, index, attention, shape, at)?;
-            let end = residual(&layer.mlp_norm);
-            skinny.multiply(&layer.output, &b.skinny_attended, rows, None, end)?;
-            skinny.multiply(&layer.gate_up, &b.skinny_normed, rows, norm, swiglu)?;
-            skinny.multiply(&layer.down, &b.skinny_inner, rows, None, residual(next))
-        }
-    }
-
-    /// A layer's queries, keys and values.
-    ///
-    /// # Safety
-    /// As [`Self::decode_layer`].
-    unsafe fn decode_qkv(&self, index: usize, rows: usize) -> Result<(), CudaError> {
-        let (b, layer) = (&self.buffers, &self.weights.layers[index]);
-        let skinny = self.skinny.as_ref().expect("the caller has looked");
-        let end = Epilogue::Store {
-            y: b.qkv.at(0),
-            bias: layer.qkv_bias.as_ref().map_or(0, |bias| bias.at(0)),
-        };
-        let norm = Some(self.decode_norm());
-        // SAFETY: as the caller's; weights as loaded.
-        unsafe { skinny.multiply(&layer.qkv, &b.skinny_normed, rows, norm, end) }
-    }
-
-    /// What a product of few rows begins with, where a product before it has left it.
-    fn decode_norm(&self) -> Norm {
-        Norm {
-            squares: self.buffers.squares.at(0),
-            parts: self.spec.hidden.div_ceil(skinny::SQUARES),
-            eps: self.spec.rms_eps,
-        }
-    }
-
-    /// Logits of all rows of a step, in order, and the best token of each.
-    ///
-    /// # Safety
-    /// [`Self::layers`] has run the step.
-    pub(crate) unsafe fn all_logits(&mut self, shape: StepShape) -> Result<(), CudaError> {
-        let (b, rows) = (&self.buffers, shape.rows);
-        match &self.skinny {
-            Some(skinny) if rows <= skinny::ROWS_MAX => {
-                let norm = match self.chain_of(rows) {
-                    Some(_) => Norm {
-                        parts: Chain::squares(self.spec.hidden),
-                        ..self.decode_norm()
-                    },
-                    None => self.decode_norm(),
-                };
-                let (head, x) = (self.weights.lm_head(), &b.skinny_normed);
-                let end = Epilogue::Logits { y: b.logits.at(0) };
-                // SAFETY: the last layer has left z and the squares; buffers hold the rows.
-                unsafe {
-                    skinny.multiply(head, x, rows, Some(norm), end)?;
-                    self.argmax(rows)
-                }
-            }
-            // SAFETY: null chooses every row.
-            _ => unsafe { self.logits(0, rows) },
-        }
-    }
-
-    /// Logits of `rows` wanted rows, and the best token of each.
-    ///
-    /// # Safety
-    /// `wanted` are rows of the step that [`Self::layers`] has run, at most [`Self::logits_rows`].
-    pub(crate) unsafe fn logits(
-        &mut self,
-        wanted: CUdeviceptr,
-        rows: usize,
-    ) -> Result<(), CudaError> {
-        let Self {
-            weights,
-            prefill_gemm,
-            buffers: b,
-            ..
-        } = self;
-        let (head, gamma) = (weights.lm_head(), &weights.norm);
-        let (x, normed, logits) = (b.x.at(0), b.normed.at(0), b.logits.at(0));
-        // SAFETY: buffers hold this many rows.
-        unsafe {
-            prefill_gemm.norm(head, normed, x, gamma, wanted, rows)?;
-            prefill_gemm.multiply(head, normed, logits, rows, Output::F32)?;
-            self.argmax(rows)
-        }
-    }
-
-    /// # Safety
-    /// There are logits of this many rows.
-    unsafe fn argmax(&self, rows: usize) -> Result<(), CudaError> {
-        let (b, vocab) = (&self.buffers, self.spec.vocab);
-        let shape = LaunchConfig::plane(ARGMAX_PARTS, rows, 256).early();
-        // SAFETY: the kernel's arguments, by its file.
-        unsafe {
-            launch!(
-                self.kernels.argmax,
-                shape,
-                b.best.at(0),
-                b.logits.at(0),
-                vocab as i32,
-                vocab as i64,
-                b.best_parts.at(0),
-                b.best_arrived.at(0),
-            )
-        }
+    /// The GPUs it is on, by rank.
+    pub fn devices(&self) -> Vec<Arc<Device>> {
+        self.ranks.iter().map(|rank| rank.device.clone()).collect()
     }
 }
 
-/// From the query-key-value product to attention's output.
-///
-/// # Safety
-/// As [`CudaModel::layers`].
-unsafe fn attend(
-    kernels: &Kernels,
-    eps: f32,
-    b: &Buffers,
-    layer: &LayerWeights,
-    bias: CUdeviceptr,
-    index: usize,
-    attention: &Attention,
-    shape: StepShape,
-    at: &StepAddresses,
-) -> Result<(), CudaError> {
-    let norms = layer.qk_norm.as_ref();
-    let (q_norm, k_norm) = norms.map_or((0, 0), |(q, k)| (q.at(0), k.at(0)));
-    let inputs = Inputs {
-        qkv: b.qkv.at(0),
-        bias,
-        q_norm,
-        k_norm,
-        eps,
-        rope_table: b.rope_table.at(0),
-        q: b.q.at(0),
-    };
-    let (q_heads, kv_heads) = attention.heads();
-    let heads = q_heads + 2 * kv_heads;
-    let rope = LaunchConfig::plane(heads.div_ceil(4), shape.rows, 128).early();
-    // SAFETY: the kernels' arguments, by their files.
-    unsafe {
-        if !attention.makes_queries(shape) {
-            launch!(
-                kernels.rope,
-                rope,
-                inputs.qkv,
-                bias,
-                q_norm,
-                k_norm,
-                inputs.eps,
-                inputs.rope_table,
-                at.row_slot,
-                inputs.q,
-                attention.arena(),
-                q_heads as i32,
-                kv_heads as i32,
-                attention.layers() as i32,
-                index as i32,
-                attention.block_tokens() as i32,
-            )?;
-        }
-        attention.launch(index, shape, at, &inputs, b.attended.at(0))
+/// What each rank's thread gives. Of several errors that of the first rank.
+pub(crate) fn on_all<T: Send>(
+    devices: &[Arc<Device>],
+    work: &(dyn Fn(usize) -> Result<T, CudaError> + Sync),
+) -> Result<Vec<T>, CudaError> {
+    if devices.len() == 1 {
+        return Ok(vec![work(0)?]);
     }
-}
-
-impl Kernels {
-    fn load(device: &Arc<Device>, compiler: &Compiler, head_dim: usize) -> Result<Self, CudaError> {
-        let head_dim = [format!("HEAD_DIM={head_dim}")];
-        let module = |source: &sources::Source, defines: &[String]| {
-            Module::load(device, &compiler.compile(source, defines)?)
-        };
-        let embed = module(&sources::EMBED, &[])?;
-        Ok(Self {
-            angles: embed.kernel("angles", 0)?,
-            embed: embed.kernel("embed", 0)?,
-            embed_scaled: embed.kernel("embed_scaled", 0)?,
-            rope: module(&sources::ROPE, &head_dim)?.kernel("rope", 0)?,
-            argmax: module(&sources::ARGMAX, &[])?.kernel("argmax", 0)?,
-        })
-    }
-}
-
-/// What all layers are, if the kernels compute such layers.
-fn check(spec: &ModelSpec) -> Result<(&AttentionSpec, &GatedMlpSpec), CudaError> {
-    spec.check().map_err(CudaError::Unsupported)?;
-    let LayerKind {
-        mixer: Mixer::Attention(attention),
-        mlp: Mlp::Gated(mlp),
-    } = &**spec.one_kind().map_err(CudaError::Unsupported)?;
-    let refuse = |what: String| Err(CudaError::Unsupported(what));
-    if !mlp.intermediate.is_multiple_of(GATE_UP_ROWS) {
-        return refuse(format!(
-            "its feed-forward layer is {} wide, no multiple of {GATE_UP_ROWS}",
-            mlp.intermediate
-        ));
-    }
-    if !spec.hidden.is_multiple_of(2) {
-        return refuse(format!("its width {} is odd", spec.hidden));
-    }
-    if attention.head_dim > 256 {
-        return refuse(format!(
-            "heads of {} numbers, more than 256",
-            attention.head_dim
-        ));
-    }
-    Ok((attention, mlp))
-}
-
-#[cfg(test)]
-mod tests {
-    use baton_executor_tests::tiny_families;
-
-    use super::*;
-
-    #[test]
-    fn a_model_whose_layers_differ_is_refused_by_what_they_are() {
-        let mut spec = ModelSpec::try_from(tiny_families().remove(0)).expect("a model");
-        assert!(check(&spec).is_ok());
-        let Mlp::Gated(mlp) = &mut Arc::make_mut(&mut spec.layers[1]).mlp;
-        mlp.intermediate += GATE_UP_ROWS;
-        let error = check(&spec).expect_err("refused").to_string();
-        assert!(error.contains("its layers differ (1 with"), "{error}");
-        assert!(error.contains("a gated MLP of 104, 1 with"), "{error}");
-    }
+    let done: Vec<Result<T, CudaError>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..devices.len())
+            .map(|rank| scope.spawn(move || work(rank)))
+            .collect();
+        let threads = threads.into_iter();
+        threads
+            .map(|thread| thread.join().expect("loading does not panic"))
+            .collect()
+    });
+    let done = done.into_iter().zip(devices);
+    done.map(|(done, device)| done.map_err(|error| error.on(device.ordinal())))
+        .collect()
 }

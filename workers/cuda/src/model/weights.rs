@@ -5,15 +5,19 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use baton_model::{
     Fp8Scales, LayerKind, MatrixBytes, Mixer, Mlp, ModelSpec, TensorSource, dequantize_row, names,
 };
 
+use cudarc::driver::sys::CUdeviceptr;
+
 use crate::error::CudaError;
 use crate::gpu::device::{Buffer, Device};
 use crate::products::matrix::{BLOCK, Format, Matrix, RowOrder, extend_stored};
+use crate::ranks::RANKS_MAX;
 
 /// Rows of gate, then as many of up, and so on: what SwiGLU reads together lies together.
 pub const GATE_UP_ROWS: usize = 8;
@@ -21,15 +25,37 @@ pub const GATE_UP_ROWS: usize = 8;
 /// Most bytes that are rearranged on the host before they are copied.
 const STAGE_BYTES: usize = 32 << 20;
 
-/// All weights of a model. Numbers are BF16, kept as bytes; those of the projections may be FP8.
+/// Where tokens' embeddings are: `Table` of `kernels/embed.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Embedding {
+    parts: [u64; RANKS_MAX],
+    vocab: i32,
+    count: i32,
+}
+
+impl Embedding {
+    /// In nearly equal parts, of which each rank's weights have one.
+    pub(crate) fn of(vocab: usize, parts: &[CUdeviceptr]) -> Self {
+        let mut addresses = [0; RANKS_MAX];
+        addresses[..parts.len()].copy_from_slice(parts);
+        Self {
+            parts: addresses,
+            vocab: vocab as i32,
+            count: parts.len() as i32,
+        }
+    }
+}
+
+/// All weights of a model, or a rank's part of them. Numbers are BF16, kept as bytes; those of the projections may be FP8.
 pub struct ModelWeights {
-    /// `[vocab][hidden]`.
+    /// `[vocab][hidden]`; a rank's part of the vocabulary.
     pub embedding: Matrix,
     /// The decoder layers.
     pub layers: Vec<LayerWeights>,
     /// `[hidden]`.
     pub norm: Buffer<u8>,
-    /// `[vocab][hidden]`; `None` if the embedding is it.
+    /// Alike; `None` if the embedding is it.
     lm_head: Option<Matrix>,
     /// Matrices that came as FP8 and had to be made BF16.
     pub widened: usize,
@@ -56,13 +82,14 @@ pub struct LayerWeights {
 }
 
 impl ModelWeights {
-    /// Copies a model to the GPU.
+    /// Copies a model to the GPU, or a rank's part, of which `spec` has the sizes and `own` the rows of the vocabulary.
     ///
     /// # Errors
     /// [`CudaError::Weight`] or [`CudaError::Memory`] say which tensor.
     pub fn load(
         device: &Arc<Device>,
         spec: &ModelSpec,
+        own: Range<usize>,
         source: &dyn TensorSource,
     ) -> Result<Self, CudaError> {
         let loader = Loader {
@@ -70,21 +97,27 @@ impl ModelWeights {
             source,
             widened: Cell::new(0),
         };
-        let (vocab, hidden) = (spec.vocab, spec.hidden);
-        let head = |name| {
-            let buffer = loader.one(name, &[vocab, hidden])?;
-            let sizes = [vocab, hidden];
+        let hidden = spec.hidden;
+        let sizes = [own.len(), hidden];
+        let matrix = |name, bytes| {
+            let buffer = Buffer::of(device, bytes, name)?;
             Matrix::new(device, buffer, None, Format::Bf16, RowOrder::Plain, sizes)
         };
+        // Every rank's source has all of the embedding.
+        let embedding = loader.bytes(names::EMBED, &[spec.vocab, hidden])?;
+        let row = 2 * hidden;
         Ok(Self {
-            embedding: head(names::EMBED)?,
+            embedding: matrix(names::EMBED, &embedding[own.start * row..own.end * row])?,
             layers: (spec.layers.iter().enumerate())
                 .map(|(index, kind)| LayerWeights::load(&loader, hidden, kind, index))
                 .collect::<Result<_, _>>()?,
             norm: loader.one(names::FINAL_NORM, &[hidden])?,
             lm_head: match spec.tied_embeddings {
                 true => None,
-                false => Some(head(names::LM_HEAD)?),
+                false => {
+                    let bytes = loader.bytes(names::LM_HEAD, &sizes)?;
+                    Some(matrix(names::LM_HEAD, &bytes)?)
+                }
             },
             widened: loader.widened.get(),
         })

@@ -14,6 +14,7 @@ use crate::gpu::kernel::{Kernel, LaunchConfig, Module};
 use crate::gpu::sources;
 use crate::gpu::tensor_map::{Piece, TensorMap};
 use crate::launch;
+use crate::ranks::{Arguments, PushedSums, Slots};
 
 /// Rows that one variant of the kernel handles; a step takes the least that has room.
 const ROW_TILES: [usize; 6] = [8, 16, 24, 32, 48, 64];
@@ -38,6 +39,8 @@ pub struct Skinny {
     clusters: bool,
     /// Of each format of weights that there are, by rows.
     variants: [Vec<Variant>; Format::ALL.len()],
+    /// Where there are several ranks.
+    pushed: Option<PushedSums>,
 }
 
 struct Variant {
@@ -85,8 +88,11 @@ pub enum Epilogue {
         /// `[outputs]`, or null.
         bias: CUdeviceptr,
     },
-    /// Added to the residual stream; what the next norm begins with is left beside it.
+    /// Added to the residual stream; what the next norm begins with is left beside it. With several ranks, the sum of all
+    /// ranks' products is added.
     Residual {
+        /// Layer and sum of it, for [`PushedSums::slots`].
+        sum: (usize, usize),
         /// f32 `[rows][outputs]`.
         residual: CUdeviceptr,
         /// The next norm's weight, `[outputs]`.
@@ -127,6 +133,8 @@ struct Parameters {
     rows: i32,
     x_ssq_tiles: i32,
     eps: f32,
+    slots: Slots,
+    ranks: Arguments,
 }
 
 impl Activations {
@@ -182,7 +190,7 @@ impl Skinny {
             && Self::takes(inner, hidden)
     }
 
-    /// Compiles the variants that steps of up to `rows` rows need, with weights of these formats.
+    /// Compiles the variants that steps of up to `rows` rows need, with weights of these formats, for one of `ranks` ranks.
     ///
     /// # Errors
     /// [`CudaError`].
@@ -191,6 +199,7 @@ impl Skinny {
         compiler: &Compiler,
         rows: usize,
         formats: &[Format],
+        ranks: usize,
     ) -> Result<Self, CudaError> {
         let last = ROW_TILES.iter().position(|tile| *tile >= rows);
         let tiles = &ROW_TILES[..last.map_or(ROW_TILES.len(), |last| last + 1)];
@@ -198,14 +207,20 @@ impl Skinny {
         for format in Format::ALL.into_iter().filter(|f| formats.contains(f)) {
             let loaded = tiles
                 .iter()
-                .map(|tile| Variant::load(device, compiler, *tile, format));
+                .map(|tile| Variant::load(device, compiler, *tile, format, ranks));
             variants[format.number()] = loaded.collect::<Result<_, _>>()?;
         }
         Ok(Self {
             multiprocessors: device.multiprocessors() as usize,
             clusters: device.capability() == (9, 0),
             variants,
+            pushed: None,
         })
+    }
+
+    /// Whose products are parts of sums over ranks: before the first one.
+    pub fn push(&mut self, sums: PushedSums) {
+        self.pushed = Some(sums);
     }
 
     /// y = end(x · wᵀ) for `rows` rows.
@@ -244,6 +259,8 @@ impl Skinny {
             rows: rows as i32,
             x_ssq_tiles: norm.map_or(0, |norm| norm.parts as i32),
             eps: norm.map_or(0.0, |norm| norm.eps),
+            slots: Slots::NONE,
+            ranks: Arguments::NONE,
         };
         // What was faster for the shapes of an 8B model (docs/cuda-gemm.md). The residual's products have too few outputs, and
         // converting FP8 takes longer than reading rows again.
@@ -259,11 +276,15 @@ impl Skinny {
                 &tile.store
             }
             Epilogue::Residual {
+                sum: (layer, sum),
                 residual,
                 gamma,
                 z,
                 squares,
             } => {
+                if let Some(pushed) = &self.pushed {
+                    (p.slots, p.ranks) = (pushed.slots(layer, sum), pushed.arguments());
+                }
                 (p.residual, p.gamma, p.y, p.y_ssq) = (residual, gamma, z, squares);
                 &tile.residual
             }
@@ -328,11 +349,13 @@ impl Variant {
         compiler: &Compiler,
         rows: usize,
         format: Format,
+        ranks: usize,
     ) -> Result<Self, CudaError> {
         let load = |more: Option<String>| {
             let mut defines = vec![
                 format!("N_TILE={rows}"),
                 format!("WEIGHT={}", format.number()),
+                format!("RANKS={ranks}"),
             ];
             defines.extend(more);
             let module = Module::load(device, &compiler.compile(&sources::GEMM_SKINNY, &defines)?)?;
@@ -375,6 +398,7 @@ mod tests {
     #[test]
     fn parameters_are_laid_out_as_in_the_kernel() {
         assert_eq!(std::mem::offset_of!(Parameters, out), 2 * 128 + 9 * 8);
-        assert_eq!(size_of::<Parameters>(), 384);
+        assert_eq!(std::mem::offset_of!(Parameters, ranks), 368);
+        assert_eq!(size_of::<Parameters>(), 512);
     }
 }

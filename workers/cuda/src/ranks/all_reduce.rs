@@ -94,8 +94,8 @@ pub struct AllReduce {
     kernels: [[Kernel; 3]; 2],
     threads: usize,
     blocks_max: usize,
-    /// Not where ranks share a GPU: blocks that wait for their turn would keep the other rank's out, and be waited for.
-    early: bool,
+    /// Ranks on this GPU.
+    sharing: usize,
 }
 
 impl AllReduce {
@@ -121,11 +121,7 @@ impl AllReduce {
         let ends = devices.iter().zip(compiled).enumerate();
         ends.map(|(rank, (device, (shape, module)))| {
             let [threads, turn_blocks, _, resident] = shape.map(|x| x as usize);
-            let kernel = |shot, dtype| {
-                let kernel = module.kernel(&format!("{shot}_{dtype}"), 0)?;
-                kernel.load()?;
-                Ok::<_, CudaError>(kernel)
-            };
+            let kernel = |shot, dtype| module.kernel(&format!("{shot}_{dtype}"), 0);
             let of = |shot| -> Result<[Kernel; 3], CudaError> {
                 Ok([
                     kernel(shot, "bf16")?,
@@ -145,7 +141,7 @@ impl AllReduce {
                 kernels: [of("one_shot")?, of("two_shot")?],
                 threads,
                 blocks_max: resident.min(turn_blocks),
-                early: sharing == 1,
+                sharing,
             })
         })
         .collect()
@@ -154,6 +150,11 @@ impl AllReduce {
     /// Which rank this is.
     pub fn rank(&self) -> usize {
         self.rank
+    }
+
+    /// Ranks of the group that are on this one's GPU, itself too: 1 but in tests.
+    pub(crate) fn sharing(&self) -> usize {
+        self.sharing
     }
 
     /// The rank's GPU.
@@ -219,10 +220,7 @@ impl AllReduce {
                 residual => at(residual, out_bytes),
             };
             let kernel = &self.kernels[set][sum.dtype.index()];
-            let shape = LaunchConfig {
-                early: self.early,
-                ..LaunchConfig::row(blocks, self.threads as u32)
-            };
+            let shape = LaunchConfig::row(blocks, self.threads as u32).early();
             // SAFETY: the kernel's arguments, by its file; the caller's promise.
             unsafe {
                 crate::launch!(
@@ -250,13 +248,30 @@ impl AllReduce {
         }
     }
 
+    /// The exchange, for others who use it.
+    pub(crate) fn exchange(&self) -> &Arc<Exchange> {
+        &self.exchange
+    }
+
+    /// Whether a sum that is over did without a rank. Never waits: what runs yet is not known.
+    ///
+    /// # Errors
+    /// [`CudaError::Rank`].
+    pub fn told(&self) -> Result<(), CudaError> {
+        self.judge(self.exchange.told(self.rank))
+    }
+
     /// Waits for all that was launched on this rank's stream.
     ///
     /// # Errors
     /// [`CudaError::Rank`] if a sum since the group was opened did without a rank, [`CudaError::Driver`].
     pub fn check(&self) -> Result<(), CudaError> {
         self.device.bind()?;
-        match self.exchange.failed(self.rank)? {
+        self.judge(self.exchange.failed(self.rank)?)
+    }
+
+    fn judge(&self, missing: Option<u32>) -> Result<(), CudaError> {
+        match missing {
             None => Ok(()),
             Some(missing) => Err(CudaError::Rank {
                 missing,

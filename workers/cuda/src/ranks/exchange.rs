@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use super::RANKS_MAX;
 use crate::error::CudaError;
-use crate::gpu::device::{Buffer, Device};
+use crate::gpu::device::{Buffer, Device, Pinned};
 
 /// Sizes and limits of a group's sums.
 #[derive(Clone, Copy, Debug)]
 pub struct ExchangeOptions {
     /// Bytes of one of the two sets of slots that each rank has: a multiple of 16. A larger sum takes several turns.
     pub set_bytes: usize,
+    /// Bytes of the slots that products push their sums to, behind the sets ([`super::PushedSums`]); 0 where none do.
+    pub pushed_bytes: usize,
     /// How long a rank waits for another one's part. Longer than hosts may be late with a step, shorter than the watchdog's
     /// limit for one.
     pub wait: Duration,
@@ -23,6 +25,7 @@ impl Default for ExchangeOptions {
     fn default() -> Self {
         Self {
             set_bytes: 32 << 20,
+            pushed_bytes: 0,
             wait: Duration::from_secs(10),
             hold_back: false,
         }
@@ -32,22 +35,38 @@ impl Default for ExchangeOptions {
 /// What kernels are told of a group: `Exchange` of `kernels/exchange.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(super) struct Arguments {
+pub(crate) struct Arguments {
     memory: [u64; RANKS_MAX],
     set_bytes: u64,
     wait_ns: u64,
+    told: u64,
     rank: u32,
     padding: u32,
 }
 
-/// Exchange memory of all ranks. No kernel may be running that uses it when it goes: [`super::AllReduce`] waits.
-pub(super) struct Exchange {
-    memory: Vec<Buffer<u8>>,
-    header_bytes: usize,
-    pub(super) options: ExchangeOptions,
+impl Arguments {
+    /// For kernels of a model on one GPU, which read nothing of it.
+    pub(crate) const NONE: Self = Self {
+        memory: [0; RANKS_MAX],
+        set_bytes: 0,
+        wait_ns: 0,
+        told: 0,
+        rank: 0,
+        padding: 0,
+    };
 }
 
-// SAFETY: the buffers are addresses of GPU memory; the host touches them in `new` and, with copies, in `failed`.
+/// Exchange memory of all ranks. No kernel may be running that uses it when it goes: [`super::AllReduce`] waits.
+pub(crate) struct Exchange {
+    memory: Vec<Buffer<u8>>,
+    /// On the host, of each rank: 1 + the rank that did not come, once a kernel knows.
+    told: Vec<Pinned<u32>>,
+    header_bytes: usize,
+    pub(crate) options: ExchangeOptions,
+}
+
+// SAFETY: the buffers are addresses of GPU memory; the host touches them in `new` and, with copies, in `failed`. What kernels tell is
+// read as they write it, a word at a time.
 unsafe impl Sync for Exchange {}
 
 impl Exchange {
@@ -70,7 +89,7 @@ impl Exchange {
             devices.len()
         );
         let memory = devices.iter().map(|device| {
-            let bytes = header_bytes + 2 * set;
+            let bytes = header_bytes + 2 * set + options.pushed_bytes;
             let mut memory = Buffer::uninitialized(device, bytes, "sums across GPUs")?;
             memory.fill_bytes(0xff)?; // MISSING
             memory.write(0, &vec![0; header_bytes])?; // waits: peers find it as it should be
@@ -78,6 +97,10 @@ impl Exchange {
         });
         Ok(Arc::new(Self {
             memory: memory.collect::<Result<_, CudaError>>()?,
+            told: devices
+                .iter()
+                .map(|device| Pinned::zeroed(device, 1))
+                .collect::<Result<_, _>>()?,
             header_bytes,
             options,
         }))
@@ -91,10 +114,28 @@ impl Exchange {
         Arguments {
             memory,
             set_bytes: self.options.set_bytes as u64,
+            // Host memory has the same address on all GPUs.
+            told: self.told[rank].as_ptr().addr() as u64,
             wait_ns: self.options.wait.as_nanos().min(u128::from(u64::MAX / 2)) as u64,
             rank: rank as u32,
             padding: 0,
         }
+    }
+
+    pub fn ranks(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// Where slots of pushed sums begin in a rank's memory.
+    pub fn pushed_at(&self) -> usize {
+        self.header_bytes + 2 * self.options.set_bytes
+    }
+
+    /// Which rank did not send its part in time, as far as `rank`'s kernels have told the host. Never waits.
+    pub fn told(&self, rank: usize) -> Option<u32> {
+        // SAFETY: a word of pinned memory, which a kernel may be writing.
+        let word = unsafe { self.told[rank].as_ptr().read_volatile() };
+        word.checked_sub(1)
     }
 
     /// Which rank did not send its part in time, after all that was launched on `rank`'s stream.

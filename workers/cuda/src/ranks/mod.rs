@@ -2,11 +2,16 @@
 //!
 //! One process, one thread a rank. `docs/cuda-ranks.md` is the protocol.
 
+mod all_gather;
 mod all_reduce;
 mod exchange;
+mod pushed;
 
+pub use all_gather::AllGather;
 pub use all_reduce::{Algorithm, AllReduce, Sum, SumDtype};
+pub(crate) use exchange::Arguments;
 pub use exchange::ExchangeOptions;
+pub(crate) use pushed::{PushedSums, Slots, set};
 
 use std::sync::Arc;
 

@@ -127,9 +127,11 @@ fn cut(
             Cow::Owned(bytes) => Cow::Owned(bytes[all].to_vec()),
         };
     }
-    let rows = bytes[all].chunks_exact(across * size);
-    let of_row = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
-    Cow::Owned(rows.flat_map(of_row).collect())
+    let mut part = Vec::with_capacity(rows.len() * columns.len() * size);
+    for row in bytes[all].chunks_exact(across * size) {
+        part.extend_from_slice(&row[columns.start * size..columns.end * size]);
+    }
+    Cow::Owned(part)
 }
 
 fn cut_fp8(

@@ -22,7 +22,7 @@ pub enum MatrixBytes<'a> {
 }
 
 /// Anything that has tensors.
-pub trait TensorSource {
+pub trait TensorSource: Sync {
     /// The BF16 tensor of this name; an error is the reason as a sentence.
     fn bf16(&self, name: &str) -> Result<TensorBytes<'_>, String>;
 

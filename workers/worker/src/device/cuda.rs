@@ -47,7 +47,13 @@ impl Backend {
             step_tokens_max: config.step_tokens,
             step_sequences_max: config.batch,
         };
-        let loaded = CudaModel::load(&device, model.spec(), &weights, options).map_err(failed)?;
+        let loaded = CudaModel::load(
+            std::slice::from_ref(&device),
+            model.spec(),
+            &[&weights],
+            options,
+        );
+        let loaded = loaded.map_err(failed)?;
         tracing::info!(weights = loaded.weights_text(), "the model is on the GPU");
         let kv = baton_engine::kv_geometry(model.spec(), config.block_tokens);
         let (free, _) = device.memory().map_err(failed)?;
@@ -70,7 +76,7 @@ impl Backend {
             unreachable!("one rank has one arena");
         };
         let shares = KvShares::whole(&kv);
-        let executor = CudaExecutor::new(loaded, memory, kv).map_err(failed)?;
+        let executor = CudaExecutor::new(loaded, vec![memory], kv).map_err(failed)?;
         Ok(Self {
             executor: Box::new(executor),
             shares,

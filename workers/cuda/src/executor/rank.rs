@@ -1,4 +1,7 @@
-//! One step: told to the GPU, run, and its tokens taken back; the next is told before that.
+//! One step on one GPU: told to it, run, and its tokens taken back; the next is told before that.
+//!
+//! Where there are several GPUs, each has all logits and chooses all tokens: the choice depends on nothing but them, so all ranks
+//! choose the same, and the next step finds its tokens on each GPU.
 //!
 //! Everything runs on one stream, so two steps under way share all of the GPU's memory and need two of only what the host
 //! touches: the arrays that it writes, the tokens that it reads ([`Slot`]). A step that follows reads a token where the step in
@@ -10,8 +13,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_engine::{
-    Choice, Choices, Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepId,
-    StepOutput, StepPlan, TokenMask, Want, What, answer, uniform_arena, wants,
+    Choice, Choices, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepId, StepOutput,
+    StepPlan, TokenMask, Want, What, answer, kv_geometry, uniform_arena, wants,
 };
 use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
@@ -20,16 +23,16 @@ use crate::error::CudaError;
 use crate::gpu::device::{Device, Pinned};
 use crate::gpu::event::Event;
 use crate::gpu::graph::Graph;
-use crate::model::CudaModel;
 use crate::model::attention::Attention;
+use crate::model::rank::RankModel;
 use crate::options::{padded_rows, rows_max};
-use crate::sampling::{Answer, Batch, Sampler};
+use crate::sampling::{Answer, Batch, Room, Sampler};
 use crate::step::{DECODE_SIZES, SLOTS, StepAddresses, StepArrays, StepShape, decode_size};
 
-/// A model on a GPU.
-pub struct CudaExecutor {
+/// A model, or a rank's part of it, on a GPU.
+pub(super) struct RankExecutor {
     info: ExecutorInfo,
-    model: CudaModel,
+    pub(super) model: RankModel,
     attention: Attention,
     arrays: StepArrays,
     graphs: Vec<(usize, Graph)>,
@@ -63,18 +66,19 @@ struct Step {
     unchosen: Option<(Vec<Want>, StepAddresses)>,
 }
 
-impl CudaExecutor {
-    /// Takes the arena, and captures a graph for each size of a decode batch.
+impl RankExecutor {
+    /// Takes the arena: `kv` is the whole model's, `memory` has this rank's part of each block. Nothing is captured yet.
     ///
     /// # Errors
     /// [`CudaError`] says which field of the geometry does not fit, or what failed.
-    pub fn new(
-        model: CudaModel,
+    pub(super) fn new(
+        model: RankModel,
         memory: Arc<dyn KvMemory>,
-        kv: KvGeometry,
+        kv: &KvGeometry,
     ) -> Result<Self, CudaError> {
         let (spec, options, device) = (&model.spec, model.options, model.device.clone());
-        let (layers, blocks) = uniform_arena(spec, &kv, memory.len()).map_err(CudaError::Arena)?;
+        let own = kv_geometry(spec, kv.block_tokens);
+        let (layers, blocks) = uniform_arena(spec, &own, memory.len()).map_err(CudaError::Arena)?;
         let info = ExecutorInfo {
             device: format!("cuda:{} {}", device.ordinal(), device.name()),
             // A slot is block * block_tokens + offset in 31 bits.
@@ -96,7 +100,7 @@ impl CudaExecutor {
             &model.compiler,
             &model.attention,
             memory,
-            (&kv, layers),
+            (&own, layers),
             sequences,
         )?;
         let rows = rows_max(options);
@@ -108,7 +112,7 @@ impl CudaExecutor {
         };
         let entries = sequences * kv.blocks_for(spec.tokens_max);
         let sampler = Sampler::new(&device, &model.compiler, spec.vocab, model.logits_rows())?;
-        let mut executor = Self {
+        Ok(Self {
             arrays: StepArrays::new(&device, largest, entries)?,
             logits: None,
             slots: [Slot::new(&device, &sampler)?, Slot::new(&device, &sampler)?],
@@ -120,43 +124,82 @@ impl CudaExecutor {
             attention,
             graphs: Vec::new(),
             rows: Rows::default(),
-        };
-        executor.capture()?;
-        Ok(executor)
+        })
     }
 
-    /// The GPU it runs on.
-    pub fn device(&self) -> &Arc<Device> {
-        self.model.device()
+    pub(super) fn info(&self) -> &ExecutorInfo {
+        &self.info
     }
 
-    /// Bytes of weights that a step of one row reads, for benchmarks.
-    pub fn streamed_bytes(&self) -> usize {
-        self.model.streamed_bytes()
-    }
-
-    /// Runs each decode size once without a sequence, so that everything is loaded and planned, and captures it.
-    fn capture(&mut self) -> Result<(), CudaError> {
-        let device = self.model.device.clone();
+    /// Decode sizes that are captured.
+    pub(super) fn sizes(&self) -> impl Iterator<Item = usize> + use<> {
         let largest = decode_size(self.info.step_sequences_max);
-        for size in DECODE_SIZES.into_iter().filter(|size| *size <= largest) {
-            let shape = decode_shape(size);
-            let (rows, kv) = (Rows::default(), self.info.kv.clone());
-            let at = self.arrays.upload(0, shape, &rows, &[], &[], &kv)?;
-            // SAFETY: rows without slots and sequences without tokens touch no block.
-            unsafe { self.decode(shape, &at)? };
-            device.synchronize()?;
-            // SAFETY: as above.
-            let graph = Graph::capture(&device, || unsafe { self.decode(shape, &at) })?;
-            self.graphs.push((size, graph));
+        DECODE_SIZES
+            .into_iter()
+            .filter(move |size| *size <= largest)
+    }
+
+    /// Runs a decode size once without a sequence, so that everything is loaded and planned. All ranks do it, at the same time.
+    pub(super) fn rehearse(&mut self, size: usize) -> Result<(), CudaError> {
+        self.model.device.bind()?;
+        let (shape, at) = self.empty_step(size)?;
+        // SAFETY: rows without slots and sequences without tokens touch no block.
+        unsafe { self.decode(shape, &at)? };
+        self.model.device.synchronize()
+    }
+
+    /// Captures a decode size. All ranks have rehearsed it.
+    pub(super) fn capture(&mut self, size: usize) -> Result<(), CudaError> {
+        let device = self.model.device.clone();
+        device.bind()?;
+        let (shape, at) = self.empty_step(size)?;
+        // SAFETY: as `rehearse`.
+        let graph = Graph::capture(&device, || unsafe { self.decode(shape, &at) })?;
+        self.graphs.push((size, graph));
+        device.synchronize()
+    }
+
+    fn empty_step(&mut self, size: usize) -> Result<(StepShape, StepAddresses), CudaError> {
+        let shape = decode_shape(size);
+        let (rows, kv) = (Rows::default(), self.info.kv.clone());
+        let at = self.arrays.upload(0, shape, &rows, &[], &[], &kv)?;
+        Ok((shape, at))
+    }
+
+    /// Room that a step takes beyond what there is, if its tokens are chosen as the plan says and with these masks.
+    pub(super) fn lacks(&self, plan: &StepPlan, masks: &[Option<Arc<TokenMask>>]) -> Option<Room> {
+        let needed = self.sampler.needed(plan, masks);
+        let logits = plan.want_logits && self.logits.is_none();
+        let batches = self.slots.iter().map(|slot| &slot.batch);
+        let lacks = logits
+            || batches
+                .into_iter()
+                .any(|b| !self.sampler.has_room(b, needed));
+        lacks.then_some(needed.and_logits(logits))
+    }
+
+    /// Makes that room. No step waits for another rank that this one would keep waiting.
+    pub(super) fn make_room(&mut self, room: Room) -> Result<(), CudaError> {
+        self.model.device.bind()?;
+        self.model.device.synchronize()?;
+        for slot in &mut self.slots {
+            self.sampler.make_room(&mut slot.batch, room)?;
+        }
+        if room.logits && self.logits.is_none() {
+            self.logits = Some(self.host_logits()?);
         }
         Ok(())
+    }
+
+    fn host_logits(&self) -> Result<Pinned<f32>, CudaError> {
+        let rows = self.model.logits_rows();
+        Pinned::zeroed(&self.model.device, rows * self.model.spec.vocab)
     }
 
     /// Everything of a decode step, in order.
     ///
     /// # Safety
-    /// As [`CudaModel::layers`].
+    /// As [`RankModel::layers`].
     unsafe fn decode(&mut self, shape: StepShape, at: &StepAddresses) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe {
@@ -250,22 +293,20 @@ impl CudaExecutor {
         wants: Vec<Want>,
         at: &StepAddresses,
     ) -> Result<(), CudaError> {
-        let slot = &mut self.slots[step.slot];
         let (best, logits) = (self.model.best_at(), self.model.logits_at(0));
         if step.want_logits {
             let vocab = self.model.spec.vocab;
-            let host = match &mut self.logits {
+            let host = match self.logits.take() {
                 Some(host) => host,
-                none => {
-                    let rows = self.model.logits_rows();
-                    none.insert(Pinned::zeroed(self.model.device(), rows * vocab)?)
-                }
+                None => self.host_logits()?,
             };
+            let host = self.logits.insert(host);
             // SAFETY: rows that are computed before; waited for in `answer`, before anything is read or written again.
             unsafe { host.download(0, wants.len() * vocab, logits)? };
         } else {
             let followers = &self.rows.follows;
             let follows = |want: &Want| followers.binary_search_by_key(&want.row, |f| f.0).is_ok();
+            let slot = &mut self.slots[step.slot];
             // SAFETY: rows that are computed before, with the best token of each; waited for in `answer`, before anything is read
             // or written again.
             unsafe {
@@ -280,13 +321,14 @@ impl CudaExecutor {
             }
         }
         step.wants = wants;
-        slot.done.record()
+        self.slots[step.slot].done.record()
     }
 
     /// Waits for what a step has made last, and takes it.
     fn answer(&mut self, step: &mut Step) -> Result<(), CudaError> {
         let slot = &self.slots[step.slot];
         slot.done.wait()?;
+        self.model.check()?;
         let wants = std::mem::take(&mut step.wants);
         let sequences = &mut step.output.sequences;
         if step.want_logits {
@@ -374,12 +416,9 @@ fn decode_shape(size: usize) -> StepShape {
     }
 }
 
-impl Executor for CudaExecutor {
-    fn info(&self) -> &ExecutorInfo {
-        &self.info
-    }
-
-    fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+impl RankExecutor {
+    /// As [`baton_engine::Executor::submit`].
+    pub(super) fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         if self.submitted.len() == SLOTS {
             return Err(ExecutorError {
                 message: format!("{SLOTS} steps are in flight already"),
@@ -398,7 +437,8 @@ impl Executor for CudaExecutor {
         Ok(())
     }
 
-    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+    /// As [`baton_engine::Executor::choose`].
+    pub(super) fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
         let Some(mut step) = self.submitted.pop_back() else {
             return Err(ExecutorError::nothing_to_choose());
         };
@@ -422,7 +462,8 @@ impl Executor for CudaExecutor {
         chosen
     }
 
-    fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+    /// As [`baton_engine::Executor::collect`].
+    pub(super) fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         let Some(mut step) = self.submitted.pop_front() else {
             return Err(ExecutorError::nothing_submitted());
         };
@@ -436,7 +477,7 @@ impl Executor for CudaExecutor {
     }
 }
 
-impl Drop for CudaExecutor {
+impl Drop for RankExecutor {
     fn drop(&mut self) {
         let _ = self.model.device.bind();
         let _ = self.model.device.synchronize();
