@@ -148,7 +148,7 @@ const HEAD: &str = r#"# A cluster over the nodes of a Slurm job, as `baton rende
 #
 # `baton` and `nats-server` are in PATH on all nodes, the model is on a shared file system, and the nodes trust each other. Every
 # process is a step of its own, named like the worker: `squeue --steps` lists them. To take a node away, have those on it
-# leave: `scancel --signal=TERM JOB.STEP`. They finish what they have, and the rest goes elsewhere.
+# leave: `scancel --ctld --signal=TERM JOB.STEP`. They finish what they have, and the rest goes elsewhere.
 #
 # Before the job's time is over, and with `scancel --signal=TERM JOB`, Slurm sends SIGTERM to the steps, not to this script: API
 # servers and workers finish what they have. A bare `scancel` ends all at once.
