@@ -4,42 +4,63 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --signal=TERM@60
-# A split cluster over the nodes of a Slurm job: sbatch container/slurm.sh MODEL_DIRECTORY
+# A cluster over the nodes of a Slurm job, as `baton render slurm --config FILE` writes it: change the file, not this.
 #
-# The first node runs NATS and the API server beside its worker; one half of the nodes compute prompts, the other half
-# generate. `baton` and `nats-server` are in PATH on all nodes, the model directory is on a shared file system, and the
-# nodes trust each other: nothing here is authenticated.
+#   sbatch SCRIPT
 #
-# A minute before the job's time is over, and with `scancel --signal=TERM JOB`, Slurm sends SIGTERM to the steps, not to this
-# script: API server and workers finish what they have, over a NATS server that goes on. A bare `scancel` ends all at once.
+# `baton` and `nats-server` are in PATH on all nodes, the model is on a shared file system, and the nodes trust each other. Every
+# process is a step of its own, named like the worker: `squeue --steps` lists them. To take a node away, have those on it
+# leave: `scancel --signal=TERM JOB.STEP`. They finish what they have, and the rest goes elsewhere.
+#
+# Before the job's time is over, and with `scancel --signal=TERM JOB`, Slurm sends SIGTERM to the steps, not to this script: API
+# servers and workers finish what they have. A bare `scancel` ends all at once.
 set -euo pipefail
-model=${1:?usage: sbatch container/slurm.sh MODEL_DIRECTORY}
-config=${BATON_NATS_CONFIG:-$SLURM_SUBMIT_DIR/container/nats-server.conf}
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-front=${nodes[0]}
-context=$(((${#nodes[@]} + 1) / 2))
 if [ ${#nodes[@]} -lt 2 ]; then
-  echo "slurm: a split cluster wants two nodes or more" >&2
+  echo "slurm: the processes are placed on 2 nodes, and the job has ${#nodes[@]}" >&2
   exit 2
 fi
-export BATON_REQUEST_PLANE_URI=nats://$front:4222
+export BATON_REQUEST_PLANE_URI=nats://${nodes[0]}:4222
 
 # No step, because it must outlive all steps: this script runs on the first node.
+config=$(mktemp)
+trap 'rm -f "$config"' EXIT
+cat >"$config" <<'END'
+# What Baton needs of a NATS server. `baton up` adds where to listen; the image and the examples beside this file use
+# it as it is (port 4222 on all addresses).
+
+# baton_protocol::limits::MESSAGE_BYTES_MAX: a prompt of a million tokens in one message.
+max_payload: 8388608
+
+# A consumer that cannot be written to for this long is cut off; it connects again and Baton repairs the rest.
+write_deadline: "5s"
+
+# Dead connections are seen within seconds: pings that go unanswered twice.
+ping_interval: "5s"
+ping_max: 2
+
+port: 4222
+END
 nats-server --config "$config" &
 nats=$!
-steps=0
-# Steps share their nodes with each other (--overlap).
-on() { srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --kill-on-bad-exit=1 "${@:2}" & steps=$((steps + 1)); }
-on "$front" baton api-server --tokenizer "$model" --api-server-host 0.0.0.0
-for index in "${!nodes[@]}"; do
-  node=${nodes[$index]}
-  role=$([ "$index" -lt "$context" ] && echo context || echo decode)
-  on "$node" baton worker --role "$role" --model "$model" --worker-name "$role-$index"
-done
-echo "slurm: http://$front:8000 answers when all are up: baton status --url http://$front:8000" >&2
 
-# Who ends well was asked to leave, and the others are given their time. Who fails takes the job with it; so does NATS.
+steps=0
+# usage: on NODE NAME CPUS COMMAND...; steps share their nodes with each other (--overlap). CPUS 0: all of the node's.
+on() {
+  local cpus=()
+  [ "$3" = 0 ] || cpus=(--cpus-per-task="$3")
+  srun --overlap --nodes=1 --ntasks=1 --nodelist="${nodes[$1]}" --job-name="$2" "${cpus[@]}" --kill-on-bad-exit=1 "${@:4}" &
+  steps=$((steps + 1))
+}
+on 0 api-server-0 0 baton api-server --cluster baton --api-server-host 0.0.0.0 --api-server-port 8000 --tokenizer /models/model
+on 0 context-0 0 baton worker --cluster baton --role context --worker-name context-0 --model /models/model --device cpu
+on 1 context-1 0 baton worker --cluster baton --role context --worker-name context-1 --model /models/model --device cpu
+on 0 decode-0 0 baton worker --cluster baton --role decode --worker-name decode-0 --model /models/model --device cpu
+on 1 decode-1 0 baton worker --cluster baton --role decode --worker-name decode-1 --model /models/model --device cpu
+echo "slurm: when all are up these answer: http://${nodes[0]}:8000" >&2
+
+# Who ends well was asked to leave, and the others go on. Who fails takes the job with it; so does NATS.
 trap 'kill $(jobs -p) 2>/dev/null; wait' TERM INT
 status=0
 while [ "$steps" -gt 0 ] && [ "$status" = 0 ]; do

@@ -182,6 +182,21 @@ impl ApiKeysArgs {
     }
 }
 
+impl ApiServerArgs {
+    /// Whether an API server would take these values, before it looks at files.
+    ///
+    /// # Errors
+    /// What it would refuse.
+    pub fn check_values(&self) -> Result<(), Failure> {
+        origins(&self.answers).map(|_| ())
+    }
+}
+
+fn origins(answers: &AnswerArgs) -> Result<Origins, Failure> {
+    let origins = answers.cors_origin.iter().map(String::as_str);
+    Ok(Origins::parse(origins).map_err(|error| format!("--cors-origin: {error}"))?)
+}
+
 /// Serves until a signal comes and requests under way have finished.
 pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
     let config = config(args)?;
@@ -222,8 +237,7 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     if let Some(mib) = args.answers.response_store_mib {
         config.limits.responses_bytes_max = mib << 20;
     }
-    let origins = args.answers.cors_origin.iter().map(String::as_str);
-    config.origins = Origins::parse(origins).map_err(|error| format!("--cors-origin: {error}"))?;
+    config.origins = origins(&args.answers)?;
     config.host = args.api_server_host;
     config.port = args.api_server_port;
     if let Some(seconds) = args.request_budget_s {

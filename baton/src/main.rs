@@ -16,11 +16,13 @@ mod api_server;
 mod bench;
 mod bus_args;
 mod chat;
+mod deployment;
 mod descriptors;
 mod logging;
 mod model_prep;
 mod model_source;
 mod own_name;
+mod render;
 mod shutdown;
 mod sse;
 mod status;
@@ -55,6 +57,8 @@ struct Cli {
 enum Command {
     /// Start a whole cluster on this machine: NATS, an API server, context and decode workers
     Up(Box<up::UpArgs>),
+    /// Write a deployment as a Slurm script, for Kubernetes or for Compose
+    Render(render::RenderArgs),
     /// Serve the OpenAI-compatible HTTP API
     ApiServer(api_server::ApiServerArgs),
     /// Run a worker that computes prompts and stages their KV
@@ -86,6 +90,7 @@ fn main() -> ExitCode {
     descriptors::allow_all();
     let outcome = match cli.command {
         Command::Up(args) => up::run(*args, cli.log_format),
+        Command::Render(args) => render::run(args),
         Command::ApiServer(args) => api_server::run(args),
         Command::ContextWorker(args) => worker::run(args, baton_protocol::Role::Context),
         Command::DecodeWorker(args) => worker::run(args, baton_protocol::Role::Decode),

@@ -1,7 +1,5 @@
 //! Sizes of a worker, said to it or to `baton up`, which passes them on.
 
-use std::ffi::OsString;
-
 use clap::Args;
 
 /// What is not said is left to the worker's own defaults.
@@ -32,37 +30,4 @@ pub struct TuningArgs {
     /// Transports for KV, as UCX names them: tcp,self [default: UCX_TLS, else UCX's choice]
     #[arg(long)]
     pub ucx_tls: Option<String>,
-}
-
-impl TuningArgs {
-    /// The same again, as a command line.
-    pub fn to_args(&self) -> Vec<OsString> {
-        let mut args = Vec::new();
-        let mut add = |flag: &str, value: Option<String>| {
-            if let Some(value) = value {
-                args.extend([OsString::from(flag), value.into()]);
-            }
-        };
-        add("--kv-mib", self.kv_mib.map(|value| value.to_string()));
-        add(
-            "--kv-cache-free-gpu-memory-fraction",
-            self.kv_cache_free_gpu_memory_fraction
-                .map(|value| value.to_string()),
-        );
-        add(
-            "--block-tokens",
-            self.block_tokens.map(|value| value.to_string()),
-        );
-        add(
-            "--step-tokens",
-            self.step_tokens.map(|value| value.to_string()),
-        );
-        add("--batch", self.batch.map(|value| value.to_string()));
-        add("--queue", self.queue.map(|value| value.to_string()));
-        add("--ucx-tls", self.ucx_tls.clone());
-        if self.no_prefix_cache {
-            args.push("--no-prefix-cache".into());
-        }
-        args
-    }
 }

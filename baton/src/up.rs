@@ -1,5 +1,6 @@
 //! `baton up`: a whole cluster on this machine, every part a process of its own.
 
+mod flags;
 mod health;
 mod nats;
 mod plan;
@@ -12,27 +13,71 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
+use futures::future::try_join_all;
 use serde::{Deserialize, Serialize};
 
-use self::nats::Listen;
-use self::plan::Plan;
+pub use self::nats::Listen;
+use self::plan::{Models, Plan};
 use self::restarts::Restarts;
 use self::scratch::Scratch;
 use self::supervisor::{ProcessSpec, Stage, Supervisor};
 use crate::Failure;
 use crate::api_server::{AnswerArgs, ApiKeysArgs, ContentArgs};
+use crate::deployment::{Deployment, Nats};
 use crate::logging::LogFormat;
 use crate::model_source;
 use crate::shutdown::Shutdown;
 use crate::tuning::TuningArgs;
 
+/// The flags that say what the cluster is: a file says it whole. `--api-keys-file` is looked at apart, for its variable.
+const OF_THE_DEPLOYMENT: [&str; 31] = [
+    "model",
+    "model_name",
+    "context_worker_count",
+    "generate_worker_count",
+    "both_worker_count",
+    "worker_name",
+    "cluster",
+    "initialize_request_plane",
+    "request_plane_uri",
+    "nats_server",
+    "api_server_host",
+    "api_server_port",
+    "api_key_in_flight_max",
+    "special_tokens_in_content",
+    "tool_format",
+    "reasoning_format",
+    "generation_config",
+    "cors_origin",
+    "response_store_mib",
+    "device",
+    "tp_size",
+    "context_tp_size",
+    "threads",
+    "kv_mib",
+    "kv_cache_free_gpu_memory_fraction",
+    "block_tokens",
+    "step_tokens",
+    "batch",
+    "queue",
+    "no_prefix_cache",
+    "ucx_tls",
+];
+
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("what").args(["config", "model"]).required(true)))]
 pub struct UpArgs {
+    /// File that describes the whole cluster (YAML, docs/deployment.md), instead of the flags that do
+    #[arg(long, value_name = "FILE", conflicts_with_all = OF_THE_DEPLOYMENT)]
+    config: Option<PathBuf>,
+    /// Print what the flags or the file mean as such a file, with the defaults, and start nothing
+    #[arg(long)]
+    print_config: bool,
     /// What to serve: a model directory, a GGUF file, a friendly or a Hugging Face name. All but the first
     /// are prepared into the cache first (BATON_CACHE, else ~/.cache/baton)
     #[arg(long)]
-    model: String,
+    model: Option<String>,
     /// Name that clients ask for [default: the model's own]
     #[arg(long)]
     model_name: Option<String>,
@@ -72,7 +117,8 @@ pub struct UpArgs {
     content: ContentArgs,
     #[command(flatten)]
     answers: AnswerArgs,
-    /// What workers compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
+    /// What workers compute on: cpu, fake, fake:MICROSECONDS_PER_STEP, a GPU for all of them (cuda:N), or the GPUs that are shared
+    /// out in order to context workers, then decode workers, then those that do both (cuda:0-3, cuda:0,2)
     #[arg(long, default_value = "cpu")]
     device: String,
     /// Tensor-parallel ranks of each worker [default: as the model directory is divided]
@@ -93,7 +139,7 @@ pub struct UpArgs {
     #[arg(long, default_value_t = 300)]
     start_timeout_s: u64,
     /// Time for requests under way to finish at the end, in seconds; a second Ctrl-C cuts it short
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, conflicts_with = "config")]
     drain_s: u64,
     /// Write addresses and process ids to this file (JSON) when the cluster serves; removed at the end
     #[arg(long)]
@@ -106,7 +152,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// What the ready file says.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Ready {
-    /// Where the API server answers: `http://127.0.0.1:8000`.
+    /// Where the first API server answers: `http://127.0.0.1:8000`.
     pub url: String,
     /// Where the bus is.
     pub request_plane_uri: String,
@@ -118,9 +164,15 @@ pub struct Ready {
 
 /// Runs the cluster until a signal comes (that is no failure) or a process dies.
 pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
-    let plan = Plan::new(&args, log_format)?;
-    let model = model_source::resolve(&args.model)?;
-    plan.check_memory(&model.directory)?;
+    let deployment = described(&args)?;
+    if args.print_config {
+        deployment.check_secrets()?;
+        let text = deployment.filled().to_yaml()?;
+        return Ok(std::io::stdout().write_all(text.as_bytes())?);
+    }
+    let models = prepare(&deployment)?;
+    let plan = Plan::new(deployment, log_format)?;
+    plan.check_memory(&models)?;
     // One thread: children die with the thread that started them, so it must be this one.
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let mut shutdown = Shutdown::catch()?;
@@ -131,7 +183,7 @@ pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
                 tracing::info!("{signal}: stopping; once more to stop at once");
                 Ok(())
             }
-            failure = serve(&args, &plan, &model, directory.path(), &mut supervisor) => Err(failure),
+            failure = serve(&args, &plan, &models, directory.path(), &mut supervisor) => Err(failure),
         };
         if let Err(failure) = &outcome {
             tracing::error!("{failure}; stopping");
@@ -142,20 +194,47 @@ pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
         let hurry = async {
             shutdown.requested().await;
         };
-        supervisor.stop(Duration::from_secs(args.drain_s) + FAREWELL, hurry).await;
+        supervisor.stop(Duration::from_secs(plan.drain_s()) + FAREWELL, hurry).await;
         outcome
     })
+}
+
+/// What the file says, or else the flags.
+fn described(args: &UpArgs) -> Result<Deployment, Failure> {
+    let Some(file) = &args.config else {
+        return flags::deployment(args);
+    };
+    // The variable is the API server's too, and holds where the file names no keys.
+    let variable = std::env::var_os("BATON_API_KEYS_FILE").map(PathBuf::from);
+    if args.keys.api_keys_file != variable {
+        let why = "--api-keys-file cannot be used with --config: write api-server.api-keys-file";
+        return Err(why.into());
+    }
+    Deployment::read(file)
+}
+
+/// Finds or makes the directories of all models of a deployment.
+fn prepare(deployment: &Deployment) -> Result<Models, Failure> {
+    let mut models = Models::new();
+    let of_groups = deployment.groups();
+    let of_groups = of_groups.map(|(_, _, group)| deployment.model_of(group));
+    for name in std::iter::once(deployment.model.as_str()).chain(of_groups) {
+        if !models.contains_key(name) {
+            models.insert(name.to_owned(), model_source::resolve(name)?);
+        }
+    }
+    Ok(models)
 }
 
 /// Starts everything and watches over it; returns when it cannot go on.
 async fn serve(
     args: &UpArgs,
     plan: &Plan,
-    model: &model_source::Prepared,
+    models: &Models,
     directory: &Path,
     supervisor: &mut Supervisor,
 ) -> Failure {
-    match try_serve(args, plan, model, directory, supervisor).await {
+    match try_serve(args, plan, models, directory, supervisor).await {
         Ok(never) => match never {},
         Err(failure) => failure,
     }
@@ -164,21 +243,23 @@ async fn serve(
 async fn try_serve(
     args: &UpArgs,
     plan: &Plan,
-    model: &model_source::Prepared,
+    models: &Models,
     directory: &Path,
     supervisor: &mut Supervisor,
 ) -> Result<std::convert::Infallible, Failure> {
-    let bus = start_bus(args, directory, supervisor).await?;
-    for spec in plan.processes(&bus, &model.directory) {
+    let bus = start_bus(&plan.deployment.nats, directory, supervisor).await?;
+    for spec in plan.processes(&bus, models)? {
         start(supervisor, spec)?;
     }
 
     let wait = Duration::from_secs(args.start_timeout_s);
+    let urls = plan.urls();
     tokio::select! {
         exit = supervisor.next_exit() => return Err(exit.to_string().into()),
-        healthy = health::wait(&plan.url, wait) => healthy?,
-    }
-    announce(args, plan, model, &bus, supervisor)?;
+        healthy = try_join_all(urls.iter().map(|url| health::wait(url, wait))) => healthy?,
+    };
+    let ready = |supervisor: &Supervisor| ready(plan, models, &bus, supervisor);
+    announce(args, &ready(supervisor))?;
 
     let mut restarts = Restarts::default();
     loop {
@@ -193,7 +274,7 @@ async fn try_serve(
             spec = restarts.due() => {
                 start(supervisor, spec)?;
                 if let Some(file) = &args.ready_file {
-                    write_ready(file, &ready(plan, model, &bus, supervisor))?;
+                    write_ready(file, &ready(supervisor))?;
                 }
             }
         }
@@ -202,16 +283,16 @@ async fn try_serve(
 
 /// The bus's address; starts it first unless a running one was named.
 async fn start_bus(
-    args: &UpArgs,
+    bus: &Nats,
     directory: &Path,
     supervisor: &mut Supervisor,
 ) -> Result<String, Failure> {
-    let listen = match &args.request_plane_uri {
-        Some(uri) if !args.initialize_request_plane => return Ok(uri.clone()),
+    let listen = match &bus.request_plane_uri {
+        Some(uri) if !bus.is_own() => return Ok(uri.clone()),
         Some(uri) => Listen::parse(uri)?,
         None => Listen::local(),
     };
-    let program = nats::find(args.nats_server.as_deref())?;
+    let program = nats::find(bus.nats_server.as_deref().map(Path::new))?;
     tracing::info!("the request plane is {}", program.display());
     let spec = ProcessSpec {
         name: "nats-server".to_owned(),
@@ -232,7 +313,7 @@ async fn start_bus(
             ..listen
         },
     )?;
-    Ok(args.request_plane_uri.clone().unwrap_or(address))
+    Ok(bus.request_plane_uri.clone().unwrap_or(address))
 }
 
 fn start(supervisor: &mut Supervisor, spec: ProcessSpec) -> Result<(), Failure> {
@@ -242,34 +323,31 @@ fn start(supervisor: &mut Supervisor, spec: ProcessSpec) -> Result<(), Failure> 
         .map_err(|error| format!("cannot start {name}: {error}").into())
 }
 
-fn ready(plan: &Plan, model: &model_source::Prepared, bus: &str, supervisor: &Supervisor) -> Ready {
+fn ready(plan: &Plan, models: &Models, bus: &str, supervisor: &Supervisor) -> Ready {
     let mut pids: BTreeMap<_, _> = supervisor
         .pids()
         .map(|(name, pid)| (name.to_owned(), pid))
         .collect();
     pids.extend(i32::try_from(std::process::id()).map(|pid| ("up".to_owned(), pid)));
+    let deployment = &plan.deployment;
+    let own_name = || {
+        models
+            .get(&deployment.model)
+            .map(|model| model.name.clone())
+    };
+    let name = deployment.api_server.model_name.clone();
     Ready {
-        url: plan.url.clone(),
+        url: plan.urls().into_iter().next().unwrap_or_default(),
         request_plane_uri: bus.to_owned(),
-        model: plan
-            .model_name
-            .clone()
-            .unwrap_or_else(|| model.name.clone()),
+        model: name.or_else(own_name).unwrap_or_default(),
         pids,
     }
 }
 
 /// Says on standard output where the cluster is and how to talk to it.
-fn announce(
-    args: &UpArgs,
-    plan: &Plan,
-    model: &model_source::Prepared,
-    bus: &str,
-    supervisor: &Supervisor,
-) -> Result<(), Failure> {
-    let ready = ready(plan, model, bus, supervisor);
+fn announce(args: &UpArgs, ready: &Ready) -> Result<(), Failure> {
     if let Some(file) = &args.ready_file {
-        write_ready(file, &ready)?;
+        write_ready(file, ready)?;
     }
     let (url, name) = (&ready.url, &ready.model);
     // Whoever closed standard output does not want to know.
@@ -292,4 +370,70 @@ fn write_ready(file: &Path, ready: &Ready) -> Result<(), Failure> {
         .and_then(|text| std::fs::write(&aside, text))
         .and_then(|()| std::fs::rename(&aside, file))
         .map_err(|error| format!("cannot write {}: {error}", file.display()).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        up: UpArgs,
+    }
+
+    pub fn args(line: &str) -> UpArgs {
+        let words = ["up", "--model", "m"].into_iter();
+        Line::parse_from(words.chain(line.split_whitespace())).up
+    }
+
+    /// Of a line of flags, on whatever port is free.
+    pub fn plan(line: &str) -> Plan {
+        let deployment = flags::deployment(&args(&format!("--api-server-port 0 {line}")));
+        Plan::new(deployment.unwrap(), LogFormat::Json).unwrap()
+    }
+
+    #[test]
+    fn a_file_goes_with_no_flag_that_says_what_the_cluster_is() {
+        // Of this run, and not of what runs.
+        let beside = [
+            "config",
+            "print_config",
+            "restart",
+            "start_timeout_s",
+            "ready_file",
+        ];
+        let command = Line::command();
+        for arg in command.get_arguments() {
+            let id = arg.get_id().as_str();
+            if beside.contains(&id) || id == "help" || id == "api_keys_file" {
+                continue;
+            }
+            let flag = format!("--{}", arg.get_long().unwrap());
+            let values: &[&str] = match arg.get_action().takes_values() {
+                false => &[],
+                true => &["1", "plain", "model", "none"],
+            };
+            let refused = |value: Option<&&str>| {
+                let line = ["up", "--config", "f", &flag];
+                let error = Line::try_parse_from(line.iter().chain(value)).err();
+                error.is_some_and(|error| {
+                    error.kind() == clap::error::ErrorKind::ArgumentConflict
+                        && error.to_string().contains("--config")
+                })
+            };
+            let any = match values {
+                [] => refused(None),
+                values => values.iter().any(|value| refused(Some(value))),
+            };
+            assert!(any, "{flag} goes with --config");
+        }
+        let mut up = Line::parse_from(["up", "--config", "f"]).up;
+        up.keys.api_keys_file = Some("keys".into());
+        let error = described(&up).unwrap_err().to_string();
+        assert!(error.contains("--api-keys-file"), "{error}");
+        assert!(Line::try_parse_from(["up"]).is_err());
+    }
 }

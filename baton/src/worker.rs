@@ -65,14 +65,19 @@ enum RoleArg {
     Both,
 }
 
+impl From<RoleArg> for Role {
+    fn from(role: RoleArg) -> Self {
+        match role {
+            RoleArg::Context => Self::Context,
+            RoleArg::Decode => Self::Decode,
+            RoleArg::Both => Self::Both,
+        }
+    }
+}
+
 /// Runs a worker of the role that the command line names.
 pub fn run_role(args: RoleWorkerArgs) -> Result<(), Failure> {
-    let role = match args.role {
-        RoleArg::Context => Role::Context,
-        RoleArg::Decode => Role::Decode,
-        RoleArg::Both => Role::Both,
-    };
-    run(args.worker, role)
+    run(args.worker, args.role.into())
 }
 
 /// Runs a worker until a signal comes and it has drained.
@@ -96,6 +101,14 @@ pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
     // A thread that still loads a model is not waited for.
     runtime.shutdown_background();
     outcome
+}
+
+/// What a command line means.
+///
+/// # Errors
+/// A value that means nothing.
+pub fn config_of(args: RoleWorkerArgs) -> Result<WorkerConfig, Failure> {
+    config(args.worker, args.role.into())
 }
 
 fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
@@ -176,18 +189,9 @@ mod tests {
     }
 
     #[test]
-    fn tuning_survives_being_passed_on() {
+    fn tuning_is_taken_over() {
         let line = "--kv-mib 64 --block-tokens 16 --step-tokens 128 --batch 4 --queue 9 --ucx-tls tcp,self --no-prefix-cache";
-        let args =
-            Line::parse_from(["w", "--model", "/m"].into_iter().chain(line.split(' '))).worker;
-        let passed: Vec<_> = args
-            .tuning
-            .to_args()
-            .into_iter()
-            .map(|arg| arg.into_string().unwrap())
-            .collect();
-        assert_eq!(passed.join(" "), line);
-        let config = parse(passed.iter().map(String::as_str));
+        let config = parse(line.split(' '));
         assert_eq!(
             (
                 config.kv_bytes,

@@ -1,111 +1,74 @@
-//! Which processes make the cluster, and what each is told. Pure, but for the choice of a free port.
+//! Which processes make the cluster on this host, and what each is told. Pure, but for the choice of free ports.
 
-use std::ffi::OsString;
+use std::collections::BTreeMap;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{Role, WorkerId};
-use baton_worker::{Device, WorkerConfig, check_host_memory, host_memory_bytes};
+use baton_worker::{WorkerConfig, check_host_memory, host_memory_bytes};
 
-use super::UpArgs;
 use super::supervisor::{ProcessSpec, Stage};
 use crate::Failure;
+use crate::deployment::{
+    ApiServers, Deployment, Devices, Worker, api_server_drain_s, deal, worker_drain_s,
+};
 use crate::logging::LogFormat;
-use crate::tuning::TuningArgs;
+use crate::model_source::Prepared;
 use crate::worker;
 
-/// The port where nothing is said.
-const PORT: u16 = 8000;
-/// How many ports after it are tried.
+/// By what the deployment calls them.
+pub type Models = BTreeMap<String, Prepared>;
+
+/// How many ports after the first are tried where none is named.
 const PORTS_TRIED: u16 = 100;
 
 /// The cluster, as far as it can be known before anything runs.
 pub struct Plan {
-    /// Where the API server will answer on this host.
-    pub url: String,
-    /// Name that clients ask for, if not the model's own.
-    pub model_name: Option<String>,
+    /// What it is made of.
+    pub deployment: Deployment,
+    /// By worker.
+    devices: Vec<Devices>,
+    /// By API server.
+    ports: Vec<u16>,
+    /// Where `baton` is.
     baton: PathBuf,
-    common: Vec<OsString>,
-    front: Vec<OsString>,
-    workers: Vec<(WorkerId, Role)>,
-    /// Of context workers, and of the others.
-    tp_sizes: (Option<u32>, Option<u32>),
-    compute: Vec<OsString>,
-    device: Device,
-    tuning: TuningArgs,
+    log_format: LogFormat,
 }
 
 impl Plan {
-    /// From the command line.
+    /// A checked deployment, on this host.
     ///
     /// # Errors
-    /// A sentence on what in it cannot work.
-    pub fn new(args: &UpArgs, log_format: LogFormat) -> Result<Self, Failure> {
-        Cluster::new(args.cluster.as_str()).map_err(|error| format!("--cluster: {error}"))?;
-        let workers = workers(args)?;
-        let port = port(&args.api_server_host, args.api_server_port)?;
-        let host = match args.api_server_host.as_str() {
+    /// A sentence on what in it cannot work here.
+    pub fn new(mut deployment: Deployment, log_format: LogFormat) -> Result<Self, Failure> {
+        let devices = deal(&deployment)?;
+        share_threads(&mut deployment);
+        Ok(Self {
+            devices,
+            ports: ports(&deployment.api_server)?,
+            deployment,
+            baton: std::env::current_exe()?,
+            log_format,
+        })
+    }
+
+    /// Where the API servers answer on this host.
+    pub fn urls(&self) -> Vec<String> {
+        let host = match self.deployment.api_server.api_server_host.as_str() {
             "0.0.0.0" => "127.0.0.1".to_owned(),
             "::" | "[::]" => "[::1]".to_owned(),
             host if host.contains(':') && !host.starts_with('[') => format!("[{host}]"),
             host => host.to_owned(),
         };
-        let mut common = flags([
-            ("--log-format", log_format.label()),
-            ("--cluster", &args.cluster),
-        ]);
-        let drain = args.drain_s.to_string();
-        let mut front = flags([
-            ("--drain-s", drain.as_str()),
-            ("--api-server-host", &args.api_server_host),
-            ("--api-server-port", &port.to_string()),
-        ]);
-        if let Some(name) = &args.model_name {
-            front.extend(flags([("--model-name", name)]));
-        }
-        if let Some(file) = &args.keys.api_keys_file {
-            front.extend([OsString::from("--api-keys-file"), file.into()]);
-        }
-        let rule = args.content.special_tokens_in_content;
-        front.extend(flags([("--special-tokens-in-content", rule.label())]));
-        let from = args.answers.generation_config;
-        front.extend(flags([("--generation-config", from.label())]));
-        if let Some(mib) = args.answers.response_store_mib {
-            front.extend(flags([("--response-store-mib", &mib.to_string())]));
-        }
-        for origin in &args.answers.cors_origin {
-            front.extend(flags([("--cors-origin", origin)]));
-        }
-        if let Some(format) = args.content.tool_format {
-            front.extend(flags([("--tool-format", format.name())]));
-        }
-        if let Some(format) = args.content.reasoning_format {
-            front.extend(flags([("--reasoning-format", format.name())]));
-        }
-        if let Some(most) = args.keys.api_key_in_flight_max {
-            front.extend(flags([("--api-key-in-flight-max", &most.to_string())]));
-        }
-        let mut compute = flags([("--device", args.device.as_str()), ("--drain-s", &drain)]);
-        if args.device == "cpu" {
-            let threads = threads_each(args.threads, workers.len());
-            compute.extend(flags([("--threads", &threads.to_string())]));
-        }
-        compute.extend(args.tuning.to_args());
-        common.shrink_to_fit();
-        Ok(Self {
-            url: format!("http://{host}:{port}"),
-            model_name: args.model_name.clone(),
-            baton: std::env::current_exe()?,
-            common,
-            front,
-            workers,
-            tp_sizes: (args.context_tp_size.or(args.tp_size), args.tp_size),
-            compute,
-            device: args.device.parse()?,
-            tuning: args.tuning.clone(),
-        })
+        let url = |port| format!("http://{host}:{port}");
+        self.ports.iter().map(url).collect()
+    }
+
+    /// The longest that any process takes to finish what is under way, in seconds.
+    pub fn drain_s(&self) -> u64 {
+        let groups = self.deployment.groups();
+        let workers = groups.map(|(_, _, group)| worker_drain_s(group));
+        workers.fold(api_server_drain_s(&self.deployment.api_server), u64::max)
     }
 
     /// Compares what all workers together take of main memory with what there is: each for itself would find room, and the last
@@ -113,36 +76,43 @@ impl Plan {
     ///
     /// # Errors
     /// A sentence on what there is.
-    pub fn check_memory(&self, model: &Path) -> Result<(), Failure> {
+    pub fn check_memory(&self, models: &Models) -> Result<(), Failure> {
         let mut bytes = 0_u64;
-        for (worker, role) in &self.workers {
-            let cluster = Cluster::new("any")?;
-            let mut config = WorkerConfig::new(worker.clone(), *role, model, cluster);
-            config.device = self.device;
-            config.tp_size = self.tp_size(*role);
-            worker::apply(self.tuning.clone(), &mut config);
+        let workers = self.deployment.workers()?;
+        for (worker, devices) in workers.iter().zip(&self.devices) {
+            // What is on a GPU takes none of it.
+            let Devices::Host(device) = devices else {
+                continue;
+            };
+            let (group, cluster) = (worker.group, Cluster::new("any")?);
+            let model = &prepared(models, self.deployment.model_of(group))?.directory;
+            let mut config = WorkerConfig::new(worker.name.clone(), worker.role, model, cluster);
+            config.device = device.parse()?;
+            config.tp_size = group.tp_size;
+            worker::apply(group.tuning(), &mut config);
             bytes = bytes.saturating_add(host_memory_bytes(&config)?);
         }
-        let workers = self.workers.len();
-        let what = format!("the cluster of {workers} workers, with their KV and weights,");
+        let what = format!(
+            "the cluster of {} workers, with their KV and weights,",
+            workers.len()
+        );
         Ok(check_host_memory(bytes, &what)?)
     }
 
-    fn tp_size(&self, role: Role) -> Option<u32> {
-        let (context, others) = self.tp_sizes;
-        match role {
-            Role::Context => context,
-            _ => others,
-        }
-    }
-
-    /// What to start, in this order, once the bus and the model are there.
-    pub fn processes(&self, bus: &str, model: &Path) -> Vec<ProcessSpec> {
-        let bus = flags([("--request-plane-uri", bus)]);
-        let process = |name: &str, stage, subcommand: &str, own: &[&[OsString]]| {
-            let mut args = vec![OsString::from(subcommand)];
-            args.extend(self.common.iter().chain(&bus).cloned());
-            args.extend(own.iter().copied().flatten().cloned());
+    /// What to start, in this order, once the bus and the models are there.
+    ///
+    /// # Errors
+    /// If a directory cannot stand on a command line of text.
+    pub fn processes(&self, bus: &str, models: &Models) -> Result<Vec<ProcessSpec>, Failure> {
+        let directory = |model: &str| -> Result<String, Failure> {
+            let directory = &prepared(models, model)?.directory;
+            let text = directory.to_str().map(str::to_owned);
+            text.ok_or_else(|| format!("{} is no UTF-8: rename it", directory.display()).into())
+        };
+        let process = |name: &str, stage, words: Vec<String>| {
+            let log_format = ["--log-format", self.log_format.label()];
+            let mut args: Vec<_> = log_format.map(Into::into).into();
+            args.extend(words.into_iter().map(Into::into));
             ProcessSpec {
                 name: name.to_owned(),
                 stage,
@@ -150,85 +120,80 @@ impl Plan {
                 args,
             }
         };
-        let tokenizer = [OsString::from("--tokenizer"), model.into()];
-        let mut processes = vec![process(
-            "api-server",
-            Stage::Front,
-            "api-server",
-            &[&self.front, &tokenizer],
-        )];
-        for (worker, role) in &self.workers {
-            let mut own = flags([("--role", role.label()), ("--worker-name", worker.as_str())]);
-            if let Some(ranks) = self.tp_size(*role) {
-                own.extend(flags([("--tp-size", &ranks.to_string())]));
-            }
-            let model = [OsString::from("--model"), model.into()];
-            processes.push(process(
-                worker.as_str(),
-                Stage::Worker,
-                "worker",
-                &[&own, &model, &self.compute],
-            ));
+        let deployment = &self.deployment;
+        let tokenizer = directory(&deployment.model)?;
+        let mut processes = Vec::new();
+        for (index, port) in self.ports.iter().enumerate() {
+            let name = match self.ports.len() {
+                1 => "api-server".to_owned(),
+                _ => format!("api-server-{index}"),
+            };
+            let words = deployment.api_server_args(Some(bus), *port, &tokenizer);
+            processes.push(process(&name, Stage::Front, words));
         }
-        processes
+        for (worker, devices) in deployment.workers()?.iter().zip(&self.devices) {
+            let Worker { name, role, group } = worker;
+            let model = directory(deployment.model_of(group))?;
+            let words =
+                deployment.worker_args(Some(bus), *role, name.as_str(), group, devices, &model);
+            processes.push(process(name.as_str(), Stage::Worker, words));
+        }
+        Ok(processes)
     }
 }
 
-fn flags<const N: usize>(pairs: [(&str, &str); N]) -> Vec<OsString> {
-    pairs
-        .iter()
-        .flat_map(|(flag, value)| [OsString::from(flag), OsString::from(value)])
-        .collect()
+fn prepared<'a>(models: &'a Models, name: &str) -> Result<&'a Prepared, Failure> {
+    models
+        .get(name)
+        .ok_or_else(|| format!("{name} was not prepared").into())
 }
 
-fn workers(args: &UpArgs) -> Result<Vec<(WorkerId, Role)>, Failure> {
-    let split_default = usize::from(args.both_worker_count == 0);
-    let context = args.context_worker_count.unwrap_or(split_default);
-    let decode = args.generate_worker_count.unwrap_or(split_default);
-    let counts = [
-        (Role::Context, context),
-        (Role::Decode, decode),
-        (Role::Both, args.both_worker_count),
+/// Workers on the CPU that were told no number of threads share the machine's CPUs, each having one at least.
+fn share_threads(deployment: &mut Deployment) {
+    let on_cpu = |devices: &Devices| *devices == Devices::default();
+    let workers: usize = deployment
+        .groups()
+        .filter(|(_, _, group)| on_cpu(&group.devices))
+        .map(|(_, _, group)| group.count)
+        .sum();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = (cpus / workers.max(1)).max(1);
+    let roles = [
+        &mut deployment.context,
+        &mut deployment.decode,
+        &mut deployment.both,
     ];
-    let any = |does: fn(Role) -> bool| counts.iter().any(|&(role, count)| count > 0 && does(role));
-    if !any(Role::prefills) {
-        return Err(
-            "nobody would run prompts: give --context-worker-count 1 or --both-worker-count 1"
-                .into(),
-        );
-    }
-    if !any(Role::decodes) {
-        return Err(
-            "nobody would generate: give --generate-worker-count 1 or --both-worker-count 1".into(),
-        );
-    }
-    let prefix = args
-        .worker_name
-        .as_ref()
-        .map(|name| format!("{name}-"))
-        .unwrap_or_default();
-    let mut workers = Vec::new();
-    for (role, count) in counts {
-        for index in 0..count {
-            let name = format!("{prefix}{}-{index}", role.label());
-            workers.push((
-                WorkerId::new(name).map_err(|error| format!("--worker-name: {error}"))?,
-                role,
-            ));
+    for group in roles.into_iter().flatten() {
+        if on_cpu(&group.devices) {
+            group.threads.get_or_insert(each);
         }
     }
-    Ok(workers)
 }
 
-/// Context and decode workers are busy at the same time, so threads are divided over all of them.
-fn threads_each(threads: Option<usize>, workers: usize) -> usize {
-    let threads =
-        threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    (threads / workers.max(1)).max(1)
+/// A port for each API server: the named one and those after it, or free ones.
+fn ports(servers: &ApiServers) -> Result<Vec<u16>, Failure> {
+    let host = servers.api_server_host.as_str();
+    let mut ports = Vec::new();
+    for _ in 0..servers.count {
+        let last: Option<u16> = ports.last().copied();
+        let port = match (servers.api_server_port, last) {
+            (Some(0), _) => port(host, Some(0), ApiServers::PORT)?,
+            // check() has seen to it that there are so many.
+            (Some(first), None) => port(host, Some(first), first)?,
+            (Some(_), Some(last)) => port(host, Some(last.saturating_add(1)), last)?,
+            (None, last) => port(
+                host,
+                None,
+                last.map_or(ApiServers::PORT, |last| last.saturating_add(1)),
+            )?,
+        };
+        ports.push(port);
+    }
+    Ok(ports)
 }
 
-/// The named port if it is free, or a free one.
-fn port(host: &str, named: Option<u16>) -> Result<u16, Failure> {
+/// The named port if it is free, or a free one at or after `first`.
+fn port(host: &str, named: Option<u16>, first: u16) -> Result<u16, Failure> {
     let host = host.trim_matches(['[', ']']);
     let bind = |port| TcpListener::bind((host, port)).and_then(|listener| listener.local_addr());
     match named {
@@ -244,44 +209,62 @@ fn port(host: &str, named: Option<u16>) -> Result<u16, Failure> {
         },
         None => {
             let mut last = None;
-            for port in PORT..PORT + PORTS_TRIED {
+            for port in first..first.saturating_add(PORTS_TRIED) {
                 match bind(port) {
                     Ok(_) => return Ok(port),
                     Err(error) => last = Some(error),
                 }
             }
             let error = last.map(|error| error.to_string()).unwrap_or_default();
-            Err(format!("no port of {host} from {PORT} on is free: {error}").into())
+            Err(format!("no port of {host} from {first} on is free: {error}").into())
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
+    use std::path::PathBuf;
 
+    use super::super::flags;
+    use super::super::tests::{args, plan};
     use super::*;
 
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        up: UpArgs,
+    fn models(deployment: &Deployment) -> Models {
+        let mut models = Models::new();
+        let groups = deployment.groups();
+        let names = groups.map(|(_, _, group)| deployment.model_of(group));
+        for name in names.chain([deployment.model.as_str()]) {
+            let directory = PathBuf::from(format!("/{name}"));
+            let prepared = Prepared {
+                directory,
+                name: name.to_owned(),
+            };
+            models.insert(name.to_owned(), prepared);
+        }
+        models
     }
 
-    fn args(line: &str) -> UpArgs {
-        Line::parse_from(
-            ["up", "--model", "m"]
-                .into_iter()
-                .chain(line.split_whitespace()),
-        )
-        .up
+    /// The command line of each process.
+    fn lines(plan: &Plan) -> Vec<String> {
+        let processes = plan.processes("nats://h:1", &models(&plan.deployment));
+        let line = |process: &ProcessSpec| {
+            let words = process.args.iter().map(|word| word.to_str().unwrap());
+            words.collect::<Vec<_>>().join(" ")
+        };
+        processes.unwrap().iter().map(line).collect()
+    }
+
+    fn value<'a>(line: &'a str, flag: &str) -> Option<&'a str> {
+        let mut words = line.split(' ').skip_while(|word| *word != flag);
+        words.nth(1)
     }
 
     fn names(line: &str) -> Vec<String> {
-        workers(&args(line))
-            .unwrap()
+        let deployment = flags::deployment(&args(line)).unwrap();
+        let workers = deployment.workers().unwrap();
+        workers
             .iter()
-            .map(|(worker, _)| worker.to_string())
+            .map(|worker| worker.name.to_string())
             .collect()
     }
 
@@ -306,7 +289,7 @@ mod tests {
             "--generate-worker-count 0",
             "--worker-name a.b",
         ] {
-            assert!(workers(&args(line)).is_err(), "{line}");
+            assert!(flags::deployment(&args(line)).is_err(), "{line}");
         }
     }
 
@@ -314,74 +297,121 @@ mod tests {
     fn context_workers_have_a_tensor_parallel_size_of_their_own() {
         for (line, context, decode) in [
             ("", None, None),
-            ("--tp-size 2", Some(2), Some(2)),
-            ("--tp-size 2 --context-tp-size 4", Some(4), Some(2)),
-            ("--context-tp-size 4", Some(4), None),
+            ("--tp-size 2", Some("2"), Some("2")),
+            ("--tp-size 2 --context-tp-size 4", Some("4"), Some("2")),
+            ("--context-tp-size 4", Some("4"), None),
         ] {
-            let plan = Plan::new(
-                &args(&format!("--api-server-port 0 {line}")),
-                LogFormat::Json,
-            );
-            let processes = plan.unwrap().processes("nats://h:1", Path::new("/m"));
-            let told = processes.iter().skip(1).map(|process| {
-                let at = process.args.iter().position(|arg| arg == "--tp-size")?;
-                process.args[at + 1].to_str()?.parse().ok()
-            });
-            let told: Vec<Option<u32>> = told.collect();
+            let lines = lines(&plan(line));
+            let told: Vec<_> = lines[1..]
+                .iter()
+                .map(|line| value(line, "--tp-size"))
+                .collect();
             assert_eq!(told, [context, decode], "{line}");
         }
     }
 
     #[test]
+    fn gpus_are_dealt_out_in_order_and_one_is_for_all() {
+        for (line, devices) in [
+            ("--device cuda:0", vec!["cuda:0", "cuda:0"]),
+            ("--device cuda:1,0", vec!["cuda:1", "cuda:0"]),
+            (
+                "--device cuda:0-7 --tp-size 2 --context-tp-size 4 --generate-worker-count 2",
+                vec!["cuda:0-3", "cuda:4-5", "cuda:6-7"],
+            ),
+        ] {
+            let lines = lines(&plan(line));
+            let told: Vec<_> = lines[1..]
+                .iter()
+                .filter_map(|line| value(line, "--device"))
+                .collect();
+            assert_eq!(told, devices, "{line}");
+        }
+        for line in ["--device cuda:0-2", "--device cuda:0-2 --tp-size 2"] {
+            let error = flags::deployment(&args(line)).unwrap_err().to_string();
+            assert!(error.contains("GPUs"), "{error}");
+        }
+    }
+
+    #[test]
     fn threads_are_divided_and_nobody_goes_without() {
-        assert_eq!(threads_each(Some(8), 2), 4);
-        assert_eq!(threads_each(Some(2), 4), 1);
-        assert!(threads_each(None, 1) >= 1);
+        let threads = |line: &str| {
+            let lines = lines(&plan(line));
+            value(&lines[1], "--threads").map(str::to_owned)
+        };
+        assert_eq!(threads("--threads 8").as_deref(), Some("4"));
+        let line = "--threads 2 --context-worker-count 3";
+        assert_eq!(threads(line).as_deref(), Some("1"));
+        assert!(threads("--both-worker-count 1").is_some());
+        assert_eq!(threads("--device fake --threads 8"), None);
     }
 
     #[test]
     fn a_taken_port_is_refused_when_named_and_passed_over_when_not() {
         let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let number = taken.local_addr().unwrap().port();
-        let error = port("127.0.0.1", Some(number)).unwrap_err().to_string();
+        let error = port("127.0.0.1", Some(number), 1).unwrap_err().to_string();
         assert!(error.contains(&number.to_string()), "{error}");
-        assert_ne!(port("127.0.0.1", None).unwrap(), number);
+        assert_ne!(port("127.0.0.1", None, number).unwrap(), number);
     }
 
     #[test]
     fn every_process_is_told_the_cluster_and_the_bus() {
-        let args = args(
-            "--cluster c1 --api-server-port 0 --threads 2 --kv-mib 64 --drain-s 7 \
+        let plan = plan(
+            "--cluster c1 --threads 2 --kv-mib 64 --drain-s 7 \
              --special-tokens-in-content allow --generation-config none --cors-origin https://a.example",
         );
-        let plan = Plan::new(&args, LogFormat::Json).unwrap();
-        let processes = plan.processes("nats://h:1", Path::new("/m"));
-        assert_eq!(processes.len(), 3);
-        for process in &processes {
-            let line: Vec<_> = process
-                .args
-                .iter()
-                .map(|arg| arg.to_str().unwrap())
-                .collect();
-            let line = line.join(" ");
-            assert!(
-                line.contains("--log-format json --cluster c1 --request-plane-uri nats://h:1"),
-                "{line}"
-            );
-            match process.stage {
-                Stage::Front => assert!(
-                    line.contains("--drain-s 7")
-                        && line.contains("--special-tokens-in-content allow")
-                        && line
-                            .contains("--generation-config none --cors-origin https://a.example")
-                        && line.ends_with("--tokenizer /m"),
-                    "{line}"
-                ),
-                _ => assert!(
-                    line.contains("--model /m --device cpu --drain-s 7 --threads 1 --kv-mib 64"),
-                    "{line}"
-                ),
-            }
+        let lines = lines(&plan);
+        assert_eq!(lines.len(), 3);
+        for line in &lines {
+            assert!(line.starts_with("--log-format json "), "{line}");
+            let bus = " --cluster c1 --request-plane-uri nats://h:1 ";
+            assert!(line.contains(bus), "{line}");
+            assert_eq!(value(line, "--drain-s"), Some("7"), "{line}");
         }
+        for (flag, wanted) in [
+            ("--special-tokens-in-content", "allow"),
+            ("--generation-config", "none"),
+            ("--cors-origin", "https://a.example"),
+            ("--tokenizer", "/m"),
+        ] {
+            assert_eq!(value(&lines[0], flag), Some(wanted), "{lines:?}");
+        }
+        for (flag, wanted) in [
+            ("--model", "/m"),
+            ("--device", "cpu"),
+            ("--threads", "1"),
+            ("--kv-mib", "64"),
+        ] {
+            assert_eq!(value(&lines[2], flag), Some(wanted), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_has_several_api_servers_and_groups_with_weights_of_their_own() {
+        let text = "model: m\napi-server: {count: 2, api-server-port: 0}\ncontext: [{devices: fake}]\n\
+                    decode: [{devices: fake}, {devices: fake, model: m-fp8, count: 2}]\n";
+        let deployment = Deployment::of_yaml(text).unwrap();
+        let plan = Plan::new(deployment, LogFormat::Json).unwrap();
+        let lines = lines(&plan);
+        let model = |line: &String| value(line, "--model").map(str::to_owned);
+        let models: Vec<_> = lines.iter().filter_map(model).collect();
+        assert_eq!(models, ["/m", "/m", "/m-fp8", "/m-fp8"]);
+        let urls = plan.urls();
+        assert_eq!(urls.len(), 2);
+        assert_ne!(urls[0], urls[1]);
+    }
+
+    #[test]
+    fn what_is_printed_starts_the_same() {
+        let line = "--device fake --kv-mib 64 --worker-name a --both-worker-count 2 --drain-s 3";
+        let flags = flags::deployment(&args(line)).unwrap();
+        let file = Deployment::of_yaml(&flags.to_yaml().unwrap()).unwrap();
+        let lines = |deployment| {
+            let mut plan = Plan::new(deployment, LogFormat::Text).unwrap();
+            plan.ports = vec![1];
+            lines(&plan)
+        };
+        assert_eq!(lines(flags), lines(file));
     }
 }

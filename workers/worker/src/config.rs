@@ -100,6 +100,12 @@ pub const KV_BYTES_DEFAULT: u64 = 1 << 30;
 /// Share of free GPU memory for KV where nothing is said: the rest is for what the driver and other programs take.
 pub const KV_FREE_GPU_MEMORY_FRACTION_DEFAULT: f64 = 0.9;
 
+/// Tokens of a KV block where nothing is said.
+pub const BLOCK_TOKENS_DEFAULT: u32 = 32;
+
+/// Jobs that may wait where nothing is said.
+pub const QUEUE_DEFAULT: usize = 256;
+
 /// Drain time where nothing is said: within the grace that Kubernetes and Slurm give by default.
 pub const DRAIN_MS_DEFAULT: u64 = 25_000;
 
@@ -122,10 +128,10 @@ impl WorkerConfig {
             threads: 0,
             kv_bytes: None,
             kv_free_gpu_memory_fraction: KV_FREE_GPU_MEMORY_FRACTION_DEFAULT,
-            block_tokens: 32,
+            block_tokens: BLOCK_TOKENS_DEFAULT,
             step_tokens: Device::Cpu.step_tokens_default(),
             batch: Device::Cpu.batch_default(),
-            queue: 256,
+            queue: QUEUE_DEFAULT,
             prefix_cache: true,
             lease_ms: deadlines::LEASE_MS,
             drain_ms: DRAIN_MS_DEFAULT,
@@ -136,7 +142,10 @@ impl WorkerConfig {
     }
 
     /// Refuses values that could not work, before anything is started.
-    pub(crate) fn check(&self) -> Result<(), WorkerError> {
+    ///
+    /// # Errors
+    /// [`WorkerError::Config`] with what is wrong.
+    pub fn check(&self) -> Result<(), WorkerError> {
         let positive = [
             ("block tokens", self.block_tokens as usize),
             ("step token budget", self.step_tokens),

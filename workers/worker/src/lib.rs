@@ -48,8 +48,8 @@ mod token_rules;
 mod watch;
 
 pub use config::{
-    DRAIN_MS_DEFAULT, Device, FakeKvShape, KV_BYTES_DEFAULT, KV_FREE_GPU_MEMORY_FRACTION_DEFAULT,
-    WorkerConfig,
+    BLOCK_TOKENS_DEFAULT, DRAIN_MS_DEFAULT, Device, FakeKvShape, KV_BYTES_DEFAULT,
+    KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, QUEUE_DEFAULT, WorkerConfig,
 };
 pub use device::{check_host_memory, host_memory_bytes};
 pub use error::WorkerError;
