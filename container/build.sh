@@ -2,7 +2,7 @@
 # Builds the image: the baton binary of this tree, a NATS server and UCX on a small Debian or Ubuntu.
 #
 #   container/build.sh [OPTIONS]
-#     --framework NAME     what workers compute with: cpu                      [cpu]
+#     --framework NAME     what workers compute with: cpu; cuda has that too   [cpu]
 #     --base-image IMAGE   Debian 12 or Ubuntu 24.04 to build on               [debian:bookworm-slim]
 #     --tag TAG            name of the image                                   [baton:latest]
 #     --build-arg K=V      passed on; may be repeated
@@ -11,6 +11,8 @@
 #
 # The binary and nats-server are taken from this machine: BATON_BINARY=FILE and NATS_SERVER=FILE name them, else the
 # binary is built with cargo and nats-server comes from .venv. Build on a system no newer than the base image.
+# An image for cuda gets NVRTC, cuBLASLt and UCX with CUDA from Python wheels (container/cuda-libraries.sh), and the driver from
+# the machine that it runs on. The binary is the same, so CPU workers run in it too.
 # The binary's debug information goes into BINARY.debug beside it, and not into the image.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +36,11 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
-[ "$framework" = cpu ] || fail "there is no framework '$framework'; cpu is the only one so far"
+case "$framework" in
+  cpu) need=ucx ;;
+  cuda) need=ucx,nvrtc,cublaslt ;;
+  *) fail "there is no framework '$framework'; there are cpu and cuda" ;;
+esac
 # shellcheck source=container/engine.sh
 . container/engine.sh
 pick_engine "$engine" build
@@ -58,6 +64,9 @@ run install -m 755 "$binary" "$context/baton"
 run objcopy --only-keep-debug "$context/baton" "$binary.debug"
 run objcopy --strip-debug --add-gnu-debuglink="$binary.debug" "$context/baton"
 run install -m 755 "$nats_server" "$context/nats-server"
+# Named by a stage that builders without BuildKit go through for any framework.
+run mkdir "$context/cuda"
+[ "$framework" = cpu ] || run container/cuda-libraries.sh "$context/cuda"
 
 case "$engine" in
   # The docker format, since OCI's has no place for a health check. Isolation: buildah must also work as root inside
@@ -66,5 +75,6 @@ case "$engine" in
   podman) command=(podman build --format docker) ;;
   docker) command=(docker build) ;;
 esac
-run "${command[@]}" --build-arg "BASE_IMAGE=$base_image" "${build_args[@]}" --tag "$tag" "$context"
+run "${command[@]}" --build-arg "BASE_IMAGE=$base_image" --build-arg "FRAMEWORK=$framework" --build-arg "NEED=$need" \
+  "${build_args[@]}" --tag "$tag" "$context"
 [ "$dry_run" = 1 ] || echo "build: $tag is ready; container/run.sh --image $tag -- up --help" >&2

@@ -7,6 +7,7 @@
 #     build    what `cargo build` needs beside Rust itself
 #     python   what makes a virtual environment (nats-server and the example model come through one)
 #     test     what the tests need on top: UCX headers, network tools, shellcheck
+#     slurm    what tests/slurm.sh needs: Slurm, whose services do not start without a configuration, and munge
 #     image    what builds an image without a daemon: buildah, and debootstrap for a base
 set -euo pipefail
 
@@ -18,6 +19,7 @@ declare -A packages=(
   [build]="gcc libc6-dev make pkg-config"
   [python]="python3 python3-venv"
   [test]="libucx-dev iproute2 procps curl shellcheck"
+  [slurm]="slurm-wlm munge iproute2"
   [image]="buildah debootstrap ca-certificates"
 )
 

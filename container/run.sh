@@ -3,7 +3,7 @@
 #
 #   container/run.sh [OPTIONS] [-- COMMAND...]      COMMAND goes to baton: up, context-worker, chat, …
 #     -it                  with a terminal
-#     --gpus WHICH         GPUs to give it: all, or as docker writes them
+#     --gpus WHICH         GPUs to give it: all, or their numbers or UUIDs: 0,2. In the container the first is cuda:0
 #     --name NAME          name of the container
 #     --image IMAGE        image to run                                        [baton:latest]
 #     -v HOST:CONTAINER    mount; may be repeated
@@ -14,6 +14,9 @@
 #
 # For example, a cluster on a model directory of this machine:
 #     container/run.sh -it -v "$PWD/.cache/models:/models" -- up --model /models/smollm2-135m-instruct
+# The same on all GPUs, with an image of build.sh --framework cuda (docker needs NVIDIA's container toolkit, podman its CDI
+# description: nvidia-ctk cdi generate):
+#     container/run.sh -it --gpus all -v "$PWD/.cache/models:/models" -- up --model /models/smollm2-135m-instruct --device cuda:0
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -57,9 +60,13 @@ case "$engine" in
     [ "$terminal" = 0 ] || options+=(-it)
     [ -z "$name" ] || options+=(--name "$name")
     if [ -n "$gpus" ] && [ "$engine" = podman ]; then
-      options+=(--device "nvidia.com/gpu=$gpus")
+      IFS=, read -ra devices <<<"$gpus"
+      for device in "${devices[@]}"; do options+=(--device "nvidia.com/gpu=$device"); done
+    elif [ "$gpus" = all ]; then
+      options+=(--gpus all)
     elif [ -n "$gpus" ]; then
-      options+=(--gpus "$gpus")
+      # Docker reads this as a line of a table: without quotes the second GPU would be a field of its own.
+      options+=(--gpus "\"device=$gpus\"")
     fi
     line=("$engine" run "${options[@]}" "$image" "${command[@]}")
     ;;

@@ -262,6 +262,7 @@ fn beat(
         },
         kv: kv.clone(),
         device: "NVIDIA H200".to_owned(),
+        ranks: Some(1),
         weights: "bf16".to_owned(),
         load: Load {
             waiting: (number % 7) as u32,

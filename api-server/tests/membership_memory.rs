@@ -39,6 +39,7 @@ fn beat(worker: WorkerId, role: Role, changes: Option<PeerChanges>) -> Beat {
             }],
         ),
         device: "NVIDIA H200".to_owned(),
+        ranks: Some(1),
         weights: "bf16".to_owned(),
         load: Load::default(),
         capacity: Capacity::default(),

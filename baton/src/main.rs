@@ -18,6 +18,7 @@ mod bus_args;
 mod chat;
 mod deployment;
 mod descriptors;
+mod libraries;
 mod logging;
 mod model_prep;
 mod model_source;
@@ -75,6 +76,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Load a running cluster and measure it
     Bench(bench::BenchArgs),
+    /// Show which of the libraries that are loaded at run time this machine has
+    Libraries(libraries::LibrariesArgs),
     /// Become PROGRAM, but die with the process that started this one
     #[command(hide = true)]
     Tether(tether::TetherArgs),
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::Status(args) => status::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Libraries(args) => libraries::run(args),
         Command::Tether(args) => tether::run(args),
     };
     match outcome {

@@ -77,6 +77,7 @@ fn render(cluster: &Value) -> String {
         "role",
         "state",
         "device",
+        "ranks",
         "weights",
         "running",
         "waiting",
@@ -101,6 +102,7 @@ fn render(cluster: &Value) -> String {
             word(&worker["role"]),
             word(&worker["state"]),
             word(&worker["device"]),
+            word(&worker["ranks"]),
             word(&worker["weights"]),
             word(&load["running"]),
             word(&load["waiting"]),
@@ -205,7 +207,7 @@ mod tests {
             "degraded": ["decode-0 cannot read KV from context-0: cut"],
             "model": {"name": "smol"},
             "workers": [
-                {"worker": "context-0", "role": "context", "state": "serving", "device": "cpu", "weights": "fp8-channel",
+                {"worker": "context-0", "role": "context", "state": "serving", "device": "cpu", "ranks": 3, "weights": "fp8-channel",
                  "load": {"running": 1, "waiting": 2, "leased": 3, "pulling": 0, "blocks_used": 4},
                  "capacity": {"blocks": 100}, "transport": "ucx 1.13.1 tcp", "peers": []},
                 {"worker": "decode-0", "role": "decode", "state": "failed", "device": "cpu", "reason": "the executor hangs",
@@ -231,9 +233,11 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(
-            cells(lines[5])[..5],
-            ["context-0", "context", "serving", "cpu", "fp8-channel"]
+            cells(lines[5])[..6],
+            ["context-0", "context", "serving", "cpu", "3", "fp8-channel"]
         );
+        // One of old says nothing of its ranks.
+        assert_eq!(cells(lines[6])[3..5], ["cpu", "-"]);
         assert!(lines[5].contains("4/100"), "{text}");
         let [pulled, probed] = [lines.len() - 2, lines.len() - 1].map(|line| cells(lines[line]));
         assert_eq!(pulled[3..], ["posix,cma", "19.50", "6.79", "-"]);

@@ -124,6 +124,9 @@ pub struct Beat {
     pub kv: KvGeometry,
     /// What it computes on, for people: `cpu avx512-bf16, 2 threads`.
     pub device: String,
+    /// Number of its ranks: of an arena and a part of the model each. Senders of old say none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<u32>,
     /// How it keeps its weights, for people: `bf16`, `fp8-channel`, `fp8-block`. Workers of one model may differ in
     /// it and pull each other's KV.
     #[serde(default)]

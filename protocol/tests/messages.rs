@@ -109,7 +109,8 @@ fn beat() -> Beat {
         reason: None,
         model: model(),
         kv: kv(),
-        device: "cpu avx512-bf16, 1 thread".to_owned(),
+        device: "cpu avx512-bf16, 3 ranks".to_owned(),
+        ranks: Some(3),
         weights: "bf16".to_owned(),
         load: Load {
             running: 3,
@@ -462,11 +463,14 @@ fn a_reason_of_a_later_release_is_a_refusal_for_an_unknown_reason() {
 
 /// Within version 1 these were added to beats: who does not say them is understood, and what is not said is not sent.
 #[test]
-fn beats_of_old_say_neither_pace_nor_age() {
+fn beats_of_old_say_neither_pace_nor_ranks_nor_age() {
     let mut old = serde_json::to_value(beat()).expect("encodes");
-    old.as_object_mut().expect("an object").remove("decode_ms");
+    let fields = old.as_object_mut().expect("an object");
+    for added in ["decode_ms", "ranks"] {
+        fields.remove(added).expect("was there");
+    }
     let beat: Beat = decode(old.to_string().as_bytes()).expect("an old beat");
-    assert_eq!(beat.decode_ms, 0);
+    assert_eq!((beat.decode_ms, beat.ranks), (0, None));
     assert_eq!(serde_json::to_value(&beat).expect("encodes"), old);
     let old = br#"{"v":2,"api_server":"api-0","in_flight":4}"#;
     let beat: ApiBeat = decode(old).expect("an old beat");

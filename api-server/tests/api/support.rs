@@ -336,6 +336,7 @@ impl FakeWorker {
             },
             kv: geometry(),
             device: "scripted".to_owned(),
+            ranks: Some(1),
             weights: "bf16".to_owned(),
             load: Load::default(),
             capacity: Capacity {

@@ -168,6 +168,7 @@ fn beat(beaten: Beaten) -> Beat {
         },
         kv,
         device: String::new(),
+        ranks: Some(1),
         weights: String::new(),
         load: Load {
             waiting,

@@ -25,6 +25,8 @@ pub(crate) struct Identity {
     pub(crate) incarnation: Incarnation,
     pub(crate) role: Role,
     pub(crate) device: String,
+    /// Number of ranks.
+    pub(crate) ranks: u32,
     pub(crate) weights: WeightFormat,
     pub(crate) transport: String,
     pub(crate) capacity: Capacity,

@@ -51,7 +51,7 @@ pub use config::{
     BLOCK_TOKENS_DEFAULT, DRAIN_MS_DEFAULT, Device, FakeKvShape, KV_BYTES_DEFAULT,
     KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, QUEUE_DEFAULT, WorkerConfig,
 };
-pub use device::{check_host_memory, host_memory_bytes};
+pub use device::{Library, check_host_memory, host_memory_bytes};
 pub use error::WorkerError;
 #[cfg(feature = "simulation")]
 pub use mover::{KvFuture, KvNetwork};

@@ -31,6 +31,7 @@ pub(crate) fn beat(name: &str, role: Role, peers: &[&str]) -> Beat {
             }],
         ),
         device: "test".to_owned(),
+        ranks: Some(1),
         weights: "bf16".to_owned(),
         load: Load::default(),
         capacity: Capacity {

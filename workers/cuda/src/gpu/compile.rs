@@ -89,6 +89,11 @@ impl Compiler {
         self.run(source, &options)
     }
 
+    /// NVRTC's version: major, minor.
+    pub(crate) fn version(&self) -> (i32, i32) {
+        self.version
+    }
+
     fn options(&self, defines: &[String]) -> Vec<String> {
         let mut options = vec![
             format!("--gpu-architecture={}", self.architecture),

@@ -14,11 +14,11 @@ use crate::error::{CudaError, words};
 /// Oldest driver whose interface is used here: that of CUDA 12.8.
 const DRIVER_VERSION_MIN: i32 = 12_080;
 
-/// The driver, loaded and started.
+/// The driver, loaded and started. The result is its version of CUDA.
 ///
 /// # Errors
 /// [`CudaError::Library`] where there is none, [`CudaError::Device`] where it is too old or finds no GPU.
-pub fn driver() -> Result<(), CudaError> {
+pub fn driver() -> Result<Version, CudaError> {
     // SAFETY: loading the driver runs its initialisers and nothing else.
     if !unsafe { cudarc::driver::sys::is_culib_present() } {
         return Err(CudaError::Library {
@@ -47,7 +47,7 @@ pub fn driver() -> Result<(), CudaError> {
             Version(DRIVER_VERSION_MIN)
         )));
     }
-    Ok(())
+    Ok(Version(version))
 }
 
 /// The run-time compiler; the result is where its headers may be. Searched are the `environments` too, of Python.
@@ -132,7 +132,8 @@ fn wheels(environment: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-struct Version(i32);
+/// A version as CUDA counts: 13,000 is 13.0.
+pub struct Version(i32);
 
 impl std::fmt::Display for Version {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

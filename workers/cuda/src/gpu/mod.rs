@@ -7,5 +7,6 @@ pub(crate) mod graph;
 pub(crate) mod host_slots;
 pub(crate) mod kernel;
 pub(crate) mod libraries;
+pub(crate) mod report;
 pub mod sources;
 pub(crate) mod tensor_map;

@@ -14,8 +14,10 @@ use crate::error::WorkerError;
 
 mod cuda;
 mod fake_kv;
+mod libraries;
 mod memory;
 
+pub use libraries::Library;
 pub use memory::{check_host_memory, host_memory_bytes};
 
 /// A device, ready.

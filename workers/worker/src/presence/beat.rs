@@ -84,6 +84,7 @@ impl Presence {
             model: checks.model.clone(),
             kv: checks.kv.clone(),
             device: me.device.clone(),
+            ranks: Some(me.ranks),
             weights: me.weights.label().to_owned(),
             load,
             capacity: me.capacity,

@@ -222,6 +222,7 @@ mod tests {
                 }],
             ),
             device: "NVIDIA H200".to_owned(),
+            ranks: Some(1),
             weights: "bf16".to_owned(),
             load: Load {
                 running: 200,

@@ -97,6 +97,7 @@ pub async fn run(
         fingerprint = %model.fingerprint,
         tokens_max = model.tokens_max,
         device = info.device,
+        ranks = shares.ranks(),
         weights = weights.label(),
         kv_blocks = info.blocks,
         kv_bytes = info.blocks as usize * info.kv.block_bytes(),
@@ -167,6 +168,7 @@ pub async fn run(
                 incarnation,
                 role: config.role,
                 device: info.device.clone(),
+                ranks: shares.ranks() as u32,
                 weights,
                 transport,
                 capacity: Capacity {

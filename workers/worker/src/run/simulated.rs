@@ -155,6 +155,7 @@ impl SimulatedWorker {
                     incarnation,
                     role,
                     device: info.device.clone(),
+                    ranks: shares.ranks() as u32,
                     weights: WeightFormat::Bf16,
                     transport: "simulated".to_owned(),
                     capacity: Capacity {

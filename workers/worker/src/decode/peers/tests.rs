@@ -35,6 +35,7 @@ fn beat(worker: &str, incarnation: u64) -> Beat {
         model: model("a"),
         kv: kv(),
         device: String::new(),
+        ranks: Some(1),
         weights: String::new(),
         load: Load::default(),
         capacity: Capacity::default(),

@@ -1,0 +1,58 @@
+//! What a worker loads at run time, and whether this machine has it.
+
+use baton_cuda::CudaLibrary;
+use baton_transfer::{Agent, AgentConfig, ArenaSource};
+
+/// A library that is loaded at run time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Library {
+    /// Moves KV.
+    Ucx,
+    /// NVIDIA's driver, which comes with the machine.
+    Driver,
+    /// NVIDIA's run-time compiler, with its headers.
+    Nvrtc,
+    /// NVIDIA's products of matrices.
+    CublasLt,
+}
+
+/// Of the arena that UCX is asked to share.
+const ARENA_BYTES: usize = 1 << 20;
+
+impl Library {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Ucx, Self::Driver, Self::Nvrtc, Self::CublasLt];
+
+    /// The name used in flags and tables.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ucx => "ucx",
+            Self::Driver => "driver",
+            Self::Nvrtc => "nvrtc",
+            Self::CublasLt => "cublaslt",
+        }
+    }
+
+    /// Loads it and has it do something small, as a worker would: version and the like. Takes up to some seconds.
+    ///
+    /// # Errors
+    /// A sentence that says what is missing and what would help.
+    pub fn check(self) -> Result<String, String> {
+        let cuda = match self {
+            Self::Ucx => return ucx(),
+            Self::Driver => CudaLibrary::Driver,
+            Self::Nvrtc => CudaLibrary::Nvrtc,
+            Self::CublasLt => CudaLibrary::CublasLt,
+        };
+        cuda.check().map_err(|error| error.to_string())
+    }
+}
+
+fn ucx() -> Result<String, String> {
+    let config = AgentConfig {
+        arenas: vec![ArenaSource::Host { bytes: ARENA_BYTES }],
+        tls: None,
+    };
+    let started = Agent::start(config).map_err(|error| error.to_string())?;
+    Ok(started.0.summary())
+}
