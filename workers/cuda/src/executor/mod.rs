@@ -68,7 +68,10 @@ impl CudaExecutor {
         let mut ranks = ranks.into_iter();
         let first = ranks.next().expect("there is a rank");
         let others = (1..).zip(ranks);
-        let others = others.map(|(rank, executor)| RankThread::start(rank, executor));
+        let others = others.map(|(rank, mut executor)| {
+            let name = format!("rank {rank} (cuda:{})", executor.model.device().ordinal());
+            RankThread::start(name, move |command| carry_out(&mut executor, command))
+        });
         Ok(Self {
             info,
             first,
@@ -152,6 +155,15 @@ impl CudaExecutor {
                 |first| first.make_room(room).map_err(ExecutorError::from),
             ),
         }
+    }
+}
+
+fn carry_out(rank: &mut RankExecutor, command: Command) -> Result<(), ExecutorError> {
+    match command {
+        Command::Submit(plan) => rank.submit(&plan),
+        Command::Choose(masks) => rank.choose(&masks),
+        Command::Collect => rank.collect().map(|_| ()),
+        Command::MakeRoom(room) => Ok(rank.make_room(room)?),
     }
 }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use baton_engine::{ExecutorError, StepPlan, TokenMask};
 
-use super::rank::RankExecutor;
 use crate::sampling::Room;
 
 /// What all ranks are told alike.
@@ -33,25 +32,21 @@ pub(super) struct RankThread {
 }
 
 impl RankThread {
-    /// Gives the executor a thread.
+    /// A thread that carries out commands by `work`. `name` is for sentences.
     ///
     /// # Errors
     /// [`ExecutorError`] if the machine has none.
-    pub(super) fn start(rank: usize, mut executor: RankExecutor) -> Result<Self, ExecutorError> {
-        let name = format!("rank {rank} (cuda:{})", executor.model.device().ordinal());
+    pub(super) fn start(
+        name: String,
+        mut work: impl FnMut(Command) -> Result<(), ExecutorError> + Send + 'static,
+    ) -> Result<Self, ExecutorError> {
         let (commands, told) = sync_channel::<Command>(BEHIND);
         let (reply, replies) = sync_channel(BEHIND);
         let thread = std::thread::Builder::new()
-            .name(format!("rank-{rank}"))
+            .name(name.clone())
             .spawn(move || {
                 for command in told {
-                    let done = match command {
-                        Command::Submit(plan) => executor.submit(&plan),
-                        Command::Choose(masks) => executor.choose(&masks),
-                        Command::Collect => executor.collect().map(|_| ()),
-                        Command::MakeRoom(room) => executor.make_room(room).map_err(Into::into),
-                    };
-                    if reply.send(done).is_err() {
+                    if reply.send(work(command)).is_err() {
                         return;
                     }
                 }
@@ -139,5 +134,55 @@ impl Drop for RankThread {
         {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn error(message: &str) -> ExecutorError {
+        ExecutorError {
+            message: message.to_owned(),
+        }
+    }
+
+    #[test]
+    fn what_ranks_refuse_alike_is_told_from_what_one_fails_at() {
+        let mut rank = RankThread::start("rank 1 (cuda:3)".to_owned(), |command| match command {
+            Command::Collect => Err(error("nothing was submitted")),
+            _ => Ok(()),
+        })
+        .expect("a thread");
+        rank.tell(Command::Collect).expect("told");
+        let alike = error("nothing was submitted");
+        assert_eq!(rank.refused(&alike, LONG), Ok(true));
+        rank.tell(Command::Collect).expect("told");
+        assert_eq!(rank.refused(&error("the GPU is gone"), LONG), Ok(false));
+        rank.tell(Command::Choose(Arc::new([]))).expect("told");
+        assert_eq!(rank.refused(&alike, LONG), Ok(false), "it has done it");
+        rank.tell(Command::Collect).expect("told");
+        let failed = rank.settle(LONG).expect_err("it has failed");
+        assert_eq!(failed.message, "rank 1 (cuda:3): nothing was submitted");
+    }
+
+    #[test]
+    fn a_rank_that_hangs_or_dies_is_named_in_time() {
+        let (free, held) = sync_channel::<()>(0);
+        let mut rank = RankThread::start("rank 2".to_owned(), move |_| {
+            let _ = held.recv();
+            panic!("as a rank may")
+        })
+        .expect("a thread");
+        rank.tell(Command::Collect).expect("told");
+        let late = rank.settle(Duration::from_millis(1)).expect_err("late");
+        assert_eq!(late.message, "rank 2: has not done its part within 1ms");
+        drop(free);
+        let gone = rank.settle(LONG).expect_err("gone");
+        assert!(gone.message.contains("its thread has panicked"), "{gone}");
+        let untold = rank.tell(Command::Collect).expect_err("untold");
+        assert!(untold.message.contains("takes no more"), "{untold}");
     }
 }
