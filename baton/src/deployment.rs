@@ -14,7 +14,6 @@ mod one_host;
 use baton_protocol::{Role, WorkerId};
 use serde::{Deserialize, Serialize};
 
-use self::args::of_flags;
 pub use self::check::Refusal;
 pub use self::devices::Devices;
 pub use self::file::to_yaml;
@@ -375,52 +374,6 @@ impl Deployment {
     /// The model that a group serves.
     pub fn model_of<'a>(&'a self, group: &'a WorkerGroup) -> &'a str {
         group.model.as_deref().unwrap_or(&self.model)
-    }
-
-    /// The words after `baton` that start an API server. `bus` is told by flag where one is given, else by the environment.
-    pub fn api_server_args(&self, bus: Option<&str>, port: u16, model: &str) -> Vec<String> {
-        let mut words = vec!["api-server".to_owned()];
-        words.extend(self.common_args(bus));
-        words.extend(of_flags(&self.api_server, &ApiServers::NOT_PASSED_ON));
-        words.extend(["--api-server-port".to_owned(), port.to_string()]);
-        words.extend(["--tokenizer".to_owned(), model.to_owned()]);
-        words
-    }
-
-    /// The words after `baton` that start a worker on these devices.
-    pub fn worker_args(
-        &self,
-        bus: Option<&str>,
-        role: Role,
-        name: &str,
-        group: &WorkerGroup,
-        devices: &Devices,
-        model: &str,
-    ) -> Vec<String> {
-        let mut words = vec!["worker".to_owned()];
-        words.extend(self.common_args(bus));
-        let devices = devices.to_string();
-        let own = [
-            ("--role", role.label()),
-            ("--worker-name", name),
-            ("--model", model),
-            ("--device", &devices),
-        ];
-        words.extend(
-            own.into_iter()
-                .flat_map(|(flag, value)| [flag.to_owned(), value.to_owned()]),
-        );
-        words.extend(of_flags(group, &WorkerGroup::NOT_PASSED_ON));
-        words
-    }
-
-    fn common_args(&self, bus: Option<&str>) -> Vec<String> {
-        let mut words = vec!["--cluster".to_owned(), self.cluster.clone()];
-        if let Some(bus) = bus {
-            words.extend(["--request-plane-uri".to_owned(), bus.to_owned()]);
-        }
-        words.extend(of_flags(&self.nats, &Nats::NOT_PASSED_ON));
-        words
     }
 }
 

@@ -191,19 +191,32 @@ fn check_group(
         }
         _ => {}
     }
-    group
-        .gpus_each()
-        .map_err(|why| Refusal::new(format!("{path}.devices"), why))?;
+    let gpus = group.gpus_each();
+    let gpus = gpus.map_err(|why| Refusal::new(format!("{path}.devices"), why))?;
+    if !matches!(gpus, 0 | 1 | 2 | 4 | 8) {
+        return refused(
+            if group.tp_size.is_some() {
+                "tp-size"
+            } else {
+                "devices"
+            },
+            &format!("that makes {gpus} GPUs for each worker: a worker runs on 1, 2, 4 or 8"),
+        );
+    }
     if group.model.as_deref() == Some("") {
         return refused("model", "it is empty: name a model, or leave it away");
     }
-    // The worker's own rules hold for what is passed on to it; which GPUs it has is judged elsewhere.
+    // The worker's own rules hold for what is passed on to it; how many GPUs it has is settled above.
+    let mut group = group.clone();
     let device = match &group.devices {
         Devices::Host(_) => group.devices.clone(),
-        Devices::Cuda(_) => Devices::Cuda(vec![0]),
+        Devices::Cuda(_) => {
+            group.tp_size = None;
+            Devices::Cuda(vec![0])
+        }
     };
-    let model = deployment.model_of(group);
-    let words = deployment.worker_args(None, role, "w", group, &device, model);
+    let model = deployment.model_of(&group);
+    let words = deployment.worker_args(None, role, "w", &group, &device, model);
     let args: RoleWorkerArgs = parsed(path, &words)?;
     worker::config_of(args)
         .and_then(|config| Ok(config.check()?))

@@ -111,18 +111,16 @@ impl fmt::Display for Devices {
             Self::Host(device) => return f.write_str(device),
             Self::Cuda(gpus) => gpus,
         };
-        let mut rest = gpus.as_slice();
-        let mut before = "cuda:";
-        while let Some(&first) = rest.first() {
-            let run = (first..).zip(rest).take_while(|(a, b)| a == *b).count();
-            match run {
-                1 => write!(f, "{before}{first}")?,
-                run => write!(f, "{before}{first}-{}", rest[run - 1])?,
+        let is_run = gpus
+            .windows(2)
+            .all(|pair| pair[0].checked_add(1) == Some(pair[1]));
+        match gpus.as_slice() {
+            [first, .., last] if is_run => write!(f, "cuda:{first}-{last}"),
+            gpus => {
+                let gpus: Vec<_> = gpus.iter().map(u32::to_string).collect();
+                write!(f, "cuda:{}", gpus.join(","))
             }
-            rest = &rest[run..];
-            before = ",";
         }
-        Ok(())
     }
 }
 
@@ -177,7 +175,7 @@ mod tests {
             ("cuda", "cuda:0"),
             ("cuda:3", "cuda:3"),
             ("cuda:0,1,2", "cuda:0-2"),
-            ("cuda:0-1,4,6-7", "cuda:0-1,4,6-7"),
+            ("cuda:0-1,4,6-7", "cuda:0,1,4,6,7"),
             ("cuda:3,2,1", "cuda:3,2,1"),
         ] {
             let devices: Devices = text.parse().unwrap();

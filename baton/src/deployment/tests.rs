@@ -114,6 +114,14 @@ fn errors_name_the_place() {
             "model: m\nboth: [{share-devices: true}]\n",
             vec!["both[0].share-devices"],
         ),
+        (
+            "model: m\nboth: [{devices: cuda:0-2, tp-size: 3}]\n",
+            vec!["both[0].tp-size", "1, 2, 4 or 8"],
+        ),
+        (
+            "model: m\nboth: [{devices: cuda:0-2}]\n",
+            vec!["both[0].devices", "1, 2, 4 or 8"],
+        ),
         ("model: m\nboth: [{batch: 0}]\n", vec!["both[0]: ", "batch"]),
         (
             "model: m\nboth: [{batch: 9, step-tokens: 8}]\n",
@@ -166,6 +174,36 @@ fn errors_name_the_place() {
             assert!(error.contains(part), "{text}\nsays {error}\nwithout {part}");
         }
     }
+}
+
+#[test]
+fn what_a_group_says_reaches_its_workers() {
+    let text = "model: m\nboth: [{tp-size: 3, threads: 4, drain-s: 5, lease-ms: 6, kv-mib: 7, block-tokens: 8, \
+                kv-cache-free-gpu-memory-fraction: 0.25, step-tokens: 99, batch: 10, queue: 11, \
+                no-prefix-cache: true, ucx-tls: '-x', model: n}]\nnats: {request-plane-wait-s: 12}";
+    let deployment = Deployment::of_yaml(text).unwrap();
+    let group = &deployment.both[0];
+    let model = deployment.model_of(group);
+    let bus = Some("nats://h:1");
+    let words = deployment.worker_args(bus, Role::Both, "b", group, &group.devices, model);
+    let args: RoleWorkerArgs = check::parsed("", &words).unwrap();
+    let config = worker::config_of(args).unwrap();
+    assert_eq!((config.worker.as_str(), config.role), ("b", Role::Both));
+    assert_eq!((config.tp_size, config.threads), (Some(3), 4));
+    assert_eq!((config.drain_ms, config.lease_ms), (5000, 6));
+    assert_eq!((config.kv_bytes, config.block_tokens), (Some(7 << 20), 8));
+    assert_eq!(
+        (config.step_tokens, config.batch, config.queue),
+        (99, 10, 11)
+    );
+    assert_eq!(config.kv_free_gpu_memory_fraction, 0.25);
+    assert_eq!(
+        (config.prefix_cache, config.ucx_tls.as_deref()),
+        (false, Some("-x"))
+    );
+    assert_eq!(config.model_dir, std::path::Path::new("n"));
+    assert_eq!(config.bus.url, "nats://h:1");
+    assert_eq!(config.bus.connect_wait.unwrap().as_secs(), 12);
 }
 
 #[test]
