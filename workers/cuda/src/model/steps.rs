@@ -85,7 +85,7 @@ impl RankModel {
     /// All layers, what is between two attentions in one launch.
     ///
     /// # Safety
-    /// As [`Self::layers`]; there is a [`Skinny`], and the embedding has left what its norms begin with.
+    /// As [`Self::layers`]; there is a [`crate::products::skinny::Skinny`], and the embedding has left what its norms begin with.
     unsafe fn layers_in_chains(
         &self,
         chain: &Chain,
@@ -165,7 +165,7 @@ impl RankModel {
     /// A layer whose products are bound by reading the weights: norms, SwiGLU and the residual stream are in their ends.
     ///
     /// # Safety
-    /// As [`Self::layers`], and there is a [`Skinny`].
+    /// As [`Self::layers`], and there is a [`crate::products::skinny::Skinny`].
     unsafe fn decode_layer(
         &self,
         index: usize,
