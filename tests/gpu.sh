@@ -3,14 +3,14 @@
 # NVRTC and cuBLASLt of CUDA 13 (a toolkit, or the wheels in python3's environment), and without cargo or network.
 #
 #   tests/gpu.sh build DIR            builds the programs into DIR, here, where cargo is
-#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: kernels, tests, golden, pull, cluster, bench [all]
+#   tests/gpu.sh DIR [STEP...]        runs steps with the programs in DIR: kernels, tests, golden, pull, cluster, ranks, bench [all]
 #
 # A step and a program that fails or hangs keeps no other from running; what failed is said at the end.
 #
 # `kernels` needs torch: it compares the kernels on random inputs with products in f64. They are compiled first, unless DIR/gemm and
 # DIR/attention are there (`gemm.py compile`, `chain.py compile`, `attention.py build`, which need no GPU).
 # `golden` and `cluster` need SmolLM2-135M-Instruct.Q4_1.gguf in DIR (whole, or in pieces named .gguf.part*);
-# `cluster` needs nats-server and curl too; it and `pull`, KV between two processes (on two GPUs, if there are), need UCX with CUDA
+# `cluster` and `ranks` need nats-server, `cluster` curl too; they and `pull`, KV between two processes (on two GPUs, if there are), need UCX with CUDA
 # (BATON_UCX_LIB_DIR).
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -138,6 +138,12 @@ cluster() {
   return $failed
 }
 
+# Workers of two GPUs, alone and with KV between unequal sizes, against one GPU.
+ranks() {
+  [ "$(nvidia-smi --list-gpus | wc -l)" -ge 2 ] || { echo "not run: it needs two GPUs"; return 0; }
+  within 400 python3 tests/gpu_ranks.py "$programs/baton" "$(command -v nats-server || echo "$programs/nats-server")"
+}
+
 # What arrives is compared with what was sent: read in place where UCX can, and by way of host memory.
 pull() {
   local failed=0
@@ -154,10 +160,10 @@ bench() {
 }
 
 passed=0 failed=()
-[ $# -gt 0 ] || set -- kernels tests golden pull cluster bench
+[ $# -gt 0 ] || set -- kernels tests golden pull cluster ranks bench
 for step; do
   case "$step" in
-    kernels | tests | golden | pull | cluster | bench) ;;
+    kernels | tests | golden | pull | cluster | ranks | bench) ;;
     *) usage ;;
   esac
 done
