@@ -50,7 +50,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// What an agent is made of.
 #[derive(Clone, Debug, Default)]
 pub struct AgentConfig {
-    /// The arenas, by rank: at least one. Those of several ranks lie in host memory.
+    /// The arenas, by rank: at least one. They all lie in host memory, or each on a GPU; two may be on one.
     pub arenas: Vec<ArenaSource>,
     /// UCX's list of transports (`UCX_TLS`), if not its own choice: `tcp,self` between processes of
     /// different users, which cannot share memory.

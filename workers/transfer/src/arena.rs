@@ -51,10 +51,11 @@ pub struct GpuMemory {
     pub base: u64,
     /// Length of the arena; the allocation is longer.
     pub bytes: usize,
-    /// Makes the GPU the calling thread's own, as UCX wants it; also keeps the memory alive as long as an arena is made
-    /// of it. An error is a sentence.
+    /// Makes the GPU the calling thread's own, as UCX wants it when it registers the memory and when it reads into it; also
+    /// keeps the memory alive as long as an arena is made of it. An error is a sentence.
     pub bind: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
-    /// Makes host memory and copies for peers that cannot read the GPU's.
+    /// Makes host memory and copies for peers that cannot read the GPU's. Not called where there are several ranks: making it
+    /// would wait for the GPU's work, which may wait for another rank's.
     pub staging: MakeStaging,
     /// Whether UCX is to be told of the memory. Without, everything is staged.
     pub registered: bool,
@@ -120,8 +121,8 @@ pub(crate) struct Region {
     base: *mut u8,
     bytes: usize,
     memory: MemoryType,
-    /// Who keeps memory alive that UCX did not allocate.
-    _gpu: Option<GpuMemory>,
+    /// Keeps memory alive that UCX did not allocate.
+    gpu: Option<GpuMemory>,
 }
 
 // SAFETY: the pointers are to memory and to a handle that live as long as the value; what is written to
@@ -149,7 +150,10 @@ impl Region {
             .and_then(|bytes| bytes.checked_add(scratch_bytes(memory)))
             .ok_or_else(|| failed("that is more than there are addresses".into()))?;
         let gpu = match gpu {
-            Some(gpu) => return Ok(Self::map_gpu(context, gpu, length)),
+            Some(gpu) => {
+                (gpu.bind)().map_err(failed)?;
+                return Ok(Self::map_gpu(context, gpu, length));
+            }
             None => gpu,
         };
         memory::check(length as u64, "it").map_err(failed)?;
@@ -192,7 +196,7 @@ impl Region {
             base: attributes.address.cast(),
             bytes,
             memory,
-            _gpu: gpu,
+            gpu,
         };
         check(ucp, "ucp_mem_query", status)?;
         if !region.base.addr().is_multiple_of(4096) || attributes.length < length {
@@ -200,6 +204,11 @@ impl Region {
         }
         populate(region.base, length).map_err(failed)?;
         Ok(region)
+    }
+
+    /// Makes its GPU the calling thread's own. Nothing for host memory.
+    pub(crate) fn bind(&self) -> Result<(), String> {
+        self.gpu.as_ref().map_or(Ok(()), |gpu| (gpu.bind)())
     }
 
     /// GPU memory that UCX refuses is not shared with anybody; KV then goes through host memory.
@@ -226,10 +235,7 @@ impl Region {
         };
         if let Some(why) = refused {
             handle = null_mut();
-            tracing::warn!(
-                "this UCX cannot register {length} bytes of GPU memory ({why}), so KV goes through host memory, many times \
-                 slower: take the one of the Python package libucx-cu13 (BATON_UCX_LIB_DIR)"
-            );
+            tracing::warn!("this UCX cannot register {length} bytes of GPU memory: {why}");
         }
         Self {
             context,
@@ -237,7 +243,7 @@ impl Region {
             base: gpu.base as *mut u8,
             bytes: gpu.bytes,
             memory: MemoryType::Cuda,
-            _gpu: Some(gpu),
+            gpu: Some(gpu),
         }
     }
 
@@ -313,8 +319,11 @@ impl Region {
     }
 }
 
-/// The regions of all ranks, one at least: in host memory, or one on a GPU.
+/// The regions of all ranks, one at least: all in host memory, or each on a GPU.
 pub(crate) struct Regions(Vec<Arc<Region>>);
+
+/// What to do about a UCX that cannot register GPU memory.
+const UCX_WITH_CUDA: &str = "take the UCX of the Python package libucx-cu13 (BATON_UCX_LIB_DIR), and leave cuda_ipc in --ucx-tls";
 
 impl Regions {
     /// Whether arenas can be made of these.
@@ -322,9 +331,8 @@ impl Regions {
         let is_gpu = |source: &ArenaSource| matches!(source, ArenaSource::Gpu(_));
         let detail = match sources {
             [] => "there is no rank that it could be of",
-            [_] => return Ok(()),
-            several if several.iter().any(is_gpu) => "several ranks have theirs in host memory",
-            _ => return Ok(()),
+            several if several.iter().all(is_gpu) || !several.iter().any(is_gpu) => return Ok(()),
+            _ => "those of one worker are all in host memory, or all on GPUs",
         };
         let detail = detail.to_owned();
         Err(TransferError::Arena { bytes: 0, detail })
@@ -336,7 +344,23 @@ impl Regions {
     ) -> Result<Self, TransferError> {
         let map = |source| Region::map(context.clone(), source).map(Arc::new);
         let regions = sources.into_iter().map(map);
-        Ok(Self(regions.collect::<Result<_, _>>()?))
+        let regions = Self(regions.collect::<Result<_, _>>()?);
+        let unknown = regions.0.iter().position(|region| region.handle.is_none());
+        match (unknown, regions.0.len()) {
+            (None, _) => {}
+            (Some(_), 1) => {
+                tracing::warn!("KV goes through host memory, many times slower: {UCX_WITH_CUDA}")
+            }
+            (Some(rank), _) => {
+                return Err(TransferError::Arena {
+                    bytes: regions.0[rank].bytes,
+                    detail: format!(
+                        "UCX cannot register rank {rank}'s, and KV of several ranks does not go through host memory: {UCX_WITH_CUDA}"
+                    ),
+                });
+            }
+        }
+        Ok(regions)
     }
 
     pub(crate) fn describe(&self) -> Result<Vec<RankRegion>, TransferError> {

@@ -3,9 +3,9 @@
 use std::num::NonZeroU64;
 use std::ops::Range;
 
-use baton_protocol::UcxVersion;
+use baton_protocol::{MemoryType, UcxVersion};
 
-use crate::arena::{Region, scratch_bytes};
+use crate::arena::{Regions, scratch_bytes};
 use crate::peer::Link;
 use crate::printed::{distinct, printed, transport_name};
 use crate::pull::Read;
@@ -19,6 +19,9 @@ const FIRST_GPU_READ_BYTES: u64 = 1 << 20;
 
 /// Most probe reads of the measurement, of full length.
 const PROBE_READS: u64 = 32;
+
+/// Most pairs of ranks that the measurement reads between at once: those of the largest workers.
+const PROBE_PAIRS: usize = 8;
 
 /// The measurement stays within this many reads of the arena: pages of shared memory are slow to touch for the
 /// first time, and it is the lasting rate that matters.
@@ -34,37 +37,47 @@ pub struct PeerReport {
     pub gigabytes_per_second: f32,
 }
 
-/// One read from each rank; where a GPU is, long enough to map the peer's memory, which takes as long as many reads.
-pub(crate) fn first_reads(link: &Link, region: &Region) -> Vec<Read> {
-    let bytes = match link.is_gpu(region.memory()) {
-        true => FIRST_GPU_READ_BYTES,
-        false => FIRST_READ_BYTES,
+/// One read from each rank; where a GPU is, into each of our ranks, and long enough to map the peer's memory there: that takes
+/// as long as many reads, and no pull is to wait for it.
+pub(crate) fn first_reads(link: &Link, regions: &Regions) -> Vec<Read> {
+    let (theirs, ours) = (link.regions().len(), regions.all().len());
+    let (bytes, into) = match link.is_gpu(regions.memory()) {
+        true => (FIRST_GPU_READ_BYTES, ours),
+        false => (FIRST_READ_BYTES, 1),
     };
-    let regions = link.regions().iter().enumerate();
-    regions
-        .map(|(rank, remote)| Read {
-            source: rank as u32,
-            destination: 0,
+    let pairs = (0..theirs).flat_map(|source| (0..into).map(move |to| (source, to)));
+    pairs
+        .map(|(source, destination)| Read {
+            source: source as u32,
+            destination: destination as u32,
             remote_offset: 0,
-            local_offset: region.scratch(),
-            bytes: remote.bytes.get().min(bytes),
+            local_offset: regions.all()[destination].scratch(),
+            bytes: link.regions()[source].bytes.get().min(bytes),
         })
         .collect()
 }
 
-/// Reads that walk round the first rank's arena. All go to the same place; nobody looks at it.
-pub(crate) fn probe_reads(link: &Link, region: &Region) -> Vec<Read> {
-    let scratch = region.scratch();
-    let longest = scratch_bytes(region.memory()) as u64;
-    let first = link.regions().first();
-    let ranges = first.into_iter().flat_map(|rank| walk(rank.bytes, longest));
-    ranges
-        .map(|range| Read {
-            source: 0,
-            destination: 0,
-            remote_offset: range.start,
-            local_offset: scratch,
-            bytes: range.end - range.start,
+/// Reads that walk round arenas of the peer's: between GPUs each rank of either side takes part, in host memory the first ones. All
+/// that go to a rank go to the same place; nobody looks at it.
+pub(crate) fn probe_reads(link: &Link, regions: &Regions) -> Vec<Read> {
+    let (theirs, ours) = (link.regions().len(), regions.all().len());
+    let longest = scratch_bytes(regions.memory()) as u64;
+    let pairs = match regions.memory() {
+        MemoryType::Host => theirs.min(1),
+        MemoryType::Cuda if theirs > 0 => theirs.max(ours).min(PROBE_PAIRS),
+        MemoryType::Cuda => 0,
+    };
+    let pairs = (0..pairs).map(|pair| (pair % theirs, pair % ours));
+    pairs
+        .flat_map(|(source, destination)| {
+            let walk = walk(link.regions()[source].bytes, longest);
+            walk.map(move |range| Read {
+                source: source as u32,
+                destination: destination as u32,
+                remote_offset: range.start,
+                local_offset: regions.all()[destination].scratch(),
+                bytes: range.end - range.start,
+            })
         })
         .collect()
 }

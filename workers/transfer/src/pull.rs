@@ -1,31 +1,31 @@
 //! A set of reads from one peer.
 
-use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+mod lanes;
+
 use std::ffi::c_void;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use baton_protocol::MemoryType;
 use ucx_sys::*;
 
+use self::lanes::{Lanes, Tally};
 use crate::TransferError;
-use crate::arena::{Region, Regions};
+use crate::arena::Regions;
 use crate::context::EMULATED_READ_BYTES;
-use crate::flow::Flow;
 use crate::peer::Link;
-use crate::vitals::Vitals;
 
 /// How much is posted at once. On a slow link [`Flow`] allows less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     /// Longest single read.
     read_bytes: u64,
-    /// Most reads that UCX holds for one peer at once.
+    /// Most reads that UCX holds for one peer at once; where GPUs read, for each pair of ranks.
     reads: usize,
 }
+
+/// Most pairs of ranks for whose reads there is room at once.
+const PAIRS_MAX: usize = 8;
 
 /// Where the transport reads host memory by itself: one read of this length blocks the agent's thread for a few
 /// milliseconds only. Posting costs some 4 µs and a lone read 40 to 50 µs, so a dozen keep every transport busy;
@@ -36,10 +36,11 @@ const DIRECT: Window = Window {
 };
 
 /// Where a GPU's copy engine reads. It comes nearer to its peak the longer a read is, and nobody waits for one: this
-/// takes it 0.7 ms.
+/// takes it 0.7 ms. Between workers of unequal sizes a read is a rank's part of one block. As many as 2,048
+/// tokens need may go at once (with 32 the medians were no better; they spread by a quarter either way).
 const DIRECT_GPU: Window = Window {
     read_bytes: 256 << 20,
-    reads: 32,
+    reads: 128,
 };
 
 /// Where the peer answers with messages: one read at a time, whose answer is one piece. If the connection
@@ -81,10 +82,7 @@ pub struct PullStats {
 /// Reads under way.
 pub(crate) struct Reading {
     pub(crate) link: Rc<Link>,
-    reads: Vec<Read>,
-    /// Index of the read to post next, and how much of it is posted.
-    next: (usize, u64),
-    tally: Rc<Tally>,
+    lanes: Lanes,
     pub(crate) started: Instant,
     pub(crate) allowed: Duration,
     /// Bytes posted so far.
@@ -113,43 +111,6 @@ pub(crate) enum Progress {
     Late,
 }
 
-/// Counts the requests that UCX holds. Callbacks write to it, so it lives until there are none.
-struct Tally {
-    /// All of the peer's.
-    flow: Rc<Flow>,
-    /// All peers'.
-    vitals: Arc<Vitals>,
-    request_free: unsafe extern "C" fn(*mut c_void),
-    /// Lengths of the reads in flight. UCX does not say which one ended; counted off in the order of posting they add up.
-    in_flight: RefCell<VecDeque<u64>>,
-    failure: Cell<Option<ucs_status_t>>,
-}
-
-impl Tally {
-    fn posted(&self, bytes: u64) {
-        self.in_flight.borrow_mut().push_back(bytes);
-        self.flow.read_posted(bytes);
-        self.count(1);
-    }
-
-    fn ended(&self, status: ucs_status_t) {
-        let bytes = self.in_flight.borrow_mut().pop_front().unwrap_or_default();
-        let came = if status == UCS_OK { bytes } else { 0 };
-        self.flow.read_ended(bytes, came);
-        self.count(-1);
-        if status != UCS_OK {
-            self.failure.set(Some(status));
-        }
-    }
-
-    fn count(&self, requests: isize) {
-        // Only this thread writes it.
-        let count = self.vitals.requests.load(Relaxed);
-        let count = count.strict_add_signed(requests);
-        self.vitals.requests.store(count, Relaxed);
-    }
-}
-
 impl Reading {
     pub(crate) fn new(
         ucp: &Ucp,
@@ -158,18 +119,11 @@ impl Reading {
         started: Instant,
         allowed: Duration,
     ) -> Self {
-        let tally = Tally {
-            flow: link.flow.clone(),
-            vitals: link.vitals.clone(),
-            request_free: ucp.ucp_request_free,
-            in_flight: RefCell::default(),
-            failure: Cell::new(None),
-        };
+        let tally = || Tally::new(link.flow.clone(), link.vitals.clone(), ucp.ucp_request_free);
+        let lanes = Lanes::new(reads, tally);
         Self {
             link,
-            reads,
-            next: (0, 0),
-            tally: Rc::new(tally),
+            lanes,
             started,
             allowed,
             posted: 0,
@@ -183,20 +137,34 @@ impl Reading {
             (false, MemoryType::Host) => DIRECT,
             (false, MemoryType::Cuda) => DIRECT_GPU,
         };
+        let lanes = match window == DIRECT_GPU {
+            true => self.lanes.count().clamp(1, PAIRS_MAX),
+            false => 1,
+        };
         let flow = self.link.flow.clone();
         let turn_bytes = TURN_BYTES.max(window.read_bytes);
         let (mut turn, mut at_once, mut began) = (0, 0, None);
+        let mut current = None;
         while turn < turn_bytes
-            && flow.reads() < window.reads
-            && self.tally.failure.get().is_none()
-            && self.link.failure().is_none()
+            && flow.reads() < window.reads * lanes
+            && self.failure().is_none()
             && let Some(bytes_max) = flow.read_bytes()
-            && let Some(piece) = self.next_piece(window.read_bytes.min(bytes_max))
+            && let Some((tally, piece)) =
+                (self.lanes).next_piece(window.reads, window.read_bytes.min(bytes_max))
         {
+            // Releases of UCX before 1.19 use the GPU that is current.
+            if regions.all().len() > 1
+                && current.replace(piece.destination) != Some(piece.destination)
+                && let Err(error) = regions.of(piece.destination).bind()
+            {
+                tracing::error!("rank {}: {error}", piece.destination);
+                tally.fail(UCS_ERR_CANCELED);
+                break;
+            }
             let began = *began.get_or_insert_with(Instant::now);
             flow.begin(began);
             turn += piece.bytes;
-            if self.post_one(ucp, regions.of(piece.destination), piece) {
+            if self.post_one(ucp, regions, &tally, piece) {
                 at_once += piece.bytes;
             }
         }
@@ -209,33 +177,16 @@ impl Reading {
         turn > 0
     }
 
-    fn next_piece(&mut self, bytes_max: u64) -> Option<Read> {
-        let (index, done) = self.next;
-        let read = self.reads.get(index)?;
-        let bytes = (read.bytes - done).min(bytes_max);
-        self.next = if done + bytes == read.bytes {
-            (index + 1, 0)
-        } else {
-            (index, done + bytes)
-        };
-        Some(Read {
-            source: read.source,
-            destination: read.destination,
-            remote_offset: read.remote_offset + done,
-            local_offset: read.local_offset + done,
-            bytes,
-        })
-    }
-
     /// Whether it ended at once.
-    fn post_one(&self, ucp: &Ucp, region: &Region, piece: Read) -> bool {
+    fn post_one(&self, ucp: &Ucp, regions: &Regions, tally: &Rc<Tally>, piece: Read) -> bool {
+        let region = regions.of(piece.destination);
         let remote = &self.link.regions()[piece.source as usize];
         let mut param = ucp_request_param_t {
             op_attr_mask: UCP_OP_ATTR_FIELD_CALLBACK
                 | UCP_OP_ATTR_FIELD_USER_DATA
                 | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
             cb: Some(on_read_end),
-            user_data: Rc::as_ptr(&self.tally).cast_mut().cast(),
+            user_data: Rc::as_ptr(tally).cast_mut().cast(),
             memory_type: region.ucs_memory_type(),
             ..Default::default()
         };
@@ -262,19 +213,23 @@ impl Reading {
         match status_of_pointer(pointer) {
             // Done, and no callback will come.
             Ok(None) => return true,
-            Ok(Some(_)) => self.tally.posted(piece.bytes),
-            Err(status) => self.tally.failure.set(Some(status)),
+            Ok(Some(_)) => tally.posted(piece.bytes),
+            Err(status) => tally.fail(status),
         }
         false
     }
 
     /// Posts no more; what is in flight ends by itself.
     pub(crate) fn cut(&mut self) {
-        self.next = (self.reads.len(), 0);
+        self.lanes.cut();
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.tally.in_flight.borrow().len()
+        self.lanes.in_flight()
+    }
+
+    fn failure(&self) -> Option<ucs_status_t> {
+        self.lanes.failure().or(self.link.failure())
     }
 
     pub(crate) fn deadline(&self) -> Instant {
@@ -282,9 +237,9 @@ impl Reading {
     }
 
     pub(crate) fn progress(&self, now: Instant) -> Progress {
-        if let Some(status) = self.tally.failure.get().or(self.link.failure()) {
+        if let Some(status) = self.failure() {
             Progress::Failed(Why::Ucx(status))
-        } else if self.next.0 == self.reads.len() && self.in_flight() == 0 {
+        } else if self.lanes.are_done() {
             Progress::Done
         } else if now >= self.deadline() {
             Progress::Late
@@ -336,5 +291,5 @@ unsafe extern "C" fn on_read_end(
     let tally = unsafe { &*user_data.cast::<Tally>() };
     tally.ended(status);
     // SAFETY: the request has ended and this is its only owner.
-    unsafe { (tally.request_free)(request) };
+    unsafe { tally.free(request) };
 }

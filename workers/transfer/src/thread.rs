@@ -44,6 +44,9 @@ const LINGER: Duration = Duration::from_micros(200);
 /// of a pull; a worker that serves more than a few requests a second is not worth the sleep.
 const LINGER_GPU: Duration = Duration::from_secs(1);
 
+/// Why a connection is refused that could only be staged.
+const NOT_STAGED: &str = "KV of several ranks does not go through host memory";
+
 /// Longest sleep: the thread shows that it lives.
 const SLEEP_MAX: Duration = Duration::from_millis(100);
 
@@ -141,7 +144,8 @@ impl Mover {
             stall_after,
         } = setup;
         Regions::check(&sources)?;
-        if let [ArenaSource::Gpu(gpu)] = &sources[..] {
+        // UCX looks for GPUs in the context that is current.
+        if let Some(ArenaSource::Gpu(gpu)) = sources.first() {
             (gpu.bind)().map_err(|detail| TransferError::Arena {
                 bytes: gpu.bytes,
                 detail,
@@ -156,7 +160,10 @@ impl Mover {
         };
         let regions = Regions::map(&context, sources)?;
         let address = seal(Kind::Address, &worker.address()?);
-        let staging = staging.unwrap_or_else(|| beside(regions.first()));
+        let staging = staging.unwrap_or_else(|| match regions.all() {
+            [region] => beside(region),
+            _ => Arc::new(|| Err(NOT_STAGED.to_owned())),
+        });
         let stage = Rc::new(Stage::new(staging, address.clone()));
         stage.inbox.listen(ucp, worker.handle)?;
         let descriptor = TransferDescriptor {
@@ -248,7 +255,7 @@ impl Mover {
                 match self.connect(peer, &plan) {
                     // Where UCX does not know one of the two memories it must not touch either.
                     Ok(link) if link.has_keys() && self.regions.are_registered() => {
-                        let reads = probe::first_reads(&link, self.regions.first());
+                        let reads = probe::first_reads(&link, &self.regions);
                         let reading = Reading::new(self.ucp, link, reads, started, allowed);
                         self.begin(Work::Reads(reading), Then::Probe { reply });
                     }
@@ -281,6 +288,12 @@ impl Mover {
 
     fn connect(&mut self, peer: PeerKey, plan: &PeerPlan) -> Result<Rc<Link>, TransferError> {
         self.room()?;
+        // Whether the peer's memory is within reach is asked in the context that is current.
+        let bound = self.regions.first().bind();
+        bound.map_err(|detail| TransferError::Arena {
+            bytes: self.regions.first().bytes() as usize,
+            detail,
+        })?;
         let (link, outcome) = Link::open(
             self.ucp,
             self.worker.handle,
@@ -354,7 +367,7 @@ impl Mover {
     /// What peers want of the staged transport.
     fn serve(&mut self, now: Instant) -> bool {
         let received = self.stage.received(self.links.values());
-        // With several arenas nobody was welcome.
+        // With several arenas nobody is welcome.
         let bytes = self.regions.first().bytes();
         let (busy, broken) = self.serving.turn(self.worker.handle, received, bytes, now);
         self.close_all(broken);

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use super::ending::Quarantined;
 use super::work::Work;
-use super::{Guard, Mover};
+use super::{Guard, Mover, NOT_STAGED};
 use crate::TransferError;
 use crate::context::{status_text, version};
 use crate::peer::Link;
@@ -180,8 +180,7 @@ impl Mover {
         reply: ConnectReply,
     ) {
         if link.regions().len() != 1 || self.regions.all().len() != 1 {
-            let detail = "KV of several ranks is not staged".to_owned();
-            let _ = reply.send(Err(TransferError::Descriptor(detail)));
+            let _ = reply.send(Err(TransferError::Descriptor(NOT_STAGED.to_owned())));
             return self.close(&link);
         }
         let greeting = Greeting::new(self.stage.clone(), link, started, allowed);
@@ -248,7 +247,7 @@ impl Mover {
         in_place: Option<PeerReport>,
         reply: ConnectReply,
     ) {
-        let reads = probe::probe_reads(&link, self.regions.first());
+        let reads = probe::probe_reads(&link, &self.regions);
         link.flow.begin_probe();
         let work = self.pulling(link, reads, now, left);
         let then = Then::Report {
