@@ -26,10 +26,10 @@ pub struct WorkerArgs {
     /// Name of this worker, its own in the cluster [default: role, host, process id and a random number]
     #[arg(long)]
     worker_name: Option<String>,
-    /// What to compute on: cpu, cuda:N, fake or fake:MICROSECONDS_PER_STEP
+    /// What to compute on: cpu, cuda:GPUS (0, 0-3 or 0,2: a rank on each), fake or fake:MICROSECONDS_PER_STEP
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Tensor-parallel ranks the model is shared out over [default: as the model directory is divided]
+    /// Tensor-parallel ranks the model is shared out over [default: as many as there are GPUs, or as the model directory is divided]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     tp_size: Option<u32>,
     /// Compute threads of all ranks [default: one for each CPU]

@@ -12,6 +12,7 @@ use baton_protocol::subjects::Cluster;
 use baton_protocol::{KvGeometry, KvShares, Role, WorkerId, deadlines};
 
 use crate::WorkerError;
+use crate::gpus::Gpus;
 
 /// Everything a worker is told at start.
 #[derive(Clone, Debug)]
@@ -28,7 +29,7 @@ pub struct WorkerConfig {
     pub bus: BusConfig,
     /// What it computes on.
     pub device: Device,
-    /// Tensor-parallel ranks; `None` takes as many as the model directory is divided over.
+    /// Tensor-parallel ranks; `None` takes as many as there are GPUs, or on a CPU as the model directory is divided over.
     pub tp_size: Option<u32>,
     /// Compute threads; 0 takes one for each CPU it may run on.
     pub threads: usize,
@@ -160,6 +161,18 @@ impl WorkerConfig {
                 });
             }
         }
+        if let (Device::Cuda(gpus), Some(ranks)) = (self.device, self.tp_size)
+            && gpus.count() != ranks
+        {
+            return Err(WorkerError::Config {
+                detail: format!(
+                    "--device {} names {} GPUs and --tp-size is {ranks}: a rank has a GPU of its own, so the two agree, or \
+                     --tp-size is left out",
+                    self.device,
+                    gpus.count()
+                ),
+            });
+        }
         if !(self.kv_free_gpu_memory_fraction > 0.0 && self.kv_free_gpu_memory_fraction <= 1.0) {
             return Err(WorkerError::Config {
                 detail: format!(
@@ -189,11 +202,18 @@ impl WorkerConfig {
             detail,
         };
         let divided = model.manifest.tp_size;
-        let ranks = self.tp_size.map_or(divided, |ranks| ranks as usize);
+        let ranks = match self.device {
+            Device::Cuda(gpus) => gpus.count() as usize,
+            _ => self.tp_size.map_or(divided, |ranks| ranks as usize),
+        };
         if divided != 1 && ranks != divided {
+            let remedy = match self.device {
+                Device::Cuda(_) => format!("name {divided} GPUs with --device"),
+                _ => format!("give --tp-size {divided}"),
+            };
             return Err(unusable(format!(
-                "it is divided over {divided} ranks, and the tensor-parallel size is {ranks}: give --tp-size {divided}, or prepare \
-                 it with --tp-size 1, which runs on any number of ranks"
+                "it is divided over {divided} ranks, and the tensor-parallel size is {ranks}: {remedy}, or prepare it with \
+                 --tp-size 1, which runs on any number of ranks"
             )));
         }
         match self.device {
@@ -227,13 +247,20 @@ impl WorkerConfig {
         Self::whole_blocks(bytes, block)
     }
 
-    /// Blocks of the arena on a GPU that has this much memory free, the model loaded.
+    /// Blocks of the arenas on GPUs: for each rank the bytes of its part of a block, and those that its GPU has free, the model
+    /// loaded. All ranks have the same blocks, so the GPU with the least room decides.
     ///
     /// # Errors
     /// [`WorkerError::Config`] if not even one block fits.
-    pub(crate) fn kv_blocks_of_gpu(&self, kv: &KvGeometry, free: u64) -> Result<u32, WorkerError> {
-        let share = (free as f64 * self.kv_free_gpu_memory_fraction) as u64;
-        Self::whole_blocks(self.kv_bytes.unwrap_or(share), kv.block_bytes() as u64)
+    pub(crate) fn kv_blocks_of_gpus(&self, ranks: &[(u64, u64)]) -> Result<u32, WorkerError> {
+        if let Some(bytes) = self.kv_bytes {
+            let block = ranks.iter().map(|(block, _)| block).sum();
+            return Self::whole_blocks(bytes, block);
+        }
+        let share = |free: u64| (free as f64 * self.kv_free_gpu_memory_fraction) as u64;
+        let blocks = |&(block, free): &(u64, u64)| Self::whole_blocks(share(free), block);
+        let blocks = ranks.iter().map(blocks).collect::<Result<Vec<_>, _>>()?;
+        Ok(blocks.into_iter().min().unwrap_or(0))
     }
 
     fn whole_blocks(bytes: u64, block: u64) -> Result<u32, WorkerError> {
@@ -267,8 +294,8 @@ pub enum Device {
         /// How long each step takes, in microseconds; 0 is full speed.
         step_micros: u64,
     },
-    /// An NVIDIA GPU.
-    Cuda(u32),
+    /// NVIDIA GPUs, a rank on each.
+    Cuda(Gpus),
 }
 
 impl Device {
@@ -304,21 +331,30 @@ impl Device {
     }
 }
 
+impl Device {
+    fn cuda(list: &str) -> Result<Self, WorkerError> {
+        let gpus = Gpus::parse(list).map_err(|detail| WorkerError::Config {
+            detail: format!("device cuda:{list}: {detail}"),
+        });
+        gpus.map(Self::Cuda)
+    }
+}
+
 impl FromStr for Device {
     type Err = WorkerError;
 
     fn from_str(text: &str) -> Result<Self, WorkerError> {
         let unknown = || WorkerError::Config {
             detail: format!(
-                "device {text:?} is not one of cpu, cuda:N, fake, fake:MICROSECONDS_PER_STEP"
+                "device {text:?} is not one of cpu, cuda:GPUS, fake, fake:MICROSECONDS_PER_STEP"
             ),
         };
         match text {
             "cpu" => Ok(Self::Cpu),
             "fake" => Ok(Self::Fake { step_micros: 0 }),
-            "cuda" => Ok(Self::Cuda(0)),
+            "cuda" => Self::cuda("0"),
             _ => match text.split_once(':') {
-                Some(("cuda", index)) => index.parse().map(Self::Cuda).map_err(|_| unknown()),
+                Some(("cuda", list)) => Self::cuda(list),
                 Some(("fake", micros)) => match micros.parse() {
                     Ok(step_micros) => Ok(Self::Fake { step_micros }),
                     Err(_) => Err(unknown()),
@@ -335,7 +371,7 @@ impl fmt::Display for Device {
             Self::Cpu => f.write_str("cpu"),
             Self::Fake { step_micros: 0 } => f.write_str("fake"),
             Self::Fake { step_micros } => write!(f, "fake:{step_micros}"),
-            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Cuda(gpus) => write!(f, "cuda:{gpus}"),
         }
     }
 }
@@ -346,11 +382,59 @@ mod tests {
 
     #[test]
     fn devices_have_one_spelling() {
-        for text in ["cpu", "fake", "fake:250", "cuda:3"] {
+        for text in ["cpu", "fake", "fake:250", "cuda:3", "cuda:0-3", "cuda:0,2"] {
             assert_eq!(text.parse::<Device>().unwrap().to_string(), text);
         }
         for text in ["", "gpu", "cuda:", "cuda:x", "fake:", "CPU"] {
             assert!(text.parse::<Device>().is_err(), "{text}");
         }
+        assert_eq!("cuda".parse::<Device>().unwrap().to_string(), "cuda:0");
+        let told = "cuda:0,0".parse::<Device>().unwrap_err().to_string();
+        assert!(told.contains("cuda:0,0: GPU 0 is named twice"), "{told}");
+    }
+
+    fn on(device: &str) -> WorkerConfig {
+        let (worker, cluster) = (WorkerId::new("w").unwrap(), Cluster::new("c").unwrap());
+        let mut config = WorkerConfig::new(worker, Role::Both, "/m", cluster);
+        config.device = device.parse().unwrap();
+        config
+    }
+
+    #[test]
+    fn the_tensor_parallel_size_is_the_number_of_gpus_or_is_refused() {
+        for (device, tp_size, fits) in [
+            ("cuda:0-1", None, true),
+            ("cuda:0-1", Some(2), true),
+            ("cuda:0-1", Some(1), false),
+            ("cuda:0", Some(2), false),
+            ("cpu", Some(3), true),
+        ] {
+            let mut config = on(device);
+            config.tp_size = tp_size;
+            let checked = config.check();
+            assert_eq!(checked.is_ok(), fits, "{device} {tp_size:?}");
+            if let Err(error) = checked {
+                let told = error.to_string();
+                assert!(
+                    told.contains(device) && told.contains("--tp-size is"),
+                    "{told}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_gpu_with_the_least_room_decides_how_many_blocks_there_are() {
+        let mut config = on("cuda:0-1");
+        config.kv_free_gpu_memory_fraction = 0.5;
+        let blocks = |config: &WorkerConfig, ranks: &[(u64, u64)]| config.kv_blocks_of_gpus(ranks);
+        assert_eq!(blocks(&config, &[(10, 2000)]).unwrap(), 100);
+        assert_eq!(blocks(&config, &[(10, 2000), (10, 800)]).unwrap(), 40);
+        // A rank may hold more of a block than another.
+        assert_eq!(blocks(&config, &[(20, 2000), (10, 2000)]).unwrap(), 50);
+        assert!(blocks(&config, &[(10, 2000), (10, 19)]).is_err());
+        // What is said is of all ranks together.
+        config.kv_bytes = Some(100);
+        assert_eq!(blocks(&config, &[(10, 0), (10, 0)]).unwrap(), 5);
     }
 }

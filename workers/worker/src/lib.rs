@@ -38,6 +38,7 @@ mod device;
 mod engine_thread;
 mod error;
 mod frames;
+mod gpus;
 mod grammars;
 mod mover;
 mod pace;
@@ -53,6 +54,7 @@ pub use config::{
 };
 pub use device::{Library, check_host_memory, host_memory_bytes};
 pub use error::WorkerError;
+pub use gpus::{GPUS_MAX, Gpus};
 #[cfg(feature = "simulation")]
 pub use mover::{KvFuture, KvNetwork};
 pub use run::run;

@@ -33,8 +33,8 @@ pub(crate) struct Backend {
 impl Backend {
     /// Loads the model and allocates the arena. Takes seconds for a large model: not for the async runtime.
     pub(crate) fn start(config: &WorkerConfig, model: &ModelDir) -> Result<Self, WorkerError> {
-        if let Device::Cuda(ordinal) = config.device {
-            return Self::start_cuda(config, model, ordinal);
+        if let Device::Cuda(gpus) = config.device {
+            return Self::start_cuda(config, model, gpus);
         }
         let arena = HostArena::new(config, model)?;
         memory::check(config, model, &arena)?;
@@ -123,21 +123,36 @@ fn cpu(
     memories: Vec<Arc<dyn KvMemory>>,
     kv: KvGeometry,
 ) -> Result<Box<dyn Executor>, WorkerError> {
-    let unusable = |error: ModelError| WorkerError::Model {
-        path: model.path.clone(),
-        detail: error.to_string(),
-    };
-    let files = (0..model.manifest.tp_size).map(|rank| model.weights(rank));
-    let files = files.collect::<Result<Vec<_>, _>>().map_err(unusable)?;
     let options = CpuOptions {
         threads: config.threads(),
         kernel: None,
         step_tokens_max: config.step_tokens,
         step_sequences_max: config.batch,
     };
-    let (spec, ranks) = (model.spec(), memories.len());
-    // A directory that is whole is cut here.
-    let cut = |rank| RankSource::new(&files[0], spec, rank, ranks);
+    let executor = with_sources(model, memories.len(), |sources| {
+        CpuExecutor::load(model.spec(), sources, memories, kv, options)
+    })?;
+    let executor = executor.map_err(|error| WorkerError::Device {
+        device: config.device.to_string(),
+        detail: error.to_string(),
+    })?;
+    Ok(Box::new(executor))
+}
+
+/// What `load` makes of the model's weights, a source a rank: the files of a directory that is divided over so many, or the parts of
+/// a whole one, which is cut here.
+fn with_sources<T>(
+    model: &ModelDir,
+    ranks: usize,
+    load: impl FnOnce(&[&dyn TensorSource]) -> T,
+) -> Result<T, WorkerError> {
+    let unusable = |error: ModelError| WorkerError::Model {
+        path: model.path.clone(),
+        detail: error.to_string(),
+    };
+    let files = (0..model.manifest.tp_size).map(|rank| model.weights(rank));
+    let files = files.collect::<Result<Vec<_>, _>>().map_err(unusable)?;
+    let cut = |rank| RankSource::new(&files[0], model.spec(), rank, ranks);
     let cut: Vec<RankSource<'_>> = match files.len() == ranks {
         true => Vec::new(),
         false => (0..ranks).map(cut).collect(),
@@ -146,12 +161,7 @@ fn cpu(
         true => files.iter().map(|file| file as _).collect(),
         false => cut.iter().map(|source| source as _).collect(),
     };
-    let executor = CpuExecutor::load(spec, &sources, memories, kv, options);
-    let executor = executor.map_err(|error| WorkerError::Device {
-        device: config.device.to_string(),
-        detail: error.to_string(),
-    })?;
-    Ok(Box::new(executor))
+    Ok(load(&sources))
 }
 
 /// The KV arenas, and who moves what is in them.

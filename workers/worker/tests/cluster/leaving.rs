@@ -285,7 +285,7 @@ async fn what_cannot_start_says_why() {
     let run = async |config| Worker::start(config).left().await.unwrap_err();
     let mut config = house.config("w", Role::Both);
     // Without a driver that is what is missing; with one, this GPU is.
-    config.device = Device::Cuda(99);
+    config.device = "cuda:99".parse().unwrap();
     let error = run(config).await.to_string();
     assert!(
         error.contains("the NVIDIA driver") || error.contains("there is no GPU 99"),
