@@ -11,10 +11,12 @@ use baton_transfer::{Agent, AgentConfig, ArenaSource, TransferError};
 
 use crate::config::{Device, WorkerConfig};
 use crate::error::WorkerError;
+use loading::Loading;
 
 mod cuda;
 mod fake_kv;
 mod libraries;
+mod loading;
 mod memory;
 
 pub use libraries::Library;
@@ -157,10 +159,12 @@ fn with_sources<T>(
         true => Vec::new(),
         false => (0..ranks).map(cut).collect(),
     };
-    let sources: Vec<&dyn TensorSource> = match cut.is_empty() {
-        true => files.iter().map(|file| file as _).collect(),
-        false => cut.iter().map(|source| source as _).collect(),
+    let loading = Loading::new(model.spec().layers.len());
+    let watched: Vec<_> = match cut.is_empty() {
+        true => files.iter().map(|file| loading.watch(file)).collect(),
+        false => cut.iter().map(|source| loading.watch(source)).collect(),
     };
+    let sources: Vec<&dyn TensorSource> = watched.iter().map(|source| source as _).collect();
     Ok(load(&sources))
 }
 
