@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 
 use super::AllReduce;
+use super::all_reduce::blocks_at_once;
 use super::exchange::{Arguments, Exchange};
 use crate::error::CudaError;
 use crate::gpu::compile::Compiler;
@@ -33,7 +34,7 @@ impl AllGather {
         let image = compiler.compile(&sources::ALL_GATHER, &[format!("RANKS={ranks}")])?;
         let module = Module::load(device, &image)?;
         let [threads, turn_blocks, _, resident] = module.constants("all_gather_shape")?;
-        let resident = device.multiprocessors() as usize * resident as usize / sums.sharing();
+        let resident = blocks_at_once(device, resident as usize, sums.sharing());
         Ok(Self {
             arguments: exchange.arguments(sums.rank()),
             ranks,

@@ -21,6 +21,16 @@ fn one_shot_bytes_max(ranks: usize) -> usize {
     }
 }
 
+/// Blocks of a kernel that waits for other ranks', `each` of which fit a multiprocessor. Where ranks share the GPU, half of its
+/// multiprocessors are left free of all of them: a kernel of another rank may need whole ones, and be waited for.
+pub(super) fn blocks_at_once(device: &Device, each: usize, sharing: usize) -> usize {
+    let multiprocessors = device.multiprocessors() as usize;
+    match sharing {
+        1 => multiprocessors * each,
+        _ => (multiprocessors / (2 * sharing)).max(1),
+    }
+}
+
 /// What partials are, and what their sum becomes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SumDtype {
@@ -131,7 +141,7 @@ impl AllReduce {
             };
             let sharing = devices.iter().filter(|d| d.ordinal() == device.ordinal());
             let sharing = sharing.count();
-            let resident = device.multiprocessors() as usize * resident / sharing;
+            let resident = blocks_at_once(device, resident, sharing);
             Ok(Self {
                 device: device.clone(),
                 arguments: exchange.arguments(rank),
