@@ -15,7 +15,7 @@ use crate::arena::Regions;
 use crate::context::EMULATED_READ_BYTES;
 use crate::peer::Link;
 
-/// How much is posted at once. On a slow link [`Flow`] allows less.
+/// How much is posted at once. On a slow link [`crate::flow::Flow`] allows less.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Window {
     /// Longest single read.
