@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_protocol::deadlines::STEP_MAX_GPU_MS;
+
 use super::RANKS_MAX;
 use crate::error::CudaError;
 use crate::gpu::device::{Buffer, Device, Pinned};
@@ -14,8 +16,8 @@ pub struct ExchangeOptions {
     pub set_bytes: usize,
     /// Bytes of the slots that products push their sums to, behind the sets ([`super::PushedSums`]); 0 where none do.
     pub pushed_bytes: usize,
-    /// How long a rank waits for another one's part. Longer than hosts may be late with a step, shorter than the watchdog's
-    /// limit for one.
+    /// How long a rank waits for another one's part. Longer than hosts may be late with a step; twice that, which is how long a rank's
+    /// thread may be behind, is shorter than the watchdog's limit for a step.
     pub wait: Duration,
     /// For tests: kernels are late at random between sending and receiving.
     pub hold_back: bool,
@@ -26,7 +28,7 @@ impl Default for ExchangeOptions {
         Self {
             set_bytes: 32 << 20,
             pushed_bytes: 0,
-            wait: Duration::from_secs(10),
+            wait: Duration::from_millis(STEP_MAX_GPU_MS / 3),
             hold_back: false,
         }
     }
