@@ -47,6 +47,9 @@ fn beat(worker: WorkerId, role: Role, changes: Option<PeerChanges>) -> Beat {
         changes,
         transport: "ucx 1.18.0 rc_mlx5,cuda_ipc".to_owned(),
         decode_ms: 9_000,
+        cost: None,
+        itl_ms: None,
+        step_tokens: None,
     }
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::limits::GRAMMAR_BYTES_MAX;
 use crate::{
     ApiServerId, CacheSalt, Failure, Generation, HandleId, Incarnation, KvHandle, ModelFingerprint,
-    Nonce, PackedTokens, Refusal, RequestId, TokenLogprobs, WorkerId,
+    Nonce, PackedTokens, Refusal, RequestId, Service, TokenLogprobs, WorkerId,
 };
 
 /// A sequence as it stands: the prompt, the output so far, and how to go on. A retry carries more
@@ -21,6 +21,9 @@ pub struct SequenceSpec {
     /// Whose KV it may use, and who may use its KV.
     #[serde(default, skip_serializing_if = "CacheSalt::is_none")]
     pub cache_salt: CacheSalt,
+    /// What it was promised.
+    #[serde(default, skip_serializing_if = "Service::is_default")]
+    pub service: Service,
 }
 
 impl SequenceSpec {

@@ -23,6 +23,7 @@
 )]
 
 mod codec;
+mod cost;
 pub mod deadlines;
 mod error;
 mod handle;
@@ -34,12 +35,14 @@ mod membership;
 mod packed;
 mod peers;
 mod sampling;
+mod service;
 pub mod subjects;
 mod token_frame;
 mod token_rules;
 mod transfer;
 
 pub use codec::{Versioned, cut, decode, encode};
+pub use cost::{CostPoint, StepCost, StepShape};
 pub use error::{Failure, FailureCode, ProtocolError, Refusal};
 pub use handle::{KvHandle, PrefillTimings};
 pub use ids::{
@@ -57,6 +60,7 @@ pub use membership::{
 pub use packed::{Base64Bytes, PackedTokens};
 pub use peers::{PeerChanges, PeerHealth, PeerState, PeersReply};
 pub use sampling::{FinishReason, Generation, Grammar, Sampling, TokenLogprobs, TopLogprob};
+pub use service::{Service, Tier};
 pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
 pub use token_rules::TokenRules;
 pub use transfer::{MemoryType, RankRegion, TransferDescriptor, UcxVersion};

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::limits::{PEERS_TOLD_MAX, SENTENCE_BYTES_MAX};
 use crate::peers::{PeerChanges, PeerHealth, PeerState};
 use crate::{
-    ApiServerId, Incarnation, KvGeometry, KvShares, ModelFingerprint, TransferDescriptor, WorkerId,
-    cut,
+    ApiServerId, Incarnation, KvGeometry, KvShares, ModelFingerprint, StepCost, TransferDescriptor,
+    WorkerId, cut,
 };
 
 /// What a worker does.
@@ -77,6 +77,10 @@ pub struct Load {
     pub running: u32,
     /// Prompt tokens not yet run.
     pub waiting_tokens: u32,
+    /// Generating sequences among those that wait or run.
+    pub decoding: u32,
+    /// Tokens that these have together: the KV that a step of them reads.
+    pub decoding_tokens: u64,
     /// Staged handles that wait for their release.
     pub leased: u32,
     /// Pulls under way.
@@ -148,6 +152,15 @@ pub struct Beat {
     /// soon a full worker has room. 0 before the first end.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub decode_ms: u32,
+    /// What its steps cost, as measured. Senders of old say nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<StepCost>,
+    /// Mean time between tokens that it keeps its steps to, in milliseconds. Senders of old say nothing, and keep to none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub itl_ms: Option<u32>,
+    /// Most tokens of a step. Senders of old say nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub step_tokens: Option<u32>,
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -167,6 +180,9 @@ impl Beat {
             ("weights", &self.weights),
             ("transport", &self.transport),
         ];
+        if let Some(cost) = &self.cost {
+            cost.check()?;
+        }
         let of_peers = self.peers.iter().flat_map(PeerHealth::texts);
         for (what, text) in texts.into_iter().chain(of_peers) {
             let bytes = text.len();
@@ -215,6 +231,10 @@ impl Beat {
             + self.weights.len()
             + self.transport.len()
             + self.peers.iter().map(PeerHealth::bytes).sum::<usize>()
+            + self
+                .cost
+                .as_ref()
+                .map_or(0, |cost| size_of_val(cost.layers.as_slice()))
     }
 }
 

@@ -61,6 +61,11 @@ fn sequence() -> SequenceSpec {
             })),
         },
         cache_salt: CacheSalt(0x5a17),
+        service: Service {
+            tier: Tier::Interactive,
+            priority: 1,
+            itl_ms: Some(20),
+        },
     }
 }
 
@@ -114,6 +119,8 @@ fn beat() -> Beat {
         weights: "bf16".to_owned(),
         load: Load {
             running: 3,
+            decoding: 3,
+            decoding_tokens: 371,
             blocks_used: 12,
             ..Load::default()
         },
@@ -134,6 +141,16 @@ fn beat() -> Beat {
         changes: None,
         transport: "ucx 1.13.1".to_owned(),
         decode_ms: 6_400,
+        cost: Some(StepCost {
+            layers: [(1, 5_200.0), (64, 21_500.0), (512, 148_000.0)]
+                .map(|(tokens, us)| CostPoint { tokens, us })
+                .to_vec(),
+            row_us: 310.0,
+            kv_token_us: 0.75,
+            pair_us: 0.04,
+        }),
+        itl_ms: Some(50),
+        step_tokens: Some(512),
     }
 }
 

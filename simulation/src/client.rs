@@ -89,6 +89,7 @@ impl Ask {
             prompt_tokens: self.prompt.len() as u32,
             generation: self.generation.clone(),
             cache_salt: self.cache_salt(),
+            service: baton_protocol::Service::default(),
         };
         let (mut tokens, mut finish) = alone(spec, block_tokens, tokens_max);
         if let Some(stop) = self.stop_after.filter(|stop| *stop <= tokens.len()) {

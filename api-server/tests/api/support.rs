@@ -352,6 +352,9 @@ impl FakeWorker {
             changes: None,
             transport: "none".to_owned(),
             decode_ms: script.decode_ms,
+            cost: None,
+            itl_ms: None,
+            step_tokens: None,
         };
         self.send(self.cluster.beat(&self.name), &beat).await;
     }

@@ -79,6 +79,7 @@ impl Job {
                 token_rules: None,
             },
             cache_salt: CacheSalt::NONE,
+            service: baton_protocol::Service::default(),
         }
     }
 }

@@ -174,6 +174,8 @@ fn beat(beaten: Beaten) -> Beat {
             waiting,
             running,
             waiting_tokens,
+            decoding: running,
+            decoding_tokens: waiting_tokens.into(),
             leased,
             pulling,
             blocks_used,
@@ -206,6 +208,9 @@ fn beat(beaten: Beaten) -> Beat {
         changes: None,
         transport: String::new(),
         decode_ms: waiting,
+        cost: None,
+        itl_ms: None,
+        step_tokens: None,
         reason: None,
     }
 }

@@ -121,6 +121,7 @@ fn runs(params: &Params, tokens: Vec<u32>, max_tokens: Option<u32>) {
             tokens: tokens.into(),
             generation,
             cache_salt: params.cache_salt,
+            service: baton_protocol::Service::default(),
         },
         prompt_logprobs: None,
     };

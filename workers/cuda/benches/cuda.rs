@@ -219,6 +219,7 @@ fn engine(executor: &Arc<Mutex<CudaExecutor>>, batch: usize, steps_in_flight: us
                     ..Generation::default()
                 },
                 cache_salt: CacheSalt::NONE,
+                service: baton_protocol::Service::default(),
             },
             next: 2,
             blocks: blocks.expect("the arena holds them"),

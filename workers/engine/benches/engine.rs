@@ -171,6 +171,7 @@ fn spec(seed: u32) -> SequenceSpec {
             ..Generation::default()
         },
         cache_salt: CacheSalt::NONE,
+        service: baton_protocol::Service::default(),
     }
 }
 

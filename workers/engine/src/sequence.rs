@@ -276,6 +276,7 @@ mod tests {
             prompt_tokens: 3,
             generation,
             cache_salt: CacheSalt::NONE,
+            service: baton_protocol::Service::default(),
         };
         let blocks = BlockPool::new(1, 4).reserve(1).expect("room");
         Sequence::new(1, 0, spec, blocks, Instant::now())

@@ -219,6 +219,7 @@ mod tests {
                 ..Generation::default()
             },
             cache_salt: CacheSalt::NONE,
+            service: baton_protocol::Service::default(),
         }
     }
 

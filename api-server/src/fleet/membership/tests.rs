@@ -54,6 +54,9 @@ pub(crate) fn beat(name: &str, role: Role, peers: &[&str]) -> Beat {
         changes: None,
         transport: String::new(),
         decode_ms: 0,
+        cost: None,
+        itl_ms: None,
+        step_tokens: None,
     }
 }
 

@@ -140,6 +140,7 @@ impl<S: Sink> Driver<S> {
             prompt_tokens: self.job.prompt.len() as u32,
             generation: self.job.generation.clone(),
             cache_salt: self.job.cache_salt,
+            service: baton_protocol::Service::default(),
         }
     }
 

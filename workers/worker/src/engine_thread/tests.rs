@@ -80,6 +80,7 @@ fn spec(max_tokens: u32) -> SequenceSpec {
             ..Generation::default()
         },
         cache_salt: CacheSalt::NONE,
+        service: baton_protocol::Service::default(),
     }
 }
 

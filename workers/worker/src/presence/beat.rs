@@ -92,6 +92,9 @@ impl Presence {
             changes: told.changes,
             transport: transport(common),
             decode_ms,
+            cost: None,
+            itl_ms: None,
+            step_tokens: None,
         }
         .within_bounds();
         self.shared_load.set(load);
@@ -153,6 +156,8 @@ fn load(common: &Common, held: &Held) -> Load {
         waiting_tokens: engine.waiting_tokens.load(Ordering::Relaxed),
         leased: held.leases as u32,
         pulling: held.pulling as u32,
+        decoding: 0,
+        decoding_tokens: 0,
         blocks_used: stats.used as u32,
         blocks_cached: stats.cached as u32,
         blocks_quarantined: stats.quarantined as u32,

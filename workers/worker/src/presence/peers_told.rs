@@ -238,6 +238,9 @@ mod tests {
             changes: told.changes,
             transport: "ucx 1.18.0 rc_mlx5,cuda_ipc".to_owned(),
             decode_ms: 9_000,
+            cost: None,
+            itl_ms: None,
+            step_tokens: None,
         };
         encode(&beat).unwrap().len()
     }

@@ -571,6 +571,7 @@ pub fn prompt(seed: u32, tokens: usize, max_tokens: u32) -> SequenceSpec {
             token_rules: None,
         },
         cache_salt: CacheSalt::NONE,
+        service: baton_protocol::Service::default(),
     }
 }
 

@@ -84,6 +84,7 @@ fn spec(prompt: &[u32], max_tokens: u32) -> SequenceSpec {
             ..Generation::default()
         },
         cache_salt: CacheSalt::NONE,
+        service: baton_protocol::Service::default(),
     }
 }
 

@@ -43,6 +43,9 @@ fn beat(worker: &str, incarnation: u64) -> Beat {
         changes: None,
         transport: String::new(),
         decode_ms: 0,
+        cost: None,
+        itl_ms: None,
+        step_tokens: None,
     }
 }
 
