@@ -8,6 +8,8 @@
 #     python   what makes a virtual environment (nats-server and the example model come through one)
 #     test     what the tests need on top: UCX headers, network tools, shellcheck
 #     slurm    what tests/slurm.sh needs: Slurm, whose services do not start without a configuration, and munge
+#     page     what the tests of the page need: Chromium
+#     node     what builds the page: Node.js with npm, where there is none
 #     image    what builds an image without a daemon: buildah, and debootstrap for a base
 set -euo pipefail
 
@@ -20,6 +22,8 @@ declare -A packages=(
   [python]="python3 python3-venv"
   [test]="libucx-dev iproute2 procps curl shellcheck"
   [slurm]="slurm-wlm munge iproute2"
+  [page]="chromium"
+  [node]="nodejs npm"
   [image]="buildah debootstrap ca-certificates"
 )
 

@@ -2,7 +2,7 @@
 # Installs what is missing and runs every test; CI runs exactly this. All steps run even if one fails.
 #
 #   tests/run.sh                 everything
-#   tests/run.sh lint rust       only these steps: lint, rust, chaos, hostile, python, agents, slurm, container, quickstart
+#   tests/run.sh lint rust       only these steps: lint, rust, chaos, hostile, python, agents, page, slurm, container, quickstart
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 root=$PWD
@@ -31,7 +31,7 @@ wants() {
 }
 for asked in "$@"; do
   case "$asked" in
-    lint | rust | chaos | hostile | python | agents | slurm | container | quickstart) ;;
+    lint | rust | chaos | hostile | python | agents | page | slurm | container | quickstart) ;;
     *) echo "tests/run.sh: there is no step '$asked'" >&2; exit 2 ;;
   esac
 done
@@ -79,7 +79,7 @@ if wants lint "$@"; then
   step "clippy" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
   step "documentation" documentation
 fi
-if wants rust "$@" || wants chaos "$@" || wants hostile "$@" || wants python "$@" || wants agents "$@" || wants slurm "$@" || wants container "$@"; then
+if wants rust "$@" || wants chaos "$@" || wants hostile "$@" || wants python "$@" || wants agents "$@" || wants page "$@" || wants slurm "$@" || wants container "$@"; then
   step "release build" cargo build --locked --release --package baton --quiet
 fi
 if wants rust "$@"; then
@@ -94,12 +94,21 @@ if wants hostile "$@"; then
   step "hostile" tests/hostile.sh
 fi
 if wants python "$@"; then
-  step "Python client" python -m pytest --quiet --ignore tests/python/agents --ignore tests/python/slurm tests/python
+  step "Python client" python -m pytest --quiet --ignore tests/python/agents --ignore tests/python/page --ignore tests/python/slurm tests/python
 fi
 if wants agents "$@"; then
   # These clients want other versions of each other than tests/requirements.txt has.
   agents() { examples/venv.sh tests/agents.txt .venv-agents && PATH="$root/.venv-agents/bin:$PATH" python -m pytest --quiet tests/python/agents; }
   step "Python agents" agents
+fi
+if wants page "$@"; then
+  # What is embedded is what the sources give; then people's use of it, in a browser.
+  page() {
+    container/install-deps.sh page && { command -v npm >/dev/null || container/install-deps.sh node; } &&
+      (cd page && npm ci --no-audit --no-fund && npm run check && npm test && node build.mjs --check) &&
+      python -m pytest --quiet tests/python/page
+  }
+  step "page" page
 fi
 if wants slurm "$@"; then
   slurm() { container/install-deps.sh slurm && timeout --kill-after=30 600 tests/slurm.sh 2 python -m pytest --quiet tests/python/slurm; }

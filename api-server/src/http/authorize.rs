@@ -8,6 +8,7 @@ use actix_web::http::header::{self, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::{HttpMessage, HttpRequest, web};
 
+use super::page::PATHS;
 use super::respond::refuse;
 use crate::error::Dialect;
 use crate::keys::{Key, OPEN_PATHS};
@@ -32,7 +33,10 @@ pub async fn authorize(
     request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
-    if server.keys.is_empty() || OPEN_PATHS.contains(&request.path()) {
+    let is_open = [&OPEN_PATHS[..], &PATHS]
+        .iter()
+        .any(|paths| paths.contains(&request.path()));
+    if server.keys.is_empty() || is_open {
         return next.call(request).await;
     }
     let given = |name| request.headers().get(name).map(HeaderValue::as_bytes);

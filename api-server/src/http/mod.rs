@@ -7,6 +7,7 @@ mod generate;
 mod gzip;
 mod messages;
 mod name;
+pub mod page;
 mod respond;
 mod responses;
 mod status;
@@ -85,6 +86,8 @@ pub fn serve(
             .service(get("/v1/models/{model:.*}", || {
                 web::route().to(status::model)
             }))
+            .service(get(page::PATHS[0], || web::route().to(page::page)))
+            .service(get("/page/{file}", || web::route().to(page::page)))
             .service(get("/health", || web::route().to(status::health)))
             .service(get("/live", || web::route().to(status::live)))
             .service(get("/metrics", || web::route().to(status::metrics)))
