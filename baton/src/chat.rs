@@ -8,17 +8,14 @@ use futures::StreamExt;
 use serde_json::{Value, json};
 
 use crate::Failure;
-use crate::api_key::ApiKeyArg;
+use crate::api_client::{ApiClient, ApiServerArg};
 use crate::shutdown::Shutdown;
 use crate::sse::SseReader;
 
 #[derive(Args, Debug)]
 pub struct ChatArgs {
-    /// Where the API server answers
-    #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
-    url: String,
     #[command(flatten)]
-    api_key: ApiKeyArg,
+    server: ApiServerArg,
     /// Model to ask for [default: the one that is served]
     #[arg(long)]
     model: Option<String>,
@@ -57,14 +54,12 @@ pub fn run(args: ChatArgs) -> Result<(), Failure> {
 }
 
 async fn converse(args: ChatArgs) -> Result<(), Failure> {
-    let client = reqwest::Client::builder()
-        .read_timeout(SILENCE_MAX)
-        .default_headers(args.api_key.headers()?)
-        .no_proxy()
-        .build()?;
+    let client = args
+        .server
+        .client(|builder| builder.read_timeout(SILENCE_MAX))?;
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => served_model(&client, &args.url).await?,
+        None => served_model(&client).await?,
     };
     let mut messages = Vec::new();
     if let Some(system) = &args.system {
@@ -95,23 +90,17 @@ async fn converse(args: ChatArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn served_model(client: &reqwest::Client, url: &str) -> Result<String, Failure> {
-    let unreachable = |error| format!("no API server answers at {url}: {error}");
-    let response = client
-        .get(format!("{url}/v1/models"))
-        .send()
-        .await
-        .map_err(unreachable)?;
-    let body: Value = response.error_for_status()?.json().await?;
+async fn served_model(client: &ApiClient) -> Result<String, Failure> {
+    let body = client.get("/v1/models").await?;
     body["data"][0]["id"]
         .as_str()
         .map(str::to_owned)
-        .ok_or_else(|| format!("{url} serves no model").into())
+        .ok_or_else(|| format!("{} serves no model", client.base()).into())
 }
 
 /// Streams one answer to standard output and returns it.
 async fn answer(
-    client: &reqwest::Client,
+    client: &ApiClient,
     args: &ChatArgs,
     model: &str,
     messages: &[Value],
@@ -123,21 +112,7 @@ async fn answer(
     if let Some(seed) = args.seed {
         body["seed"] = seed.into();
     }
-    let url = format!("{}/v1/chat/completions", args.url);
-    let request = client
-        .post(&url)
-        .header("content-type", "application/json")
-        .body(body.to_string());
-    let response = request
-        .send()
-        .await
-        .map_err(|error| format!("no answer from {url}: {error}"))?;
-    let status = response.status();
-    if !status.is_success() {
-        let text = response.text().await.unwrap_or_default();
-        return Err(format!("{url} answers {status}: {}", error_message(&text)).into());
-    }
-
+    let response = client.post("/v1/chat/completions", &body).await?;
     let mut stream = response.bytes_stream();
     let mut reader = SseReader::default();
     let mut state = Answer::default();
@@ -157,14 +132,6 @@ async fn answer(
         true => Ok(state.text),
         false => Err("the answer broke off: the server closed the stream".into()),
     }
-}
-
-fn error_message(body: &str) -> String {
-    let parsed: Option<Value> = serde_json::from_str(body).ok();
-    let message = parsed
-        .as_ref()
-        .and_then(|value| value["error"]["message"].as_str());
-    message.unwrap_or(body.trim()).to_owned()
 }
 
 /// What came of an answer so far.
@@ -227,14 +194,5 @@ mod tests {
         let mut answer = Answer::default();
         answer.take(br#"{"error":{"message":"decode worker lost"}}"#);
         assert_eq!(answer.error.as_deref(), Some("decode worker lost"));
-    }
-
-    #[test]
-    fn refusals_are_told_in_the_servers_words() {
-        assert_eq!(
-            error_message(r#"{"error":{"message":"no such model"}}"#),
-            "no such model"
-        );
-        assert_eq!(error_message("  plain \n"), "plain");
     }
 }

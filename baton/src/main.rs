@@ -11,6 +11,7 @@
 )]
 
 mod allocator;
+mod api_client;
 mod api_key;
 mod api_server;
 mod bench;

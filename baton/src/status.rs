@@ -7,15 +7,12 @@ use clap::Args;
 use serde_json::Value;
 
 use crate::Failure;
-use crate::api_key::ApiKeyArg;
+use crate::api_client::ApiServerArg;
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {
-    /// Where the API server answers
-    #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
-    url: String,
     #[command(flatten)]
-    api_key: ApiKeyArg,
+    server: ApiServerArg,
     /// Print what the API server says as it is
     #[arg(long)]
     json: bool,
@@ -41,19 +38,8 @@ pub fn run(args: StatusArgs) -> Result<(), Failure> {
 }
 
 async fn ask(args: &StatusArgs) -> Result<Value, Failure> {
-    let url = &args.url;
-    let client = reqwest::Client::builder()
-        .timeout(ANSWER_WAIT)
-        .default_headers(args.api_key.headers()?)
-        .no_proxy()
-        .build()?;
-    let unreachable = |error| format!("no API server answers at {url}: {error}");
-    let response = client
-        .get(format!("{url}/cluster"))
-        .send()
-        .await
-        .map_err(unreachable)?;
-    Ok(response.error_for_status()?.json().await?)
+    let client = args.server.client(|builder| builder.timeout(ANSWER_WAIT))?;
+    client.get("/cluster").await
 }
 
 fn render(cluster: &Value) -> String {

@@ -1,0 +1,196 @@
+//! How status and chat ask an API server: where it is, with which key, and what it says when it refuses.
+
+use std::error::Error;
+use std::time::Duration;
+
+use clap::Args;
+use reqwest::{Client, ClientBuilder, RequestBuilder, Response};
+use serde_json::Value;
+
+use crate::Failure;
+use crate::api_key::ApiKeyArg;
+
+#[derive(Args, Clone, Debug)]
+pub struct ApiServerArg {
+    /// Where the API server answers; without a scheme, over http
+    #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
+    url: String,
+    #[command(flatten)]
+    api_key: ApiKeyArg,
+}
+
+/// A client for one API server.
+pub struct ApiClient {
+    client: Client,
+    /// Without a slash at its end.
+    base: String,
+}
+
+impl ApiServerArg {
+    /// A client for it, of which `limits` sets the time that may pass.
+    ///
+    /// # Errors
+    /// If the address is none, or the key cannot be sent.
+    pub fn client(
+        &self,
+        limits: impl FnOnce(ClientBuilder) -> ClientBuilder,
+    ) -> Result<ApiClient, Failure> {
+        let builder = Client::builder()
+            .default_headers(self.api_key.headers()?)
+            .no_proxy();
+        Ok(ApiClient {
+            client: limits(builder).build()?,
+            base: base(&self.url)?,
+        })
+    }
+}
+
+/// An address as people write it: `localhost:8000` is `http://localhost:8000`.
+///
+/// # Errors
+/// What is wrong with it, with an example.
+pub fn base(url: &str) -> Result<String, Failure> {
+    let wrong = |why: &str| {
+        Failure::from(format!(
+            "--url {url:?} {why}: an API server is at an address such as http://localhost:8000"
+        ))
+    };
+    let with_scheme = match url.contains("://") {
+        true => url.to_owned(),
+        false => format!("http://{url}"),
+    };
+    let parsed = reqwest::Url::parse(&with_scheme)
+        .map_err(|error| wrong(&format!("is no address ({error})")))?;
+    if parsed.scheme() != "http" {
+        return Err(wrong(&format!("has the scheme {}", parsed.scheme())));
+    }
+    if parsed.host_str().is_none_or(str::is_empty) {
+        return Err(wrong("names no host"));
+    }
+    // OpenAI's clients want it with /v1; who copies that from there means the same server.
+    let plain = with_scheme.trim_end_matches('/');
+    Ok(plain.strip_suffix("/v1").unwrap_or(plain).to_owned())
+}
+
+impl ApiClient {
+    /// Where it is.
+    pub fn base(&self) -> &str {
+        &self.base
+    }
+
+    /// Asks for a JSON document.
+    ///
+    /// # Errors
+    /// That nobody answers there, or the server's sentence.
+    pub async fn get(&self, path: &str) -> Result<Value, Failure> {
+        let response = self.send(self.client.get(self.url(path))).await?;
+        let text = response.text().await;
+        let text = text.map_err(|error| {
+            format!("the answer of {} broke off: {}", self.base, causes(&error))
+        })?;
+        let json = serde_json::from_str(&text);
+        json.map_err(|_| {
+            format!(
+                "{} is no API server of Baton: it does not answer {path} with JSON",
+                self.base
+            )
+            .into()
+        })
+    }
+
+    /// Posts a JSON document. The answer is a success, and its body is yet to come.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Response, Failure> {
+        let request = self.client.post(self.url(path));
+        let request = request.header("content-type", "application/json");
+        self.send(request.body(body.to_string())).await
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
+    }
+
+    async fn send(&self, request: RequestBuilder) -> Result<Response, Failure> {
+        let response = request.send().await;
+        let response = response.map_err(|error| {
+            format!("no API server answers at {}: {}", self.base, causes(&error))
+        })?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        // What comes from a wrong address may have no end.
+        let text = tokio::time::timeout(Duration::from_secs(5), response.text()).await;
+        let text = text.ok().and_then(Result::ok).unwrap_or_default();
+        Err(format!("{} answers {status}: {}", self.base, sentence(&text)).into())
+    }
+}
+
+/// The last cause says what happened; those before it say where, which the caller knows better.
+fn causes(error: &dyn Error) -> String {
+    let mut last = error;
+    while let Some(next) = last.source() {
+        last = next;
+    }
+    last.to_string()
+}
+
+/// The server's sentence in an answer that is no success, else its beginning.
+pub fn sentence(body: &str) -> String {
+    let parsed: Option<Value> = serde_json::from_str(body).ok();
+    let message = parsed
+        .as_ref()
+        .and_then(|value| value["error"]["message"].as_str());
+    match message {
+        Some(message) => message.to_owned(),
+        None => body.trim().chars().take(300).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_taken_as_people_write_them() {
+        for (written, meant) in [
+            ("localhost:8000", "http://localhost:8000"),
+            ("http://h:1/", "http://h:1"),
+            ("10.0.0.7:80/v1", "http://10.0.0.7:80"),
+            ("http://[::1]:8000", "http://[::1]:8000"),
+        ] {
+            assert_eq!(base(written).unwrap(), meant);
+        }
+        for wrong in ["https://h", "ftp://h", "http://", "", "a b"] {
+            let error = base(wrong).unwrap_err().to_string();
+            assert!(error.contains("http://localhost:8000"), "{error}");
+        }
+    }
+
+    #[test]
+    fn refusals_are_told_in_the_servers_words() {
+        assert_eq!(
+            sentence(r#"{"error":{"message":"no such model"}}"#),
+            "no such model"
+        );
+        assert_eq!(sentence("  plain \n"), "plain");
+    }
+
+    #[tokio::test]
+    async fn who_does_not_answer_is_named_with_the_cause() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        drop(listener);
+        let arg = ApiServerArg {
+            url: address.clone(),
+            api_key: ApiKeyArg::default(),
+        };
+        let client = arg.client(|builder| builder).unwrap();
+        let error = client.get("/cluster").await.unwrap_err().to_string();
+        assert!(error.contains(&address), "{error}");
+        assert!(error.contains("refused"), "{error}");
+        assert!(!error.contains("builder"), "{error}");
+    }
+}
