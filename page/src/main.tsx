@@ -3,8 +3,10 @@ import { useEffect, useRef, useState } from "preact/hooks";
 
 import { apiKey, setApiKey } from "./api";
 import { Chat } from "./chat/chat";
+import { Chats } from "./chat/chats";
 import { Cluster } from "./cluster/cluster";
-import { Load } from "./load/load";
+import { History } from "./load/history";
+import { Load, useReadings } from "./load/load";
 import { applyTheme, nextTheme, theme } from "./theme";
 import "./style.css";
 
@@ -16,12 +18,19 @@ function viewOfAddress(): View {
   return name in VIEWS ? (name as View) : "chat";
 }
 
+/** They live as long as the page, whatever is shown. */
+const chats = new Chats(localStorage);
+const history = new History();
+addEventListener("storage", (event) => chats.heard(event));
+addEventListener("pagehide", () => chats.keepAll());
+
 function Page() {
   const [view, setView] = useState<View>(viewOfAddress);
   const [asksKey, setAsksKey] = useState(false);
-  // What asked without a key asks anew with it.
+  // Counts keys: what asked without one asks anew with it.
   const [round, setRound] = useState(0);
   const [colours, setColours] = useState(theme);
+  const fault = useReadings(history, view === "load");
   useEffect(() => {
     const moved = () => setView(viewOfAddress());
     addEventListener("hashchange", moved);
@@ -60,10 +69,10 @@ function Page() {
           </button>
         </div>
       </header>
-      <main id="main" tabIndex={view === "chat" ? -1 : 0} key={round} aria-label={VIEWS[view]}>
-        {view === "chat" && <Chat />}
+      <main id="main" tabIndex={view === "chat" ? -1 : 0} aria-label={VIEWS[view]}>
+        {view === "chat" && <Chat chats={chats} round={round} />}
         {view === "cluster" && <Cluster />}
-        {view === "load" && <Load />}
+        {view === "load" && <Load history={history} fault={fault} />}
       </main>
       {asksKey && (
         <KeyDialog

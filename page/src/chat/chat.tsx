@@ -1,140 +1,115 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 
-import { apiKey, getJson, postStream } from "../api";
+import { apiKey, getJson } from "../api";
+import type { Chats } from "./chats";
 import { CodeDialog } from "./code_dialog";
 import { MessageView } from "./message";
 import { faults, requestBody } from "./request";
 import { SettingsPanel } from "./settings";
-import { fresh, load, save } from "./store";
-import { withEvent } from "./answer";
 import type { Conversation, Message, Settings } from "./types";
 
-export function Chat() {
-  const [conversations, setConversations] = useState<Conversation[]>(load);
-  const [current, setCurrent] = useState<Conversation>(() => conversations[0] ?? fresh());
+interface Props {
+  chats: Chats;
+  /** Another one: ask for the models anew, there may be another key. */
+  round: number;
+}
+
+export function Chat({ chats, round }: Props) {
+  const [, redraw] = useState(0);
   const [model, setModel] = useState("");
   const [fault, setFault] = useState("");
-  const [draft, setDraft] = useState("");
-  const [running, setRunning] = useState<AbortController | null>(null);
   const [shows, setShows] = useState<"" | "settings" | "code">("");
   const log = useRef<HTMLDivElement>(null);
   const input = useRef<HTMLTextAreaElement>(null);
   const sticks = useRef(true);
 
+  useEffect(() => chats.watch(() => redraw((count) => count + 1)), [chats]);
   useEffect(() => {
     getJson<{ data: { id: string }[] }>("/v1/models").then(
-      (models) => setModel(models.data[0]?.id ?? ""),
+      (models) => (setModel(models.data[0]?.id ?? ""), setFault("")),
       (error: Error) => setFault(error.message),
     );
-  }, []);
-  useEffect(() => {
-    const others = conversations.filter((it) => it.id !== current.id);
-    const all = current.messages.length ? [current, ...others] : others;
-    // While an answer streams it changes many times a second.
-    if (!running) {
-      setConversations(all);
-      save(all);
-    }
-  }, [current, running]);
+  }, [round]);
   useEffect(() => {
     if (sticks.current && log.current) log.current.scrollTop = log.current.scrollHeight;
   });
 
+  const { current, draft } = chats;
+  const isRunning = chats.isRunning(current.id);
   const wrong = faults(current.settings);
   const isWrong = Object.keys(wrong).length > 0;
 
-  /** Asks for the next message after `messages`. */
-  async function ask(conversation: Conversation) {
-    const abort = new AbortController();
-    const begun = performance.now();
-    let answer: Message = { role: "assistant", content: "" };
-    let first = 0;
-    const show = () => setCurrent({ ...conversation, messages: [...conversation.messages, answer] });
-    setRunning(abort);
-    setFault("");
+  // Wherever the focus is; a dialog that is open is closed by Escape itself.
+  useEffect(() => {
+    if (!isRunning) return;
+    const pressed = (event: KeyboardEvent) => {
+      if (event.key === "Escape" && !event.isComposing && !document.querySelector("dialog[open]")) stop();
+    };
+    addEventListener("keydown", pressed);
+    return () => removeEventListener("keydown", pressed);
+  }, [isRunning, current.id]);
+
+  function ask(messages: Message[]): boolean {
     sticks.current = true;
-    show();
-    let frame = 0;
-    try {
-      await postStream(
-        "/v1/chat/completions",
-        requestBody(model, conversation),
-        (data) => {
-          answer = withEvent(answer, data);
-          if (!first && (answer.content || answer.reasoning || answer.toolCalls)) first = performance.now() - begun;
-          // A page is drawn once a frame, however fast tokens come.
-          frame ||= requestAnimationFrame(() => {
-            frame = 0;
-            show();
-          });
-        },
-        abort.signal,
-      );
-    } catch (error) {
-      answer = abort.signal.aborted ? { ...answer, end: "stopped" } : { ...answer, error: (error as Error).message };
-    }
-    cancelAnimationFrame(frame);
-    answer = { ...answer, times: { first, all: performance.now() - begun } };
-    show();
-    setRunning(null);
+    return chats.ask(current.id, messages, model);
   }
 
   function send(event?: Event) {
     event?.preventDefault();
     const content = draft.trim();
-    if (!content || running || isWrong || !model) return;
-    setDraft("");
-    const title = current.title || content.slice(0, 60);
-    void ask({ ...current, title, messages: [...current.messages, { role: "user", content }] });
+    if (!content || isRunning || isWrong || !model) return;
+    if (ask([...current.messages, { role: "user", content }])) chats.setDraft("");
+    input.current?.focus();
+  }
+
+  function stop() {
+    chats.stop(current.id);
+    input.current?.focus();
   }
 
   function again() {
     const last = current.messages.findLastIndex((it) => it.role !== "assistant");
-    if (last >= 0 && !running) void ask({ ...current, messages: current.messages.slice(0, last + 1) });
+    if (last >= 0) ask(current.messages.slice(0, last + 1));
+    input.current?.focus();
   }
 
   function giveResult(id: string, content: string) {
     const messages: Message[] = [...current.messages, { role: "tool", toolCallId: id, content }];
     const calls = current.messages.findLast((it) => it.role === "assistant")?.toolCalls ?? [];
     const given = new Set(messages.map((it) => it.toolCallId));
-    const next = { ...current, messages };
     // When all calls have a result, the model goes on.
-    if (calls.every((call) => given.has(call.id))) void ask(next);
-    else setCurrent(next);
+    if (!calls.every((call) => given.has(call.id)) || !ask(messages))
+      chats.change(current.id, (it) => ({ ...it, messages }));
   }
 
-  function choose(conversation: Conversation) {
-    running?.abort();
-    setCurrent(conversation);
-    setFault("");
+  function choose(id?: string) {
+    if (id) chats.choose(id);
+    else chats.new();
+    sticks.current = true;
     input.current?.focus();
   }
 
-  function remove(id: string) {
-    const others = conversations.filter((it) => it.id !== id);
-    setConversations(others);
-    save(others);
-    if (id === current.id) choose(others[0] ?? fresh(current.settings));
-  }
-
   const lastAnswer = current.messages.findLast((it) => it.role === "assistant");
+  const said = fault || chats.fault;
   return (
     <div class="chat">
       <nav class="conversations" aria-label="Conversations">
-        <button type="button" class="new" onClick={() => choose(fresh(current.settings))}>
+        <button type="button" class="new" onClick={() => choose()}>
           New conversation
         </button>
         <ul>
-          {conversations.map((it) => (
-            <li key={it.id} class={it.id === current.id ? "is-current" : ""}>
-              <button type="button" aria-current={it.id === current.id ? "true" : undefined} onClick={() => choose(it)}>
-                {it.title || "untitled"}
-              </button>
-              <button type="button" class="quiet" aria-label={`Delete ${it.title || "untitled"}`} onClick={() => remove(it.id)}>
-                ×
-              </button>
-            </li>
-          ))}
+          {chats.all
+            .filter((it) => it.asked > 0)
+            .map((it) => (
+              <li key={it.id} class={it.id === current.id ? "is-current" : ""}>
+                <button type="button" aria-current={it.id === current.id ? "true" : undefined} onClick={() => choose(it.id)}>
+                  {it.title || "untitled"}
+                </button>
+                <button type="button" class="quiet" aria-label={`Delete ${it.title || "untitled"}`} onClick={() => chats.remove(it.id)}>
+                  ×
+                </button>
+              </li>
+            ))}
         </ul>
       </nav>
       <section class="talk" aria-label="Conversation">
@@ -142,7 +117,7 @@ export function Chat() {
           class="log"
           ref={log}
           role="log"
-          aria-busy={running !== null}
+          aria-busy={isRunning}
           tabIndex={0}
           aria-label="Messages"
           onScroll={(event) => {
@@ -163,17 +138,17 @@ export function Chat() {
           )}
           {current.messages.map((message, index) => (
             <MessageView
-              key={index}
+              key={`${current.id} ${index}`}
               message={message}
-              isRunning={running !== null && index === current.messages.length - 1}
+              isRunning={isRunning && index === current.messages.length - 1}
               results={current.messages}
               onResult={giveResult}
             />
           ))}
         </div>
-        {fault && (
+        {said && (
           <p class="fault" role="alert">
-            {fault}
+            {said}
           </p>
         )}
         <form class="ask" onSubmit={send}>
@@ -185,15 +160,15 @@ export function Chat() {
             ref={input}
             rows={3}
             value={draft}
-            placeholder="Message (Enter sends, Shift+Enter begins a line)"
-            onInput={(event) => setDraft(event.currentTarget.value)}
+            placeholder="Message (Enter sends, Shift+Enter begins a line, Escape stops)"
+            onInput={(event) => chats.setDraft(event.currentTarget.value)}
             onKeyDown={(event) => {
               if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
             }}
           />
           <div class="buttons">
-            {running ? (
-              <button key="stop" type="button" class="primary" onClick={() => running.abort()}>
+            {isRunning ? (
+              <button key="stop" type="button" class="primary" aria-keyshortcuts="Escape" onClick={stop}>
                 Stop
               </button>
             ) : (
@@ -201,7 +176,7 @@ export function Chat() {
                 Send
               </button>
             )}
-            <button type="button" onClick={again} disabled={running !== null || !lastAnswer}>
+            <button type="button" onClick={again} disabled={isRunning || isWrong || !model || !lastAnswer}>
               Again
             </button>
             <button type="button" aria-expanded={shows === "settings"} onClick={() => setShows(shows === "settings" ? "" : "settings")}>
@@ -216,7 +191,7 @@ export function Chat() {
           <SettingsPanel
             settings={current.settings}
             wrong={wrong}
-            onChange={(settings: Settings) => setCurrent({ ...current, settings })}
+            onChange={(settings: Settings) => chats.change(current.id, (it) => ({ ...it, settings }))}
           />
         )}
         {shows === "code" && (

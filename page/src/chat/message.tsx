@@ -94,6 +94,6 @@ function Footer({ message }: { message: Message }) {
   if (usage && times && times.all > times.first && usage.output > 1)
     parts.push(`${(((usage.output - 1) * 1e3) / (times.all - times.first)).toFixed(1)} tokens/s`);
   if (end === "length") parts.push("cut at the most tokens");
-  if (end === "stopped") parts.push("stopped");
+  if (end === "stopped" || end === "unfinished") parts.push(end);
   return parts.length ? <footer>{parts.join(" · ")}</footer> : null;
 }

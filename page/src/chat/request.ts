@@ -4,6 +4,19 @@ import type { Conversation, Message, Settings } from "./types";
 
 export type Body = Record<string, unknown>;
 
+/** What `tool_choice` may be beside the name of a tool. */
+export const TOOL_CHOICES = ["auto", "none", "required"];
+
+/** Names of the functions in the settings' tools, as far as they can be read. */
+export function toolNames(settings: Settings): string[] {
+  try {
+    const tools = JSON.parse(settings.tools || "[]") as { function?: { name?: unknown } }[];
+    return tools.flatMap((tool) => (typeof tool?.function?.name === "string" ? [tool.function.name] : []));
+  } catch {
+    return [];
+  }
+}
+
 /** What is wrong with the settings, by field. */
 export function faults(settings: Settings): Partial<Record<keyof Settings, string>> {
   const found: Partial<Record<keyof Settings, string>> = {};
@@ -16,6 +29,11 @@ export function faults(settings: Settings): Partial<Record<keyof Settings, strin
   };
   number("temperature", 0, 2);
   number("topP", 0, 1);
+  number("topK", -1, 1_000_000, true);
+  number("minP", 0, 1);
+  number("presencePenalty", -2, 2);
+  number("frequencyPenalty", -2, 2);
+  number("repetitionPenalty", 0.01, 100);
   number("maxTokens", 1, 1_000_000, true);
   number("seed", 0, Number.MAX_SAFE_INTEGER, true);
   for (const field of ["schema", "tools"] as const) {
@@ -56,11 +74,23 @@ export function requestBody(model: string, { messages, settings }: Pick<Conversa
   };
   number("temperature", settings.temperature);
   number("top_p", settings.topP);
+  number("top_k", settings.topK);
+  number("min_p", settings.minP);
+  number("presence_penalty", settings.presencePenalty);
+  number("frequency_penalty", settings.frequencyPenalty);
+  number("repetition_penalty", settings.repetitionPenalty);
   number("max_tokens", settings.maxTokens);
   number("seed", settings.seed);
+  if (settings.reasoningEffort) body.reasoning_effort = settings.reasoningEffort;
   const stop = settings.stop.split("\n").filter(Boolean);
   if (stop.length) body.stop = stop;
-  if (settings.tools.trim()) body.tools = JSON.parse(settings.tools);
+  if (settings.tools.trim()) {
+    body.tools = JSON.parse(settings.tools);
+    const choice = settings.toolChoice;
+    // Only of tools that there are: what was chosen may have been taken out of the list since.
+    if (TOOL_CHOICES.includes(choice)) body.tool_choice = choice;
+    else if (toolNames(settings).includes(choice)) body.tool_choice = { type: "function", function: { name: choice } };
+  }
   if (settings.schema.trim())
     body.response_format = {
       type: "json_schema",
@@ -76,11 +106,17 @@ export function asCurl(origin: string, body: Body, hasKey: boolean): string {
   return `curl -N ${origin}/v1/chat/completions \\\n  -H 'Content-Type: application/json'${key} \\\n  -d '${json}'\n`;
 }
 
+/** Fields that the client `openai` has no argument for. */
+const EXTRA = ["top_k", "min_p", "repetition_penalty"];
+
 /** For the client `openai`. */
 export function asPython(origin: string, body: Body, hasKey: boolean): string {
   const key = hasKey ? `os.environ["BATON_API_KEY"]` : `"none"`;
   const { stream, stream_options, ...rest } = body;
-  const args = Object.entries({ ...rest, stream, stream_options })
+  const extra = Object.entries(rest).filter(([name]) => EXTRA.includes(name));
+  for (const [name] of extra) delete rest[name];
+  const more = extra.length ? { extra_body: Object.fromEntries(extra) } : {};
+  const args = Object.entries({ ...rest, stream, stream_options, ...more })
     .map(([name, value]) => `    ${name}=${python(value, 4)},`)
     .join("\n");
   return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI

@@ -1,63 +1,130 @@
-import type { Seen } from "./seen";
+import { perSecond, width, type Flow } from "./links";
+import { stateOf, type Seen } from "./seen";
 
-/** More than these are not drawn: the cards below show all. */
+/** More than these are not drawn on a side: the cards below show all. */
 const DRAWN_MAX = 12;
 
-const [WIDTH, ROW, BOX_WIDTH, BOX_HEIGHT] = [760, 54, 210, 38];
+/** More links than these are drawn without their numbers. */
+const NUMBERED_MAX = 8;
 
-/** Context workers on the left, decode workers on the right, and between them the ways that KV takes. */
-export function FlowPicture({ workers }: { workers: Seen[] }) {
-  const drawn = workers.slice(0, 2 * DRAWN_MAX);
-  const left = drawn.filter((it) => it.worker.role !== "decode").slice(0, DRAWN_MAX);
-  const right = drawn.filter((it) => it.worker.role === "decode").slice(0, DRAWN_MAX);
-  if (!left.length || !right.length) return null;
+/** More links than these are not listed, the busy ones first. */
+const LISTED_MAX = 24;
+
+const [WIDTH, ROW, BOX_WIDTH, BOX_HEIGHT] = [820, 64, 210, 40];
+
+/** Where on a link its numbers stand: nearer to the reader, where links of one worker lie apart. Where each reader has one link alone, close to the reader:
+ * two workers that read from each other have links that cross in the middle. */
+const LABEL_AT = { many: 0.64, one: 0.8 };
+
+/** Of the numbers' letters, about. */
+const LETTER_WIDTH = 5.8;
+
+interface Box {
+  it: Seen;
+  x: number;
+  y: number;
+  /** What it does on this side. */
+  does: string;
+}
+
+/**
+ * Who runs prompts on the left, who generates on the right, and between them the ways that KV takes. A worker that does both
+ * stands on both sides. On narrow screens, and for whoever cannot see it, the links are a list.
+ */
+export function FlowPicture({ workers, flows }: { workers: Seen[]; flows: Flow[] }) {
+  const left = workers.filter((it) => it.worker.role !== "decode").slice(0, DRAWN_MAX);
+  const right = workers.filter((it) => it.worker.role !== "context").slice(0, DRAWN_MAX);
+  // One worker alone hands nothing over.
+  if (!left.some((a) => right.some((b) => a.worker.worker !== b.worker.worker))) return null;
   const height = Math.max(left.length, right.length) * ROW + 8;
-  const y = (index: number, count: number) => (height / count) * (index + 0.5);
-  const place = new Map<string, { x: number; y: number }>();
-  left.forEach((it, index) => place.set(it.worker.worker, { x: BOX_WIDTH + 4, y: y(index, left.length) }));
-  const links = right.flatMap((it, index) =>
-    it.worker.peers.flatMap((peer) => {
-      const from = place.get(peer.worker);
-      if (!from) return [];
-      const isReady = peer.state === "ready" && !it.isGone;
-      return [{ from, to: { x: WIDTH - BOX_WIDTH - 4, y: y(index, right.length) }, peer, isReady, isBusy: it.worker.load.pulling > 0 }];
-    }),
-  );
+  const column = (side: Seen[], x: number, does: (it: Seen) => string): Box[] =>
+    side.map((it, index) => ({ it, x, y: (height / side.length) * (index + 0.5), does: does(it) }));
+  const sources = column(left, 4, (it) => `${it.worker.load.running} run, ${it.worker.load.leased} staged`);
+  const readers = column(right, WIDTH - BOX_WIDTH - 4, (it) => `${it.worker.load.running} run, ${it.worker.load.pulling} pulled`);
+  const boxOf = (side: Box[], name: string) => side.find((box) => box.it.worker.worker === name);
+  const drawn = flows.flatMap((flow) => {
+    const [from, to] = [boxOf(sources, flow.from.worker), boxOf(readers, flow.to.worker)];
+    return from && to ? [{ flow, from: { x: from.x + BOX_WIDTH, y: from.y }, to }] : [];
+  });
+  const at = new Set(drawn.map(({ to }) => to)).size === drawn.length ? LABEL_AT.one : LABEL_AT.many;
+  const [along, across] = [(1.5 * (1 - at) + at ** 2) * at, (3 - 2 * at) * at ** 2];
+  const count = (side: Seen[], one: string) => `${side.length} ${one}${side.length === 1 ? "" : "s"}`;
   return (
     <figure class="flow">
       <svg viewBox={`0 0 ${WIDTH} ${height}`} role="img" aria-labelledby="flow-title">
-        <title id="flow-title">{`KV goes from ${left.length} context to ${right.length} decode workers over ${links.length} links`}</title>
-        {links.map(({ from, to, peer, isReady, isBusy }) => {
+        <title id="flow-title">{`KV goes from ${count(left, "worker")} that ${left.length === 1 ? "runs" : "run"} prompts to ${count(right, "worker")} that ${right.length === 1 ? "generates" : "generate"}`}</title>
+        {drawn.map(({ flow, from, to }) => {
           const middle = (from.x + to.x) / 2;
-          const rate = peer.pulled_gigabytes_per_second;
+          const line = { "stroke-width": flow.isBusy ? width(flow.rate ?? 0) : undefined };
           return (
-            <g key={`${from.y}-${to.y}`} class={isReady ? (isBusy ? "link is-busy" : "link") : "link is-broken"}>
-              <path d={`M${from.x} ${from.y} C${middle} ${from.y} ${middle} ${to.y} ${to.x} ${to.y}`}>
-                <title>{`${peer.transport || peer.state}${rate ? `, ${rate.toFixed(2)} GB/s in pulls` : ""}${peer.error ? `: ${peer.error}` : ""}`}</title>
+            <g key={`${flow.from.worker} ${flow.to.worker}`} class={classOf(flow)}>
+              <path d={`M${from.x} ${from.y} C${middle} ${from.y} ${middle} ${to.y} ${to.x} ${to.y}`} style={line}>
+                <title>{said(flow)}</title>
               </path>
-              {links.length <= 8 && rate ? (
-                <text x={middle} y={(from.y + to.y) / 2 - 5}>
-                  {`${rate.toFixed(1)} GB/s`}
-                </text>
-              ) : null}
             </g>
           );
         })}
-        {[...left.map((it, index) => ({ it, x: 4, y: y(index, left.length) })),
-          ...right.map((it, index) => ({ it, x: WIDTH - BOX_WIDTH - 4, y: y(index, right.length) }))].map(({ it, x, y: centre }) => (
-          <g key={it.worker.worker} class={`box is-${it.isGone ? "gone" : it.worker.state}`}>
-            <rect x={x} y={centre - BOX_HEIGHT / 2} width={BOX_WIDTH} height={BOX_HEIGHT} rx="7" />
-            <text x={x + BOX_WIDTH / 2} y={centre - 3}>
+        {drawn.length <= NUMBERED_MAX &&
+          drawn.map(({ flow, from, to }) => {
+            const [x, y] = [from.x + (to.x - from.x) * along, from.y + (to.y - from.y) * across];
+            const wide = numbers(flow).length * LETTER_WIDTH + 10;
+            return (
+              <g key={`${flow.from.worker} ${flow.to.worker}`} class="rate">
+                <rect x={x - wide / 2} y={y - 9} width={wide} height={18} rx="4" />
+                <text x={x} y={y + 4}>
+                  {numbers(flow)}
+                </text>
+              </g>
+            );
+          })}
+        {[...sources, ...readers].map(({ it, x, y, does }) => (
+          <g key={`${it.worker.worker} ${x}`} class={`box is-${stateOf(it).name}`}>
+            <rect x={x} y={y - BOX_HEIGHT / 2} width={BOX_WIDTH} height={BOX_HEIGHT} rx="7" />
+            <text x={x + BOX_WIDTH / 2} y={y - 3}>
               {short(it.worker.worker)}
             </text>
-            <text class="small" x={x + BOX_WIDTH / 2} y={centre + 12}>
-              {`${it.worker.load.running} run, ${it.worker.role === "decode" ? `${it.worker.load.pulling} pulled` : `${it.worker.load.leased} staged`}`}
+            <text class="small" x={x + BOX_WIDTH / 2} y={y + 12}>
+              {does}
             </text>
           </g>
         ))}
       </svg>
+      <LinkList flows={flows} />
     </figure>
   );
+}
+
+function LinkList({ flows }: { flows: Flow[] }) {
+  const byRate = [...flows].sort((a, b) => (b.rate ?? 0) - (a.rate ?? 0));
+  // Where all have room, each stays in its place.
+  const listed = flows.length <= LISTED_MAX ? flows : byRate.slice(0, LISTED_MAX);
+  return (
+    <ul class="links" aria-label="Links that KV takes">
+      {listed.map((flow) => (
+        <li key={`${flow.from.worker} ${flow.to.worker}`} class={classOf(flow)}>
+          <strong>{`${flow.from.worker} → ${flow.to.worker}`}</strong> {said(flow)}
+        </li>
+      ))}
+      {flows.length > listed.length && <li>{`and ${flows.length - listed.length} more`}</li>}
+    </ul>
+  );
+}
+
+function classOf({ isReady, isBusy }: Flow): string {
+  return isReady ? (isBusy ? "link is-busy" : "link") : "link is-broken";
+}
+
+/** What goes over it now, and how fast it is. */
+function numbers({ rate, isReady, peer }: Flow): string {
+  if (!isReady) return peer.state === "ready" ? "gone" : peer.state;
+  const now = rate === null ? "" : `${perSecond(rate)} now`;
+  const fast = peer.pulled_gigabytes_per_second ?? peer.gigabytes_per_second;
+  return [now, fast ? `link ${perSecond(fast * 1e9)}` : ""].filter(Boolean).join(" · ");
+}
+
+function said(flow: Flow): string {
+  const { transport, error } = flow.peer;
+  return `${numbers(flow)}${transport ? ` (${transport})` : ""}${error ? `: ${error}` : ""}`;
 }
 
 function short(name: string): string {

@@ -6,6 +6,8 @@ export interface Peer {
   transport: string;
   gigabytes_per_second: number;
   pulled_gigabytes_per_second?: number | null;
+  /** What pulls brought over the present connection; workers of old do not say. */
+  pulled_bytes?: number | null;
   error?: string | null;
 }
 

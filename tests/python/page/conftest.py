@@ -25,8 +25,9 @@ QUIET = [
 
 @pytest.fixture(scope="session")
 def ready_file(model_dir, tmp_path_factory):
-    """Of a cluster whose workers are started again when they die: a process's id is the one of now."""
-    with running_cluster(model_dir, tmp_path_factory.mktemp("page"), "--restart") as ready:
+    """Of a cluster whose workers are started again when they die: a process's id is the one of now. It promises something, so that
+    there is a service level to be met, even by a slow machine."""
+    with running_cluster(model_dir, tmp_path_factory.mktemp("page"), "--ttft-ms", "60000", restart=True) as ready:
         yield ready
 
 
@@ -71,19 +72,6 @@ def open_page(browser, cluster, complaints):
     yield open_it
     for context in contexts:
         context.close()
-
-
-@pytest.fixture
-def picture():
-    """Keeps a screenshot for the docs, if $BATON_WRITE_PICTURES says so."""
-
-    def keep(page, name):
-        if os.environ.get("BATON_WRITE_PICTURES"):
-            directory = REPOSITORY / "docs/pictures"
-            directory.mkdir(exist_ok=True)
-            page.screenshot(path=directory / f"{name}.png", animations="disabled")
-
-    return keep
 
 
 @pytest.fixture
