@@ -6,10 +6,11 @@
 #     run      what the baton binary needs at run time: UCX, certificates
 #     build    what `cargo build` needs beside Rust itself
 #     python   what makes a virtual environment (nats-server and the example model come through one)
-#     test     what the tests need on top: UCX headers, network tools, shellcheck
+#     test     what the tests need on top: UCX headers, network tools, shellcheck, systemd's programs (it is not run)
 #     slurm    what tests/slurm.sh needs: Slurm, whose services do not start without a configuration, and munge
 #     page     what the tests of the page need: Chromium
 #     node     what builds the page: Node.js with npm, where there is none
+#     dashboard  what tests of the dashboard and its alerts need: Prometheus with promtool
 #     image    what builds an image without a daemon: buildah, and debootstrap for a base
 set -euo pipefail
 
@@ -20,10 +21,11 @@ declare -A packages=(
   [run]="ca-certificates libucx0"
   [build]="gcc libc6-dev make pkg-config"
   [python]="python3 python3-venv"
-  [test]="libucx-dev iproute2 procps curl shellcheck"
+  [test]="libucx-dev iproute2 procps curl shellcheck systemd"
   [slurm]="slurm-wlm munge iproute2"
   [page]="chromium"
   [node]="nodejs npm"
+  [dashboard]="prometheus"
   [image]="buildah debootstrap ca-certificates"
 )
 
@@ -73,7 +75,8 @@ fi
 
 echo "install-deps: installing ${missing[*]}" >&2
 export DEBIAN_FRONTEND=noninteractive
-apt() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" >&2; }
+# What is installed is run by who wants it: at run level 1 Debian's packages start no services.
+apt() { "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -q -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" >&2; }
 install() { apt install -y --no-install-recommends "${missing[@]}"; }
 
 # Package lists may be absent (a fresh image) or stale (a package version gone from the mirror).

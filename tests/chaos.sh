@@ -8,6 +8,8 @@
 #   tests/chaos.sh --seeds 1,2,3        three seeds of faults; a seed that failed fails again under its number
 #   tests/chaos.sh --minutes 30         the seeds after them, until the time is over
 #   tests/chaos.sh --device fake        much load on executors without a model
+#   tests/chaos.sh --device fake --seeds 1,2,3,4,5,6 --json FILE
+#                                       each seed without its faults too: how long first tokens took without and with them
 #   tests/chaos.sh --seeds 7 --dry-run  what a seed would do
 #   tests/chaos.sh --soak --minutes 60 --rate 1
 #                                       no faults: what do memory, files, threads and blocks do in an hour?

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Builds the images for real: asks a cluster inside the one for CPUs, and loads every library inside the one for GPUs. Fails unless
-# the answer comes out of the container.
+# the answer comes out of the container. Then the packages, on the base image: tests/packages.sh.
 #
 #   tests/container.sh          as root; BATON_BINARY=FILE takes that binary instead of building one
-#   tests/container.sh cpu      only that image: the other has 0.9 GB and takes a minute more
+#   tests/container.sh cpu      only that image: the other has 0.9 GB and takes a minute more, the packages take two
 set -euo pipefail
 cd "$(dirname "$0")/.."
 base=localhost/baton-base:bookworm image=localhost/baton-test:latest
@@ -92,5 +92,8 @@ if [ "${1:-}" != cpu ]; then
   ')
   [[ $sizes =~ ^[0-9]+[[:space:]]+\.$ ]] || fail "there is more than is loaded: $sizes"
   [ "${sizes%%[[:space:]]*}" -lt 700 ] || fail "the libraries have $sizes MiB"
+
+  check "packages are installed on a bare Debian, and clusters of them answer"
+  tests/packages.sh "${BATON_BINARY:-${CARGO_TARGET_DIR:-target}/release/baton}" "$base"
 fi
 check "passed"

@@ -133,8 +133,8 @@ cluster() {
   weights || { echo "no $model in $programs"; return 1; }
   export BATON_CACHE=$work/cache
   local failed=0
-  answer --both-worker-count 1 || failed=1
-  answer --kv-mib 1024 || failed=1
+  answer || failed=1
+  answer --context-worker-count 1 --decode-worker-count 1 --kv-mib 1024 || failed=1
   return $failed
 }
 

@@ -2,7 +2,7 @@
 # Installs what is missing and runs every test; CI runs exactly this. All steps run even if one fails.
 #
 #   tests/run.sh                 everything
-#   tests/run.sh lint rust       only these steps: lint, rust, chaos, hostile, python, agents, page, slurm, container, quickstart
+#   tests/run.sh lint rust       only these steps: lint, rust, chaos, hostile, python, agents, page, dashboard, slurm, container, quickstart
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 root=$PWD
@@ -31,10 +31,12 @@ wants() {
 }
 for asked in "$@"; do
   case "$asked" in
-    lint | rust | chaos | hostile | python | agents | page | slurm | container | quickstart) ;;
+    lint | rust | chaos | hostile | python | agents | page | dashboard | slurm | container | quickstart) ;;
     *) echo "tests/run.sh: there is no step '$asked'" >&2; exit 2 ;;
   esac
 done
+
+# Everything is built with the profile of the binary that users build: dependencies are compiled once, and what is tested is what runs.
 
 # CI starts from a fresh clone; what dependencies compile to is kept for the next. It starts over when it has grown, or
 # when the disk is short. Nothing is built twice there, so nothing is kept for building in parts.
@@ -59,7 +61,7 @@ shell_checks() {
 }
 
 # Private items too: the crates are programs, and their module pages are the way into the code.
-documentation() { RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --locked --workspace --no-deps --document-private-items --quiet; }
+documentation() { RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --locked --release --workspace --no-deps --document-private-items --quiet; }
 
 install_missing() {
   # The packages before the environment: a python3 that can make one may be among them.
@@ -76,16 +78,16 @@ export BATON_BINARY="$target/release/baton"
 if wants lint "$@"; then
   step "shell scripts" shell_checks
   step "format" cargo fmt --all --check
-  step "clippy" cargo clippy --locked --workspace --all-targets --quiet -- -D warnings
+  step "clippy" cargo clippy --locked --release --workspace --all-targets --quiet -- -D warnings
   step "documentation" documentation
 fi
-if wants rust "$@" || wants chaos "$@" || wants hostile "$@" || wants python "$@" || wants agents "$@" || wants page "$@" || wants slurm "$@" || wants container "$@"; then
+if wants rust "$@" || wants chaos "$@" || wants hostile "$@" || wants python "$@" || wants agents "$@" || wants page "$@" || wants dashboard "$@" || wants slurm "$@" || wants container "$@"; then
   step "release build" cargo build --locked --release --package baton --quiet
 fi
 if wants rust "$@"; then
-  step "Rust tests" cargo test --locked --workspace --quiet --no-fail-fast
+  step "Rust tests" cargo test --locked --release --workspace --quiet --no-fail-fast
   # Built for them too: chaos and hostile are not built once more.
-  export BATON_TEST_PROGRAMS="$target/debug"
+  export BATON_TEST_PROGRAMS="$target/release"
 fi
 if wants chaos "$@"; then
   step "chaos" tests/chaos.sh --seeds 1,2,3
@@ -94,7 +96,7 @@ if wants hostile "$@"; then
   step "hostile" tests/hostile.sh
 fi
 if wants python "$@"; then
-  step "Python client" python -m pytest --quiet --ignore tests/python/agents --ignore tests/python/page --ignore tests/python/slurm tests/python
+  step "Python client" python -m pytest --quiet --ignore tests/python/agents --ignore tests/python/page --ignore tests/python/dashboard --ignore tests/python/slurm tests/python
 fi
 if wants agents "$@"; then
   # These clients want other versions of each other than tests/requirements.txt has.
@@ -109,6 +111,10 @@ if wants page "$@"; then
       python -m pytest --quiet tests/python/page
   }
   step "page" page
+fi
+if wants dashboard "$@"; then
+  dashboard() { container/install-deps.sh dashboard && python -m pytest --quiet tests/python/dashboard; }
+  step "dashboard" dashboard
 fi
 if wants slurm "$@"; then
   slurm() { container/install-deps.sh slurm && timeout --kill-after=30 600 tests/slurm.sh 2 python -m pytest --quiet tests/python/slurm; }

@@ -13,9 +13,9 @@ use baton_protocol::deadlines::PREFILL_PATIENCE_MS;
 use baton_protocol::limits::MESSAGE_BYTES_MAX;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, DecodeJob, DecodeReply, Hello, Incarnation, PROTOCOL_VERSION,
-    PeersReply, PrefillJob, PrefillReply, ProtocolError, Renew, Renewed, RequestId, Versioned,
-    WorkerId, decode, encode,
+    Abort, ApiBeat, ApiServerId, DecodeJob, DecodeReply, Drain, Draining, Hello, Incarnation,
+    PROTOCOL_VERSION, PeersReply, PrefillJob, PrefillReply, PrefixPage, PrefixesAsk, Progress,
+    ProgressReply, ProtocolError, Renew, Renewed, RequestId, Versioned, WorkerId, decode, encode,
 };
 use futures::FutureExt;
 use tokio::sync::Notify;
@@ -190,6 +190,20 @@ impl Bus {
             .await
     }
 
+    /// Asks a context worker how far a prompt is that is streamed.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn progress(
+        &self,
+        to: &Target,
+        progress: &Progress,
+        timeout: Duration,
+    ) -> Result<ProgressReply, NoReply> {
+        self.request(self.cluster.progress(&to.worker), progress, timeout)
+            .await
+    }
+
     /// Asks a worker for all its peers. The answer comes at once, unless it is asked too often.
     ///
     /// # Errors
@@ -200,6 +214,40 @@ impl Bus {
             from: self.name.to_string(),
         };
         self.request(self.cluster.peers(worker), &hello, timeout)
+            .await
+    }
+
+    /// Asks a worker for a page of its prefix index, the blocks of its arena from this one on. The answer comes at once, unless it is
+    /// asked too often.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn prefix_page(
+        &self,
+        worker: &WorkerId,
+        block: u32,
+        timeout: Duration,
+    ) -> Result<PrefixPage, NoReply> {
+        let ask = PrefixesAsk {
+            v: PROTOCOL_VERSION,
+            from: self.name.to_string(),
+            block,
+        };
+        self.request(self.cluster.prefix_pages(worker), &ask, timeout)
+            .await
+    }
+
+    /// Asks a worker to leave. The answer comes at once; workers of earlier releases give none.
+    ///
+    /// # Errors
+    /// [`NoReply`] if none comes.
+    pub async fn drain(&self, to: &Target, timeout: Duration) -> Result<Draining, NoReply> {
+        let drain = Drain {
+            v: PROTOCOL_VERSION,
+            incarnation: to.incarnation,
+            from: self.name.to_string(),
+        };
+        self.request(self.cluster.drain(&to.worker), &drain, timeout)
             .await
     }
 

@@ -1,6 +1,6 @@
 //! What an API server is told at start.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,10 +9,13 @@ use baton_chat_formats::{Format, Reasoning};
 use baton_protocol::deadlines::REQUEST_BUDGET_MS;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{ApiServerId, ProtocolError};
+use baton_traces::Tracer;
 use tokio::sync::oneshot;
 
 use crate::cors::Origins;
 use crate::keys::ApiKeys;
+use crate::service::Promises;
+use crate::tls::TlsFiles;
 
 /// Settings of one API server.
 pub struct ApiServerConfig {
@@ -40,8 +43,16 @@ pub struct ApiServerConfig {
     pub host: String,
     /// Port to listen on; 0 picks a free one.
     pub port: u16,
+    /// One that somebody else listens at too, instead of host and port.
+    pub listener: Option<TcpListener>,
+    /// Certificates, for HTTPS; `None` serves HTTP.
+    pub tls: Option<TlsFiles>,
     /// Time a request may take from its arrival to its last token.
     pub request_budget: Duration,
+    /// What requests are promised.
+    pub promises: Promises,
+    /// Who makes spans of requests; nobody where nothing is said.
+    pub tracer: Tracer,
     /// Bounds on what clients may ask for.
     pub limits: Limits,
     /// Keys that clients must have; with none everybody is served.
@@ -75,7 +86,11 @@ impl ApiServerConfig {
             generation_config: GenerationConfig::default(),
             host: "127.0.0.1".to_owned(),
             port: 8000,
+            listener: None,
+            tls: None,
             request_budget: Duration::from_millis(u64::from(REQUEST_BUDGET_MS)),
+            promises: Promises::default(),
+            tracer: Tracer::off(),
             limits: Limits::default(),
             api_keys: ApiKeys::default(),
             origins: Origins::default(),

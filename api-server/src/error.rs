@@ -21,6 +21,8 @@ pub enum ErrorKind {
     AnswerTooLarge,
     /// No API key, or an unknown one.
     Unauthorized,
+    /// Nobody may, as this API server was started.
+    Forbidden,
     /// No such model.
     UnknownModel,
     /// No such response is kept.
@@ -87,7 +89,7 @@ pub struct Row {
 
 impl ErrorKind {
     /// All kinds, for metrics and tests.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::InvalidRequest,
         Self::ContextLength,
         Self::BodyTooLarge,
@@ -96,6 +98,7 @@ impl ErrorKind {
         Self::JobTooLarge,
         Self::AnswerTooLarge,
         Self::Unauthorized,
+        Self::Forbidden,
         Self::UnknownModel,
         Self::UnknownResponse,
         Self::UnknownPath,
@@ -144,6 +147,7 @@ impl ErrorKind {
                 "answer_too_large",
             ),
             Self::Unauthorized => (401, BAD, Some("invalid_api_key"), false, "unauthorized"),
+            Self::Forbidden => (403, BAD, Some("forbidden"), false, "forbidden"),
             Self::UnknownModel => (404, BAD, Some("model_not_found"), false, "unknown_model"),
             Self::UnknownResponse => (
                 404,

@@ -28,9 +28,11 @@ mod output;
 mod request;
 mod run;
 mod server;
+mod service;
 #[cfg(feature = "simulation")]
 mod simulated;
 mod text;
+mod tls;
 mod watch;
 
 pub use baton_chat_formats::{Format, Reasoning};
@@ -39,6 +41,8 @@ pub use cors::Origins;
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;
 pub use run::run;
+pub use service::{Class, Overload, Promises, ServiceLevel};
+pub use tls::TlsFiles;
 
 /// What reads bytes from outside or acts upon them, for the fuzz targets and the bench and for nobody else.
 #[doc(hidden)]
@@ -47,11 +51,13 @@ pub mod fuzzing {
     pub use crate::error::ApiError;
     pub use crate::fleet::Fleet;
     pub use crate::fleet::membership::{Membership, Taken};
-    pub use crate::fleet::router::{Constraints, Outstanding, prefix_chain};
+    pub use crate::fleet::router::{Constraints, FirstToken, Outstanding};
     pub use crate::http::worker_rows;
     pub use crate::metrics::Metrics;
     pub use crate::openai::{ChatRequest, CompletionRequest, Params, Prompt};
-    pub use crate::request::lifecycle::{Action, Input, Lifecycle, NoReply, Rules, Target};
+    pub use crate::request::lifecycle::{
+        Action, Input, Lifecycle, NoReply, Overbooked, Rules, Target,
+    };
     pub use crate::text::detokenize::{Detokenizer, Vocabulary};
     pub use crate::text::stop::StopMatcher;
     pub use crate::text::template::{ChatTemplate, Prompt as ChatPrompt};

@@ -12,7 +12,7 @@ use actix_web::dev::ServerHandle;
 use baton_protocol::Incarnation;
 use futures::future::select_all;
 use tokio::net::TcpSocket;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinError, JoinHandle};
 use tokio::time::Instant;
 
@@ -27,6 +27,7 @@ use crate::request::inbox::{Event, Registry, lock};
 use crate::server::{Name, Server};
 use crate::text::texts::TextPool;
 use crate::text::tokenizer::ModelText;
+use crate::tls::Tls;
 use crate::watch::LoopWatch;
 
 /// Serves until `shutdown` is ready: then refuses new connections, lets requests in flight finish for a
@@ -51,6 +52,7 @@ pub async fn run(
         incarnation,
         bus,
         listener,
+        tls,
     } = prepared;
     let address = listener
         .local_addr()
@@ -71,18 +73,24 @@ pub async fn run(
         bus,
         registry,
         metrics,
+        tracer: config.tracer,
         in_flight: Arc::new(Bound::new(config.limits.in_flight_max)),
         answers: Arc::new(Bound::new(config.limits.answers_bytes_max)),
         responses: Arc::new(ResponseStore::new(config.limits.responses_bytes_max)),
         texts: TextPool::new(config.limits.text_threads),
         body_room: Arc::new(Semaphore::new(config.limits.bodies_bytes_max >> 10)),
+        running: Arc::default(),
+        last_spent: Default::default(),
         limits: config.limits,
         keys: config.api_keys,
+        wants_certificates: tls.as_ref().is_some_and(Tls::asks_for_certificates),
         origins: config.origins,
         request_budget: config.request_budget,
+        promises: config.promises,
         started_unix: now.map_or(0, |since| since.as_secs()),
         decode_room: Arc::default(),
         leaving: AtomicBool::new(false),
+        connections_end: watch::Sender::new(false),
         fleet: Mutex::default(),
         own_name: Mutex::new(own_name),
     });
@@ -93,11 +101,21 @@ pub async fn run(
         .await?;
     meet_workers(&server).await;
     let fault = |error: std::io::Error| ApiServerError::Http(format!("HTTP server: {error}"));
-    let door = listener.try_clone().map_err(fault)?;
+    // One that somebody else listens at too is left as it is: who comes meanwhile waits for the next server.
+    let door = match config.listener {
+        Some(_) => None,
+        None => Some(listener.try_clone().map_err(fault)?),
+    };
     tasks.push(tokio::spawn(watch.show("bus loop")));
-    let http = http::serve(Arc::clone(&server), listener, watch).map_err(fault)?;
+    let handshake = tls.as_ref().map(Tls::config).transpose();
+    let handshake = handshake.map_err(ApiServerError::Http)?.map(Arc::new);
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let http = http::serve(Arc::clone(&server), listener, watch, handshake).map_err(fault)?;
     let handle = http.handle();
-    tracing::info!(%address, model = server.model_name, cluster = server.cluster, "serving");
+    if let Some(tls) = tls {
+        tasks.push(tokio::spawn(tls.keep_up()));
+    }
+    tracing::info!(%address, scheme, model = server.model_name, cluster = server.cluster, "serving");
     if let Some(on_ready) = config.on_ready {
         // Whoever asked may have gone.
         let _ = on_ready.send(address);
@@ -114,7 +132,7 @@ pub async fn run(
             Err(error)
         }
         () = &mut shutdown => {
-            leave(&server, &handle, &door).await;
+            leave(&server, &handle, door.as_ref()).await;
             outcome(http.await)
         }
     };
@@ -133,9 +151,14 @@ struct Prepared {
     incarnation: Incarnation,
     bus: Bus,
     listener: TcpListener,
+    tls: Option<Tls>,
 }
 
 async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
+    let bus = config.bus.check();
+    bus.map_err(|error| ApiServerError::Bus(error.to_string()))?;
+    let tls = config.tls.clone().map(Tls::open).transpose();
+    let tls = tls.map_err(ApiServerError::Http)?;
     let directory = config.tokenizer.clone();
     let model = tokio::task::spawn_blocking(move || ModelText::open(&directory))
         .await
@@ -157,9 +180,15 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
     )
     .await?;
     let (host, port) = (config.host.as_str(), config.port);
-    let listener = listen(host, port).await.map_err(|error| {
-        ApiServerError::Listen(format!("cannot listen on {host}:{port}: {error}"))
-    })?;
+    let listener = match &config.listener {
+        Some(inherited) => inherited
+            .try_clone()
+            .map_err(|error| format!("cannot use the inherited listener: {error}")),
+        None => listen(host, port)
+            .await
+            .map_err(|error| format!("cannot listen on {host}:{port}: {error}")),
+    };
+    let listener = listener.map_err(ApiServerError::Listen)?;
     Ok(Prepared {
         model,
         metrics,
@@ -167,6 +196,7 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
         incarnation,
         bus,
         listener,
+        tls,
     })
 }
 
@@ -208,19 +238,22 @@ const ON_ITS_WAY: Duration = Duration::from_millis(500);
 
 /// Takes no new connections, answers what comes on the old ones and closes each, gives what is under way its time, and
 /// then ends it with an error.
-async fn leave(server: &Server, http: &ServerHandle, door: &TcpListener) {
+async fn leave(server: &Server, http: &ServerHandle, door: Option<&TcpListener>) {
     tracing::info!(in_flight = server.registry.len(), "stopping");
     server.leaving.store(true, Ordering::Relaxed);
     let over = Instant::now() + server.limits.drain;
     // A listener that is shut down refuses at once; one that is only not listened to would keep clients waiting. The HTTP
     // server looks away first, or it would complain.
     http.pause().await;
-    door::unwatched(door).await;
-    if let Err(error) = rustix::net::shutdown(door, rustix::net::Shutdown::Read) {
-        tracing::debug!(%error, "the listener was not shut down");
+    if let Some(door) = door {
+        door::unwatched(door).await;
+        if let Err(error) = rustix::net::shutdown(door, rustix::net::Shutdown::Read) {
+            tracing::debug!(%error, "the listener was not shut down");
+        }
     }
     // Stopped at once, it would drop connections whose request it has not read yet.
     tokio::time::sleep(ON_ITS_WAY).await;
+    server.connections_end.send_replace(true);
     let mut stopped = std::pin::pin!(http.stop(true));
     if tokio::time::timeout_at(over, &mut stopped).await.is_err() {
         server.registry.broadcast(|| Event::Leaving);

@@ -6,8 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use baton_protocol::{ApiBeat, ApiServerId, Beat, Incarnation, PeersReply};
-use tokio::sync::Semaphore;
+use baton_protocol::{
+    ApiBeat, ApiServerId, Beat, Incarnation, PeersReply, PrefixPage, PrefixReport, WorkerId,
+};
+use baton_traces::Tracer;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::bound::Bound;
@@ -16,16 +19,23 @@ use crate::config::Limits;
 use crate::cors::Origins;
 use crate::fleet::Fleet;
 use crate::fleet::membership::{Membership, Taken};
+use crate::fleet::router::{AskAll, Paged};
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
 use crate::openai::responses::ResponseStore;
 use crate::request::decode_room::DecodeRoom;
 use crate::request::inbox::{Event, Registry, lock};
 use crate::request::lifecycle::Target;
+use crate::request::running::Running;
+use crate::request::spent::LastSpent;
+use crate::service::Promises;
 use crate::text::texts::TextPool;
 use crate::text::tokenizer::ModelText;
 
 pub use self::name::Name;
+
+/// Tables of prefixes that are cleared of workers that left, each time it is looked who fell silent: all of them in a second.
+const PREFIX_TABLES_SWEPT: usize = 256;
 
 /// What every request needs.
 pub struct Server {
@@ -45,6 +55,12 @@ pub struct Server {
     pub registry: Arc<Registry>,
     /// Metrics.
     pub metrics: Metrics,
+    /// Who makes spans of requests.
+    pub tracer: Tracer,
+    /// The generations under way.
+    pub running: Arc<Running>,
+    /// Where the time of the last requests went.
+    pub last_spent: LastSpent,
     /// Bounds.
     pub limits: Limits,
     /// Choices of requests that were admitted.
@@ -59,16 +75,22 @@ pub struct Server {
     pub body_room: Arc<Semaphore>,
     /// Who may ask.
     pub keys: ApiKeys,
+    /// Whether clients have to show certificates.
+    pub wants_certificates: bool,
     /// Whose pages may ask.
     pub origins: Origins,
     /// Time a request may take.
     pub request_budget: Duration,
+    /// What requests are promised.
+    pub promises: Promises,
     /// When this server started, for `created` of the model.
     pub started_unix: u64,
     /// Told when a generation leaves its decode worker, to wake one that waits for a place there.
     pub decode_room: Arc<DecodeRoom>,
     /// It is asked to end: what is under way goes on, and each connection is closed after its answer.
     pub leaving: AtomicBool,
+    /// Turns true when connections are to end after what is under way on them.
+    pub connections_end: watch::Sender<bool>,
     /// Who is there and what they are busy with: [`Self::fleet`].
     pub fleet: Mutex<Fleet>,
     /// Whether this server's name is its own.
@@ -155,6 +177,22 @@ impl Watcher for Server {
         self.fleet().peers(reply);
     }
 
+    fn prefixes(&self, report: PrefixReport) {
+        self.fleet().prefixes(report);
+    }
+
+    fn asks_prefixes(&self, worker: &WorkerId, now: Instant) -> Option<AskAll> {
+        self.fleet().asks_prefixes(worker, now)
+    }
+
+    fn prefix_page(&self, ask: AskAll, block: u32, page: Option<&PrefixPage>) -> Paged {
+        self.fleet().prefix_page(ask, block, page)
+    }
+
+    fn take_in_prefixes(&self) -> bool {
+        self.fleet().take_in_prefixes()
+    }
+
     fn api_beat(&self, beat: ApiBeat, now: Instant) {
         let loses_name = lock(&self.own_name).heard(&beat, now);
         if loses_name {
@@ -171,6 +209,14 @@ impl Watcher for Server {
     fn sweep(&self, now: Instant) {
         let lost = self.fleet().sweep(now);
         self.lost(lost);
+        let known = self.fleet().known_prefixes();
+        self.metrics.known_prefixes.set(known as i64);
+        // One table at a time: nobody waits long for the fleet.
+        for _ in 0..PREFIX_TABLES_SWEPT {
+            if !self.fleet().sweep_prefixes() {
+                break;
+            }
+        }
     }
 
     fn in_flight(&self) -> u32 {

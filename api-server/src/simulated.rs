@@ -8,8 +8,10 @@ use std::time::Duration;
 use baton_bus::{Presence, Wire};
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
-    ApiServerId, CacheSalt, Generation, Incarnation, ModelFingerprint, RequestId,
+    ApiServerId, CacheSalt, Generation, Incarnation, ModelFingerprint, RequestId, WorkerId,
+    prefix_chain,
 };
+use baton_traces::Tracer;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use tokio::sync::{Notify, Semaphore};
@@ -22,13 +24,13 @@ use crate::config::Limits;
 use crate::cors::Origins;
 use crate::error::ApiServerError;
 use crate::fleet::membership::SUSPECT_AFTER;
-use crate::fleet::router::prefix_chain;
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
 use crate::openai::responses::ResponseStore;
 use crate::request::driver::{Job, Sink, drive};
 use crate::request::inbox::{Event, Inbox, Mailbox, Registry};
 use crate::server::{Name, Server};
+use crate::service::{Class, Promises, ServiceLevel};
 use crate::text::texts::TextPool;
 use crate::text::tokenizer::ModelText;
 
@@ -48,7 +50,7 @@ pub struct SimulatedGeneration {
 }
 
 impl SimulatedServer {
-    /// Starts one.
+    /// Starts one, of a model whose sequences have at most `tokens_max` tokens.
     ///
     /// # Errors
     /// [`ApiServerError`] if the wire takes no subscriptions.
@@ -57,8 +59,8 @@ impl SimulatedServer {
         incarnation: Incarnation,
         cluster: Cluster,
         wire: Wire,
-        model: ModelFingerprint,
-        tokens_max: u32,
+        (model, tokens_max): (ModelFingerprint, u32),
+        promises: Promises,
     ) -> Result<Self, ApiServerError> {
         let presence = Presence::new(Instant::now(), SUSPECT_AFTER);
         let back = Arc::new(Notify::new());
@@ -83,15 +85,21 @@ impl SimulatedServer {
             model: ModelText::wordless("simulated", model, tokens_max)?,
             registry,
             metrics,
+            tracer: Tracer::off(),
             in_flight: Arc::new(Bound::new(0)),
             answers: Arc::new(Bound::new(0)),
             responses: Arc::new(ResponseStore::new(0)),
             texts: TextPool::new(0),
             body_room: Arc::new(Semaphore::new(0)),
+            running: Arc::default(),
+            last_spent: Default::default(),
             limits: Limits::default(),
             keys: ApiKeys::default(),
+            wants_certificates: false,
+            connections_end: tokio::sync::watch::Sender::new(false),
             origins: Origins::default(),
             request_budget: Duration::ZERO,
+            promises,
             started_unix: 0,
             decode_room: Arc::default(),
             leaving: AtomicBool::new(false),
@@ -113,25 +121,31 @@ impl SimulatedServer {
         })
     }
 
-    /// Begins a generation as the HTTP side does.
+    /// Begins a generation as the HTTP side does, with other times than those that are promised if it asks for them.
     pub fn generate(
         &self,
         request: RequestId,
         (cache_salt, prompt): (CacheSalt, &[u32]),
         generation: Generation,
+        (class, level): (Class, Option<ServiceLevel>),
         budget: Duration,
         sink: impl Sink + 'static,
     ) -> SimulatedGeneration {
         let arrived = Instant::now();
+        let server = &self.server;
+        let block_tokens = server.fleet().block_tokens(&server.model.fingerprint);
         let job = Job {
             request,
             prompt: prompt.into(),
-            chain: prefix_chain(cache_salt, prompt).into(),
+            chain: prefix_chain(cache_salt, block_tokens, prompt).into(),
             cache_salt,
             generation,
             prompt_logprobs: None,
+            class,
+            level: level.unwrap_or(self.server.promises.level),
             arrived,
             deadline: arrived + budget,
+            trace: None,
         };
         let inbox = Arc::new(Inbox::default());
         let registry = &self.server.registry;
@@ -164,6 +178,29 @@ impl SimulatedServer {
             Some((reason, metric.get_counter().get_value() as u64))
         });
         retries.collect()
+    }
+
+    /// How many generations that were promised something came to what, by its label.
+    pub fn service_levels(&self) -> Vec<(String, u64)> {
+        let families = self.server.metrics.service_level_total.collect();
+        let metrics = families.iter().flat_map(MetricFamily::get_metric);
+        let counted = metrics.filter_map(|metric| {
+            let labels = metric.get_label();
+            let outcome = labels.iter().find(|label| label.name() == "outcome")?;
+            let count = metric.get_counter().get_value() as u64;
+            Some((outcome.value().to_owned(), count))
+        });
+        counted.collect()
+    }
+
+    /// Tokens of prompts' beginnings that were pulled before their prompts ran.
+    pub fn prefix_pull_tokens(&self) -> u64 {
+        self.server.metrics.prefix_pull_tokens_total.get()
+    }
+
+    /// Whether of a worker's prefixes exactly these are known; what is not so, if they are not.
+    pub fn knows_prefixes(&self, worker: &WorkerId, all: &[u64]) -> Result<(), String> {
+        self.server.fleet().knows_prefixes(worker, all)
     }
 
     /// What is left of requests; `None` if nothing is.

@@ -48,8 +48,12 @@ fn beat(worker: WorkerId, role: Role, changes: Option<PeerChanges>) -> Beat {
         transport: "ucx 1.18.0 rc_mlx5,cuda_ipc".to_owned(),
         decode_ms: 9_000,
         cost: None,
+        cost_error: None,
         itl_ms: None,
         step_tokens: None,
+        prefix_version: None,
+        streams: false,
+        leases_prefixes: false,
     }
 }
 
@@ -91,6 +95,7 @@ fn hear_all(fleet: &mut Fleet, round: u64) {
             transport: "rc_mlx5,cuda_ipc".to_owned(),
             gigabytes_per_second: 40.0,
             pulled_gigabytes_per_second: Some(38.5 + round as f32),
+            pulled_bytes: 46_137_344,
             error: None,
         };
         let all = PeersReply {

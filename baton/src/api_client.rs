@@ -1,10 +1,11 @@
-//! How status and chat ask an API server: where it is, with which key, and what it says when it refuses.
+//! How status, top, drain, chat and bench ask an API server: where it is, with which key, and what it says when it refuses.
 
 use std::error::Error;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
-use reqwest::{Client, ClientBuilder, RequestBuilder, Response};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, RequestBuilder, Response};
 use serde_json::Value;
 
 use crate::Failure;
@@ -15,6 +16,15 @@ pub struct ApiServerArg {
     /// Where the API server answers; without a scheme, over http
     #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
     url: String,
+    /// Certificates (PEM) that an https server's must come from [default: the system's]
+    #[arg(long, value_name = "FILE", env = "BATON_CACERT")]
+    cacert: Option<PathBuf>,
+    /// Our own certificate (PEM), if the server wants one
+    #[arg(long, value_name = "FILE", env = "BATON_CERT", requires = "cert_key")]
+    cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE", env = "BATON_CERT_KEY", requires = "cert")]
+    cert_key: Option<PathBuf>,
     #[command(flatten)]
     api_key: ApiKeyArg,
 }
@@ -35,14 +45,40 @@ impl ApiServerArg {
         &self,
         limits: impl FnOnce(ClientBuilder) -> ClientBuilder,
     ) -> Result<ApiClient, Failure> {
-        let builder = Client::builder()
+        let mut builder = Client::builder()
             .default_headers(self.api_key.headers()?)
             .no_proxy();
+        if let Some(path) = &self.cacert {
+            let certificates = Certificate::from_pem_bundle(&read("--cacert", path)?);
+            let certificates =
+                certificates.map_err(|error| unusable("--cacert", path, &causes(&error)))?;
+            if certificates.is_empty() {
+                return Err(unusable("--cacert", path, "it holds no certificate in PEM"));
+            }
+            builder = builder.tls_certs_only(certificates);
+        }
+        if let Some((certificate, key)) = self.cert.as_ref().zip(self.cert_key.as_ref()) {
+            let mut pem = read("--cert", certificate)?;
+            pem.push(b'\n');
+            pem.extend(read("--cert-key", key)?);
+            let identity = Identity::from_pem(&pem);
+            builder = builder.identity(
+                identity.map_err(|error| unusable("--cert", certificate, &causes(&error)))?,
+            );
+        }
         Ok(ApiClient {
             client: limits(builder).build()?,
             base: base(&self.url)?,
         })
     }
+}
+
+fn read(flag: &str, path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|error| unusable(flag, path, &error.to_string()))
+}
+
+fn unusable(flag: &str, path: &Path, why: &str) -> Failure {
+    format!("{flag} {}: {why}", path.display()).into()
 }
 
 /// An address as people write it: `localhost:8000` is `http://localhost:8000`.
@@ -61,7 +97,7 @@ pub fn base(url: &str) -> Result<String, Failure> {
     };
     let parsed = reqwest::Url::parse(&with_scheme)
         .map_err(|error| wrong(&format!("is no address ({error})")))?;
-    if parsed.scheme() != "http" {
+    if !["http", "https"].contains(&parsed.scheme()) {
         return Err(wrong(&format!("has the scheme {}", parsed.scheme())));
     }
     if parsed.host_str().is_none_or(str::is_empty) {
@@ -73,6 +109,26 @@ pub fn base(url: &str) -> Result<String, Failure> {
 }
 
 impl ApiClient {
+    /// A client for the API server at this base ([`base`]), over HTTP or with the system's certificates.
+    ///
+    /// # Errors
+    /// If the key cannot be sent.
+    pub fn plain(base: String, key: &ApiKeyArg, wait: Duration) -> Result<Self, Failure> {
+        let builder = Client::builder().default_headers(key.headers()?).no_proxy();
+        let client = builder.timeout(wait).build()?;
+        Ok(Self { client, base })
+    }
+
+    /// The model that the server names first.
+    ///
+    /// # Errors
+    /// As [`Self::get`], or that it serves none.
+    pub async fn served_model(&self) -> Result<String, Failure> {
+        let body = self.get("/v1/models").await?;
+        let name = body["data"][0]["id"].as_str().map(str::to_owned);
+        name.ok_or_else(|| format!("{} serves no model", self.base).into())
+    }
+
     /// Where it is.
     pub fn base(&self) -> &str {
         &self.base
@@ -163,7 +219,8 @@ mod tests {
         ] {
             assert_eq!(base(written).unwrap(), meant);
         }
-        for wrong in ["https://h", "ftp://h", "http://", "", "a b"] {
+        assert_eq!(base("https://h:8443/v1").unwrap(), "https://h:8443");
+        for wrong in ["ftp://h", "http://", "", "a b"] {
             let error = base(wrong).unwrap_err().to_string();
             assert!(error.contains("http://localhost:8000"), "{error}");
         }
@@ -185,6 +242,9 @@ mod tests {
         drop(listener);
         let arg = ApiServerArg {
             url: address.clone(),
+            cacert: None,
+            cert: None,
+            cert_key: None,
             api_key: ApiKeyArg::default(),
         };
         let client = arg.client(|builder| builder).unwrap();

@@ -1,4 +1,4 @@
-//! The key that status, chat and bench show to an API server.
+//! The key that status, top, drain, chat and bench show to an API server.
 
 use clap::Args;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};

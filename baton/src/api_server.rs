@@ -4,14 +4,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_api_server::{
-    ApiKeys, ApiServerConfig, Format, GenerationConfig, Origins, Reasoning, SpecialTokensInContent,
+    ApiKeys, ApiServerConfig, Format, GenerationConfig, Origins, Overload, Promises, Reasoning,
+    ServiceLevel, SpecialTokensInContent, TlsFiles,
 };
 use clap::{Args, ValueEnum};
+use tokio::sync::oneshot;
 
 use crate::Failure;
 use crate::bus_args::BusArgs;
 use crate::own_name::own_name;
 use crate::shutdown::{END_WAIT, Shutdown};
+use crate::systemd::{ServiceManager, inherited_listener};
+use crate::trace_args::{self, OtlpArgs, SampleArgs};
 
 #[derive(Args, Debug)]
 pub struct ApiServerArgs {
@@ -39,11 +43,22 @@ pub struct ApiServerArgs {
     #[arg(long)]
     request_budget_s: Option<u64>,
     #[command(flatten)]
+    promises: PromiseArgs,
+    /// Mean time between tokens that is promised, in milliseconds [default: none]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    itl_ms: Option<u32>,
+    #[command(flatten)]
     keys: ApiKeysArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
     #[command(flatten)]
     content: ContentArgs,
     #[command(flatten)]
     answers: AnswerArgs,
+    #[command(flatten)]
+    otlp: OtlpArgs,
+    #[command(flatten)]
+    sample: SampleArgs,
     /// Most answers under way; more are told to come back (429) [default: 4096]
     #[arg(long)]
     in_flight_max: Option<usize>,
@@ -53,6 +68,47 @@ pub struct ApiServerArgs {
     /// Time for requests under way to finish at the end, in seconds [default: 10]
     #[arg(long)]
     drain_s: Option<u64>,
+}
+
+/// What requests are promised, and what becomes of those for which it cannot be kept.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct PromiseArgs {
+    /// Time to the first token that is promised, in milliseconds: requests that would come later because of others before them are
+    /// refused at once [default: none]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub ttft_ms: Option<u32>,
+    /// What becomes of a request whose first token would come later than promised: it is refused with 503, or served as batch
+    #[arg(long, value_enum, default_value_t)]
+    pub overload: OverloadRule,
+}
+
+/// A value of `--overload`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum OverloadRule {
+    /// Refused
+    #[default]
+    Refuse,
+    /// Served as batch
+    Batch,
+}
+
+impl OverloadRule {
+    /// How it is written on a command line.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Refuse => "refuse",
+            Self::Batch => "batch",
+        }
+    }
+}
+
+impl From<OverloadRule> for Overload {
+    fn from(rule: OverloadRule) -> Self {
+        match rule {
+            OverloadRule::Refuse => Self::Refuse,
+            OverloadRule::Batch => Self::Batch,
+        }
+    }
 }
 
 /// What messages may contain, and how the model writes what is no plain text.
@@ -182,6 +238,31 @@ impl ApiKeysArgs {
     }
 }
 
+/// HTTPS.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TlsArgs {
+    /// Certificate for HTTPS and those between it and its authority (PEM); read again when it changes [default: plain HTTP]
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// Its key (PEM)
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Certificates (PEM) that clients' must come from; without one a client gets no more than /health, /live, /ping and /metrics
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    fn files(&self) -> Option<TlsFiles> {
+        let (certificate, key) = self.tls_cert.clone().zip(self.tls_key.clone())?;
+        Some(TlsFiles {
+            certificate,
+            key,
+            client_ca: self.tls_client_ca.clone(),
+        })
+    }
+}
+
 impl ApiServerArgs {
     /// Whether an API server would take these values, before it looks at files.
     ///
@@ -189,6 +270,18 @@ impl ApiServerArgs {
     /// What it would refuse.
     pub fn check_values(&self) -> Result<(), Failure> {
         origins(&self.answers).map(|_| ())
+    }
+
+    /// Whether the files that it names can be used here, but for the model directory.
+    ///
+    /// # Errors
+    /// The first that cannot, and why.
+    pub fn check_files(&self) -> Result<(), Failure> {
+        self.keys.keys()?;
+        if let Some(files) = self.tls.files() {
+            files.check()?;
+        }
+        Ok(self.bus.clone().config().check()?)
     }
 }
 
@@ -199,15 +292,31 @@ fn origins(answers: &AnswerArgs) -> Result<Origins, Failure> {
 
 /// Serves until a signal comes and requests under way have finished.
 pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
-    let config = config(args)?;
+    let manager = ServiceManager::from_env();
+    let (otlp, sample) = (args.otlp.clone(), args.sample);
+    let mut config = config(args)?;
+    let named = (config.name.as_str(), config.cluster.name());
+    let (tracer, exporter) = trace_args::start(&otlp, sample, "baton-api-server", named)?;
+    config.tracer = tracer;
+    config.listener = inherited_listener()?;
+    let (ready, is_ready) = oneshot::channel();
+    config.on_ready = Some(ready);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()?;
     let outcome = runtime.block_on(async {
         let mut shutdown = Shutdown::catch()?;
+        tokio::spawn(manager.clone().show_life());
+        let tells = manager.clone();
+        tokio::spawn(async move {
+            if let Ok(address) = is_ready.await {
+                tells.ready(&format!("serving at {address}"));
+            }
+        });
         let stop = async move {
             let signal = shutdown.requested().await;
+            manager.stopping();
             tracing::info!("{signal}: finishing what is under way");
         };
         let ended = baton_api_server::run(config, stop).await;
@@ -216,6 +325,7 @@ pub fn run(args: ApiServerArgs) -> Result<(), Failure> {
     });
     // A thread that still loads a tokenizer is not waited for.
     runtime.shutdown_background();
+    drop(exporter);
     outcome
 }
 
@@ -230,6 +340,7 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     config.bus = args.bus.config();
     config.model_name = args.model_name;
     config.api_keys = args.keys.keys()?;
+    config.tls = args.tls.files();
     config.tool_format = args.content.tool_format;
     config.reasoning_format = args.content.reasoning_format;
     config.special_tokens_in_content = args.content.special_tokens_in_content.into();
@@ -238,6 +349,13 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
         config.limits.responses_bytes_max = mib << 20;
     }
     config.origins = origins(&args.answers)?;
+    config.promises = Promises {
+        level: ServiceLevel {
+            ttft_ms: args.promises.ttft_ms,
+            itl_ms: args.itl_ms,
+        },
+        overload: args.promises.overload.into(),
+    };
     config.host = args.api_server_host;
     config.port = args.api_server_port;
     if let Some(seconds) = args.request_budget_s {

@@ -6,8 +6,9 @@
 mod client;
 mod cpu;
 mod http;
-mod prompt;
+pub mod prompt;
 mod report;
+pub mod trace;
 
 use std::cell::RefCell;
 use std::io::Write;
@@ -23,7 +24,9 @@ use self::client::{Connection, Target};
 use self::cpu::CpuMeter;
 use self::prompt::{Prompts, Random};
 use self::report::Report;
+use self::trace::Traced;
 use crate::Failure;
+use crate::api_client::ApiClient;
 use crate::api_key::ApiKeyArg;
 use crate::shutdown::Shutdown;
 use crate::up::Ready;
@@ -31,7 +34,7 @@ use crate::up::Ready;
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("input").args(["input_words", "prompt_tokens"]))]
 pub struct BenchArgs {
-    /// Where the API server answers [default: what --ready-file says, else http://127.0.0.1:8000]
+    /// Where the API server answers; without a scheme, over http [default: what --ready-file says, else http://127.0.0.1:8000]
     #[arg(long, env = "BATON_URL")]
     url: Option<String>,
     #[command(flatten)]
@@ -64,6 +67,10 @@ pub struct BenchArgs {
     /// by the next request
     #[arg(long)]
     request_rate: Option<f64>,
+    /// Requests as this file says, a JSON object a line: {"at": SECONDS, "prompt_tokens": N, "max_tokens": N}; late ones count
+    /// their waiting
+    #[arg(long, conflicts_with_all = ["request_rate", "requests", "input", "max_tokens"])]
+    trace: Option<PathBuf>,
     /// Chooses prompts and arrival times
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -83,6 +90,9 @@ pub struct BenchArgs {
     #[arg(long, requires = "json")]
     each: bool,
 }
+
+/// How long the server may take to name its model.
+const MODEL_WAIT: Duration = Duration::from_secs(10);
 
 /// Loads, measures and prints; fails if any request did.
 pub fn run(mut args: BenchArgs) -> Result<(), Failure> {
@@ -142,10 +152,14 @@ struct Run {
 async fn load(args: BenchArgs, target: Target) -> Result<Report, Failure> {
     let model = match &args.model {
         Some(model) => model.clone(),
-        None => client::served_model(&target).await?,
+        None => {
+            let base = target.base();
+            let client = ApiClient::plain(base, &args.api_key, MODEL_WAIT)?;
+            client.served_model().await?
+        }
     };
+    let trace = args.trace.as_deref().map(trace::read).transpose()?;
     let prompts = Prompts::new(&args, &model);
-    let wanted = args.ignore_eos.then_some(u64::from(args.max_tokens));
     let timeout = Duration::from_secs(args.timeout_s);
     if args.warmup > 0 {
         let arrivals = Arrivals::new(args.warmup, None, args.seed);
@@ -153,7 +167,7 @@ async fn load(args: BenchArgs, target: Target) -> Result<Report, Failure> {
             target: target.clone(),
             prompts: prompts.warmup(),
             arrivals,
-            report: Report::new(wanted).into(),
+            report: Report::default().into(),
             timeout,
         };
         let warmup = run_slots(run, args.concurrency).await?;
@@ -167,12 +181,18 @@ async fn load(args: BenchArgs, target: Target) -> Result<Report, Failure> {
         }
     }
     let meter = CpuMeter::start(&args.pid)?;
-    let arrivals = Arrivals::new(args.requests, args.request_rate, args.seed);
+    let (prompts, arrivals) = match trace {
+        Some(trace) => (prompts.sized(&trace), Arrivals::traced(&trace)),
+        None => (
+            prompts,
+            Arrivals::new(args.requests, args.request_rate, args.seed),
+        ),
+    };
     let run = Run {
         target,
         prompts,
         arrivals,
-        report: Report::new(wanted).into(),
+        report: Report::default().into(),
         timeout,
     };
     let mut report = run_slots(run, args.concurrency).await?;
@@ -217,7 +237,8 @@ async fn slot(run: Rc<Run>) {
                 Err(format!("no end within {} s", run.timeout.as_secs()))
             }
         };
-        run.report.borrow_mut().add(since, outcome);
+        let wanted = run.prompts.wanted(arrival.index);
+        run.report.borrow_mut().add(since, wanted, outcome);
     }
 }
 
@@ -226,6 +247,8 @@ struct Arrivals {
     next: usize,
     count: usize,
     rate: Option<f64>,
+    /// From the beginning, of each, if that is written down.
+    times: Vec<Duration>,
     at: Instant,
     random: Random,
 }
@@ -242,9 +265,16 @@ impl Arrivals {
             next: 0,
             count,
             rate,
+            times: Vec::new(),
             at: Instant::now(),
             random: Random::new(seed),
         })
+    }
+
+    fn traced(trace: &[Traced]) -> RefCell<Self> {
+        let arrivals = Self::new(trace.len(), None, 0);
+        arrivals.borrow_mut().times = trace.iter().map(|request| request.at).collect();
+        arrivals
     }
 
     fn next(&mut self) -> Option<Arrival> {
@@ -253,11 +283,15 @@ impl Arrivals {
         }
         let index = self.next;
         self.next += 1;
-        let at = self.rate.map(|rate| {
-            // Gaps of a Poisson process are exponential: -ln(1 - u) / rate.
-            self.at += Duration::from_secs_f64(-(1.0 - self.random.unit()).ln() / rate);
-            self.at
-        });
+        let at = match (self.times.get(index), self.rate) {
+            (Some(time), _) => Some(self.at + *time),
+            (None, Some(rate)) => {
+                // Gaps of a Poisson process are exponential: -ln(1 - u) / rate.
+                self.at += Duration::from_secs_f64(-(1.0 - self.random.unit()).ln() / rate);
+                Some(self.at)
+            }
+            (None, None) => None,
+        };
         Some(Arrival { index, at })
     }
 }

@@ -6,13 +6,16 @@ use std::time::Duration;
 use baton_bus::BusConfig;
 use clap::Args;
 
+/// Where one is looked for that was not named.
+const URL_DEFAULT: &str = "nats://127.0.0.1:4222";
+
 #[derive(Args, Clone, Debug)]
 pub struct BusArgs {
     /// NATS server: nats://HOST:PORT or tls://HOST:PORT, several of one cluster divided by commas. USER:PASSWORD@ or TOKEN@
     /// may stand before HOST; give it by the variable then, since others see a process's arguments
     #[arg(
         long,
-        default_value = "nats://127.0.0.1:4222",
+        default_value = URL_DEFAULT,
         env = "BATON_REQUEST_PLANE_URI",
         hide_env_values = true
     )]
@@ -46,6 +49,11 @@ pub struct BusArgs {
 }
 
 impl BusArgs {
+    /// Whether another server than the usual one is meant.
+    pub fn is_named(&self) -> bool {
+        self.request_plane_uri != URL_DEFAULT
+    }
+
     /// As the roles take it.
     pub fn config(self) -> BusConfig {
         BusConfig {

@@ -36,6 +36,9 @@ pub struct Deployment {
     /// The bus.
     #[serde(default)]
     pub nats: Nats,
+    /// Where traces of requests go.
+    #[serde(default)]
+    pub traces: Traces,
     /// What takes requests.
     #[serde(default)]
     pub api_server: ApiServers,
@@ -98,6 +101,14 @@ impl Nats {
     ];
 }
 
+/// Traces of requests.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Traces {
+    /// The collector that all processes send to.
+    pub otlp_endpoint: Option<String>,
+}
+
 /// The API servers, all alike.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -112,10 +123,22 @@ pub struct ApiServers {
     pub model_name: Option<String>,
     /// Seconds a request may take.
     pub request_budget_s: Option<u64>,
+    /// Time to the first token that is promised, in milliseconds.
+    pub ttft_ms: Option<u32>,
+    /// Mean time between tokens that is promised, in milliseconds.
+    pub itl_ms: Option<u32>,
+    /// What becomes of requests that would come too late.
+    pub overload: Option<String>,
     /// File of API keys.
     pub api_keys_file: Option<String>,
     /// Answers under way for one key.
     pub api_key_in_flight_max: Option<usize>,
+    /// File of the certificate for HTTPS.
+    pub tls_cert: Option<String>,
+    /// File of its key.
+    pub tls_key: Option<String>,
+    /// File of the certificates that clients' must come from.
+    pub tls_client_ca: Option<String>,
     /// Whether messages may contain control tokens.
     pub special_tokens_in_content: Option<String>,
     /// How tool calls are written.
@@ -128,6 +151,8 @@ pub struct ApiServers {
     pub cors_origin: Vec<String>,
     /// Memory for responses that are kept, in MiB.
     pub response_store_mib: Option<usize>,
+    /// Part of the requests that are traced.
+    pub trace_sample: Option<f64>,
     /// Answers under way.
     pub in_flight_max: Option<usize>,
     /// Threads that serve HTTP.
@@ -144,14 +169,21 @@ impl Default for ApiServers {
             api_server_port: None,
             model_name: None,
             request_budget_s: None,
+            ttft_ms: None,
+            itl_ms: None,
+            overload: None,
             api_keys_file: None,
             api_key_in_flight_max: None,
+            tls_cert: None,
+            tls_key: None,
+            tls_client_ca: None,
             special_tokens_in_content: None,
             tool_format: None,
             reasoning_format: None,
             generation_config: None,
             cors_origin: Vec::new(),
             response_store_mib: None,
+            trace_sample: None,
             in_flight_max: None,
             http_threads: None,
             drain_s: None,
@@ -164,6 +196,14 @@ impl ApiServers {
     pub const NOT_PASSED_ON: [&str; 2] = ["count", "api-server-port"];
     /// The port where nothing is said.
     pub const PORT: u16 = 8000;
+
+    /// What their addresses begin with: `http` or `https`.
+    pub fn scheme(&self) -> &'static str {
+        match self.tls_cert {
+            Some(_) => "https",
+            None => "http",
+        }
+    }
 
     /// The first one's port.
     pub fn port(&self) -> u16 {
@@ -199,6 +239,8 @@ pub struct WorkerGroup {
     pub block_tokens: Option<u32>,
     /// Tokens of a step.
     pub step_tokens: Option<usize>,
+    /// Mean time between tokens, in milliseconds.
+    pub itl_ms: Option<u32>,
     /// Sequences of a step.
     pub batch: Option<usize>,
     /// Jobs that may wait.
@@ -228,6 +270,7 @@ impl Default for WorkerGroup {
             kv_cache_free_gpu_memory_fraction: None,
             block_tokens: None,
             step_tokens: None,
+            itl_ms: None,
             batch: None,
             queue: None,
             no_prefix_cache: false,
@@ -256,6 +299,7 @@ impl WorkerGroup {
             kv_cache_free_gpu_memory_fraction: self.kv_cache_free_gpu_memory_fraction,
             block_tokens: self.block_tokens,
             step_tokens: self.step_tokens,
+            itl_ms: self.itl_ms,
             batch: self.batch,
             queue: self.queue,
             no_prefix_cache: self.no_prefix_cache,

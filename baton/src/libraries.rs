@@ -4,6 +4,7 @@ use std::io::Write;
 
 use baton_worker::Library;
 use clap::Args;
+use serde_json::json;
 
 use crate::Failure;
 
@@ -12,6 +13,9 @@ pub struct LibrariesArgs {
     /// Fail unless these are here and work: ucx, driver, nvrtc, cublaslt
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = library)]
     need: Vec<Library>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 fn library(name: &str) -> Result<Library, String> {
@@ -22,21 +26,34 @@ fn library(name: &str) -> Result<Library, String> {
     })
 }
 
-/// Loads each library in turn and prints a line about it; fails if one that is needed does not work.
+/// Loads each library in turn and prints what is to be said of it; fails if one that is needed does not work.
 pub fn run(args: LibrariesArgs) -> Result<(), Failure> {
     let mut missing = Vec::new();
+    let mut rows = Vec::new();
     for library in Library::ALL {
         let name = library.name();
-        let (mark, text) = match library.check() {
-            Ok(text) => ("ok", text),
+        let (works, says) = match library.check() {
+            Ok(text) => (true, text),
             Err(text) => {
                 if args.need.contains(&library) {
                     missing.push(name);
                 }
-                ("no", text)
+                (false, text)
             }
         };
-        writeln!(std::io::stdout(), "{name:<9} {mark}  {text}")?;
+        if args.json {
+            rows.push(json!({"library": name, "works": works, "says": says}));
+            continue;
+        }
+        let mark = match works {
+            true => "ok",
+            false => "no",
+        };
+        writeln!(std::io::stdout(), "{name:<9} {mark}  {says}")?;
+    }
+    if args.json {
+        let all = json!({"libraries": rows, "missing": missing});
+        writeln!(std::io::stdout(), "{all:#}")?;
     }
     match missing.as_slice() {
         [] => Ok(()),
@@ -60,7 +77,7 @@ mod tests {
     fn ucx_is_found() {
         let found = Library::Ucx.check().expect("container/install-deps.sh run");
         assert!(found.starts_with("ucx 1."), "{found}");
-        let args = |need| LibrariesArgs { need };
+        let args = |need| LibrariesArgs { need, json: false };
         run(args(vec![Library::Ucx])).expect("it is here");
     }
 }

@@ -19,23 +19,33 @@ mod bus_args;
 mod chat;
 mod deployment;
 mod descriptors;
+mod drain;
+mod habits;
 mod libraries;
 mod logging;
 mod model_prep;
 mod model_source;
 mod own_name;
+mod plan;
 mod render;
+mod screen;
+mod self_check;
+mod shell;
 mod shutdown;
 mod sse;
 mod status;
+mod systemd;
+mod table;
 mod tether;
+mod top;
+mod trace_args;
 mod tuning;
 mod up;
 mod worker;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::logging::LogFormat;
 
@@ -73,12 +83,27 @@ enum Command {
     ModelPrep(model_prep::ModelPrepArgs),
     /// Show the workers of a running cluster
     Status(status::StatusArgs),
+    /// Show the requests under way at an API server
+    Top(top::TopArgs),
+    /// Ask a worker to finish what it has and leave
+    Drain(drain::DrainArgs),
     /// Talk to a running cluster
     Chat(chat::ChatArgs),
     /// Load a running cluster and measure it
     Bench(bench::BenchArgs),
+    /// Predict which mix of workers keeps a service level, from what a worker measured of itself
+    Plan(Box<plan::PlanArgs>),
     /// Show which of the libraries that are loaded at run time this machine has
     Libraries(libraries::LibrariesArgs),
+    /// Look at this machine: what it has to serve with, and what that means
+    SelfCheck(self_check::SelfCheckArgs),
+    /// Print completions for a shell
+    Completions(shell::CompletionsArgs),
+    /// Write manual pages
+    Man(shell::ManArgs),
+    /// Say what to type instead
+    #[command(hide = true)]
+    Serve(habits::ServeArgs),
     /// Become PROGRAM, but die with the process that started this one
     #[command(hide = true)]
     Tether(tether::TetherArgs),
@@ -88,7 +113,7 @@ enum Command {
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| habits::with_tip(error).exit());
     // Until the end of this function: what still waits is written then.
     let _session = logging::start(cli.log_format);
     descriptors::allow_all();
@@ -101,9 +126,16 @@ fn main() -> ExitCode {
         Command::Worker(args) => worker::run_role(args),
         Command::ModelPrep(args) => model_prep::run(args),
         Command::Status(args) => status::run(args),
+        Command::Top(args) => top::run(args),
+        Command::Drain(args) => drain::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Plan(args) => plan::run(*args),
         Command::Libraries(args) => libraries::run(args),
+        Command::SelfCheck(args) => self_check::run(args),
+        Command::Completions(args) => shell::completions(args, Cli::command()),
+        Command::Man(args) => shell::man(args, Cli::command()),
+        Command::Serve(args) => habits::serve(args),
         Command::Tether(args) => tether::run(args),
     };
     match outcome {
@@ -117,9 +149,7 @@ fn main() -> ExitCode {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
-    use super::Cli;
+    use super::*;
 
     #[test]
     fn command_line_is_consistent() {

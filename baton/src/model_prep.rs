@@ -3,8 +3,9 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use baton_model_prep::{Outcome, Precision, PrepareOptions, prepare};
+use baton_model_prep::{Outcome, Precision, PrepareOptions, PrepareReport, prepare};
 use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
 
 use crate::Failure;
 
@@ -38,6 +39,9 @@ pub struct ModelPrepArgs {
     /// Replace a model that is there already
     #[arg(long)]
     force: bool,
+    /// Print JSON: outcome, path, fingerprint, sizes
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -62,6 +66,9 @@ pub fn run(args: ModelPrepArgs) -> Result<(), Failure> {
         dry_run: args.dry_run,
         force: args.force,
     })?;
+    if args.json {
+        return Ok(writeln!(std::io::stdout(), "{:#}", to_json(&report))?);
+    }
     let outcome = match report.outcome {
         Outcome::Planned => "planned; nothing was written",
         Outcome::Written => "written",
@@ -69,4 +76,41 @@ pub fn run(args: ModelPrepArgs) -> Result<(), Failure> {
     };
     writeln!(std::io::stdout(), "{}\n{outcome}", report.plan)?;
     Ok(())
+}
+
+/// As scripts read it. A dry run knows no fingerprint and makes no files.
+fn to_json(report: &PrepareReport) -> Value {
+    let PrepareReport {
+        outcome,
+        plan,
+        manifest,
+    } = report;
+    let outcome = match outcome {
+        Outcome::Planned => "planned",
+        Outcome::Written => "written",
+        Outcome::AlreadyThere => "already_there",
+    };
+    let manifest = manifest.as_ref();
+    let files = manifest.map(|manifest| {
+        let files = manifest.files.iter();
+        let files = files.map(|file| json!({"name": file.name, "bytes": file.bytes}));
+        files.collect::<Vec<_>>()
+    });
+    json!({
+        "outcome": outcome,
+        "path": plan.out,
+        "name": plan.name,
+        "source": plan.source,
+        "fingerprint": manifest.map(|manifest| &manifest.fingerprint),
+        "dtype": plan.dtype.to_string(),
+        "tensors": plan.tensors,
+        "parameters": plan.parameters,
+        "tp_size": plan.tp_size,
+        "rank_bytes": plan.rank_bytes,
+        "tokens_max": plan.tokens_max,
+        "batch_max": plan.batch_max,
+        "vocab": plan.vocab,
+        "eos_token_ids": plan.eos_token_ids,
+        "files": files,
+    })
 }

@@ -8,6 +8,8 @@ use serde_json::Value;
 
 use crate::Failure;
 use crate::api_client::ApiServerArg;
+use crate::screen;
+use crate::table::{Table, list, word};
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {
@@ -16,24 +18,42 @@ pub struct StatusArgs {
     /// Print what the API server says as it is
     #[arg(long)]
     json: bool,
+    /// Show it again every so many seconds, until Ctrl-C
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u64).range(1..))]
+    watch: Option<u64>,
 }
 
 const ANSWER_WAIT: Duration = Duration::from_secs(5);
 
-/// Prints tables of workers and of the connections between them; fails if the cluster cannot serve.
+/// Prints tables of workers and of the connections between them; fails if the cluster cannot serve. With `--watch` it goes on for
+/// ever, also while nobody answers.
 pub fn run(args: StatusArgs) -> Result<(), Failure> {
-    let cluster = tokio::runtime::Builder::new_current_thread()
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .build()?
-        .block_on(ask(&args))?;
-    let text = match args.json {
-        true => format!("{cluster:#}\n"),
-        false => render(&cluster),
+        .build()?;
+    let Some(seconds) = args.watch else {
+        let cluster = runtime.block_on(ask(&args))?;
+        std::io::stdout().write_all(shown(&args, &cluster).as_bytes())?;
+        return match cluster["healthy"].as_bool() {
+            Some(false) => Err("the cluster cannot serve".into()),
+            _ => Ok(()),
+        };
     };
-    std::io::stdout().write_all(text.as_bytes())?;
-    match cluster["healthy"].as_bool() {
-        Some(false) => Err("the cluster cannot serve".into()),
-        _ => Ok(()),
+    let drawn = screen::redraw(Duration::from_secs(seconds), async || {
+        match ask(&args).await {
+            Ok(cluster) => shown(&args, &cluster),
+            Err(failure) => format!("{failure}\n"),
+        }
+    });
+    Ok(runtime.block_on(drawn)?)
+}
+
+fn shown(args: &StatusArgs, cluster: &Value) -> String {
+    match args.json {
+        // One that is followed by others is a line.
+        true if args.watch.is_some() => format!("{cluster}\n"),
+        true => format!("{cluster:#}\n"),
+        false => render(cluster),
     }
 }
 
@@ -119,65 +139,11 @@ fn render(cluster: &Value) -> String {
     }
     text += "\n";
     text += &workers.render();
-    if !peers.rows.is_empty() {
+    if !peers.is_empty() {
         text += "\nKV can be pulled\n";
         text += &peers.render();
     }
     text
-}
-
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
-}
-
-/// A value for a person: strings as they are, nothing as a dash.
-fn word(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) if text.is_empty() => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
-/// Columns as wide as what is in them.
-struct Table {
-    rows: Vec<Vec<String>>,
-    header: Vec<String>,
-}
-
-impl Table {
-    fn new(header: &[&str]) -> Self {
-        Self {
-            rows: Vec::new(),
-            header: header.iter().map(|&name| name.to_owned()).collect(),
-        }
-    }
-
-    fn row<const N: usize>(&mut self, row: [String; N]) {
-        debug_assert_eq!(N, self.header.len());
-        self.rows.push(row.into());
-    }
-
-    fn render(&self) -> String {
-        let all = || std::iter::once(&self.header).chain(&self.rows);
-        let width = |column: usize| {
-            all()
-                .map(|row| row[column].chars().count())
-                .max()
-                .unwrap_or(0)
-        };
-        let widths: Vec<_> = (0..self.header.len()).map(width).collect();
-        let line = |row: &Vec<String>| {
-            let cells: Vec<_> = row
-                .iter()
-                .zip(&widths)
-                .map(|(cell, &width)| format!("{cell:<width$}"))
-                .collect();
-            format!("{}\n", cells.join("  ").trim_end())
-        };
-        all().map(line).collect()
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,10 @@ pub struct TuningArgs {
     /// Most tokens of one step: longer prompts are computed in chunks [default: 512; on a GPU 8192]
     #[arg(long)]
     pub step_tokens: Option<usize>,
+    /// Mean time between tokens to keep steps to, in milliseconds: prompts are computed beside generating sequences only as far as it
+    /// allows; 0: as fast as they can be [default: 100; on a GPU 25]
+    #[arg(long)]
+    pub itl_ms: Option<u32>,
     /// Most sequences of one step [default: 64; on a GPU 256]
     #[arg(long)]
     pub batch: Option<usize>,

@@ -23,19 +23,22 @@ use self::restarts::Restarts;
 use self::scratch::Scratch;
 use self::supervisor::{ProcessSpec, Stage, Supervisor};
 use crate::Failure;
-use crate::api_server::{AnswerArgs, ApiKeysArgs, ContentArgs};
+use crate::api_server::{AnswerArgs, ApiKeysArgs, ContentArgs, PromiseArgs, TlsArgs};
 use crate::deployment::{Deployment, Nats};
 use crate::logging::LogFormat;
 use crate::model_source;
 use crate::shutdown::Shutdown;
+use crate::systemd::{ServiceManager, refuse_listeners};
+use crate::trace_args::{OtlpArgs, SampleArgs};
 use crate::tuning::TuningArgs;
 
-/// The flags that say what the cluster is: a file says it whole. `--api-keys-file` is looked at apart, for its variable.
-const OF_THE_DEPLOYMENT: [&str; 31] = [
+/// The flags that say what the cluster is: a file says it whole. `--api-keys-file` is looked at apart, for its variable, and
+/// so are those of traces.
+const OF_THE_DEPLOYMENT: [&str; 37] = [
     "model",
     "model_name",
     "context_worker_count",
-    "generate_worker_count",
+    "decode_worker_count",
     "both_worker_count",
     "worker_name",
     "cluster",
@@ -45,6 +48,9 @@ const OF_THE_DEPLOYMENT: [&str; 31] = [
     "api_server_host",
     "api_server_port",
     "api_key_in_flight_max",
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
     "special_tokens_in_content",
     "tool_format",
     "reasoning_format",
@@ -58,7 +64,10 @@ const OF_THE_DEPLOYMENT: [&str; 31] = [
     "kv_mib",
     "kv_cache_free_gpu_memory_fraction",
     "block_tokens",
+    "ttft_ms",
+    "overload",
     "step_tokens",
+    "itl_ms",
     "batch",
     "queue",
     "no_prefix_cache",
@@ -81,15 +90,16 @@ pub struct UpArgs {
     /// Name that clients ask for [default: the model's own]
     #[arg(long)]
     model_name: Option<String>,
-    /// Context workers [default: 1; 0 with --both-worker-count]
+    /// Context workers: they run prompts alone [default: none; 1 where --decode-worker-count is given without --both-worker-count]
     #[arg(long)]
     context_worker_count: Option<usize>,
-    /// Decode workers [default: 1; 0 with --both-worker-count]
+    /// Decode workers: they generate alone [default: none; 1 where --context-worker-count is given without --both-worker-count]
+    #[arg(long, alias = "generate-worker-count")]
+    decode_worker_count: Option<usize>,
+    /// Workers that do both, as the router decides for each request [default: if no count is given, as many as the GPUs of
+    /// --device are enough for, and 2 on a CPU; otherwise none]
     #[arg(long)]
-    generate_worker_count: Option<usize>,
-    /// Workers that do both: unsplit serving
-    #[arg(long, default_value_t = 0)]
-    both_worker_count: usize,
+    both_worker_count: Option<usize>,
     /// Put before workers' names
     #[arg(long)]
     worker_name: Option<String>,
@@ -112,11 +122,19 @@ pub struct UpArgs {
     #[arg(long)]
     api_server_port: Option<u16>,
     #[command(flatten)]
+    promises: PromiseArgs,
+    #[command(flatten)]
     keys: ApiKeysArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
     #[command(flatten)]
     content: ContentArgs,
     #[command(flatten)]
     answers: AnswerArgs,
+    #[command(flatten)]
+    otlp: OtlpArgs,
+    #[command(flatten)]
+    sample: SampleArgs,
     /// What workers compute on: cpu, fake, fake:MICROSECONDS_PER_STEP, a GPU for all of them (cuda:N), or the GPUs that are shared
     /// out in order to context workers, then decode workers, then those that do both (cuda:0-3, cuda:0,2)
     #[arg(long, default_value = "cpu")]
@@ -124,7 +142,8 @@ pub struct UpArgs {
     /// Tensor-parallel ranks of each worker [default: as the model directory is divided]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     tp_size: Option<u32>,
-    /// The same of context workers alone, which need not have as many as decode workers
+    /// The same of context workers alone, which need not have as many as decode workers; with --context-worker-count or
+    /// --decode-worker-count
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     context_tp_size: Option<u32>,
     /// Compute threads of all workers together [default: one for each CPU]; each gets its share, and one at least
@@ -132,8 +151,11 @@ pub struct UpArgs {
     threads: Option<usize>,
     #[command(flatten)]
     tuning: TuningArgs,
-    /// Start a process again that died, instead of ending with it
+    /// Once the cluster serves, end with the first process that dies; without this it is started again
     #[arg(long)]
+    no_restart: bool,
+    /// What happens anyway: it had to be asked for once.
+    #[arg(long, hide = true, conflicts_with = "no_restart")]
     restart: bool,
     /// Give up when the cluster cannot serve after this many seconds
     #[arg(long, default_value_t = 300)]
@@ -141,7 +163,7 @@ pub struct UpArgs {
     /// Time for requests under way to finish at the end, in seconds; a second Ctrl-C cuts it short
     #[arg(long, default_value_t = 10, conflicts_with = "config")]
     drain_s: u64,
-    /// Write addresses and process ids to this file (JSON) when the cluster serves; removed at the end
+    /// Write addresses and process ids to this file (JSON, what --json is elsewhere) when the cluster serves; removed at the end
     #[arg(long)]
     ready_file: Option<PathBuf>,
 }
@@ -152,7 +174,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// What the ready file says.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Ready {
-    /// Where the first API server answers: `http://127.0.0.1:8000`.
+    /// Where the first API server answers: `http://127.0.0.1:8000`, or `https://…`.
     pub url: String,
     /// Where the bus is.
     pub request_plane_uri: String,
@@ -164,18 +186,22 @@ pub struct Ready {
 
 /// Runs the cluster until a signal comes (that is no failure) or a process dies.
 pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
+    let manager = ServiceManager::from_env();
+    refuse_listeners()?;
     let deployment = described(&args)?;
     if args.print_config {
         deployment.check_secrets()?;
         let text = deployment.filled().to_yaml()?;
         return Ok(std::io::stdout().write_all(text.as_bytes())?);
     }
+    check_here(&args, &deployment)?;
     let models = prepare(&deployment)?;
     let plan = Plan::new(deployment, log_format)?;
     plan.check_memory(&models)?;
     // One thread: children die with the thread that started them, so it must be this one.
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
         let mut shutdown = Shutdown::catch()?;
+        tokio::spawn(manager.clone().show_life());
         let directory = Scratch::new(&std::env::temp_dir())?;
         let mut supervisor = Supervisor::new(Some(std::env::current_exe()?));
         let outcome = tokio::select! {
@@ -183,10 +209,12 @@ pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
                 tracing::info!("{signal}: stopping; once more to stop at once");
                 Ok(())
             }
-            failure = serve(&args, &plan, &models, directory.path(), &mut supervisor) => Err(failure),
+            failure = serve(&args, &plan, &models, directory.path(), &mut supervisor, &manager) => Err(failure),
         };
-        if let Err(failure) = &outcome {
-            tracing::error!("{failure}; stopping");
+        manager.stopping();
+        // Why is said once, at the end, where it is not lost among the lines of those who end.
+        if outcome.is_err() {
+            tracing::error!("stopping: the cluster cannot go on");
         }
         if let Some(file) = &args.ready_file {
             let _ = std::fs::remove_file(file);
@@ -210,7 +238,44 @@ fn described(args: &UpArgs) -> Result<Deployment, Failure> {
         let why = "--api-keys-file cannot be used with --config: write api-server.api-keys-file";
         return Err(why.into());
     }
+    // The variables are the processes' too, and hold where the file says nothing.
+    let variable = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
+    let endpoint = variable("OTEL_EXPORTER_OTLP_ENDPOINT");
+    if args.otlp.endpoint() != endpoint.as_deref() {
+        let why = "--otlp-endpoint cannot be used with --config: write traces.otlp-endpoint";
+        return Err(why.into());
+    }
+    let sample = variable("OTEL_TRACES_SAMPLER_ARG").and_then(|part| part.parse().ok());
+    if args.sample.trace_sample != sample {
+        let why = "--trace-sample cannot be used with --config: write api-server.trace-sample";
+        return Err(why.into());
+    }
     Deployment::read(file)
+}
+
+/// Looks at every file and program that is named, before a model is prepared or anything starts.
+fn check_here(args: &UpArgs, deployment: &Deployment) -> Result<(), Failure> {
+    deployment.check_files()?;
+    if deployment.nats.is_own() {
+        nats::find(deployment.nats.nats_server.as_deref().map(Path::new))?;
+    }
+    if let Some(file) = &args.ready_file {
+        let directory = file.parent().filter(|path| !path.as_os_str().is_empty());
+        let directory = directory.unwrap_or(Path::new("."));
+        if file.file_name().is_none() || !directory.is_dir() {
+            let why = "no file can be there: name one in a directory that exists";
+            return Err(format!("--ready-file {}: {why}", file.display()).into());
+        }
+    }
+    Ok(())
+}
+
+/// The nats-server program that a cluster would be started with.
+///
+/// # Errors
+/// Where it was looked for.
+pub fn find_nats_server() -> Result<PathBuf, Failure> {
+    nats::find(None)
 }
 
 /// Finds or makes the directories of all models of a deployment.
@@ -233,8 +298,9 @@ async fn serve(
     models: &Models,
     directory: &Path,
     supervisor: &mut Supervisor,
+    manager: &ServiceManager,
 ) -> Failure {
-    match try_serve(args, plan, models, directory, supervisor).await {
+    match try_serve(args, plan, models, directory, supervisor, manager).await {
         Ok(never) => match never {},
         Err(failure) => failure,
     }
@@ -246,8 +312,10 @@ async fn try_serve(
     models: &Models,
     directory: &Path,
     supervisor: &mut Supervisor,
+    manager: &ServiceManager,
 ) -> Result<std::convert::Infallible, Failure> {
     let bus = start_bus(&plan.deployment.nats, directory, supervisor).await?;
+    plan.let_ports_go();
     for spec in plan.processes(&bus, models)? {
         start(supervisor, spec)?;
     }
@@ -260,12 +328,18 @@ async fn try_serve(
     };
     let ready = |supervisor: &Supervisor| ready(plan, models, &bus, supervisor);
     announce(args, &ready(supervisor))?;
+    manager.ready(&format!("serving at {}", urls.join(", ")));
 
     let mut restarts = Restarts::default();
     loop {
         tokio::select! {
             exit = supervisor.next_exit() => {
-                if !args.restart {
+                // It was asked to leave, over the bus or by a signal.
+                if exit.spec.stage == Stage::Worker && exit.status.success() {
+                    tracing::info!("{} has left", exit.spec.name);
+                    continue;
+                }
+                if args.no_restart {
                     return Err(exit.to_string().into());
                 }
                 let delay = restarts.schedule(exit.spec.clone(), exit.lived);
@@ -350,14 +424,19 @@ fn announce(args: &UpArgs, ready: &Ready) -> Result<(), Failure> {
         write_ready(file, ready)?;
     }
     let (url, name) = (&ready.url, &ready.model);
+    // An authority of one's own has to be named to all of them.
+    let ca = match url.starts_with("https://") {
+        true => " --cacert CA.pem",
+        false => "",
+    };
     // Whoever closed standard output does not want to know.
     let _ = writeln!(
         std::io::stdout(),
-        "\nBaton serves {name} at {url}\n\n  \
-         curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
+        "\nBaton serves {name} at {url}\n\n  page: {url}/\n\n  \
+         curl -N{ca} {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\": \"{name}\", \"stream\": true, \"max_tokens\": 100, \"temperature\": 0.2,\n         \
          \"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n\n  \
-         baton chat --url {url}\n  baton status --url {url}\n\nCtrl-C stops it.\n"
+         baton chat --url {url}{ca}\n  baton status --url {url}{ca}\n\nCtrl-C stops it.\n"
     );
     Ok(())
 }
@@ -389,6 +468,15 @@ mod tests {
         Line::parse_from(words.chain(line.split_whitespace())).up
     }
 
+    /// What dies is started again unless it is said otherwise, and lines from when it had to be asked for go on.
+    #[test]
+    fn what_dies_is_started_again() {
+        assert!(!args("").no_restart && !args("--restart").no_restart);
+        assert!(args("--no-restart").no_restart);
+        let words = ["up", "--model", "m", "--restart", "--no-restart"];
+        assert!(Line::try_parse_from(words).is_err());
+    }
+
     /// Of a line of flags, on whatever port is free.
     pub fn plan(line: &str) -> Plan {
         let deployment = flags::deployment(&args(&format!("--api-server-port 0 {line}")));
@@ -401,6 +489,7 @@ mod tests {
         let beside = [
             "config",
             "print_config",
+            "no_restart",
             "restart",
             "start_timeout_s",
             "ready_file",
@@ -408,13 +497,14 @@ mod tests {
         let command = Line::command();
         for arg in command.get_arguments() {
             let id = arg.get_id().as_str();
-            if beside.contains(&id) || id == "help" || id == "api_keys_file" {
+            let apart = ["help", "api_keys_file", "otlp_endpoint", "trace_sample"];
+            if beside.contains(&id) || apart.contains(&id) {
                 continue;
             }
             let flag = format!("--{}", arg.get_long().unwrap());
             let values: &[&str] = match arg.get_action().takes_values() {
                 false => &[],
-                true => &["1", "plain", "model", "none"],
+                true => &["1", "plain", "model", "none", "refuse"],
             };
             let refused = |value: Option<&&str>| {
                 let line = ["up", "--config", "f", &flag];
@@ -434,6 +524,48 @@ mod tests {
         up.keys.api_keys_file = Some("keys".into());
         let error = described(&up).unwrap_err().to_string();
         assert!(error.contains("--api-keys-file"), "{error}");
+        for flag in ["--otlp-endpoint", "--trace-sample"] {
+            let value = ["http://h", "0.5"][usize::from(flag == "--trace-sample")];
+            let up = Line::parse_from(["up", "--config", "f", flag, value]).up;
+            let error = described(&up).unwrap_err().to_string();
+            assert!(error.contains(flag), "{error}");
+        }
         assert!(Line::try_parse_from(["up"]).is_err());
+    }
+
+    #[test]
+    fn files_that_are_not_there_are_missed_before_anything_starts() {
+        let directory = tempfile::tempdir().unwrap();
+        let here = directory.path().display();
+        let bus = "--request-plane-uri nats://127.0.0.1:1";
+        let missed = |line: &str| {
+            let args = args(line);
+            let deployment = flags::deployment(&args).unwrap();
+            check_here(&args, &deployment)
+                .err()
+                .map(|error| error.to_string())
+        };
+        assert_eq!(missed(&format!("{bus} --ready-file {here}/ready")), None);
+        assert_eq!(missed(&format!("{bus} --ready-file ready")), None);
+        for (line, named) in [
+            (
+                format!("{bus} --api-keys-file {here}/keys"),
+                format!("{here}/keys"),
+            ),
+            (format!("--nats-server {here}/nats"), format!("{here}/nats")),
+            (
+                format!("{bus} --ready-file {here}/no/ready"),
+                "--ready-file".to_owned(),
+            ),
+        ] {
+            let missed = missed(&line).unwrap_or_else(|| panic!("{line} is taken"));
+            assert!(missed.contains(&named), "{missed}");
+        }
+        let file = format!(
+            "model: m\ncontext: [{{}}]\ndecode: [{{}}]\nnats: {{request-plane-uri: 'nats://h:1', request-plane-nkey: {here}/seed}}\n"
+        );
+        let deployment = Deployment::of_yaml(&file).unwrap();
+        let missed = check_here(&args(""), &deployment).unwrap_err().to_string();
+        assert!(missed.contains(&format!("{here}/seed")), "{missed}");
     }
 }

@@ -11,6 +11,8 @@ use crate::Failure;
 use crate::bus_args::BusArgs;
 use crate::own_name::own_name;
 use crate::shutdown::{END_WAIT, Shutdown};
+use crate::systemd::{ServiceManager, refuse_listeners};
+use crate::trace_args::{self, OtlpArgs, SampleArgs};
 use crate::tuning::TuningArgs;
 
 #[derive(Args, Debug)]
@@ -43,12 +45,17 @@ pub struct WorkerArgs {
     lease_ms: Option<u32>,
     #[command(flatten)]
     tuning: TuningArgs,
+    #[command(flatten)]
+    otlp: OtlpArgs,
+    /// JSON file with what steps of the fake device cost
+    #[arg(long, hide = true)]
+    fake_cost: Option<PathBuf>,
 }
 
 #[derive(Args, Debug)]
 pub struct RoleWorkerArgs {
-    /// What it does
-    #[arg(long, value_enum)]
+    /// What it may do
+    #[arg(long, value_enum, default_value_t = RoleArg::Both)]
     role: RoleArg,
     #[command(flatten)]
     worker: WorkerArgs,
@@ -82,7 +89,14 @@ pub fn run_role(args: RoleWorkerArgs) -> Result<(), Failure> {
 
 /// Runs a worker until a signal comes and it has drained.
 pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
-    let config = config(args, role)?;
+    let manager = ServiceManager::from_env();
+    refuse_listeners()?;
+    let otlp = args.otlp.clone();
+    let mut config = config(args, role)?;
+    let named = (config.worker.as_str(), config.cluster.name());
+    let (tracer, exporter) =
+        trace_args::start(&otlp, SampleArgs::default(), service_name(role), named)?;
+    config.tracer = tracer;
     // The bus is all that Tokio carries here; computing and moving KV have threads of their own. On one thread, because a
     // hand-over from thread to thread takes 0.2 ms on a machine that has gone to sleep, and a request has many.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -90,17 +104,31 @@ pub fn run(args: WorkerArgs, role: Role) -> Result<(), Failure> {
         .build()?;
     let outcome = runtime.block_on(async {
         let mut shutdown = Shutdown::catch()?;
+        tokio::spawn(manager.clone().show_life());
+        let (tells, name) = (manager.clone(), config.worker.to_string());
+        let serving = move || tells.ready(&format!("serving as {name}"));
         let drain = async move {
             let signal = shutdown.requested().await;
+            manager.stopping();
             tracing::info!("{signal}: draining");
         };
-        let ended = baton_worker::run(config, drain).await;
+        let ended = baton_worker::run(config, serving, drain).await;
         baton_watchdog::end_within(END_WAIT);
         Ok(ended?)
     });
     // A thread that still loads a model is not waited for.
     runtime.shutdown_background();
+    drop(exporter);
     outcome
+}
+
+/// What a worker is called in traces, unless OTEL_SERVICE_NAME says otherwise.
+fn service_name(role: Role) -> &'static str {
+    match role {
+        Role::Context => "baton-context-worker",
+        Role::Decode => "baton-decode-worker",
+        Role::Both => "baton-worker",
+    }
 }
 
 /// What a command line means.
@@ -128,6 +156,11 @@ fn config(args: WorkerArgs, role: Role) -> Result<WorkerConfig, Failure> {
     }
     config.lease_ms = args.lease_ms.unwrap_or(config.lease_ms);
     apply(args.tuning, &mut config);
+    if let Some(path) = args.fake_cost {
+        let at = |error: &dyn std::fmt::Display| format!("--fake-cost {}: {error}", path.display());
+        let text = std::fs::read(&path).map_err(|error| at(&error))?;
+        config.fake_cost = Some(serde_json::from_slice(&text).map_err(|error| at(&error))?);
+    }
     Ok(config)
 }
 
@@ -140,6 +173,7 @@ pub fn apply(tuning: TuningArgs, config: &mut WorkerConfig) {
     let device = config.device;
     let step_tokens = tuning.step_tokens;
     config.step_tokens = step_tokens.unwrap_or_else(|| device.step_tokens_default());
+    config.itl_ms = tuning.itl_ms.unwrap_or_else(|| device.itl_ms_default());
     config.batch = tuning.batch.unwrap_or_else(|| device.batch_default());
     if let Some(fraction) = tuning.kv_cache_free_gpu_memory_fraction {
         config.kv_free_gpu_memory_fraction = fraction;

@@ -42,6 +42,9 @@ const MEND_MAX: Duration = Duration::from_secs(1);
 /// How long one try may take.
 const TRY_WAIT: Duration = Duration::from_secs(10);
 
+/// However little time is left, one try has this much: a server that is there answers within it.
+const TRY_WAIT_MIN: Duration = Duration::from_secs(1);
+
 /// The pause before the try of this number to mend a lost connection.
 pub fn mend_pause(attempts: usize) -> Duration {
     let attempts = u32::try_from(attempts).unwrap_or(u32::MAX);
@@ -127,7 +130,7 @@ pub enum BusError {
         /// Without secrets.
         url: String,
         /// How long it was tried.
-        waited: Option<Duration>,
+        waited: Duration,
         /// What went wrong the last time, and what to do.
         detail: String,
     },
@@ -176,33 +179,52 @@ impl BusConfig {
     ) -> Result<Client, BusError> {
         let servers = self.servers()?;
         let begun = Instant::now();
+        let url = self.url_without_secrets();
         let mut pause = RETRY_MIN;
         let mut told = String::new();
         loop {
+            let left = |wait: Duration| wait.saturating_sub(begun.elapsed());
+            let left = self.connect_wait.map(left).unwrap_or(Duration::MAX);
+            let one_try = left.clamp(TRY_WAIT_MIN, TRY_WAIT);
             let options = self.authorize(options(), &servers)?;
-            let detail = match timeout(TRY_WAIT, options.connect(&servers[..])).await {
+            let detail = match timeout(one_try, options.connect(&servers[..])).await {
                 Ok(Ok(client)) => return Ok(client),
                 Ok(Err(error)) => advise(error.kind(), &error),
-                Err(_) => format!("no answer within {} s", TRY_WAIT.as_secs()),
-            };
-            let failure = BusError::Unreachable {
-                url: self.url_without_secrets(),
-                waited: self.connect_wait,
-                detail,
+                Err(_) => format!("no answer within {} s", seconds(one_try)),
             };
             let waited = begun.elapsed();
-            if self.connect_wait.is_some_and(|wait| waited + pause > wait) {
-                return Err(failure);
+            if self.connect_wait.is_some_and(|wait| waited >= wait) {
+                return Err(BusError::Unreachable {
+                    url,
+                    waited,
+                    detail,
+                });
             }
             // The same sentence once, not every few seconds.
-            let sentence = failure.to_string();
-            if sentence != told {
-                tracing::warn!("{sentence}. Trying again");
-                told = sentence;
+            if detail != told {
+                let limit = match self.connect_wait {
+                    Some(wait) => format!(" for up to {} s", seconds(wait)),
+                    None => String::new(),
+                };
+                tracing::warn!(
+                    "the NATS server at {url} is not reached, trying again{limit}: {detail}"
+                );
+                told = detail;
             }
-            tokio::time::sleep(pause).await;
+            // What is left of the time is used, so that the last try is at its end.
+            let left = self.connect_wait.map(|wait| wait.saturating_sub(waited));
+            tokio::time::sleep(pause.min(left.unwrap_or(pause))).await;
             pause = (pause * 2).min(RETRY_MAX);
         }
+    }
+
+    /// Whether these settings can be used: addresses are some, and files are there and hold what they should. Connects to nobody.
+    ///
+    /// # Errors
+    /// [`BusError::Setting`] with the first that cannot.
+    pub fn check(&self) -> Result<(), BusError> {
+        let servers = self.servers()?;
+        self.authorize(ConnectOptions::new(), &servers).map(drop)
     }
 
     /// The addresses, each on its own.
@@ -300,6 +322,14 @@ fn unusable(what: &str, path: &Path, error: &dyn fmt::Display) -> BusError {
     }
 }
 
+/// Seconds for a person: to the tenth where there are few.
+fn seconds(time: Duration) -> String {
+    match time.as_secs_f64() {
+        few if few < 9.95 => format!("{few:.1}"),
+        many => format!("{many:.0}"),
+    }
+}
+
 fn advise(kind: ConnectErrorKind, error: &dyn fmt::Display) -> String {
     match kind {
         ConnectErrorKind::AuthorizationViolation | ConnectErrorKind::Authentication => {
@@ -338,11 +368,11 @@ impl fmt::Display for BusError {
                 waited,
                 detail,
             } => {
-                write!(f, "the NATS server at {url} was not reached")?;
-                if let Some(waited) = waited {
-                    write!(f, " within {} s", waited.as_secs())?;
-                }
-                write!(f, ": {detail}")
+                let waited = seconds(*waited);
+                write!(
+                    f,
+                    "the NATS server at {url} was not reached within {waited} s: {detail}"
+                )
             }
         }
     }
@@ -391,11 +421,7 @@ mod tests {
         let config = |change: fn(&mut BusConfig)| {
             let mut config = BusConfig::default();
             change(&mut config);
-            let servers = config.servers().unwrap();
-            config
-                .authorize(ConnectOptions::new(), &servers)
-                .err()
-                .map(|error| error.to_string())
+            config.check().err().map(|error| error.to_string())
         };
         assert_eq!(config(|_| {}), None);
         fn missing() -> Option<PathBuf> {
@@ -411,6 +437,26 @@ mod tests {
         }
         let both = config(|c| (c.credentials, c.nkey) = (missing(), missing()));
         assert!(both.unwrap().contains("which of them"));
+    }
+
+    #[tokio::test]
+    async fn who_gives_up_says_how_long_it_tried() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("nats://{}", listener.local_addr().unwrap());
+        drop(listener);
+        let wait = Duration::from_millis(250);
+        let config = BusConfig {
+            url,
+            connect_wait: Some(wait),
+            ..BusConfig::default()
+        };
+        let error = config.connect(ConnectOptions::new).await.unwrap_err();
+        let BusError::Unreachable { waited, .. } = &error else {
+            panic!("{error}");
+        };
+        assert!(*waited >= wait, "{waited:?}");
+        let said = format!("was not reached within {} s: ", seconds(*waited));
+        assert!(error.to_string().contains(&said), "{error}");
     }
 
     #[test]

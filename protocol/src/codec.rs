@@ -3,10 +3,12 @@
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::limits::{BEAT_BYTES_MAX, MESSAGE_BYTES_MAX, SMALL_BYTES_MAX};
+use crate::limits::{BEAT_BYTES_MAX, MESSAGE_BYTES_MAX, PREFIXES_BYTES_MAX, SMALL_BYTES_MAX};
 use crate::{
-    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Hello, PROTOCOL_VERSION, PeersReply, PrefillJob,
-    PrefillReply, ProtocolError, Release, Released, Renew, Renewed, TokenFrame, WorkerDescriptor,
+    Abort, ApiBeat, Beat, DecodeJob, DecodeReply, Drain, Draining, Hello, LeaseAsk, LeaseReply,
+    PROTOCOL_VERSION, PeersReply, PrefillJob, PrefillReply, PrefixPage, PrefixReport, PrefixesAsk,
+    Progress, ProgressReply, ProtocolError, Release, Released, Renew, Renewed, TokenFrame,
+    WorkerDescriptor,
 };
 
 /// A message that may travel on the bus.
@@ -39,6 +41,8 @@ versioned!(
     MESSAGE_BYTES_MAX;
     DecodeJob,
     DecodeReply,
+    LeaseAsk,
+    LeaseReply,
     PrefillJob,
     PrefillReply,
     TokenFrame,
@@ -49,7 +53,12 @@ versioned!(
     SMALL_BYTES_MAX;
     Abort,
     ApiBeat,
+    Drain,
+    Draining,
     Hello,
+    PrefixesAsk,
+    Progress,
+    ProgressReply,
     Release,
     Released,
     Renew,
@@ -68,6 +77,24 @@ impl Versioned for Beat {
 impl Versioned for PeersReply {
     const NAME: &'static str = "PeersReply";
     const BYTES_MAX: usize = MESSAGE_BYTES_MAX;
+
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+}
+
+impl Versioned for PrefixReport {
+    const NAME: &'static str = "PrefixReport";
+    const BYTES_MAX: usize = PREFIXES_BYTES_MAX;
+
+    fn check(&self) -> Result<(), String> {
+        Self::check(self)
+    }
+}
+
+impl Versioned for PrefixPage {
+    const NAME: &'static str = "PrefixPage";
+    const BYTES_MAX: usize = PREFIXES_BYTES_MAX;
 
     fn check(&self) -> Result<(), String> {
         Self::check(self)

@@ -1,6 +1,16 @@
 //! What a worker's steps cost: its own measurement, by which it sizes them and by which routers weigh it.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
+
+/// No step with generating sequences in it takes longer than so many times what one of them was promised between tokens.
+pub const PAUSE_MAX: u32 = 2;
+
+/// Sequences are kept to this part of the time that they were promised between tokens: prediction and host take the rest. With
+/// [`PAUSE_MAX`] and how much a sequence may use before it is due it was chosen by a model of one worker and runs on a GPU
+/// (docs/notes/2026-11-23-steps-by-time.md).
+pub const ITL_PART: f32 = 0.94;
 
 /// How long a step takes, in microseconds:
 /// `layers(tokens) + row_us · rows + kv_token_us · kv_tokens + pair_us · pairs` of its [`StepShape`].
@@ -99,6 +109,12 @@ impl StepCost {
             + self.row_us * shape.rows as f32
             + self.kv_token_us * shape.kv_tokens as f32
             + self.pair_us * shape.pairs as f32
+    }
+
+    /// The same as a duration, of an hour at most.
+    pub fn step_time(&self, shape: StepShape) -> Duration {
+        const MOST: f32 = 3_600.0;
+        Duration::from_secs_f32((self.step_us(shape) * 1e-6).clamp(0.0, MOST))
     }
 
     /// What the linear layers take.
@@ -219,6 +235,15 @@ mod tests {
         assert_eq!(cost().efficient_tokens(8_192), 1_024);
         assert_eq!(cost().efficient_tokens(512), 512);
         assert_eq!(StepCost::default().efficient_tokens(512), 512);
+    }
+
+    #[test]
+    fn no_step_takes_longer_than_an_hour() {
+        let mut cost = cost();
+        cost.row_us = f32::MAX;
+        let hour = Duration::from_secs(3_600);
+        assert_eq!(cost.step_time(StepShape::decode(8, 8)), hour);
+        assert!(cost.step_time(StepShape::default()) < hour);
     }
 
     #[test]

@@ -29,6 +29,10 @@ pub const NAME_CLAIM_MS: u64 = NAME_FREE_AFTER_MS + BEAT_INTERVAL_MS / 2;
 /// answer at all.
 pub const CONTROL_TIMEOUT_MS: u64 = 3_000;
 
+/// A context worker that is asked how far a prompt is ([`crate::Progress`]) answers within this time even where there is nothing
+/// new: with its next beat.
+pub const PROGRESS_WAIT_MS: u64 = BEAT_INTERVAL_MS;
+
 /// A prompt whose first token would wait longer than this for a decode worker with room is not begun: the client is told
 /// to come back, before its first token. What waits longer than a lease only holds blocks of a context worker.
 pub const DECODE_WAIT_MAX_MS: u64 = LEASE_MS as u64;
@@ -60,9 +64,16 @@ pub const ASK_AGAIN_MAX_MS: u64 = 500;
 /// A decode worker keeps a refused job's place in its line this long after the job last asked.
 pub const PLACE_KEPT_MS: u64 = 4 * ASK_AGAIN_MAX_MS;
 
+/// A prompt whose beginning is pulled from another worker is given up to as long for that as computing it would take, and at least this
+/// long: a question and its answer, and the same for the release. Where nobody knows what computing takes it is [`CONTROL_TIMEOUT_MS`].
+pub const PREFIX_PULL_MIN_MS: u64 = ASK_AGAIN_MIN_MS;
+
 /// A request that was begun waits this long for a worker where none is there at all: one that was killed is started again
 /// meanwhile. For one that is full it waits until the request's deadline.
 pub const ABSENT_WAIT_MS: u64 = 30_000;
+
+/// Batch requests wait while interactive ones do; one of them has its turn after no more than this, wherever they wait.
+pub const BATCH_TURN_MS: u64 = 5_000;
 
 /// A connection on which reads are outstanding and not one of them ends for this long is broken. As long as they do end,
 /// a pull may take until its request's deadline.
@@ -102,6 +113,10 @@ const _: () = {
     // One renewal and its answer may be lost twice and the lease is still alive.
     assert!(3 * LEASE_RENEW_INTERVAL_MS <= LEASE_MS as u64);
     assert!(CONTROL_TIMEOUT_MS < LEASE_RENEW_INTERVAL_MS);
+    // What is pulled before a prompt has ended before anybody sends the prompt again, or gives a lease of it up.
+    assert!(PREFIX_PULL_MIN_MS < CONTROL_TIMEOUT_MS && CONTROL_TIMEOUT_MS < LEASE_MS as u64);
+    // A question that waits for news is answered before its asker gives it up, with a beat's delay.
+    assert!(PROGRESS_WAIT_MS + BEAT_INTERVAL_MS < CONTROL_TIMEOUT_MS);
     // Who waits for room is back before its place is given away, with a beat's delay on the bus.
     assert!(ASK_AGAIN_MIN_MS < ASK_AGAIN_MAX_MS);
     assert!(PLACE_KEPT_MS > ASK_AGAIN_MAX_MS + BEAT_INTERVAL_MS);

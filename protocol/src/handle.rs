@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BlockRun, FinishReason, HandleId, Incarnation, KvGeometry, ModelFingerprint, Nonce,
+    BlockRun, FinishReason, HandleId, Incarnation, KvGeometry, ModelFingerprint, Nonce, PrefixPull,
     TokenLogprobs, WorkerId,
 };
 
@@ -17,7 +17,7 @@ pub struct PrefillTimings {
     pub compute_ms: f32,
 }
 
-/// A finished prefill whose KV waits in a context worker's arena, leased.
+/// KV in a context worker's arena, leased: that of a finished prefill, or of one that still runs and is streamed.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KvHandle {
     /// Who holds the KV.
@@ -35,12 +35,14 @@ pub struct KvHandle {
     /// The sequence's blocks in order of their tokens, run-length coded: the same on every rank of the worker, whose
     /// descriptor says what each of them holds. Empty when nothing is staged because `finish` is set.
     pub runs: Vec<BlockRun>,
-    /// Tokens whose KV is valid: all that the job carried.
+    /// Tokens whose KV is valid once the prompt is done: all that the job carried.
     pub valid_tokens: u32,
-    /// How long the lease runs from the moment the handle was sent.
+    /// How long the lease runs from the moment the handle was sent; while the prompt runs, from its end.
     pub lease_ms: u32,
-    /// The token that follows the job's tokens.
-    pub first_token: u32,
+    /// The token that follows the job's tokens. None while the prompt runs: then [`crate::Progress`] asks for it, and for what of
+    /// the KV may be read already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub first_token: Option<u32>,
     /// Its log-probabilities, if the job asked for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_logprobs: Option<TokenLogprobs>,
@@ -51,4 +53,14 @@ pub struct KvHandle {
     pub cached_tokens: u32,
     /// Where the time went.
     pub timings: PrefillTimings,
+    /// What became of pulling the prompt's beginning, if its job named a source that has more of it than the worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix_pull: Option<PrefixPull>,
+}
+
+impl KvHandle {
+    /// Whether its prompt was still running when it was sent.
+    pub fn is_streamed(&self) -> bool {
+        self.first_token.is_none() && self.finish.is_none()
+    }
 }

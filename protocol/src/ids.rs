@@ -165,6 +165,18 @@ hex_id!(
     "16"
 );
 hex_id!(
+    /// One trace of W3C Trace Context; 0 is none.
+    TraceId,
+    u128,
+    "32"
+);
+hex_id!(
+    /// One span of a trace; 0 is none.
+    SpanId,
+    u64,
+    "16"
+);
+hex_id!(
     /// Proof that a release comes from somebody who was given the handle.
     Nonce,
     u128,

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::limits::GRAMMAR_BYTES_MAX;
 use crate::{
-    ApiServerId, CacheSalt, Failure, Generation, HandleId, Incarnation, KvHandle, ModelFingerprint,
-    Nonce, PackedTokens, Refusal, RequestId, Service, TokenLogprobs, WorkerId,
+    ApiServerId, CacheSalt, Failure, FinishReason, Generation, HandleId, Incarnation, KvHandle,
+    ModelFingerprint, Nonce, PackedTokens, PrefixSource, Refusal, RequestId, Service,
+    TokenLogprobs, TraceContext, WorkerId, trace,
 };
 
 /// A sequence as it stands: the prompt, the output so far, and how to go on. A retry carries more
@@ -85,12 +86,38 @@ pub struct PrefillJob {
     /// Report log-probabilities of the prompt's tokens too, with this many alternatives (`echo`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prompt_logprobs: Option<u8>,
+    /// The handle may come while the prompt runs ([`PrefillReply::Begun`]): a decode worker reads what is there already. Senders of
+    /// old say nothing and want none.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub stream: bool,
+    /// Who has the KV of the prompt's beginning. Only for workers that say that they lease prefixes; others ignore it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<PrefixSource>,
+    /// The span below which the worker's are, where a trace of the request is recorded.
+    #[serde(
+        default,
+        deserialize_with = "trace::taken",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub trace: Option<TraceContext>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// Answer to [`PrefillJob`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "outcome", rename_all = "snake_case")]
 pub enum PrefillReply {
+    /// The prompt takes more than one step and the first is over. Its KV is leased from now on; the first token is had with
+    /// [`Progress`]. Only for jobs that ask to be streamed.
+    Begun {
+        /// Protocol version.
+        v: u16,
+        /// The handle, without first token.
+        handle: Box<KvHandle>,
+    },
     /// The KV is staged, or the generation already ended with its first token.
     Ready {
         /// Protocol version.
@@ -154,6 +181,13 @@ pub struct DecodeJob {
     pub sequence: SequenceSpec,
     /// Where its KV is, and its next token.
     pub handle: KvHandle,
+    /// The span below which the worker's are, where a trace of the request is recorded.
+    #[serde(
+        default,
+        deserialize_with = "trace::taken",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub trace: Option<TraceContext>,
 }
 
 /// Answer to [`DecodeJob`].
@@ -188,6 +222,26 @@ pub struct Abort {
     pub reason: String,
 }
 
+/// API server → any worker, request on `drain.<worker>`: leave, as if asked by SIGTERM. Answered at once by [`Draining`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Protocol version.
+    pub v: u16,
+    /// The life of the worker that is meant: one that was started again meanwhile stays.
+    pub incarnation: Incarnation,
+    /// Who asks, for the log.
+    pub from: String,
+}
+
+/// Answer to [`Drain`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Draining {
+    /// Protocol version.
+    pub v: u16,
+    /// It drains; false if another life of the worker was meant.
+    pub draining: bool,
+}
+
 /// Decode worker → context worker, request on `release.<worker>`: the pull has ended, free the KV, and
 /// say whether it was whole all the time. Answered by [`Released`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -207,13 +261,68 @@ pub struct Release {
 }
 
 /// Answer to [`Release`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Released {
     /// Protocol version.
     pub v: u16,
     /// Whether that lease was alive without a break until now. If not, what was read must be thrown
     /// away. A second release of one handle is not valid.
     pub valid: bool,
+    /// From the end of the prompt's last step to this release, on the context worker's clock. Senders of old say none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover_seconds: Option<f32>,
+}
+
+/// API server or decode worker → context worker, request on `progress.<worker>`: how far is the prompt of this streamed handle?
+/// Answered by [`ProgressReply`] when there is more than the asker has, when the prompt is done or has ended, and after
+/// [`crate::deadlines::PROGRESS_WAIT_MS`] at the latest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Protocol version.
+    pub v: u16,
+    /// Which request.
+    pub request: RequestId,
+    /// The life of the context worker the handle belongs to.
+    pub incarnation: Incarnation,
+    /// Which staged cache.
+    pub handle: HandleId,
+    /// Proof.
+    pub nonce: Nonce,
+    /// Tokens whose KV the asker has, or has heard to be there. Who waits for the first token alone says all that the job has.
+    pub have_tokens: u32,
+}
+
+/// Answer to [`Progress`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum ProgressReply {
+    /// The prompt runs.
+    Running {
+        /// Protocol version.
+        v: u16,
+        /// KV of so many tokens is final: the steps that computed it are over. Of a block that is not full nothing is.
+        tokens: u32,
+    },
+    /// It is done: all of its KV is final, and leased like that of any handle unless `finish` is set.
+    Done {
+        /// Protocol version.
+        v: u16,
+        /// The token that follows the job's tokens.
+        first_token: u32,
+        /// Its log-probabilities, if the job asked for them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        first_logprobs: Option<TokenLogprobs>,
+        /// Set when that token ended the generation; nothing is held any more.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        finish: Option<FinishReason>,
+    },
+    /// It has ended without, or its lease has: nothing is held. `handle_invalid` says that no such lease is known.
+    Failed {
+        /// Protocol version.
+        v: u16,
+        /// Why.
+        failure: Failure,
+    },
 }
 
 /// API server → context worker, request on `renew.<worker>`: the handle is still wanted, keep its lease for another

@@ -30,39 +30,45 @@ mod handle;
 mod ids;
 mod job;
 mod kv;
+mod lease;
 pub mod limits;
 mod membership;
 mod packed;
 mod peers;
+mod prefixes;
 mod sampling;
 mod service;
 pub mod subjects;
 mod token_frame;
 mod token_rules;
+mod trace;
 mod transfer;
 
 pub use codec::{Versioned, cut, decode, encode};
-pub use cost::{CostPoint, StepCost, StepShape};
+pub use cost::{CostPoint, ITL_PART, PAUSE_MAX, StepCost, StepShape};
 pub use error::{Failure, FailureCode, ProtocolError, Refusal};
 pub use handle::{KvHandle, PrefillTimings};
 pub use ids::{
     ApiServerId, CacheSalt, HandleId, Incarnation, ModelFingerprint, NAME_BYTES_MAX, Nonce,
-    RequestId, WorkerId,
+    RequestId, SpanId, TraceId, WorkerId,
 };
 pub use job::{
-    Abort, DecodeJob, DecodeReply, PrefillJob, PrefillReply, Release, Released, Renew, Renewed,
-    SequenceSpec,
+    Abort, DecodeJob, DecodeReply, Drain, Draining, PrefillJob, PrefillReply, Progress,
+    ProgressReply, Release, Released, Renew, Renewed, SequenceSpec,
 };
 pub use kv::{BlockRun, KvDtype, KvGeometry, KvGroup, KvShare, KvShares};
+pub use lease::{LeaseAsk, LeaseReply, PrefixPull, PrefixPullFailure, PrefixSource};
 pub use membership::{
     ApiBeat, Beat, Capacity, Hello, Load, ModelInfo, Role, WorkerDescriptor, WorkerState,
 };
-pub use packed::{Base64Bytes, PackedTokens};
+pub use packed::{Base64Bytes, PackedLinks, PackedTokens};
 pub use peers::{PeerChanges, PeerHealth, PeerState, PeersReply};
+pub use prefixes::{PrefixPage, PrefixReport, PrefixesAsk, prefix_chain, prefix_link, prefix_root};
 pub use sampling::{FinishReason, Generation, Grammar, Sampling, TokenLogprobs, TopLogprob};
 pub use service::{Service, Tier};
-pub use token_frame::{End, FrameItem, PullReport, TokenFrame};
+pub use token_frame::{End, FrameItem, PullParts, PullReport, TokenFrame};
 pub use token_rules::TokenRules;
+pub use trace::{TRACE_STATE_BYTES_MAX, TraceContext};
 pub use transfer::{MemoryType, RankRegion, TransferDescriptor, UcxVersion};
 
 /// Version of the contract. Raised when an old receiver would misread a new message.

@@ -28,6 +28,18 @@ pub const PEERS_TOLD_MAX: usize = 16;
 /// Most peers of a worker: context workers that one decode worker connects to.
 pub const PEERS_MAX: usize = 1_024;
 
+/// Most blocks whose entering or leaving the prefix index one report tells.
+pub const PREFIX_CHANGES_MAX: usize = 8_192;
+
+/// Most blocks on one page of a prefix index.
+pub const PREFIX_PAGE_MAX: usize = 8_192;
+
+/// Largest report or page of these: 10.7 characters a link.
+pub const PREFIXES_BYTES_MAX: usize = 128 << 10;
+
+/// A worker tells of so many blocks of its arena, the first ones. Of what lies in others nobody knows.
+pub const PREFIX_BLOCKS_MAX: u32 = 1 << 17;
+
 /// Longest sentence, name of a device, of a model or of transports in a beat, in bytes. Senders cut theirs ([`crate::cut`]).
 pub const SENTENCE_BYTES_MAX: usize = 256;
 

@@ -77,10 +77,15 @@ pub struct Load {
     pub running: u32,
     /// Prompt tokens not yet run.
     pub waiting_tokens: u32,
+    /// Those of them that belong to batch requests.
+    pub batch_tokens: u32,
     /// Generating sequences among those that wait or run.
     pub decoding: u32,
     /// Tokens that these have together: the KV that a step of them reads.
     pub decoding_tokens: u64,
+    /// Batch requests that generate or whose KV is being pulled: interactive ones need not wait for their places. 0 of workers of
+    /// earlier releases, where they do.
+    pub batch_decoding: u32,
     /// Staged handles that wait for their release.
     pub leased: u32,
     /// Pulls under way.
@@ -155,12 +160,30 @@ pub struct Beat {
     /// What its steps cost, as measured. Senders of old say nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost: Option<StepCost>,
+    /// How well that predicts them: nine of ten of the last steps within this part of what they took. Senders of old say nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost_error: Option<f32>,
     /// Mean time between tokens that it keeps its steps to, in milliseconds. Senders of old say nothing, and keep to none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub itl_ms: Option<u32>,
     /// Most tokens of a step. Senders of old say nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step_tokens: Option<u32>,
+    /// Number of its last [`crate::PrefixReport`], 0 before the first. Senders of old say nothing, and send none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix_version: Option<u64>,
+    /// Whether it streams KV: a context worker's handles may come while their prompts run, and a decode worker takes such handles.
+    /// Senders of old say nothing and do not.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub streams: bool,
+    /// Whether it leases what is in its prefix index to other workers ([`crate::LeaseAsk`]), and, if it generates too, pulls what jobs
+    /// name a source of. Senders of old say nothing and do not.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub leases_prefixes: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 fn is_zero(number: &u32) -> bool {

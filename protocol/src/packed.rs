@@ -62,6 +62,31 @@ impl From<Vec<u32>> for PackedTokens {
     }
 }
 
+/// Links of blocks ([`crate::prefix_chain`]), in JSON one base64 string of little-endian `u64`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PackedLinks(pub Vec<u64>);
+
+impl Serialize for PackedLinks {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let bytes: Vec<u8> = self.0.iter().flat_map(|link| link.to_le_bytes()).collect();
+        serializer.serialize_str(&STANDARD.encode(bytes))
+    }
+}
+
+impl<'de> Deserialize<'de> for PackedLinks {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Base64Bytes(bytes) = Base64Bytes::deserialize(deserializer)?;
+        match bytes.as_chunks::<8>() {
+            (links, []) => Ok(Self(
+                links.iter().map(|link| u64::from_le_bytes(*link)).collect(),
+            )),
+            _ => Err(de::Error::custom(
+                "packed links are not a whole number of 64-bit words",
+            )),
+        }
+    }
+}
+
 /// Raw bytes, in JSON a base64 string.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Base64Bytes(pub Vec<u8>);

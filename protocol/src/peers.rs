@@ -37,9 +37,17 @@ pub struct PeerHealth {
     /// outstanding. None before the first pull; senders of old say none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pulled_gigabytes_per_second: Option<f32>,
+    /// Bytes that pulls brought over the present connection; the difference between two beats is what goes over it now. Absent
+    /// before the first pull; senders of old do not say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub pulled_bytes: u64,
     /// The last error, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
 }
 
 impl PeerHealth {

@@ -112,6 +112,16 @@ pub enum FinishReason {
     Length,
 }
 
+impl FinishReason {
+    /// OpenAI's word for it: to a client a whole text is one that ended by itself.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Stop | Self::Whole => "stop",
+            Self::Length => "length",
+        }
+    }
+}
+
 /// One candidate and its log-probability.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TopLogprob(pub u32, pub f32);

@@ -69,8 +69,23 @@ impl Cluster {
         self.of("peers", worker)
     }
 
+    /// A worker's [`crate::PrefixReport`]s.
+    pub fn prefixes(&self, worker: &WorkerId) -> String {
+        self.of("prefixes", worker)
+    }
+
+    /// All workers' [`crate::PrefixReport`]s.
+    pub fn all_prefixes(&self) -> String {
+        self.of("prefixes", &"*")
+    }
+
+    /// [`crate::PrefixesAsk`]s for a worker, each answered with a [`crate::PrefixPage`].
+    pub fn prefix_pages(&self, worker: &WorkerId) -> String {
+        self.of("prefix-pages", worker)
+    }
+
     /// Everything that is sent to one worker: one subscription, so that what one sender sent in order
-    /// (a job, then its abort) is also received in order. Holds the worker's own beats too.
+    /// (a job, then its abort) is also received in order. Holds the worker's own beats and prefix reports too.
     pub fn inbox(&self, worker: &WorkerId) -> String {
         format!("{ROOT}.{}.*.{worker}", self.0)
     }
@@ -90,14 +105,29 @@ impl Cluster {
         self.of("abort", worker)
     }
 
+    /// [`crate::Drain`]s.
+    pub fn drain(&self, worker: &WorkerId) -> String {
+        self.of("drain", worker)
+    }
+
     /// [`crate::Release`]s.
     pub fn release(&self, worker: &WorkerId) -> String {
         self.of("release", worker)
     }
 
+    /// [`crate::LeaseAsk`]s.
+    pub fn lease(&self, worker: &WorkerId) -> String {
+        self.of("lease", worker)
+    }
+
     /// [`crate::Renew`]s.
     pub fn renew(&self, worker: &WorkerId) -> String {
         self.of("renew", worker)
+    }
+
+    /// [`crate::Progress`]: questions after prompts that are streamed.
+    pub fn progress(&self, worker: &WorkerId) -> String {
+        self.of("progress", worker)
     }
 
     /// A worker's [`crate::TokenFrame`]s for an API server. Each worker has a subject of its own, so that a NATS server can see

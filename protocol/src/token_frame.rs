@@ -58,8 +58,27 @@ pub enum End {
 pub struct PullReport {
     /// Bytes read from the context worker; 0 when the KV was already in place.
     pub bytes: u64,
-    /// From the first read posted to the release answered.
+    /// From the first read posted to the release answered. Of KV that was streamed, the time of the reads and the release alone.
     pub seconds: f32,
+    /// [`crate::Released::handover_seconds`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handover_seconds: Option<f32>,
+    /// What the pull's time was made of. Senders of old say nothing, and neither do those that had nothing to pull.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts: Option<PullParts>,
+}
+
+/// The parts of a pull on the decode worker's clock, in seconds. A part of several waits or reads is their sum.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PullParts {
+    /// Waits for its turn at the context worker: a few pulls read from one at the same time.
+    pub turn: f32,
+    /// Waits for the context worker to say how far a prompt that still runs is.
+    pub progress: f32,
+    /// Reads.
+    pub read: f32,
+    /// From the last read to the release answered.
+    pub release: f32,
 }
 
 fn is_zero(n: &u32) -> bool {

@@ -26,6 +26,13 @@ fn rows() -> Vec<[String; 5]> {
         .join(", ");
     vec![
         row(
+            "TLS handshake",
+            "10 s".to_owned(),
+            "`api-server/src/http/https.rs`",
+            "the connection is closed",
+            "–",
+        ),
+        row(
             "HTTP head",
             "15 s".to_owned(),
             "`api-server/src/http/mod.rs`",
@@ -88,11 +95,31 @@ fn rows() -> Vec<[String; 5]> {
             "`cluster/refusals.rs`",
         ),
         row(
+            "– its beginning is pulled from another worker",
+            format!(
+                "as long as computing it would take, {} at least, {control} where nobody knows; then it is computed",
+                s(PREFIX_PULL_MIN_MS)
+            ),
+            "`PREFIX_PULL_MIN_MS`, `decode/prefix.rs`",
+            "nothing",
+            "`cluster/prefixes.rs`, `e2e/prefixes.rs`",
+        ),
+        row(
             "– its worker is silent",
             format!("{gone}, then elsewhere"),
             "`GONE_AFTER_MS`",
             "nothing",
             "`e2e/failure.rs`",
+        ),
+        row(
+            "– the next chunk of a prompt that is streamed",
+            format!(
+                "answered within {} whether there is one or not; asked twice, {control} each",
+                s(PROGRESS_WAIT_MS)
+            ),
+            "`PROGRESS_WAIT_MS`, `CONTROL_TIMEOUT_MS`",
+            "nothing: the prompt runs again, unless a decode worker has read it, which then has the first token",
+            "`cluster/streaming.rs`, `lifecycle/tests.rs`",
         ),
         row(
             "– the bus was away meanwhile",

@@ -90,7 +90,7 @@ fn handle() -> KvHandle {
         }],
         valid_tokens: 5,
         lease_ms: 30_000,
-        first_token: 7042,
+        first_token: Some(7042),
         first_logprobs: Some(logprobs()),
         finish: None,
         cached_tokens: 0,
@@ -98,6 +98,12 @@ fn handle() -> KvHandle {
             queue_ms: 0.5,
             compute_ms: 12.5,
         },
+        prefix_pull: Some(PrefixPull {
+            tokens: 64,
+            bytes: 1_474_560,
+            seconds: 0.002,
+            failure: None,
+        }),
     }
 }
 
@@ -121,6 +127,7 @@ fn beat() -> Beat {
             running: 3,
             decoding: 3,
             decoding_tokens: 371,
+            batch_decoding: 1,
             blocks_used: 12,
             ..Load::default()
         },
@@ -136,11 +143,13 @@ fn beat() -> Beat {
             transport: "posix".to_owned(),
             gigabytes_per_second: 4.5,
             pulled_gigabytes_per_second: Some(5.25),
+            pulled_bytes: 46_137_344,
             error: None,
         }],
         changes: None,
         transport: "ucx 1.13.1".to_owned(),
         decode_ms: 6_400,
+        cost_error: Some(0.06),
         cost: Some(StepCost {
             layers: [(1, 5_200.0), (64, 21_500.0), (512, 148_000.0)]
                 .map(|(tokens, us)| CostPoint { tokens, us })
@@ -151,6 +160,9 @@ fn beat() -> Beat {
         }),
         itl_ms: Some(50),
         step_tokens: Some(512),
+        prefix_version: Some(57),
+        streams: true,
+        leases_prefixes: true,
     }
 }
 
@@ -172,6 +184,32 @@ fn peers_reply() -> PeersReply {
         incarnation: Incarnation(0x99aa_bbcc_ddee_ff00),
         version: 42,
         peers: beat().peers,
+    }
+}
+
+fn prefix_report() -> PrefixReport {
+    let chain = prefix_chain(CacheSalt(0x5a17), 2, &[504, 3575, 282, 4649, 314]);
+    PrefixReport {
+        v: V,
+        worker: worker("context-0"),
+        incarnation: Incarnation(0x1122_3344_5566_7788),
+        since: 56,
+        version: 57,
+        added: PackedLinks(chain),
+        removed: PackedLinks(vec![7]),
+        is_part: false,
+    }
+}
+
+fn prefix_page() -> PrefixPage {
+    PrefixPage {
+        v: V,
+        worker: worker("context-0"),
+        incarnation: Incarnation(0x1122_3344_5566_7788),
+        version: 57,
+        links: prefix_report().added,
+        next: Some(8_192),
+        is_part: false,
     }
 }
 
@@ -222,6 +260,16 @@ fn every_message_is_as_its_file_says() {
     golden("beat.json", &beat());
     golden("beat_of_changes.json", &beat_of_changes());
     golden("peers_reply.json", &peers_reply());
+    golden("prefix_report.json", &prefix_report());
+    golden(
+        "prefixes_ask.json",
+        &PrefixesAsk {
+            v: V,
+            from: "api-0".to_owned(),
+            block: 0,
+        },
+    );
+    golden("prefix_page.json", &prefix_page());
     golden(
         "hello.json",
         &Hello {
@@ -272,6 +320,27 @@ fn every_message_is_as_its_file_says() {
             model: fingerprint(),
             sequence: sequence(),
             prompt_logprobs: None,
+            stream: true,
+            source: Some(PrefixSource {
+                worker: worker("both-1"),
+                incarnation: Incarnation(0x5566_7788_99aa_bbcc),
+                tokens: 4,
+            }),
+            trace: TraceContext::parse(
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+                "vendor=opaque",
+            ),
+        },
+    );
+    golden(
+        "prefill_reply_begun.json",
+        &PrefillReply::Begun {
+            v: V,
+            handle: Box::new(KvHandle {
+                first_token: None,
+                first_logprobs: None,
+                ..handle()
+            }),
         },
     );
     golden(
@@ -302,6 +371,43 @@ fn every_message_is_as_its_file_says() {
         },
     );
     golden(
+        "lease_ask.json",
+        &LeaseAsk {
+            v: V,
+            request: REQUEST,
+            api_server: api_server(),
+            api_incarnation: Some(API_LIFE),
+            from: worker("both-0"),
+            incarnation: Incarnation(0x5566_7788_99aa_bbcc),
+            model: fingerprint(),
+            tokens: PackedTokens(vec![504, 3575, 282, 4649]),
+            cache_salt: CacheSalt(0x5a17),
+            lease_ms: 150,
+        },
+    );
+    golden(
+        "lease_reply_leased.json",
+        &LeaseReply::Leased {
+            v: V,
+            handle: Box::new(KvHandle {
+                first_token: None,
+                first_logprobs: None,
+                cached_tokens: 0,
+                timings: PrefillTimings::default(),
+                prefix_pull: None,
+                ..handle()
+            }),
+        },
+    );
+    golden("lease_reply_absent.json", &LeaseReply::Absent { v: V });
+    golden(
+        "lease_reply_refused.json",
+        &LeaseReply::Refused {
+            v: V,
+            refusal: Refusal::Draining,
+        },
+    );
+    golden(
         "decode_job.json",
         &DecodeJob {
             v: V,
@@ -312,6 +418,10 @@ fn every_message_is_as_its_file_says() {
             budget_ms: 59_000,
             sequence: sequence(),
             handle: handle(),
+            trace: TraceContext::parse(
+                "00-4bf92f3577b34da6a3ce929d0e0e4736-b7ad6b7169203331-01",
+                "vendor=opaque",
+            ),
         },
     );
     golden(
@@ -339,6 +449,21 @@ fn every_message_is_as_its_file_says() {
         },
     );
     golden(
+        "drain.json",
+        &Drain {
+            v: V,
+            incarnation: Incarnation(0x1122_3344_5566_7788),
+            from: "api-0".to_owned(),
+        },
+    );
+    golden(
+        "draining.json",
+        &Draining {
+            v: V,
+            draining: true,
+        },
+    );
+    golden(
         "release.json",
         &Release {
             v: V,
@@ -349,7 +474,51 @@ fn every_message_is_as_its_file_says() {
             decode_worker: worker("decode-0"),
         },
     );
-    golden("released.json", &Released { v: V, valid: true });
+    golden(
+        "released.json",
+        &Released {
+            v: V,
+            valid: true,
+            handover_seconds: Some(0.0025),
+        },
+    );
+    golden(
+        "progress.json",
+        &Progress {
+            v: V,
+            request: REQUEST,
+            incarnation: Incarnation(0x1122_3344_5566_7788),
+            handle: HandleId(9),
+            nonce: Nonce(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+            have_tokens: 2_048,
+        },
+    );
+    golden(
+        "progress_reply_running.json",
+        &ProgressReply::Running {
+            v: V,
+            tokens: 4_096,
+        },
+    );
+    golden(
+        "progress_reply_done.json",
+        &ProgressReply::Done {
+            v: V,
+            first_token: 7042,
+            first_logprobs: Some(logprobs()),
+            finish: None,
+        },
+    );
+    golden(
+        "progress_reply_failed.json",
+        &ProgressReply::Failed {
+            v: V,
+            failure: Failure::new(
+                FailureCode::HandleInvalid,
+                "the prompt or its lease has ended on context-0",
+            ),
+        },
+    );
     golden(
         "renew.json",
         &Renew {
@@ -377,6 +546,13 @@ fn every_message_is_as_its_file_says() {
                     pulled: Some(PullReport {
                         bytes: 737_280,
                         seconds: 0.0005,
+                        handover_seconds: Some(0.0025),
+                        parts: Some(PullParts {
+                            turn: 0.125,
+                            progress: 0.0625,
+                            read: 0.00025,
+                            release: 0.000125,
+                        }),
                     }),
                     end: None,
                 },
@@ -483,11 +659,12 @@ fn a_reason_of_a_later_release_is_a_refusal_for_an_unknown_reason() {
 fn beats_of_old_say_neither_pace_nor_ranks_nor_age() {
     let mut old = serde_json::to_value(beat()).expect("encodes");
     let fields = old.as_object_mut().expect("an object");
-    for added in ["decode_ms", "ranks"] {
+    for added in ["decode_ms", "ranks", "prefix_version"] {
         fields.remove(added).expect("was there");
     }
     let beat: Beat = decode(old.to_string().as_bytes()).expect("an old beat");
     assert_eq!((beat.decode_ms, beat.ranks), (0, None));
+    assert_eq!(beat.prefix_version, None);
     assert_eq!(serde_json::to_value(&beat).expect("encodes"), old);
     let old = br#"{"v":2,"api_server":"api-0","in_flight":4}"#;
     let beat: ApiBeat = decode(old).expect("an old beat");
@@ -531,6 +708,35 @@ fn over_the_size_bound_nothing_is_parsed() {
     refused::<Beat>(limits::BEAT_BYTES_MAX);
     refused::<Released>(limits::SMALL_BYTES_MAX);
     refused::<Abort>(limits::SMALL_BYTES_MAX);
+}
+
+#[test]
+fn reports_and_pages_hold_no_more_than_their_bounds_and_the_largest_can_be_sent() {
+    let links = |count| PackedLinks(vec![u64::MAX; count]);
+    let report = |added, removed| PrefixReport {
+        added: links(added),
+        removed: links(removed),
+        ..prefix_report()
+    };
+    let page = |count| PrefixPage {
+        links: links(count),
+        ..prefix_page()
+    };
+    let half = limits::PREFIX_CHANGES_MAX / 2;
+    let largest = encode(&report(half, half)).expect("fits");
+    assert!(decode::<PrefixReport>(&largest).is_ok());
+    assert!(report(half, half + 1).check().is_err());
+    let largest = encode(&page(limits::PREFIX_PAGE_MAX)).expect("fits");
+    assert!(decode::<PrefixPage>(&largest).is_ok());
+    assert!(page(limits::PREFIX_PAGE_MAX + 1).check().is_err());
+    let same = PrefixReport {
+        since: 57,
+        ..prefix_report()
+    };
+    assert!(same.check().is_err(), "a report comes after another");
+    let half_a_link =
+        br#"{"v":2,"worker":"w","incarnation":"0000000000000001","version":1,"links":"AAAA"}"#;
+    assert!(decode::<PrefixPage>(half_a_link).is_err());
 }
 
 /// Ways of a beat to hold more than receivers keep.
@@ -718,7 +924,7 @@ proptest! {
     fn a_damaged_message_is_an_error_or_another_message(at in 0usize..2000, with: u8) {
         let job = PrefillJob {
             v: V, request: REQUEST, api_server: api_server(), budget_ms: 1, api_incarnation: None, model: fingerprint(),
-            sequence: sequence(), prompt_logprobs: Some(3),
+            sequence: sequence(), prompt_logprobs: Some(3), stream: false, source: None, trace: None,
         };
         let mut bytes = encode(&job).expect("encodes");
         let at = at % bytes.len();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use baton_simulation::{Report, Scenario, run};
+use baton_simulation::{Counts, Report, Scenario, run};
 
 fn main() -> ExitCode {
     let mut seeds: Vec<String> = std::env::args().skip(1).collect();
@@ -50,13 +50,16 @@ fn one(scenario: Scenario, seed: u64) -> ExitCode {
 
 fn many(scenario: Scenario, first: u64, last: u64, stops: bool) -> ExitCode {
     let begun = Instant::now();
-    let (mut answered, mut owed, mut events, mut bad) = (0, 0, 0, 0);
+    let (mut answered, mut owed, mut pulled, mut events, mut bad) = (0, 0, 0, 0, 0);
+    let mut counts = Counts::default();
     let mut errors: BTreeMap<&str, u64> = BTreeMap::new();
     for seed in first..last {
         let report = run(scenario, seed, false);
         answered += report.answered;
         owed += report.owed;
+        pulled += report.pulled;
         events += report.events;
+        counts += report.counts;
         for (label, count) in &report.errors {
             *errors.entry(label).or_default() += count;
         }
@@ -70,7 +73,7 @@ fn many(scenario: Scenario, first: u64, last: u64, stops: bool) -> ExitCode {
     }
     let (seeds, seconds) = (last - first, begun.elapsed().as_secs_f64());
     println!(
-        "seeds={seeds} answered={answered} owed={owed} errors={errors:?} events={events} bad={bad} seconds={seconds:.1}"
+        "seeds={seeds} answered={answered} owed={owed} pulled={pulled} errors={errors:?} counts={counts:?} events={events} bad={bad} seconds={seconds:.1}"
     );
     verdict(bad == 0)
 }

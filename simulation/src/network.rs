@@ -14,10 +14,18 @@ use tokio::time::{Instant, sleep_until};
 use crate::dice::Dice;
 use crate::trace::Trace;
 use crate::weather::{Kind, Weather};
-use crate::witness::Witness;
 
 /// Payloads as large as the protocol allows.
 const PAYLOAD_MAX: usize = baton_protocol::limits::MESSAGE_BYTES_MAX;
+
+/// Whoever reads along on the bus.
+pub trait Witness: Send {
+    /// Somebody sent a message.
+    fn saw(&mut self, kind: Kind, subject: &str, reply: Option<&str>, payload: &[u8]);
+
+    /// What it saw that must not be, in words.
+    fn take_wrong(&mut self) -> Vec<String>;
+}
 
 /// A bus. Every process has a port of its own to it.
 pub struct Network {
@@ -30,7 +38,7 @@ struct State {
     dice: Dice,
     trace: Trace,
     /// Reads along, if somebody should.
-    witness: Option<Witness>,
+    witness: Option<Box<dyn Witness>>,
     ports: Vec<PortState>,
     subscriptions: BTreeMap<u64, Subscribed>,
     /// What is under way, by the time of its arrival and in order of sending.
@@ -76,7 +84,12 @@ pub struct Port {
 
 impl Network {
     /// An empty bus.
-    pub fn new(weather: Weather, dice: Dice, trace: Trace, witness: Option<Witness>) -> Arc<Self> {
+    pub fn new(
+        weather: Weather,
+        dice: Dice,
+        trace: Trace,
+        witness: Option<Box<dyn Witness>>,
+    ) -> Arc<Self> {
         let state = State {
             weather,
             dice,
@@ -149,7 +162,7 @@ impl Network {
         state
             .witness
             .as_mut()
-            .map(Witness::take_wrong)
+            .map(|witness| witness.take_wrong())
             .unwrap_or_default()
     }
 

@@ -26,10 +26,12 @@ pub enum Kind {
     Describe,
     /// Answers to any of them.
     Answer,
+    /// Questions how far a prompt is.
+    Progress,
 }
 
 impl Kind {
-    const COUNT: usize = 9;
+    const COUNT: usize = 10;
 
     /// That of a subject.
     pub fn of(subject: &str) -> Self {
@@ -42,6 +44,7 @@ impl Kind {
             Some("abort") => Self::Abort,
             Some("release") => Self::Release,
             Some("renew") => Self::Renew,
+            Some("progress") => Self::Progress,
             Some("tokens") => Self::Tokens,
             Some("describe") => Self::Describe,
             _ => Self::Beat,
@@ -73,6 +76,11 @@ pub struct Fate {
 }
 
 impl Weather {
+    /// None at all: everything comes, once, in order, and takes no time.
+    pub fn none() -> Self {
+        Self([Climate::default(); Kind::COUNT])
+    }
+
     /// As NATS on a good day: everything comes, once, in order, within a millisecond or two.
     pub fn fair() -> Self {
         let climate = Climate {

@@ -6,7 +6,7 @@ Every matrix is a piece of the same noise: numbers of either sign between 2^-7 a
 are e4m3 with a scale a channel. The tokenizer knows bytes and
 nothing else by name, so answers are gibberish; with --tokens FILE (tiktoken's form: base64 and id, a line each; Llama 3's
 tokenizer.model is one) tokens have the names that are there, as grammars need, but nothing is merged. Checksums in the manifest are left zero: nothing reads them but
-`baton model-prep --verify`. Takes some seconds and 16 GB.
+`baton model-prep --verify`. With --chat there is a chat template, and what the model says is read again as the tokens that it was: conversations can be measured. Takes some seconds and 16 GB.
 """
 
 import argparse
@@ -23,6 +23,7 @@ parser.add_argument("directory", type=Path)
 parser.add_argument("--name", default="random-8b")
 parser.add_argument("--dtype", choices=["bf16", "fp8"], default="bf16")
 parser.add_argument("--tokens", type=Path)
+parser.add_argument("--chat", action="store_true")
 for option, default in {
     "hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv-heads": 8, "head-dim": 128, "vocab": 128256,
     "tokens-max": 131072, "threads": 16,
@@ -92,6 +93,11 @@ if a.tokens:
     vocabulary |= {f"word{i}": i for i in range(len(vocabulary), a.vocab - 2)}
 else:
     vocabulary = {chr(letter): i for i, letter in enumerate(letters)} | {f"word{i}": i for i in range(256, a.vocab - 2)}
+# Names that stand for themselves wherever they are in a text, however it is split.
+named = [{"id": i, "content": f"<{i}>"} for i in range(256, a.vocab - 2)] if a.chat else []
+if a.chat:
+    vocabulary = {letter: i for letter, i in vocabulary.items() if i < 256}
+template = "{% for message in messages %}<begin>{{ message.role }}: {{ message.content }}<end>{% endfor %}{% if add_generation_prompt %}<begin>assistant: {% endif %}"
 specials = {"<begin>": a.vocab - 2, "<end>": a.vocab - 1}
 byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 files = {
@@ -100,6 +106,9 @@ files = {
         "added_tokens": [
             {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
              "special": True} for text, i in specials.items()
+        ] + [
+            {**token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+            for token in named
         ],
         "post_processor": None, "decoder": byte_level,
         "model": {
@@ -108,7 +117,7 @@ files = {
             "vocab": vocabulary | specials, "merges": [],
         },
     },
-    "tokenizer_config.json": {"bos_token": "<begin>", "eos_token": "<end>", "add_bos_token": False},
+    "tokenizer_config.json": {"bos_token": "<begin>", "eos_token": "<end>", "add_bos_token": False} | ({"chat_template": template} if a.chat else {}),
     "config.json": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": a.hidden,
         "intermediate_size": a.intermediate, "num_hidden_layers": a.layers, "num_attention_heads": a.heads,

@@ -29,8 +29,9 @@ def baton() -> Path:
 
 
 @contextlib.contextmanager
-def running_cluster(model_dir, directory, *more):
-    """A cluster of one context and one decode worker; brings the ready file, which says where it is."""
+def running_cluster(model_dir, directory, *more, restart=False):
+    """A cluster of one context and one decode worker; brings the ready file, which says where it is. Unless what dies is started again
+    it ends with what dies, and the tests with it."""
     ready, log = directory / "ready.json", directory / "up.log"
     models = REPOSITORY / "target/test-models"
     with open(models / "cluster.lock", "w") as turn, open(log, "wb") as out:
@@ -38,7 +39,7 @@ def running_cluster(model_dir, directory, *more):
         fcntl.flock(turn, fcntl.LOCK_EX)
         process = subprocess.Popen(
             [baton(), "up", "--model", model_dir, "--threads", "2", "--kv-mib", "192"]
-            + ["--context-worker-count", "1", "--generate-worker-count", "1", "--ready-file", ready, *more],
+            + ["--context-worker-count", "1", "--decode-worker-count", "1", "--ready-file", ready, *([] if restart else ["--no-restart"]), *more],
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -135,6 +135,7 @@ def get(url: str) -> bytes:
 def test_what_is_printed_is_started(model_dir, tmp_path):
     """Flags are printed, the file is changed to two API servers and another decode group, and all of it serves."""
     flags = ["--model", model_dir, "--device", "fake", "--kv-mib", "16", "--drain-s", "2", "--cluster", "from-a-file"]
+    flags += ["--context-worker-count", "1", "--decode-worker-count", "1"]
     printed = run("up", *flags, "--print-config")
     assert printed.returncode == 0, printed.stderr
     value = yaml.safe_load(printed.stdout)

@@ -13,6 +13,7 @@
 mod api;
 pub mod chaos;
 mod cluster;
+mod collector;
 mod fixture;
 mod freeze;
 pub mod hostile;
@@ -29,6 +30,7 @@ mod wait;
 
 pub use api::{Answer, Api, Events};
 pub use cluster::{ApiServer, Cluster, Worker};
+pub use collector::{CollectedSpan, Collector};
 pub use fixture::{
     baton, command, divided_model_dir, fp8_model_dir, golden, model_dir, repository, smollm2_gguf,
 };

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use baton_protocol::{
-    Abort, DecodeJob, End, KvHandle, PrefillJob, PrefillReply, RequestId, TokenFrame,
+    Abort, DecodeJob, End, KvHandle, PrefillJob, PrefillReply, Progress, ProgressReply, RequestId,
+    TokenFrame,
 };
 
 use crate::tap::Tap;
@@ -15,8 +16,12 @@ pub struct Trace {
     pub prefills: Vec<(String, PrefillJob)>,
     /// Handles that came back.
     pub handles: Vec<KvHandle>,
+    /// When each of them did, in the tap's order.
+    pub handles_at: Vec<usize>,
     /// Decode jobs, each with the worker that it was sent to.
     pub decodes: Vec<(String, DecodeJob)>,
+    /// When each of them was sent, in the tap's order.
+    pub decodes_at: Vec<usize>,
     /// Bytes of KV read, one for each pull that was reported.
     pub pulled: Vec<u64>,
     /// Ends of the tries on decode workers.
@@ -35,12 +40,31 @@ impl Trace {
         tap.catch_up().await;
         let mut all: BTreeMap<RequestId, Self> = BTreeMap::new();
         let mut asked: BTreeMap<String, RequestId> = BTreeMap::new();
+        let mut followed: BTreeMap<String, Progress> = BTreeMap::new();
         for message in tap.heard(from, |message| Some(message.clone())) {
             if let Some(request) = asked.get(&message.subject) {
-                if let PrefillReply::Ready { handle, .. } = message.read() {
-                    let trace = all.entry(*request).or_default();
-                    trace.note(handle.valid_tokens, &[handle.first_token]);
-                    trace.handles.push(*handle);
+                // A handle that comes while its prompt runs has no first token yet.
+                let handle = match message.read() {
+                    PrefillReply::Ready { handle, .. } | PrefillReply::Begun { handle, .. } => {
+                        handle
+                    }
+                    _ => continue,
+                };
+                let trace = all.entry(*request).or_default();
+                let first: Vec<u32> = handle.first_token.into_iter().collect();
+                trace.note(handle.valid_tokens, &first);
+                trace.handles.push(*handle);
+                trace.handles_at.push(message.index);
+                continue;
+            }
+            if let Some(asked) = followed.get(&message.subject) {
+                if let ProgressReply::Done { first_token, .. } = message.read() {
+                    let trace = all.entry(asked.request).or_default();
+                    let mut handles = trace.handles.iter();
+                    let handle = handles.find(|handle| handle.nonce == asked.nonce);
+                    if let Some(at) = handle.map(|handle| handle.valid_tokens) {
+                        trace.note(at, &[first_token]);
+                    }
                 }
                 continue;
             }
@@ -52,10 +76,15 @@ impl Trace {
                     let trace = all.entry(job.request).or_default();
                     trace.prefills.push((worker.to_owned(), job));
                 }
+                Some(("progress", _)) => {
+                    let reply = message.reply.clone().expect("how far it is is asked");
+                    followed.insert(reply, message.read());
+                }
                 Some(("decode", worker)) => {
                     let job: DecodeJob = message.read();
                     let trace = all.entry(job.request).or_default();
                     trace.decodes.push((worker.to_owned(), job));
+                    trace.decodes_at.push(message.index);
                 }
                 Some(("abort", worker)) => {
                     let abort: Abort = message.read();

@@ -1,4 +1,4 @@
-//! What is heard on the bus: token frames, and the beats of workers and of API servers.
+//! What is heard on the bus: token frames, the beats of workers and of API servers, and what workers say of their prefixes.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -6,13 +6,16 @@ use std::time::Duration;
 use async_nats::Message;
 use baton_bus::{Intake, Seldom, Subscription};
 use baton_protocol::subjects::speaker;
-use baton_protocol::{ApiBeat, Beat, PeersReply, TokenFrame, WorkerId, deadlines, decode};
+use baton_protocol::{
+    ApiBeat, Beat, PeersReply, PrefixPage, PrefixReport, TokenFrame, WorkerId, deadlines, decode,
+};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::{Bus, FAULT_INTERVAL};
 use crate::error::ApiServerError;
 use crate::fleet::membership::{ASK_INTERVAL, GONE_AFTER, SUSPECT_AFTER};
+use crate::fleet::router::{AskAll, Paged};
 use crate::request::inbox::{Event, Registry, STRAYS_MAX, lock};
 
 /// Bytes of token frames that may wait. Some are dropped beyond it, which their numbers tell.
@@ -20,6 +23,9 @@ const FRAMES_BYTES_MAX: usize = 64 << 20;
 
 /// Bytes of beats, and of hellos, that may wait. They are repeated.
 const BEATS_BYTES_MAX: usize = 4 << 20;
+
+/// Bytes of reports of prefixes that may wait. Of who loses one all is asked.
+const PREFIXES_BYTES_MAX: usize = 16 << 20;
 
 /// Workers are told of [`STRAYS_MAX`] strays in this time.
 const STRAYS_INTERVAL: Duration = Duration::from_millis(10);
@@ -39,6 +45,14 @@ pub trait Watcher: Send + Sync + 'static {
     fn beat(&self, beat: Beat, now: Instant) -> bool;
     /// A worker told all its peers.
     fn peers(&self, reply: PeersReply);
+    /// A worker told what entered and left its prefix index.
+    fn prefixes(&self, report: PrefixReport);
+    /// Whether a worker is to be asked for all its prefixes now.
+    fn asks_prefixes(&self, worker: &WorkerId, now: Instant) -> Option<AskAll>;
+    /// A page of them came, which begins with this block; or none came.
+    fn prefix_page(&self, ask: AskAll, block: u32, page: Option<&PrefixPage>) -> Paged;
+    /// Works off some of what came. Whether there is more.
+    fn take_in_prefixes(&self) -> bool;
     /// An API server beat.
     fn api_beat(&self, beat: ApiBeat, now: Instant);
     /// The bus is there, for the first time or again: what was said meanwhile is lost.
@@ -69,15 +83,25 @@ impl Bus {
         let tokens = Intake::new(tokens, FRAMES_BYTES_MAX, move |message| {
             overflow.lost("frame_overflow", message);
         });
-        let repeated = async |subject: String| {
+        let repeated = async |subject: String, bytes_max: usize| {
             let subscriber = self.subscribe(subject).await?;
-            Ok::<_, ApiServerError>(Intake::new(subscriber, BEATS_BYTES_MAX, |_| {}))
+            Ok::<_, ApiServerError>(Intake::new(subscriber, bytes_max, |_| {}))
+        };
+        let prefixes = repeated(self.cluster.all_prefixes(), PREFIXES_BYTES_MAX).await?;
+        let prefixes = Prefixes {
+            reports: prefixes,
+            asking: Asking {
+                bus: self.clone(),
+                watcher: Arc::clone(&watcher),
+            },
+            faults: Arc::clone(&faults),
         };
         let membership = Membership {
-            beats: repeated(self.cluster.beats()).await?,
-            api_beats: repeated(self.cluster.api_beats()).await?,
-            hellos: repeated(self.cluster.hello()).await?,
+            beats: repeated(self.cluster.beats(), BEATS_BYTES_MAX).await?,
+            api_beats: repeated(self.cluster.api_beats(), BEATS_BYTES_MAX).await?,
+            hellos: repeated(self.cluster.hello(), BEATS_BYTES_MAX).await?,
             bus: self.clone(),
+            asking: prefixes.asking.clone(),
             watcher,
             faults: Arc::clone(&faults),
             down: None,
@@ -85,6 +109,7 @@ impl Bus {
         Ok(vec![
             tokio::spawn(take_tokens(self.clone(), tokens, registry, faults)),
             tokio::spawn(membership.run()),
+            tokio::spawn(prefixes.run()),
         ])
     }
 
@@ -155,6 +180,75 @@ impl Strays {
     }
 }
 
+/// Takes in what workers say of their prefixes. Apart from the beats: there may be thousands of links in a report, and a beat is not
+/// to wait for them.
+struct Prefixes<W> {
+    reports: Intake,
+    asking: Asking<W>,
+    faults: Arc<Faults<W>>,
+}
+
+impl<W: Watcher> Prefixes<W> {
+    async fn run(mut self) {
+        while let Some(message) = self.reports.next().await {
+            match decode::<PrefixReport>(&message.payload) {
+                Ok(report) if speaker(&message.subject) == report.worker.as_str() => {
+                    let worker = report.worker.clone();
+                    self.asking.watcher.prefixes(report);
+                    self.asking.take_in().await;
+                    self.asking.begin(worker);
+                }
+                Ok(_) => self.faults.note("prefixes_forged", &message),
+                Err(_) => self.faults.note("prefixes_unreadable", &message),
+            }
+        }
+    }
+}
+
+/// Asks workers for all their prefixes.
+struct Asking<W> {
+    bus: Bus,
+    watcher: Arc<W>,
+}
+
+impl<W> Clone for Asking<W> {
+    fn clone(&self) -> Self {
+        Self {
+            bus: self.bus.clone(),
+            watcher: Arc::clone(&self.watcher),
+        }
+    }
+}
+
+impl<W: Watcher> Asking<W> {
+    /// Asks, if that is to be done now.
+    fn begin(&self, worker: WorkerId) {
+        if let Some(ask) = self.watcher.asks_prefixes(&worker, Instant::now()) {
+            tokio::spawn(self.clone().ask(worker, ask));
+        }
+    }
+
+    /// One page after the other. Should one be lost, a later beat asks again.
+    async fn ask(self, worker: WorkerId, ask: AskAll) {
+        let mut paged = Paged::Next(0);
+        while let Paged::Next(block) = paged {
+            let page = self.bus.prefix_page(&worker, block, ASK_INTERVAL).await;
+            if let Err(error) = &page {
+                tracing::debug!(%worker, block, ?error, "no answer about prefixes");
+            }
+            paged = self.watcher.prefix_page(ask, block, page.as_ref().ok());
+            self.take_in().await;
+        }
+    }
+
+    /// Works off what came, and lets others have the fleet in between.
+    async fn take_in(&self) {
+        while self.watcher.take_in_prefixes() {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
 /// Who is there, by what they say of themselves, and what we say of ourselves.
 struct Membership<W> {
     beats: Intake,
@@ -162,6 +256,7 @@ struct Membership<W> {
     hellos: Intake,
     bus: Bus,
     watcher: Arc<W>,
+    asking: Asking<W>,
     faults: Arc<Faults<W>>,
     /// When the bus was last found down or silent.
     down: Option<Instant>,
@@ -256,8 +351,9 @@ impl<W: Watcher> Membership<W> {
             Ok(beat) if speaker(&message.subject) == beat.worker.as_str() => {
                 let worker = beat.worker.clone();
                 if self.watcher.beat(beat, Instant::now()) {
-                    self.ask_peers(worker);
+                    self.ask_peers(worker.clone());
                 }
+                self.asking.begin(worker);
             }
             Ok(_) => self.faults.note("beat_forged", message),
             Err(_) => self.faults.note("beat_unreadable", message),

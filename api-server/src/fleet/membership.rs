@@ -7,6 +7,7 @@ mod health;
 mod member;
 mod peers;
 mod slots;
+mod speed;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 
 pub use self::member::{Facts, Member};
 pub use self::slots::{Slot, SlotSet};
+pub use self::speed::{Speed, limit_us};
 
 use self::peers::HeardPeers;
 use self::slots::Table;
@@ -33,9 +35,9 @@ pub const GONE_AFTER: Duration = Duration::from_millis(GONE_AFTER_MS);
 /// Most workers that are remembered; beats of others are ignored.
 pub const WORKERS_MAX: usize = 4096;
 
-/// Most bytes that beats and peers of all workers take together. A peer takes some 130: 500 decode workers that know 500 context
-/// workers each take 31 MiB. Beats of workers that find no room are ignored as those of too many workers are.
-pub const BEATS_BYTES_MAX: usize = 40 << 20;
+/// Most bytes that beats and peers of all workers take together. A peer takes some 150: 1,000 workers that do both and know each other
+/// take 150 MB. Beats of workers that find no room are ignored as those of too many workers are.
+pub const BEATS_BYTES_MAX: usize = 192 << 20;
 
 /// A worker's peers are asked for this seldom: an answer comes within this time, or not at all.
 pub const ASK_INTERVAL: Duration = Duration::from_millis(BEAT_INTERVAL_MS);
@@ -53,6 +55,8 @@ pub struct Membership {
     geometries: Table<KvGeometry>,
     /// Bytes of the workers' beats.
     bytes: usize,
+    /// Counts changes of who may get which jobs, but for silence.
+    epoch: u64,
     api_servers: BTreeMap<ApiServerId, (ApiBeat, Instant)>,
 }
 
@@ -90,7 +94,10 @@ impl Membership {
         let old = slot.and_then(|slot| self.members[slot].take());
         let (model, kv) = self.number(&beat, old.as_ref());
         let member = Member {
-            facts: Facts::new(&beat, model, kv),
+            facts: Facts {
+                link_token_us: heard.link_token_us(&beat.kv, old.as_ref()),
+                ..Facts::new(&beat, model, kv)
+            },
             seen: now,
             readers: old
                 .as_ref()
@@ -105,6 +112,10 @@ impl Membership {
             asked: old.as_ref().and_then(|old| old.asked),
             beat: Arc::new(beat),
         };
+        let stays = |old: &Member| old.silent(now) < SUSPECT_AFTER && old.facts.stay(&member.facts);
+        if !old.as_ref().is_some_and(stays) {
+            self.epoch += 1;
+        }
         match (slot, old) {
             (Some(slot), Some(old)) => self.replace(slot, old, member),
             _ => Taken::Joined(self.join(member)),
@@ -191,7 +202,12 @@ impl Membership {
             return;
         }
         self.bytes = self.bytes - old.bytes + bytes;
+        let facts = Facts {
+            link_token_us: heard.link_token_us(&old.beat.kv, None),
+            ..old.facts
+        };
         let member = Member {
+            facts,
             peers: heard.peers,
             peers_bytes: heard.bytes,
             version: heard.version,
@@ -215,6 +231,7 @@ impl Membership {
         let all = self.members.iter().enumerate();
         let readers = all.filter(|(_, member)| reads(member)).map(|(at, _)| at);
         let readers = Arc::new(readers.collect());
+        self.epoch += 1;
         if let Some(member) = self.members[slot].as_mut() {
             member.readers = readers;
         }
@@ -222,6 +239,7 @@ impl Membership {
 
     /// Works out whose KV this member can read; nobody's if it has left.
     fn reads(&mut self, slot: Slot) {
+        self.epoch += 1;
         for member in self.members.iter_mut().flatten() {
             if member.readers.contains(slot) {
                 Arc::make_mut(&mut member.readers).remove(slot);
@@ -258,6 +276,7 @@ impl Membership {
     /// The bus was away: a worker gets no job before it is heard again. It may not be connected yet, and a job for it would
     /// be lost.
     pub fn suspect_all(&mut self, now: Instant) {
+        self.epoch += 1;
         if let Some(then) = now.checked_sub(SUSPECT_AFTER) {
             self.members
                 .iter_mut()
@@ -329,6 +348,11 @@ impl Membership {
     pub fn in_any_order(&self) -> impl Iterator<Item = (Slot, &Member)> {
         let all = self.members.iter().enumerate();
         all.filter_map(|(slot, member)| Some((slot, member.as_ref()?)))
+    }
+
+    /// Another number each time that somebody may get other jobs than before, or other KV, for any reason but his silence.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// More than the largest slot.

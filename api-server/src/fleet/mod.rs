@@ -6,12 +6,18 @@ pub mod router;
 
 use std::time::Duration;
 
-use baton_protocol::{ApiBeat, Beat, KvHandle, ModelFingerprint, PeersReply, WorkerId};
+use baton_protocol::{
+    ApiBeat, Beat, Incarnation, KvHandle, ModelFingerprint, PeersReply, PrefixPage, PrefixReport,
+    Service, Tier, WorkerId,
+};
 use tokio::time::Instant;
 
-use crate::fleet::membership::{Membership, Taken};
-use crate::fleet::router::{Constraints, Outstanding, Router};
+use crate::fleet::membership::{Member, Membership, Slot, Taken};
+use crate::fleet::router::{AskAll, Constraints, FirstToken, Outstanding, Paged, Router, Source};
 use crate::request::lifecycle::Target;
+
+/// Tokens of a block where no worker says how many: what workers have if they are told nothing.
+const BLOCK_TOKENS_DEFAULT: usize = 32;
 
 /// The cluster as one API server sees and uses it.
 #[derive(Default)]
@@ -23,6 +29,7 @@ pub struct Fleet {
 impl Fleet {
     /// Takes a worker's beat in.
     pub fn beat(&mut self, beat: Beat, now: Instant) -> Taken {
+        let prefix_version = beat.prefix_version;
         let taken = self.members.beat(beat, now);
         match &taken {
             Taken::Joined(slot) => {
@@ -34,7 +41,81 @@ impl Fleet {
             Taken::Restarted(slot, _) => self.router.restarted(*slot),
             Taken::Late | Taken::NoRoom => {}
         }
+        if let Taken::Joined(slot) | Taken::Known(slot) | Taken::Restarted(slot, _) = &taken {
+            self.router.told_prefixes(*slot, prefix_version);
+            self.router.refresh(&self.members, *slot);
+        }
         taken
+    }
+
+    /// Takes a report of a worker's prefixes in. It counts once [`Self::take_in_prefixes`] has done its work.
+    pub fn prefixes(&mut self, report: PrefixReport) {
+        if let Some(slot) = self.slot_of(&report.worker, report.incarnation) {
+            self.router.reported.report(slot, report);
+        }
+    }
+
+    /// Whether the worker is to be asked for all its prefixes now: see [`router::Reported::asks`].
+    pub fn asks_prefixes(&mut self, worker: &WorkerId, now: Instant) -> Option<AskAll> {
+        let slot = self.members.slot(worker)?;
+        self.router.reported.asks(slot, now)
+    }
+
+    /// A page of a worker's prefixes, which begins with this block of its arena, came; or none came.
+    pub fn prefix_page(&mut self, ask: AskAll, block: u32, page: Option<&PrefixPage>) -> Paged {
+        let is_its = |page: &&PrefixPage| {
+            let slot = self.slot_of(&page.worker, page.incarnation);
+            slot == Some(ask.slot())
+        };
+        match page.filter(is_its) {
+            Some(page) => self.router.reported.page(ask, block, page),
+            None => {
+                self.router.reported.gave_up(ask);
+                Paged::Over
+            }
+        }
+    }
+
+    /// Works off some of what was told of prefixes. Whether there is more.
+    pub fn take_in_prefixes(&mut self) -> bool {
+        self.router.reported.take_in()
+    }
+
+    /// Clears away some of the prefixes of workers that left. Whether there is more.
+    pub fn sweep_prefixes(&mut self) -> bool {
+        self.router.reported.sweep()
+    }
+
+    /// Prefixes that are known, in blocks.
+    pub fn known_prefixes(&self) -> usize {
+        self.router.reported.len()
+    }
+
+    /// Whether of a worker's prefixes exactly these are known.
+    ///
+    /// # Errors
+    /// What is not so, as a sentence.
+    #[cfg(any(test, feature = "simulation"))]
+    pub fn knows_prefixes(&self, worker: &WorkerId, all: &[u64]) -> Result<(), String> {
+        let slot = self.members.slot(worker);
+        let slot = slot.ok_or_else(|| "it is not there".to_owned())?;
+        self.router.reported.holds_exactly(slot, all)
+    }
+
+    /// Tokens of a block of the workers with this model, of which prompts' chains are made.
+    pub fn block_tokens(&self, model: &ModelFingerprint) -> usize {
+        let model = self.members.model(model);
+        let mut members = self.members.in_any_order();
+        let member = members.find(|(_, member)| Some(member.facts.model) == model);
+        member.map_or(BLOCK_TOKENS_DEFAULT, |(_, member)| {
+            member.facts.block_tokens as usize
+        })
+    }
+
+    fn slot_of(&self, worker: &WorkerId, incarnation: Incarnation) -> Option<Slot> {
+        let slot = self.members.slot(worker)?;
+        let member = self.members.at(slot)?;
+        (member.beat.incarnation == incarnation).then_some(slot)
     }
 
     /// Whether this worker's peers are to be asked for: see [`Membership::asks`].
@@ -44,7 +125,11 @@ impl Fleet {
 
     /// Takes in all peers of a worker.
     pub fn peers(&mut self, reply: PeersReply) {
+        let slot = self.members.slot(&reply.worker);
         self.members.peers(reply);
+        if let Some(slot) = slot {
+            self.router.refresh(&self.members, slot);
+        }
     }
 
     /// Takes an API server's beat in.
@@ -77,41 +162,116 @@ impl Fleet {
         rules: Constraints<'_>,
         prompt_tokens: usize,
         chain: &[u64],
-    ) -> Option<Target> {
+    ) -> Option<(Target, Option<Source>)> {
         self.router
             .choose_context(&self.members, rules, prompt_tokens, chain)
     }
 
+    /// See [`Router::first_token`].
+    pub fn first_token(
+        &self,
+        worker: &WorkerId,
+        tier: Tier,
+        prompt_tokens: usize,
+        chain: &[u64],
+        source: Option<&Source>,
+    ) -> Option<FirstToken> {
+        let slot = self.members.slot(worker)?;
+        self.router
+            .first_token(&self.members, slot, tier, prompt_tokens, chain, source)
+    }
+
+    /// See [`Router::cached_tokens`].
+    pub fn cached_tokens(&self, worker: &WorkerId, chain: &[u64]) -> usize {
+        let slot = self.members.slot(worker);
+        slot.map_or(0, |slot| {
+            self.router.cached_tokens(&self.members, slot, chain)
+        })
+    }
+
     /// See [`Router::choose_decode`].
-    pub fn choose_decode(&mut self, rules: Constraints<'_>, handle: &KvHandle) -> Option<Target> {
-        self.router.choose_decode(&self.members, rules, handle)
+    pub fn choose_decode(
+        &mut self,
+        rules: Constraints<'_>,
+        handle: &KvHandle,
+        chain: &[u64],
+    ) -> Option<Target> {
+        self.router
+            .choose_decode(&self.members, rules, handle, chain)
+    }
+
+    /// Whether this worker streams KV.
+    pub fn streams(&self, worker: &WorkerId) -> bool {
+        let member = self.members.worker(worker);
+        member.is_some_and(|member| member.facts.streams)
+    }
+
+    /// Whether KV of this context worker's prompts may be read while they run: it streams, and so does another worker that reads it.
+    pub fn may_stream(&self, context: &WorkerId) -> bool {
+        let Some((own, context)) = self
+            .members
+            .slot(context)
+            .and_then(|slot| Some((slot, self.members.at(slot)?)))
+        else {
+            return false;
+        };
+        let reads = |(slot, member): (Slot, &Member)| {
+            slot != own && member.facts.streams && context.readers.contains(slot)
+        };
+        context.facts.streams && self.members.in_any_order().any(reads)
     }
 
     /// See [`Router::decode_wait`].
     pub fn decode_wait(
-        &self,
+        &mut self,
         model: &ModelFingerprint,
+        service: Service,
         now: Instant,
-        prompt_tokens: usize,
+        tokens: (usize, usize),
     ) -> Duration {
         self.router
-            .decode_wait(&self.members, model, now, prompt_tokens)
+            .decode_wait(&self.members, model, service, now, tokens)
+    }
+
+    /// See [`Router::answered`].
+    pub fn answered(&mut self, computed: usize, tokens: usize) {
+        self.router.answered(computed, tokens);
+    }
+
+    /// See [`Router::lifetime_tokens`].
+    pub fn lifetime_tokens(&self, prompt_tokens: usize, max_tokens: usize) -> usize {
+        self.router.lifetime_tokens(prompt_tokens, max_tokens)
     }
 
     /// A job of ours begins on a worker.
     pub fn begin(&mut self, worker: &WorkerId, job: Outstanding) {
-        self.router.begin(self.members.slot(worker), worker, job);
+        let slot = self.members.slot(worker);
+        self.router.begin(slot, worker, job);
+        if let Some(slot) = slot {
+            self.router.refresh(&self.members, slot);
+        }
     }
 
     /// It ends.
     pub fn end(&mut self, worker: &WorkerId, job: Outstanding) {
-        self.router.end(self.members.slot(worker), worker, job);
+        let slot = self.members.slot(worker);
+        self.router.end(slot, worker, job);
+        if let Some(slot) = slot {
+            self.router.refresh(&self.members, slot);
+        }
     }
 
     /// This worker has run this prompt.
     pub fn remember(&mut self, worker: &WorkerId, chain: &[u64]) {
         if let Some(slot) = self.members.slot(worker) {
             self.router.remember(slot, chain);
+        }
+    }
+
+    /// This worker is about to run this prompt.
+    pub fn expect(&mut self, worker: &WorkerId, chain: &[u64]) {
+        if let Some(slot) = self.members.slot(worker) {
+            self.router.expect(slot, chain);
         }
     }
 

@@ -8,9 +8,10 @@ use actix_web::http::header::{self, HeaderName, HeaderValue};
 use actix_web::middleware::Next;
 use actix_web::{HttpMessage, HttpRequest, web};
 
+use super::https::is_certified;
 use super::page::PATHS;
 use super::respond::refuse;
-use crate::error::Dialect;
+use crate::error::{ApiError, Dialect, ErrorKind};
 use crate::keys::{Key, OPEN_PATHS};
 use crate::server::Server;
 
@@ -27,7 +28,7 @@ impl Caller {
     }
 }
 
-/// Lets through what needs no key or has one. Around every path, so that a new one is closed until it is said to be open.
+/// Lets through what needs no key or certificate, or has what it needs. Around every path, so that a new one is closed until it is said to be open.
 pub async fn authorize(
     server: web::Data<Server>,
     request: ServiceRequest,
@@ -36,6 +37,14 @@ pub async fn authorize(
     let is_open = [&OPEN_PATHS[..], &PATHS]
         .iter()
         .any(|paths| paths.contains(&request.path()));
+    if server.wants_certificates && !OPEN_PATHS.contains(&request.path()) && !is_certified(&request)
+    {
+        let message =
+            "this server wants a client certificate that comes from its certificate authority";
+        let error = ApiError::new(ErrorKind::Unauthorized, message);
+        let dialect = Dialect::of(request.path());
+        return Ok(request.into_response(refuse(&server, dialect, &error)));
+    }
     if server.keys.is_empty() || is_open {
         return next.call(request).await;
     }

@@ -14,6 +14,7 @@ use tracing::Instrument;
 use super::gzip;
 use super::name::{Named, REQUEST_ID};
 use super::respond::{Unnamed, refuse};
+use super::trace;
 use crate::error::Dialect;
 use crate::server::Server;
 
@@ -34,6 +35,10 @@ pub async fn front(
         }
     };
     request.extensions_mut().insert(named.clone());
+    let trace = trace::begin(&server, &request, &named);
+    if let Some(trace) = &trace {
+        request.extensions_mut().insert(trace.clone());
+    }
     let knows_chunks = request.version() >= Version::HTTP_11;
     let takes_gzip =
         request.method() != Method::HEAD && knows_chunks && gzip::is_taken(request.headers());
@@ -60,6 +65,9 @@ pub async fn front(
             response.headers_mut().insert(ANTHROPIC_ID, name.clone());
         }
         response.headers_mut().insert(REQUEST_ID, name);
+    }
+    if let Some(trace) = trace {
+        trace::tell(&trace, &mut response);
     }
     if let Some(origin) = origin {
         allow(origin, response.headers_mut());

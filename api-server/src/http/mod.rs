@@ -5,6 +5,8 @@ mod body;
 mod front;
 mod generate;
 mod gzip;
+mod h2;
+mod https;
 mod messages;
 mod name;
 pub mod page;
@@ -12,6 +14,8 @@ mod respond;
 mod responses;
 mod status;
 mod tokenize;
+mod trace;
+mod workers;
 
 use std::any::Any;
 use std::net::TcpListener;
@@ -23,6 +27,7 @@ use actix_web::rt::net::TcpStream;
 use actix_web::dev::Server as HttpServerHandle;
 use actix_web::middleware::from_fn;
 use actix_web::{App, HttpServer, guard, rt, web};
+use rustls::ServerConfig;
 
 pub use self::status::worker_rows;
 use crate::error::{ApiError, Dialect, ErrorKind};
@@ -32,10 +37,16 @@ use crate::watch::LoopWatch;
 
 use self::respond::error_response;
 
+/// The head of a request, or what HTTP/2 begins with, has come within this time.
+const HEAD_WAIT: Duration = Duration::from_secs(15);
+
+/// A connection on which nothing is asked for this long is closed.
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+
 /// Time to tell whoever is still there when the time to leave is over.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Starts the HTTP threads on this listener.
+/// Starts the HTTP threads on this listener; with `tls`, for HTTPS.
 ///
 /// # Errors
 /// If the listener cannot be used.
@@ -43,10 +54,12 @@ pub fn serve(
     server: Arc<Server>,
     listener: TcpListener,
     watch: LoopWatch,
+    tls: Option<Arc<ServerConfig>>,
 ) -> std::io::Result<HttpServerHandle> {
     let threads = server.limits.http_threads;
     let drain = server.limits.drain + FAREWELL;
     let stall = server.limits.connection_stall;
+    let leaving = server.connections_end.subscribe();
     let app = move || {
         // Called once on each HTTP thread.
         let mailbox = Arc::new(Mailbox::default());
@@ -91,6 +104,11 @@ pub fn serve(
             .service(get("/health", || web::route().to(status::health)))
             .service(get("/live", || web::route().to(status::live)))
             .service(get("/metrics", || web::route().to(status::metrics)))
+            .service(post(
+                "/workers/{name}/drain",
+                web::post().to(workers::drain),
+            ))
+            .service(get("/requests", || web::route().to(status::requests)))
             .service(get("/cluster", || web::route().to(status::cluster)))
             .service(get("/version", || web::route().to(status::version)))
             .service(only(
@@ -101,14 +119,28 @@ pub fn serve(
             ))
             .default_service(web::to(status::unknown_path))
     };
+    if let Some(config) = tls {
+        let door = https::Door {
+            config,
+            threads,
+            shutdown: drain,
+            stall,
+            leaving,
+        };
+        return https::serve(app, listener, door);
+    }
     Ok(HttpServer::new(app)
         .workers(threads)
         .tcp_nodelay(true)
-        .on_connect(move |connection, _| close_when_stalled(connection, stall))
+        .on_connect(move |connection: &dyn Any, _| {
+            if let Some(stream) = connection.downcast_ref() {
+                close_when_stalled(stream, stall);
+            }
+        })
         // A client that closes its side has left: whatever runs for it is dropped at once.
         .h1_allow_half_closed(false)
-        .keep_alive(Duration::from_secs(75))
-        .client_request_timeout(Duration::from_secs(15))
+        .keep_alive(KEEP_ALIVE)
+        .client_request_timeout(HEAD_WAIT)
         .shutdown_timeout(drain.as_secs())
         .disable_signals()
         .listen(listener)?
@@ -117,10 +149,7 @@ pub fn serve(
 
 /// Has the kernel close a connection whose other end acknowledges nothing, or takes nothing, for this long. Its request
 /// has ended by then, but what was rendered would wait for ever: actix bounds no write.
-fn close_when_stalled(connection: &dyn Any, stall: Duration) {
-    let Some(stream) = connection.downcast_ref::<TcpStream>() else {
-        return;
-    };
+fn close_when_stalled(stream: &TcpStream, stall: Duration) {
     let milliseconds = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
     if let Err(error) = rustix::net::sockopt::set_tcp_user_timeout(stream, milliseconds) {
         tracing::debug!(%error, "TCP_USER_TIMEOUT was not set");

@@ -4,7 +4,7 @@ use actix_web::http::{StatusCode, header};
 use actix_web::{HttpRequest, HttpResponse, web};
 use baton_protocol::{
     ApiServerId, Capacity, Incarnation, KvGeometry, Load, ModelFingerprint, ModelInfo, PeerHealth,
-    Role, WorkerId,
+    Role, StepCost, WorkerId,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::respond::{self, error_response};
 use crate::error::{ApiError, Dialect, ErrorKind};
 use crate::fleet::membership::Membership;
+use crate::request::running::Totals;
 use crate::server::Server;
 
 /// `GET /v1/models`.
@@ -117,10 +118,12 @@ pub async fn live() -> HttpResponse {
 /// `GET /metrics`.
 pub async fn metrics(server: web::Data<Server>) -> HttpResponse {
     let text = aside(move || {
-        let text =
-            server
-                .metrics
-                .render(&server.members(), server.responses.size(), Instant::now());
+        let text = server.metrics.render(
+            &server.members(),
+            server.responses.size(),
+            &server.tracer,
+            Instant::now(),
+        );
         text.map_err(|error| error.to_string())
     });
     match text.await {
@@ -164,6 +167,24 @@ pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
     }
 }
 
+/// `GET /requests`: the generations under way, and where the time of the last ones went.
+pub async fn requests(server: web::Data<Server>) -> HttpResponse {
+    let text = aside(move || {
+        let now = Instant::now();
+        let (running, totals) = server.running.rendered(now);
+        let (requests, ttft_p50_ms) = server.last_spent.rendered(now);
+        let totals = RequestTotals {
+            totals,
+            ttft_p50_ms,
+        };
+        Ok(json!({"totals": totals, "running": running, "requests": requests}).to_string())
+    });
+    match text.await {
+        Ok(text) => respond::json(StatusCode::OK, text),
+        Err(error) => unrendered("requests", &error),
+    }
+}
+
 /// Renders what is long in a large cluster on another thread: an HTTP thread has streams to serve.
 async fn aside(
     render: impl FnOnce() -> Result<String, String> + Send + 'static,
@@ -177,6 +198,14 @@ fn unrendered(what: &str, error: &str) -> HttpResponse {
         Dialect::OpenAi,
         &ApiError::new(ErrorKind::Internal, format!("{what}: {error}")),
     )
+}
+
+#[derive(Serialize)]
+struct RequestTotals {
+    #[serde(flatten)]
+    totals: Totals,
+    /// Of the last generations that had a token.
+    ttft_p50_ms: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -221,6 +250,10 @@ pub struct WorkerRow<'a> {
     kv: &'a KvGeometry,
     load: Load,
     capacity: Capacity,
+    step_tokens: Option<u32>,
+    itl_ms: Option<u32>,
+    cost: Option<&'a StepCost>,
+    cost_error: Option<f32>,
     peers: &'a [PeerHealth],
 }
 
@@ -241,6 +274,10 @@ pub fn worker_rows(members: &Membership, now: Instant) -> impl Iterator<Item = W
         kv: &member.beat.kv,
         load: member.beat.load,
         capacity: member.beat.capacity,
+        step_tokens: member.beat.step_tokens,
+        itl_ms: member.beat.itl_ms,
+        cost: member.beat.cost.as_ref(),
+        cost_error: member.beat.cost_error,
         peers: &member.peers,
     })
 }

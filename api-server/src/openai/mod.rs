@@ -1,6 +1,7 @@
 //! OpenAI's schema: what requests may say, and what answers look like.
 
 mod chat;
+mod class;
 mod completions;
 mod events;
 pub mod fields;

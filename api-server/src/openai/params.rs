@@ -8,6 +8,7 @@ use baton_protocol::{CacheSalt, Generation, Grammar, Sampling, TokenRules};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::class;
 use super::fields::{Fields, whole, wrong_type};
 use super::grammar;
 use super::table::{self, Door};
@@ -16,6 +17,7 @@ use super::tool_grammar::Answer;
 use super::tools::Offer;
 use crate::config::Limits;
 use crate::error::{ApiError, ErrorKind};
+use crate::service::Class;
 use crate::text::texts::Until;
 use crate::text::tokenizer::{GenerationDefaults, Keep, ModelText, Side};
 
@@ -78,6 +80,8 @@ pub struct Params {
     pub token_ids: bool,
     /// Name tokens by their ids in log-probabilities.
     pub tokens_as_ids: bool,
+    /// Who goes first.
+    pub class: Class,
 }
 
 impl Params {
@@ -127,6 +131,7 @@ impl Params {
             add_special_tokens: fields.bool("add_special_tokens")?,
             token_ids: flag("return_token_ids")?,
             tokens_as_ids: flag("return_tokens_as_token_ids")?,
+            class: class::read(fields)?,
         })
     }
 

@@ -41,10 +41,9 @@ pub struct Shown {
 /// OpenAI's word for why a choice ended.
 fn label(finish: &Finish) -> &'static str {
     match (finish.reason, finish.has_called) {
-        (FinishReason::Stop | FinishReason::Whole, false) => "stop",
         (FinishReason::Stop | FinishReason::Whole, true) => "tool_calls",
-        // Whatever it was doing, it was not done.
-        (FinishReason::Length, _) => "length",
+        // One that was cut was not done, whatever it was doing.
+        (reason, _) => reason.label(),
     }
 }
 

@@ -1,11 +1,19 @@
-//! Who waits for a place on a decode worker, in the order in which they began to wait: as a generation leaves its decode
-//! worker, the first of them asks again at once. A worker's own line, which serves several API servers, has the same order,
-//! so who is woken is mostly who is next there.
+//! Who waits for a place on a decode worker: interactive requests before batch ones, then by priority, then in the order in which they
+//! began to wait. As a generation leaves its decode worker, the first of them asks again at once. A worker's own line, which serves
+//! several API servers, has the same order, so who is woken is mostly who is next there.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use baton_protocol::deadlines::BATCH_TURN_MS;
+use baton_protocol::{Service, Tier};
 use tokio::sync::Notify;
+use tokio::time::Instant;
+
+/// A batch request that waits is told of a place after this time, whoever else waits.
+const BATCH_TURN: Duration = Duration::from_millis(BATCH_TURN_MS);
 
 use crate::request::inbox::lock;
 
@@ -17,9 +25,14 @@ pub struct DecodeRoom {
 
 #[derive(Debug, Default)]
 struct Waiting {
-    tickets: BTreeMap<u64, Entry>,
+    tickets: BTreeMap<Order, Entry>,
     next: u64,
+    /// When a batch request was last told of a place, or the first began to wait.
+    batch_waits: Option<Instant>,
 }
+
+/// Who goes first: the lesser.
+type Order = (Tier, Reverse<i32>, u64);
 
 #[derive(Debug)]
 struct Entry {
@@ -38,39 +51,56 @@ enum State {
 /// A place among those that wait, kept until it is dropped.
 pub struct Ticket {
     room: Arc<DecodeRoom>,
-    number: u64,
+    order: Order,
     wake: Arc<Notify>,
 }
 
 impl DecodeRoom {
-    /// Takes a place behind all others.
-    pub fn wait(self: &Arc<Self>) -> Ticket {
+    /// Takes a place behind all others of its class.
+    pub fn wait(self: &Arc<Self>, service: Service) -> Ticket {
         let wake = Arc::new(Notify::new());
         let waiting = &mut *lock(&self.waiting);
-        let number = waiting.next;
+        let order = (service.tier, Reverse(service.priority), waiting.next);
         waiting.next += 1;
+        if service.tier == Tier::Batch {
+            waiting.batch_waits.get_or_insert_with(Instant::now);
+        }
         let entry = Entry {
             state: State::Waits,
             wake: Arc::clone(&wake),
         };
-        waiting.tickets.insert(number, entry);
+        waiting.tickets.insert(order, entry);
         Ticket {
             room: Arc::clone(self),
-            number,
+            order,
             wake,
         }
     }
 
     /// A place became free: the first that waits is told, or else the first that is asking, should it be refused.
     pub fn made(&self) {
-        let tickets = &mut lock(&self.waiting).tickets;
-        let first = |wanted: State| {
-            let mut all = tickets.iter();
-            all.find(|(_, entry)| entry.state == wanted)
-                .map(|(number, _)| *number)
+        let waiting = &mut *lock(&self.waiting);
+        let now = Instant::now();
+        let is_due = |since: Instant| now.saturating_duration_since(since) >= BATCH_TURN;
+        let is_turn = waiting.batch_waits.is_some_and(is_due);
+        let first = |wanted: State, tier: Option<Tier>| {
+            let mut all = waiting.tickets.iter();
+            all.find(|((of, ..), entry)| {
+                entry.state == wanted && tier.is_none_or(|tier| tier == *of)
+            })
+            .map(|(order, _)| *order)
         };
-        let told = first(State::Waits).or_else(|| first(State::Asks));
-        if let Some(entry) = told.and_then(|number| tickets.get_mut(&number)) {
+        let told = (is_turn.then(|| first(State::Waits, Some(Tier::Batch))))
+            .flatten()
+            .or_else(|| first(State::Waits, None))
+            .or_else(|| first(State::Asks, None));
+        let Some(order) = told else {
+            return;
+        };
+        if order.0 == Tier::Batch {
+            waiting.batch_waits = Some(now);
+        }
+        if let Some(entry) = waiting.tickets.get_mut(&order) {
             entry.state = State::Told;
             entry.wake.notify_one();
         }
@@ -95,7 +125,7 @@ impl Ticket {
     }
 
     fn set(&self, from: State, to: State) {
-        if let Some(entry) = lock(&self.room.waiting).tickets.get_mut(&self.number)
+        if let Some(entry) = lock(&self.room.waiting).tickets.get_mut(&self.order)
             && entry.state == from
         {
             entry.state = to;
@@ -105,7 +135,14 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let gone = lock(&self.room.waiting).tickets.remove(&self.number);
+        let mut waiting = lock(&self.room.waiting);
+        let gone = waiting.tickets.remove(&self.order);
+        // Batch is last.
+        let last = waiting.tickets.last_key_value();
+        if last.is_none_or(|((tier, ..), _)| *tier == Tier::Interactive) {
+            waiting.batch_waits = None;
+        }
+        drop(waiting);
         // What it was told of is another's now.
         if gone.is_some_and(|entry| entry.state == State::Told) {
             self.room.made();
@@ -126,7 +163,7 @@ mod tests {
     #[test]
     fn who_waits_longest_is_told_first() {
         let room = Arc::new(DecodeRoom::default());
-        let [first, second, third] = [0; 3].map(|_| room.wait());
+        let [first, second, third] = [0; 3].map(|_| room.wait(Service::default()));
         room.made();
         room.made();
         assert!(is_told(&first) && is_told(&second) && !is_told(&third));
@@ -139,7 +176,7 @@ mod tests {
     #[test]
     fn a_place_is_not_lost_with_whom_it_was_told() {
         let room = Arc::new(DecodeRoom::default());
-        let [first, second] = [0; 2].map(|_| room.wait());
+        let [first, second] = [0; 2].map(|_| room.wait(Service::default()));
         room.made();
         drop(first);
         assert!(is_told(&second));
@@ -150,5 +187,33 @@ mod tests {
         drop(second);
         assert!(lock(&room.waiting).tickets.is_empty());
         room.made();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn batch_requests_are_told_last_and_in_their_turn() {
+        let of = |tier, priority| Service {
+            tier,
+            priority,
+            itl_ms: None,
+        };
+        let room = Arc::new(DecodeRoom::default());
+        let batch = room.wait(of(Tier::Batch, 9));
+        let [first, second] = [0; 2].map(|_| room.wait(Service::default()));
+        let before = room.wait(of(Tier::Interactive, 1));
+        room.made();
+        assert!(is_told(&before) && !is_told(&first));
+        room.made();
+        assert!(is_told(&first) && !is_told(&batch));
+        first.waits_on();
+        tokio::time::advance(BATCH_TURN).await;
+        room.made();
+        assert!(is_told(&batch) && !is_told(&first));
+        // One turn in that time.
+        batch.waits_on();
+        room.made();
+        assert!(is_told(&first) && !is_told(&batch));
+        drop(batch);
+        room.made();
+        assert!(is_told(&second));
     }
 }

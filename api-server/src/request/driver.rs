@@ -1,11 +1,15 @@
 //! Carries one generation through its lifecycle: does what the state machine says, over the bus, and
 //! tells it what came of it. One local task per choice.
 
+mod attainment;
 mod clock;
+mod count;
+mod handed;
 mod jobs;
 mod lease;
 mod placed;
 mod silence;
+mod trace;
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -13,18 +17,28 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_protocol::{CacheSalt, DecodeReply, FinishReason, Generation, RequestId, TokenLogprobs};
+use baton_protocol::{
+    CacheSalt, DecodeReply, FinishReason, Generation, KvHandle, PrefillReply, RequestId,
+    TokenLogprobs,
+};
 use tokio::time::Instant;
 
 use crate::error::{ApiError, ErrorKind};
+use crate::fleet::router::Source;
 use crate::request::decode_room::Ticket;
 use crate::request::inbox::{Event, Inbox, Registered};
 use crate::request::lifecycle::{Action, Input, Lifecycle, Phase, Rules, Target};
+use crate::request::running::{Begun, Shown, Stage};
+use crate::request::trace::RequestTrace;
 use crate::server::Server;
+use crate::service::{Class, ServiceLevel};
 
+use self::attainment::Attainment;
+use self::handed::Handed;
 use self::lease::Lease;
 use self::placed::Placed;
 use self::silence::Silence;
+use self::trace::GenerationTrace;
 
 /// Time between two words to a worker that generates what it should not have any more.
 const DISOWN_INTERVAL: Duration = Duration::from_millis(100);
@@ -43,10 +57,16 @@ pub struct Job {
     pub generation: Generation,
     /// Report the prompt's log-probabilities.
     pub prompt_logprobs: Option<u8>,
+    /// Who goes first.
+    pub class: Class,
+    /// What it was promised.
+    pub level: ServiceLevel,
     /// When the HTTP request came.
     pub arrived: Instant,
     /// When its time is over.
     pub deadline: Instant,
+    /// Its request's trace, where that is recorded.
+    pub trace: Option<RequestTrace>,
 }
 
 /// Where a generation's output goes.
@@ -83,22 +103,37 @@ pub async fn drive(
     let lifecycle = Lifecycle::new(rules, &mut actions);
     let now = Instant::now();
     server.metrics.requests_in_flight.inc();
+    let attainment = Attainment::default();
+    let shown = server.running.begin(Begun {
+        request: job.request,
+        class: job.class,
+        arrived: job.arrived,
+        prompt_tokens: job.prompt.len(),
+        more: attainment.counter(),
+    });
     let mut driver = Driver {
         server,
+        trace: GenerationTrace::begin(job.trace.as_ref(), job.request),
         job,
         lifecycle,
         sink,
         actions,
         reply: None,
+        prompt: None,
         placed: None,
+        running: None,
+        pull: None,
+        source: None,
         lease: None,
+        handed: Handed::default(),
         ticket: None,
         wait_until: None,
         silence: Silence::new(now),
         disown_next: now,
-        last_token: None,
         full_since: None,
         stop_found: false,
+        attainment,
+        shown,
     };
     driver.run(&inbox).await;
 }
@@ -110,9 +145,19 @@ struct Driver<S: Sink> {
     sink: S,
     actions: Vec<Action>,
     reply: Option<Pin<Box<dyn Future<Output = Input>>>>,
+    /// The answer to the question for the first token of a prompt that is streamed.
+    prompt: Option<Pin<Box<dyn Future<Output = Input>>>>,
     placed: Option<Placed>,
+    /// That prompt, on its context worker.
+    running: Option<Placed>,
+    /// Its KV, on its way to a decode worker.
+    pull: Option<Placed>,
+    /// Where that prompt's beginning is to be pulled from.
+    source: Option<Source>,
     /// Of the KV that waits for a decode worker or is being pulled.
     lease: Option<Lease>,
+    /// How long that KV waits for a decode worker.
+    handed: Handed,
     /// Its place among those that wait for room.
     ticket: Option<Ticket>,
     wait_until: Option<Instant>,
@@ -120,11 +165,15 @@ struct Driver<S: Sink> {
     silence: Silence,
     /// When a worker may be told again that this generation was taken from it.
     disown_next: Instant,
-    last_token: Option<Instant>,
     /// The client has left the sink full since then.
     full_since: Option<Instant>,
     /// The text has come to a stop string.
     stop_found: bool,
+    attainment: Attainment,
+    /// Its spans, where they are recorded.
+    trace: Option<Box<GenerationTrace>>,
+    /// Where it stands, for whoever asks what runs.
+    shown: Shown,
 }
 
 impl<S: Sink> Driver<S> {
@@ -149,6 +198,11 @@ impl<S: Sink> Driver<S> {
                     while self.sink.has_room() && let Some(event) = events.pop_front() {
                         self.event(event);
                     }
+                }
+                // Before the reply: so the question goes out before the job by which a decode worker comes to ask it too.
+                input = reply(&mut self.prompt) => {
+                    self.prompt = None;
+                    self.input(input);
                 }
                 input = reply(&mut self.reply) => {
                     self.reply = None;
@@ -220,22 +274,51 @@ impl<S: Sink> Driver<S> {
     }
 
     fn input(&mut self, input: Input) {
-        let is_handle = matches!(input, Input::Prefill(_));
+        let is_handle = matches!(input, Input::Prefill(_) | Input::Progress(_));
         if let (Input::Decode(Ok(DecodeReply::Admitted { .. })), Some(placed)) =
             (&input, &mut self.placed)
         {
             placed.admitted = true;
         }
+        if let Input::Prefill(Ok(
+            PrefillReply::Begun { handle, .. } | PrefillReply::Ready { handle, .. },
+        )) = &input
+            && let Some(pull) = handle.prefix_pull
+        {
+            self.server.metrics.observe_prefix_pull(pull);
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.hears(&input);
+        }
         self.lifecycle.step(input, &mut self.actions);
-        if is_handle && let Some(handle) = self.lifecycle.handle() {
+        self.settle();
+        // The lease of a prompt that runs needs no renewal.
+        if is_handle
+            && let Some(handle) = self.lifecycle.handle()
+            && !handle.is_streamed()
+        {
             self.lease = Some(Lease::new(self.job.request, handle, Instant::now()));
         }
         self.carry_out();
+        if !self.lifecycle.handle().is_some_and(KvHandle::is_streamed) {
+            (self.prompt, self.running) = (None, None);
+        }
+        if !matches!(self.lifecycle.phase(), Phase::Pulling { .. }) {
+            self.pull = None;
+        }
         let has_place = self.placed.as_ref().is_some_and(|placed| placed.admitted);
+        self.note_handed(has_place);
         if self.lifecycle.handle().is_none() {
             (self.lease, self.ticket) = (None, None);
         } else if has_place {
             self.ticket = None;
+        }
+    }
+
+    /// Ends the spans of tries that are over.
+    fn settle(&mut self) {
+        if let Some(trace) = &mut self.trace {
+            trace.settle(self.lifecycle.phase());
         }
     }
 
@@ -251,23 +334,47 @@ impl<S: Sink> Driver<S> {
         match action {
             Action::ChooseContext => {
                 self.placed = None;
+                self.shown.note(|place| place.stage = Stage::Queued);
                 let input = match self.overbooked() {
                     Some(overbooked) => overbooked,
-                    None => Input::Chosen(self.choose_context()),
+                    None => self.context_chosen(),
                 };
                 self.lifecycle.step(input, &mut self.actions);
             }
             Action::ChooseDecode => {
                 self.placed = self.staged();
+                // One whose prompt still runs waits for nobody.
+                if !self.lifecycle.handle().is_some_and(KvHandle::is_streamed) {
+                    self.shown.note(|place| place.stage = Stage::Staged);
+                }
                 let lease = self.lease.as_ref();
                 let input = match lease.is_some_and(|lease| lease.is_over(Instant::now())) {
                     true => Input::LeaseLost,
-                    false => Input::Chosen(self.choose_decode()),
+                    false => {
+                        let chosen = self.choose_decode();
+                        if self.must_wait_for_prompt(chosen.as_ref()) {
+                            return;
+                        }
+                        Input::Chosen(chosen)
+                    }
                 };
                 self.lifecycle.step(input, &mut self.actions);
             }
-            Action::SendPrefill(context) => self.send_prefill(context),
-            Action::SendDecode { decode, attempt } => self.send_decode(decode, attempt),
+            Action::SendPrefill(context) => {
+                self.shown.note(|place| {
+                    place.stage = Stage::Prefilling;
+                    place.workers = [Some(context.worker.clone()), None];
+                });
+                self.send_prefill(context);
+            }
+            Action::AwaitPrompt => self.await_prompt(),
+            Action::SendDecode { decode, attempt } => {
+                self.shown.note(|place| {
+                    place.stage = Stage::Pulling;
+                    place.workers[1] = Some(decode.worker.clone());
+                });
+                self.send_decode(decode, attempt);
+            }
             Action::Prompt {
                 cached_tokens,
                 queue_ms,
@@ -276,9 +383,16 @@ impl<S: Sink> Driver<S> {
                 self.prompt_done(cached_tokens, queue_ms, logprobs);
             }
             Action::Pulled(report) => {
+                self.shown.note(|place| place.stage = Stage::Decoding);
                 let metrics = &self.server.metrics;
                 metrics.kv_pull_seconds.observe(f64::from(report.seconds));
                 metrics.kv_pull_bytes.observe(report.bytes as f64);
+                if let Some(seconds) = report.handover_seconds {
+                    metrics.kv_handover_seconds.observe(f64::from(seconds));
+                }
+                if let Some(parts) = report.parts {
+                    metrics.observe_pull(parts);
+                }
             }
             Action::Emit {
                 tokens,
@@ -288,16 +402,21 @@ impl<S: Sink> Driver<S> {
             Action::Wait(time) => {
                 self.wait_until = Some(Instant::now() + time);
                 if let Phase::Staged { .. } = self.lifecycle.phase() {
-                    let room = &self.server.decode_room;
-                    self.ticket.get_or_insert_with(|| room.wait()).waits_on();
+                    let (room, service) = (&self.server.decode_room, self.service());
+                    let ticket = self.ticket.get_or_insert_with(|| room.wait(service));
+                    ticket.waits_on();
                 } else {
                     self.placed = None;
+                    if let Some(trace) = &mut self.trace {
+                        trace.waits();
+                    }
                 }
             }
             Action::Abort { target, reason } => {
                 self.server.bus.abort(&target, self.job.request, reason);
             }
             Action::Retried(reason) => {
+                self.shown.note(|place| place.stage = Stage::Queued);
                 tracing::warn!(request = %self.job.request, reason, "generation retried");
                 self.server
                     .metrics
@@ -332,34 +451,25 @@ impl<S: Sink> Driver<S> {
         error
     }
 
-    fn prompt_done(&mut self, cached: u32, queue_ms: f32, logprobs: Option<Vec<TokenLogprobs>>) {
-        let metrics = &self.server.metrics;
-        metrics.queue_seconds.observe(f64::from(queue_ms) / 1e3);
-        metrics
-            .tokens_total
-            .with_label_values(&["prompt"])
-            .inc_by(self.job.prompt.len() as u64);
-        metrics
-            .tokens_total
-            .with_label_values(&["cached"])
-            .inc_by(u64::from(cached));
-        self.sink.prompt(cached, logprobs);
-    }
-
     fn emit(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) {
         let now = Instant::now();
         let metrics = &self.server.metrics;
-        match self.last_token {
-            None => metrics
-                .ttft_seconds
-                .observe((now - self.job.arrived).as_secs_f64()),
+        match self.attainment.last() {
+            None => {
+                let ttft = now - self.job.arrived;
+                metrics.ttft_seconds.observe(ttft.as_secs_f64());
+                self.shown.note(|place| place.first = Some(now));
+                if let Some(trace) = &mut self.trace {
+                    trace.first_token(now);
+                }
+            }
             Some(last) => {
                 let each = (now - last).as_secs_f64() / tokens.len() as f64;
                 metrics.inter_token_seconds.observe(each);
             }
         }
-        self.last_token = Some(now);
-        if let Phase::Staged { handle } = self.lifecycle.phase() {
+        self.attainment.tokens(tokens.len(), now);
+        if let Some(handle) = self.lifecycle.handle() {
             self.server
                 .fleet()
                 .remember(&handle.worker, &self.job.chain);
@@ -372,22 +482,21 @@ impl<S: Sink> Driver<S> {
     }
 
     fn end(&mut self, end: Result<FinishReason, ApiError>) {
-        self.placed = None;
-        self.reply = None;
+        (self.placed, self.running) = (None, None);
+        (self.reply, self.prompt) = (None, None);
         let outcome = match &end {
-            Ok(FinishReason::Stop | FinishReason::Whole) => "stop",
-            Ok(FinishReason::Length) => "length",
+            Ok(finish) => finish.label(),
             Err(error) => error.kind.row().label,
         };
-        let metrics = &self.server.metrics;
-        metrics.requests_total.with_label_values(&[outcome]).inc();
-        let output = self.lifecycle.output().len() as u64;
-        metrics
-            .tokens_total
-            .with_label_values(&["output"])
-            .inc_by(output);
+        self.count_end(&end, outcome);
         if let Err(error) = &end {
             tracing::info!(request = %self.job.request, outcome, %error, "generation failed");
+        }
+        self.settle();
+        if let Some(trace) = self.trace.take() {
+            let output = self.lifecycle.output().len();
+            let cached = self.shown.place().cached_tokens;
+            trace.end((self.job.prompt.len(), cached, output), &end);
         }
         self.sink.end(end);
     }

@@ -1,6 +1,9 @@
 //! The life of one generation: `Queued → Prefilling → Staged → Pulling → Decoding → Done | Failed`.
 //!
 //! A pure state machine: what happened goes in, what to do comes out. Nothing else moves a request.
+//! KV of a prompt that takes several steps is staged, and pulled, while the prompt runs: its handle has no first token then
+//! ([`streaming`]).
+//!
 //! The driver ([`crate::request::driver`]) carries the actions out and reports what came of them.
 //!
 //! However a generation is retried, its output is the same text, because random numbers depend only on
@@ -8,6 +11,7 @@
 
 mod ends;
 mod room;
+mod streaming;
 mod words;
 
 use std::time::Duration;
@@ -19,9 +23,9 @@ use baton_protocol::{
 
 use crate::error::{ApiError, ErrorKind};
 
-use ends::holder;
+pub(crate) use ends::holder;
 use room::Round;
-pub use words::{Action, Input, NoReply, Phase, Target};
+pub use words::{Action, Input, NoReply, Overbooked, Phase, Target};
 
 /// The state machine of one generation.
 #[derive(Clone, Debug)]
@@ -43,6 +47,8 @@ pub struct Lifecycle {
     /// Broke this request: asked again only if nobody else is there.
     failed: Vec<WorkerId>,
     round: Round,
+    /// Questions in a row how far a prompt is, that had no answer.
+    unanswered: u32,
     /// Decode workers that were full when they were asked: it has a place in the line of each.
     lines: Vec<Target>,
 }
@@ -76,6 +82,7 @@ impl Lifecycle {
             refused: Vec::new(),
             failed: Vec::new(),
             round: Round::default(),
+            unanswered: 0,
             lines: Vec::new(),
         }
     }
@@ -83,6 +90,15 @@ impl Lifecycle {
     /// Where it stands.
     pub fn phase(&self) -> &Phase {
         &self.phase
+    }
+
+    /// Whether nothing was sent for it yet.
+    pub fn is_new(&self) -> bool {
+        self.phase == Phase::Queued
+            && self.output.is_empty()
+            && self.retries == 0
+            && self.refused.is_empty()
+            && self.waited.is_zero()
     }
 
     /// Whether it has ended.
@@ -126,6 +142,7 @@ impl Lifecycle {
         match input {
             Input::Chosen(target) => self.chosen(target, out),
             Input::Prefill(reply) => self.prefill_reply(reply, out),
+            Input::Progress(reply) => self.progress(reply, out),
             Input::Decode(reply) => self.decode_reply(reply, out),
             Input::Item(item) => self.item(item, out),
             Input::WorkerLost(target) => self.worker_lost(&target, out),
@@ -134,7 +151,11 @@ impl Lifecycle {
             Input::WaitOver => self.wait_over(out),
             Input::RoomMade => self.room_made(out),
             Input::LeaseLost => self.lease_lost(out),
-            Input::Overbooked { wait, retry_after } => self.overbooked(wait, retry_after, out),
+            Input::Overbooked {
+                why,
+                wait,
+                retry_after,
+            } => self.overbooked(why, wait, retry_after, out),
             Input::StopFound => self.end_early("stop string found", Ok(FinishReason::Stop), out),
             Input::Deadline => {
                 let place = self.phase.place();
@@ -192,6 +213,9 @@ impl Lifecycle {
                 out.push(Action::SendDecode { decode, attempt });
             }
             (Phase::Queued, None) => self.no_context_worker(out),
+            // A worker may come while the prompt runs; when it is done one is looked for again.
+            (Phase::Staged { handle }, None)
+                if handle.is_streamed() && !self.round.is_decided() => {}
             (Phase::Staged { handle }, None) => {
                 let context = holder(handle);
                 self.no_decode_worker(context, out);
@@ -213,6 +237,7 @@ impl Lifecycle {
             }) => {
                 self.prefilled(context, handle, prompt_logprobs, out);
             }
+            Ok(PrefillReply::Begun { handle, .. }) => self.begun(&context, handle, out),
             Ok(PrefillReply::Refused { refusal, .. }) => {
                 self.phase = Phase::Queued;
                 self.refused_by(context, &refusal);
@@ -264,22 +289,12 @@ impl Lifecycle {
                 out,
             );
         }
-        if !self.prompt_reported {
-            self.prompt_reported = true;
-            out.push(Action::Prompt {
-                cached_tokens: handle.cached_tokens,
-                queue_ms: handle.timings.queue_ms,
-                logprobs: prompt_logprobs,
-            });
-        }
-        self.output.push(handle.first_token);
-        let logprobs = handle.first_logprobs.clone().into_iter().collect();
-        let stop = handle.finish == Some(FinishReason::Stop);
-        out.push(Action::Emit {
-            tokens: vec![handle.first_token],
-            logprobs,
-            stop,
-        });
+        let Some(first_token) = handle.first_token else {
+            let reason = "a handle without first token came back";
+            return self.retry(reason, Some(context.worker), out);
+        };
+        self.report_prompt(&handle, prompt_logprobs, out);
+        self.first_token(first_token, &handle.first_logprobs, handle.finish, out);
         if let Some(finish) = handle.finish {
             self.phase = Phase::Done;
             return out.push(Action::Finish(finish));
@@ -288,6 +303,36 @@ impl Lifecycle {
         self.waited = Duration::ZERO;
         self.phase = Phase::Staged { handle };
         out.push(Action::ChooseDecode);
+    }
+
+    fn report_prompt(
+        &mut self,
+        handle: &KvHandle,
+        logprobs: Option<Vec<TokenLogprobs>>,
+        out: &mut Vec<Action>,
+    ) {
+        if !std::mem::replace(&mut self.prompt_reported, true) {
+            out.push(Action::Prompt {
+                cached_tokens: handle.cached_tokens,
+                queue_ms: handle.timings.queue_ms,
+                logprobs,
+            });
+        }
+    }
+
+    fn first_token(
+        &mut self,
+        token: u32,
+        logprobs: &Option<TokenLogprobs>,
+        finish: Option<FinishReason>,
+        out: &mut Vec<Action>,
+    ) {
+        self.output.push(token);
+        out.push(Action::Emit {
+            tokens: vec![token],
+            logprobs: logprobs.clone().into_iter().collect(),
+            stop: finish == Some(FinishReason::Stop),
+        });
     }
 
     fn decode_reply(&mut self, reply: Result<DecodeReply, NoReply>, out: &mut Vec<Action>) {

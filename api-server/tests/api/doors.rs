@@ -140,6 +140,7 @@ async fn what_get_answers_head_does_too() {
         "/live",
         "/metrics",
         "/cluster",
+        "/requests",
         "/version",
         "/v1/models",
         "/v1/models/tiny",

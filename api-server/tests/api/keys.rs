@@ -34,6 +34,7 @@ async fn without_a_key_only_the_state_of_the_server_is_told() {
             ("GET", "/v1/models"),
             ("GET", "/v1/models/tiny"),
             ("GET", "/cluster"),
+            ("GET", "/requests"),
             ("GET", "/nowhere"),
             ("GET", "/health/../cluster"),
         ] {
@@ -49,7 +50,7 @@ async fn without_a_key_only_the_state_of_the_server_is_told() {
     assert!(context.prefills.try_recv().is_err(), "nothing was begun");
     let metrics = api.get("/metrics").await.1;
     assert!(
-        metrics.contains("baton_errors_total{reason=\"unauthorized\"} 21"),
+        metrics.contains("baton_errors_total{reason=\"unauthorized\"} 24"),
         "{metrics}"
     );
     api.key = BERT;
@@ -113,4 +114,53 @@ async fn a_client_that_leaves_gives_its_place_back() {
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_is_drained_by_who_has_a_key_and_by_nobody_where_there_are_none() {
+    let (_nats, _context, decode, mut api) = guarded(None).await;
+    let drain = async |api: &Api, worker: &str| {
+        let path = format!("/workers/{worker}/drain");
+        api.send("POST", &path, b"").await
+    };
+    let unanswered = drain(&api, "d1").await;
+    assert_eq!(unanswered.status, 504, "{}", unanswered.body);
+    assert!(
+        unanswered.body.contains("d1 did not answer in 3 s") && unanswered.body.contains("SIGTERM")
+    );
+    decode.script.lock().unwrap().drains = Some(false);
+    let another_life = drain(&api, "d1").await;
+    assert_eq!(another_life.status, 503, "{}", another_life.body);
+    decode.script.lock().unwrap().drains = Some(true);
+    let done = drain(&api, "d1").await;
+    assert_eq!(
+        (done.status, &done.json()["state"]),
+        (202, &json!("draining")),
+        "{}",
+        done.body
+    );
+    let unknown = drain(&api, "nobody").await;
+    assert_eq!(unknown.status, 404);
+    assert!(unknown.body.contains("nobody"), "{}", unknown.body);
+    assert_eq!(api.send("GET", "/workers/d1/drain", b"").await.status, 405);
+    api.key = None;
+    assert_eq!(drain(&api, "d1").await.status, 401);
+
+    let nats = Nats::start().await;
+    let worker = Worker::start(
+        &nats,
+        "d1",
+        Role::Decode,
+        Script {
+            drains: Some(true),
+            ..Script::default()
+        },
+    )
+    .await;
+    let open = Api::with(&nats, |_| {}).await;
+    open.sees(1).await;
+    let refused = drain(&open, "d1").await;
+    assert_eq!(refused.status, 403, "{}", refused.body);
+    assert!(refused.body.contains("--api-keys-file"), "{}", refused.body);
+    drop(worker);
 }

@@ -7,8 +7,11 @@ mod fields;
 mod hostile;
 mod keys;
 mod messages;
+mod promises;
+mod requests;
 mod strays;
 mod support;
+mod tls;
 mod tokens;
 mod tools;
 mod waiting;
@@ -385,12 +388,15 @@ async fn busy_goes_to_the_next_worker() {
     first.script.lock().unwrap().busy = true;
     let mut second = Worker::start(&nats, "c2", Role::Context, Script::default()).await;
     api.sees(3).await;
-    for _ in 0..2 {
-        let response = api.post("/v1/chat/completions", chat(json!({}))).await;
+    for salt in ["a", "b"] {
+        // None has its prefix anywhere: each worker is chosen in turn.
+        let body = chat(json!({ "cache_salt": salt }));
+        let response = api.post("/v1/chat/completions", body).await;
         assert_eq!(response.json()["choices"][0]["message"]["content"], TEXT);
-        second.prefills.recv().await.unwrap();
+        within("a prompt", second.prefills.recv()).await.unwrap();
     }
-    assert!(first.prefills.recv().await.is_some());
+    let asked = within("a prompt that is refused", first.prefills.recv()).await;
+    assert!(asked.is_some());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -787,5 +793,54 @@ async fn status_pages_tell_what_is_there() {
         "baton_worker_waiting{worker=\"b1\",role=\"both\"} 0",
     ] {
         assert!(metrics.contains(name), "{name} in {metrics}");
+    }
+    // Nothing was measured, which is not the same as no error.
+    let error = "baton_worker_step_cost_error{";
+    assert!(!metrics.contains(error), "{error} in {metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_the_time_of_the_last_requests_went_is_told() {
+    let (_nats, _context, _decode, api) = usual().await;
+    let said = "a secret that nobody is to read here";
+    let messages = json!({"messages": [{"role": "user", "content": said}]});
+    for _ in 0..2 {
+        let response = api
+            .post("/v1/chat/completions", chat(messages.clone()))
+            .await;
+        assert_eq!(response.status, 200, "{}", response.body);
+    }
+    let (status, body) = api.get("/requests").await;
+    assert_eq!(status, 200);
+    let told: Value = serde_json::from_str(&body).unwrap();
+    let [newest, oldest] = told["requests"].as_array().unwrap().as_slice() else {
+        panic!("{body}");
+    };
+    assert_eq!([&newest["number"], &oldest["number"]], [2, 1]);
+    assert_eq!(
+        [&newest["context_worker"], &newest["decode_worker"]],
+        ["c1", "d1"]
+    );
+    assert_eq!(newest["outcome"], "stop");
+    assert!(
+        newest["prompt_tokens"].as_u64() > Some(0) && newest["output_tokens"].as_u64() > Some(1)
+    );
+    for part in [
+        "queue_ms",
+        "prefill_ms",
+        "handover_ms",
+        "decode_ms",
+        "ended_ms_ago",
+    ] {
+        assert!(
+            newest[part]
+                .as_f64()
+                .is_some_and(|ms| (0.0..60_000.0).contains(&ms)),
+            "{part} in {body}"
+        );
+    }
+    // Numbers and names of workers: no text, and no id by which an answer could be read.
+    for text in ["secret", TEXT, "chatcmpl", "id\""] {
+        assert!(!body.contains(text), "{text} in {body}");
     }
 }

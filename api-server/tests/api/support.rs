@@ -154,6 +154,8 @@ pub struct Script {
     pub tokens: Vec<u32>,
     /// Length of its leases; the usual if 0.
     pub lease_ms: u32,
+    /// Whether it drains when it is asked to; no answer, as of workers of earlier releases, if this is not set.
+    pub drains: Option<bool>,
     /// What it answers to renewals; nothing, as workers of earlier releases do, if this is not set.
     pub renews: Option<bool>,
     /// Refuses every job for this reason.
@@ -162,6 +164,8 @@ pub struct Script {
     pub batch: u32,
     /// How long generations last here, as it says in its beats.
     pub decode_ms: u32,
+    /// Its steps take a millisecond a token, as it says in its beats, and so many tokens of prompts wait.
+    pub waiting_tokens: Option<u32>,
 }
 
 /// A scripted worker.
@@ -247,6 +251,17 @@ struct FakeWorker {
     renewals: mpsc::UnboundedSender<Renew>,
 }
 
+fn a_millisecond_a_token() -> StepCost {
+    let point = |tokens: u32| CostPoint {
+        tokens,
+        us: tokens as f32 * 1e3,
+    };
+    StepCost {
+        layers: vec![point(1), point(1024)],
+        ..StepCost::default()
+    }
+}
+
 pub fn geometry() -> KvGeometry {
     KvGeometry::bf16(
         16,
@@ -273,6 +288,7 @@ impl FakeWorker {
         let mut decode_jobs = subscribe(self.cluster.decode(&self.name)).await;
         let mut abort = subscribe(self.cluster.abort(&self.name)).await;
         let mut renew = subscribe(self.cluster.renew(&self.name)).await;
+        let mut drain = subscribe(self.cluster.drain(&self.name)).await;
         let mut hello = subscribe(self.cluster.hello()).await;
         baton_tests::settled(&self.client).await;
         let mut tick = tokio::time::interval(Duration::from_millis(500));
@@ -297,6 +313,14 @@ impl FakeWorker {
                         self.send(reply, &Renewed { v: PROTOCOL_VERSION, valid }).await;
                     }
                 }
+                Some(m) = drain.next() => {
+                    let asked: Drain = decode(&m.payload).unwrap();
+                    let drains = self.script.lock().unwrap().drains;
+                    if let (Some(drains), Some(reply)) = (drains, m.reply) {
+                        let draining = drains && asked.incarnation == Incarnation(7);
+                        self.send(reply, &Draining { v: PROTOCOL_VERSION, draining }).await;
+                    }
+                }
                 Some(m) = abort.next() => { aborts.send(decode(&m.payload).unwrap()).ok(); }
                 Some(_) = hello.next() => if *beating.borrow() { self.beat().await },
                 _ = tick.tick() => if *beating.borrow() { self.beat().await },
@@ -318,6 +342,7 @@ impl FakeWorker {
             transport: "posix".to_owned(),
             gigabytes_per_second: 3.5,
             pulled_gigabytes_per_second: None,
+            pulled_bytes: 0,
             error: None,
         });
         let script = self.script.lock().unwrap().clone();
@@ -338,7 +363,10 @@ impl FakeWorker {
             device: "scripted".to_owned(),
             ranks: Some(1),
             weights: "bf16".to_owned(),
-            load: Load::default(),
+            load: Load {
+                waiting_tokens: script.waiting_tokens.unwrap_or(0),
+                ..Load::default()
+            },
             capacity: Capacity {
                 blocks: 64,
                 batch: if script.batch == 0 { 8 } else { script.batch },
@@ -352,9 +380,13 @@ impl FakeWorker {
             changes: None,
             transport: "none".to_owned(),
             decode_ms: script.decode_ms,
-            cost: None,
+            cost: script.waiting_tokens.map(|_| a_millisecond_a_token()),
+            cost_error: None,
             itl_ms: None,
             step_tokens: None,
+            prefix_version: None,
+            streams: false,
+            leases_prefixes: false,
         };
         self.send(self.cluster.beat(&self.name), &beat).await;
     }
@@ -417,7 +449,7 @@ impl FakeWorker {
                 0 => deadlines::LEASE_MS,
                 lease_ms => lease_ms,
             },
-            first_token,
+            first_token: Some(first_token),
             first_logprobs: want.map(|top| logprobs(first_token, top)),
             finish,
             cached_tokens: 3,
@@ -425,6 +457,7 @@ impl FakeWorker {
                 queue_ms: 1.0,
                 compute_ms: 2.0,
             },
+            prefix_pull: None,
         });
         let prompt_logprobs = job.prompt_logprobs.map(|top| {
             job.sequence.tokens.0[1..]
@@ -478,6 +511,8 @@ impl FakeWorker {
         let mut pulled = Some(PullReport {
             bytes: 4096,
             seconds: 0.001,
+            handover_seconds: None,
+            parts: None,
         });
         loop {
             let mut item = FrameItem {
@@ -599,9 +634,19 @@ impl Api {
         }
     }
 
+    /// Asks it to leave.
+    pub fn begin_stop(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+    }
+
     /// Stops it and waits until it is gone.
     pub async fn stop(mut self) {
-        self.stop.take().unwrap().send(()).unwrap();
+        self.begin_stop();
+        self.stopped().await;
+    }
+
+    /// Waits until it is gone.
+    pub async fn stopped(mut self) {
         within("the API server stops", &mut self.task)
             .await
             .unwrap();

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use super::http::{Body, Head, find};
 use super::prompt::Request;
 use crate::Failure;
+use crate::api_client;
 use crate::sse::SseReader;
 
 const READ_BYTES: usize = 64 << 10;
@@ -23,30 +24,39 @@ pub struct Target {
 }
 
 impl Target {
-    /// From `http://host:port`.
+    /// From an address as people write it, over HTTP and without a path.
     ///
     /// # Errors
-    /// If it is not of this form.
+    /// If it is none.
     pub fn parse(url: &str) -> Result<Self, Failure> {
-        let authority = url
-            .strip_prefix("http://")
-            .map(|rest| rest.trim_end_matches('/'));
-        match authority {
-            Some(authority) if !authority.is_empty() && !authority.contains('/') => {
-                let port = authority
-                    .rsplit_once(':')
-                    .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-                Ok(Self {
-                    authority: if port {
-                        authority.to_owned()
-                    } else {
-                        format!("{authority}:80")
-                    },
-                    headers: HeaderMap::new(),
-                })
-            }
-            _ => Err(format!("{url:?} is not of the form http://HOST:PORT").into()),
+        let base = api_client::base(url)?;
+        let Some(authority) = base.strip_prefix("http://") else {
+            return Err(format!(
+                "{url:?}: bench measures over plain HTTP; what TLS costs is the library's. Start an API server without --tls-cert to measure it"
+            )
+            .into());
+        };
+        if authority.contains(['/', '?', '#', '@']) {
+            return Err(format!(
+                "{url:?} is more than an address: bench goes to one such as http://localhost:8000"
+            )
+            .into());
         }
+        let port = authority
+            .rsplit_once(':')
+            .is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+        Ok(Self {
+            authority: match port {
+                true => authority.to_owned(),
+                false => format!("{authority}:80"),
+            },
+            headers: HeaderMap::new(),
+        })
+    }
+
+    /// Where it is, with its scheme.
+    pub fn base(&self) -> String {
+        format!("http://{}", self.authority)
     }
 }
 
@@ -65,29 +75,6 @@ impl Target {
             .map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap_or_default()))
             .collect()
     }
-}
-
-/// The model that the server names first.
-///
-/// # Errors
-/// If it does not answer, or serves none.
-pub async fn served_model(target: &Target) -> Result<String, Failure> {
-    let url = format!("http://{}/v1/models", target.authority);
-    let client = reqwest::Client::builder()
-        .timeout(std::time::Duration::from_secs(10))
-        .default_headers(target.headers.clone())
-        .no_proxy()
-        .build()?;
-    let answer = client
-        .get(&url)
-        .send()
-        .await
-        .map_err(|error| format!("no answer from {url}: {error}"))?;
-    let body: serde_json::Value = answer.error_for_status()?.json().await?;
-    body["data"][0]["id"]
-        .as_str()
-        .map(str::to_owned)
-        .ok_or_else(|| format!("{url} names no model").into())
 }
 
 /// An answer that ended as it should.
@@ -236,10 +223,10 @@ enum Exchange {
 }
 
 fn refusal_message(body: &[u8]) -> String {
-    let parsed: serde_json::Value = serde_json::from_slice(body).unwrap_or_default();
-    parsed["error"]["message"]
-        .as_str()
-        .map_or_else(|| "without an explanation".to_owned(), str::to_owned)
+    match api_client::sentence(&String::from_utf8_lossy(body)) {
+        nothing if nothing.is_empty() => "without an explanation".to_owned(),
+        sentence => sentence,
+    }
 }
 
 /// What came of an answer so far.
@@ -421,9 +408,16 @@ mod tests {
 
     #[test]
     fn addresses_are_checked() {
-        assert_eq!(Target::parse("http://h:1/").unwrap().authority, "h:1");
-        assert_eq!(Target::parse("http://h").unwrap().authority, "h:80");
-        for wrong in ["h:1", "https://h", "http://", "http://h/x"] {
+        for (written, meant) in [
+            ("http://h:1/", "h:1"),
+            ("http://h", "h:80"),
+            ("localhost:8000", "localhost:8000"),
+            ("10.0.0.7:80/v1", "10.0.0.7:80"),
+            ("[::1]:8000", "[::1]:8000"),
+        ] {
+            assert_eq!(Target::parse(written).unwrap().authority, meant);
+        }
+        for wrong in ["ftp://h", "https://h", "http://", "http://h/x", ""] {
             assert!(Target::parse(wrong).is_err(), "{wrong}");
         }
     }

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::BenchArgs;
+use super::trace::Traced;
 
 /// Makes requests.
 #[derive(Clone)]
@@ -12,6 +13,8 @@ pub struct Prompts {
     max_tokens: u32,
     ignore_eos: bool,
     seed: u64,
+    /// Tokens of each prompt and answer, if they differ.
+    sizes: Vec<(usize, u32)>,
 }
 
 #[derive(Clone, Copy)]
@@ -51,6 +54,31 @@ impl Prompts {
             max_tokens: args.max_tokens,
             ignore_eos: args.ignore_eos,
             seed: args.seed,
+            sizes: Vec::new(),
+        }
+    }
+
+    /// Prompts and answers of these sizes.
+    #[must_use]
+    pub fn sized(self, trace: &[Traced]) -> Self {
+        let sizes = trace
+            .iter()
+            .map(|request| (request.prompt_tokens, request.max_tokens))
+            .collect();
+        Self { sizes, ..self }
+    }
+
+    /// Tokens that the answer to the request of this number must have; `None` if it may end before.
+    pub fn wanted(&self, index: usize) -> Option<u64> {
+        let (_, max_tokens) = self.size(index);
+        self.ignore_eos.then_some(max_tokens.into())
+    }
+
+    /// Its kind of prompt and longest answer.
+    fn size(&self, index: usize) -> (Kind, u32) {
+        match self.sizes.get(index) {
+            Some((prompt, max_tokens)) => (Kind::Tokens(*prompt), *max_tokens),
+            None => (self.kind, self.max_tokens),
         }
     }
 
@@ -69,7 +97,8 @@ impl Prompts {
                 .wrapping_mul(0x9e37_79b9)
                 .wrapping_add(index as u64),
         );
-        let (path, mut body) = match self.kind {
+        let (kind, max_tokens) = self.size(index);
+        let (path, mut body) = match kind {
             Kind::Words(count) => {
                 let words: Vec<_> = (0..count)
                     .map(|_| WORDS[(random.next() % WORDS.len() as u64) as usize])
@@ -91,7 +120,7 @@ impl Prompts {
         body["model"] = self.model.as_str().into();
         body["stream"] = true.into();
         body["stream_options"] = json!({"include_usage": true});
-        body["max_tokens"] = self.max_tokens.into();
+        body["max_tokens"] = max_tokens.into();
         body["temperature"] = 0.into();
         if self.ignore_eos {
             body["ignore_eos"] = true.into();
@@ -140,6 +169,7 @@ mod tests {
             max_tokens: 3,
             ignore_eos: true,
             seed: 1,
+            sizes: Vec::new(),
         }
     }
 

@@ -12,8 +12,6 @@ use super::client::Streamed;
 
 /// Figures of a run. Times are kept in microseconds, to three digits.
 pub struct Report {
-    /// Tokens that every answer must have, if that is known.
-    wanted: Option<u64>,
     started: Instant,
     elapsed: Duration,
     succeeded: u64,
@@ -42,13 +40,17 @@ const MICROS_MAX: u64 = 3_600_000_000;
 /// Kinds of failures told apart; the rest is counted together.
 const FAILURE_KINDS_MAX: usize = 20;
 
+impl Default for Report {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Report {
-    /// Nothing yet. With `wanted`, an answer of another length is a failure.
-    pub fn new(wanted: Option<u64>) -> Self {
+    fn new() -> Self {
         let histogram =
             || Histogram::new_with_max(MICROS_MAX, 3).expect("the bounds are within what it takes");
         Self {
-            wanted,
             started: Instant::now(),
             elapsed: Duration::ZERO,
             succeeded: 0,
@@ -78,13 +80,13 @@ impl Report {
         self.elapsed = self.started.elapsed();
     }
 
-    /// Adds a request that began to count at `since` and has just ended.
-    pub fn add(&mut self, since: Instant, outcome: Result<Streamed, String>) {
+    /// Adds a request that began to count at `since` and has just ended. With `wanted`, an answer of another length is a failure.
+    pub fn add(&mut self, since: Instant, wanted: Option<u64>, outcome: Result<Streamed, String>) {
         let streamed = match outcome {
             Ok(streamed) => streamed,
             Err(failure) => return self.fail(failure),
         };
-        if let Some(wanted) = self.wanted
+        if let Some(wanted) = wanted
             && streamed.output_tokens != wanted
         {
             return self.fail(format!(
@@ -262,10 +264,10 @@ mod tests {
 
     #[test]
     fn figures_are_those_of_the_streams() {
-        let mut report = Report::new(None);
+        let mut report = Report::default();
         let since = Instant::now();
-        report.add(since, Ok(streamed(since, 4, &[10, 20, 30, 60])));
-        report.add(since, Err("HTTP 503".to_owned()));
+        report.add(since, None, Ok(streamed(since, 4, &[10, 20, 30, 60])));
+        report.add(since, None, Err("HTTP 503".to_owned()));
         report.elapsed = Duration::from_secs(2);
         report.cpu = vec![("api".to_owned(), Some(Duration::from_micros(40)))];
         let json = report.to_json();
@@ -297,15 +299,15 @@ mod tests {
 
     #[test]
     fn a_short_answer_is_a_failure_when_its_length_is_known() {
-        let mut report = Report::new(Some(5));
+        let mut report = Report::default();
         let since = Instant::now();
-        report.add(since, Ok(streamed(since, 4, &[1])));
+        report.add(since, Some(5), Ok(streamed(since, 4, &[1])));
         assert_eq!((report.failed(), report.requests()), (1, 1));
     }
 
     #[test]
     fn kinds_of_failures_are_bounded() {
-        let mut report = Report::new(None);
+        let mut report = Report::default();
         for index in 0..100 {
             report.fail(index.to_string());
         }

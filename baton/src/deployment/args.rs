@@ -50,6 +50,7 @@ impl Deployment {
             words.extend(["--request-plane-uri".to_owned(), bus.to_owned()]);
         }
         words.extend(of_flags(&self.nats, &Nats::NOT_PASSED_ON));
+        words.extend(of_flags(&self.traces, &[]));
         words
     }
 }

@@ -77,6 +77,21 @@ impl Deployment {
         }
     }
 
+    /// The files that it names can be used on this host.
+    ///
+    /// # Errors
+    /// The first that cannot.
+    pub fn check_files(&self) -> Result<(), Refusal> {
+        // The address of one that is started is not known yet.
+        let uri = match self.nats.is_own() {
+            true => Some("nats://127.0.0.1"),
+            false => self.nats.request_plane_uri.as_deref(),
+        };
+        let words = self.api_server_args(uri, self.api_server.port(), &self.model);
+        let args: ApiServerArgs = parsed("api-server", &words)?;
+        args.check_files().map_err(|error| Refusal::new("", error))
+    }
+
     fn check_counts(&self) -> Result<(), Refusal> {
         let mut workers = 0_usize;
         for (path, _, group) in self.groups() {
@@ -104,7 +119,7 @@ impl Deployment {
         if !any(Role::decodes) {
             return Err(Refusal::new(
                 "",
-                "nobody would generate: give a decode group (--generate-worker-count 1) or one of both (--both-worker-count 1)",
+                "nobody would generate: give a decode group (--decode-worker-count 1) or one of both (--both-worker-count 1)",
             ));
         }
         Ok(())
@@ -237,6 +252,7 @@ pub fn parsed<A: Args + FromArgMatches>(path: &str, words: &[String]) -> Result<
                 .and_then(|flag| flag.split([' ', '=']).next());
             let path = match field {
                 Some(field) if field.starts_with("request-plane-") => format!("nats.{field}"),
+                Some(field @ "otlp-endpoint") => format!("traces.{field}"),
                 Some(field) => format!("{path}.{field}"),
                 None => path.to_owned(),
             };

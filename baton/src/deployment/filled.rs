@@ -8,7 +8,7 @@ use baton_worker::{
 };
 
 use super::{ApiServers, Deployment, Devices, WorkerGroup};
-use crate::api_server::{ContentRule, DefaultsFrom};
+use crate::api_server::{ContentRule, DefaultsFrom, OverloadRule};
 
 impl Deployment {
     /// The same, whole.
@@ -40,9 +40,12 @@ fn fill_api_servers(servers: &mut ApiServers) {
     servers.special_tokens_in_content.get_or_insert_with(rule);
     let from = || DefaultsFrom::default().label().to_owned();
     servers.generation_config.get_or_insert_with(from);
+    let rule = || OverloadRule::default().label().to_owned();
+    servers.overload.get_or_insert_with(rule);
     let budget_s = u64::from(REQUEST_BUDGET_MS / 1000);
     servers.request_budget_s.get_or_insert(budget_s);
     servers.in_flight_max.get_or_insert(limits.in_flight_max);
+    servers.trace_sample.get_or_insert(1.0);
     let mib = limits.responses_bytes_max >> 20;
     servers.response_store_mib.get_or_insert(mib);
 }
@@ -69,6 +72,7 @@ fn fill_group(group: &mut WorkerGroup) {
     if let Ok(device) = device {
         let step_tokens = device.step_tokens_default();
         group.step_tokens.get_or_insert(step_tokens);
+        group.itl_ms.get_or_insert(device.itl_ms_default());
         group.batch.get_or_insert(device.batch_default());
     }
 }

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::*;
 use crate::api_server::ApiServerArgs;
 use crate::bus_args::BusArgs;
+use crate::trace_args::OtlpArgs;
 use crate::worker::{self, RoleWorkerArgs};
 
 const LEAST: &str = "model: m\ncontext: [{}]\ndecode: [{}]\n";
@@ -24,7 +25,8 @@ fn fields(part: &impl Serialize) -> BTreeSet<String> {
 
 fn flags<A: Args>() -> BTreeSet<String> {
     let command = A::augment_args(Command::new("baton"));
-    let flags = command.get_arguments().filter_map(|arg| arg.get_long());
+    let shown = command.get_arguments().filter(|arg| !arg.is_hide_set());
+    let flags = shown.filter_map(|arg| arg.get_long());
     flags.map(str::to_owned).collect()
 }
 
@@ -40,16 +42,18 @@ fn fields_are_flags_and_flags_are_fields() {
     let elsewhere = set(["role", "worker-name", "device", "cluster"]);
     let own = set(["count", "devices", "share-devices", "cpus", "memory-mib"]);
     let group = fields(&WorkerGroup::default());
-    let wanted: BTreeSet<_> = &(&flags::<RoleWorkerArgs>() - &bus) - &elsewhere;
+    let common = &bus | &flags::<OtlpArgs>();
+    let wanted: BTreeSet<_> = &(&flags::<RoleWorkerArgs>() - &common) - &elsewhere;
     assert_eq!(&group - &own, wanted);
 
     let elsewhere = set(["api-server-name", "cluster", "tokenizer"]);
     let servers = fields(&ApiServers::default());
-    let wanted: BTreeSet<_> = &(&flags::<ApiServerArgs>() - &bus) - &elsewhere;
+    let wanted: BTreeSet<_> = &(&flags::<ApiServerArgs>() - &common) - &elsewhere;
     assert_eq!(&servers - &set(["count"]), wanted);
 
     let of_up = set(["initialize-request-plane", "nats-server"]);
     assert_eq!(&fields(&Nats::default()) - &of_up, bus);
+    assert_eq!(fields(&Traces::default()), flags::<OtlpArgs>());
 }
 
 #[test]
@@ -124,6 +128,14 @@ fn errors_name_the_place() {
         ),
         ("model: m\nboth: [{batch: 0}]\n", vec!["both[0]: ", "batch"]),
         (
+            "model: m\nboth: [{}]\ntraces: {otlp-endpoint: 'grpc://h'}\n",
+            vec!["traces.otlp-endpoint", "HTTP"],
+        ),
+        (
+            "model: m\nboth: [{}]\napi-server: {trace-sample: 2}\n",
+            vec!["api-server.trace-sample", "from 0 to 1"],
+        ),
+        (
             "model: m\nboth: [{batch: 9, step-tokens: 8}]\n",
             vec!["both[0]: ", "batch"],
         ),
@@ -179,7 +191,7 @@ fn errors_name_the_place() {
 #[test]
 fn what_a_group_says_reaches_its_workers() {
     let text = "model: m\nboth: [{tp-size: 3, threads: 4, drain-s: 5, lease-ms: 6, kv-mib: 7, block-tokens: 8, \
-                kv-cache-free-gpu-memory-fraction: 0.25, step-tokens: 99, batch: 10, queue: 11, \
+                kv-cache-free-gpu-memory-fraction: 0.25, step-tokens: 99, batch: 10, queue: 11, itl-ms: 12, \
                 no-prefix-cache: true, ucx-tls: '-x', model: n}]\nnats: {request-plane-wait-s: 12}";
     let deployment = Deployment::of_yaml(text).unwrap();
     let group = &deployment.both[0];
@@ -193,8 +205,13 @@ fn what_a_group_says_reaches_its_workers() {
     assert_eq!((config.drain_ms, config.lease_ms), (5000, 6));
     assert_eq!((config.kv_bytes, config.block_tokens), (Some(7 << 20), 8));
     assert_eq!(
-        (config.step_tokens, config.batch, config.queue),
-        (99, 10, 11)
+        (
+            config.step_tokens,
+            config.batch,
+            config.queue,
+            config.itl_ms
+        ),
+        (99, 10, 11, 12)
     );
     assert_eq!(config.kv_free_gpu_memory_fraction, 0.25);
     assert_eq!(
@@ -405,8 +422,13 @@ fn a_whole_deployment_leaves_nothing_to_guess() {
     let open = [
         "api-server-port",
         "model-name",
+        "ttft-ms",
+        "itl-ms",
         "api-keys-file",
         "api-key-in-flight-max",
+        "tls-cert",
+        "tls-key",
+        "tls-client-ca",
         "tool-format",
         "reasoning-format",
         "http-threads",
@@ -431,6 +453,7 @@ fn the_page_has_every_field() {
     assert_eq!(rows(page, "The whole"), fields(&whole));
     for (heading, part) in [
         ("`nats`", fields(&Nats::default())),
+        ("`traces`", fields(&Traces::default())),
         ("`api-server`", fields(&ApiServers::default())),
         (
             "`context`, `decode`, `both`",

@@ -79,7 +79,7 @@ pub fn render(deployment: &Deployment) -> Result<String, Failure> {
         host => format!("{host}:"),
     };
     service.insert("ports".into(), json!([format!("{host}{outside}:{port}")]));
-    // The image's asks port 8000; with API keys it would have to know one.
+    // The image's asks port 8000; with API keys it would have to know one, and with TLS by what name the certificate calls it.
     let check = match inside.of_api_servers.is_empty() {
         true => {
             json!({"test": ["CMD", "baton", "status", "--url", format!("http://127.0.0.1:{port}")]})
@@ -130,6 +130,10 @@ pub fn render(deployment: &Deployment) -> Result<String, Failure> {
         }
     }
 
+    for (name, service) in monitoring() {
+        all.insert(name.to_owned(), service);
+    }
+
     let mut file = Map::new();
     file.insert("name".into(), json!(plain_name(&deployment.cluster)));
     file.insert("services".into(), Value::Object(all));
@@ -142,7 +146,42 @@ pub fn render(deployment: &Deployment) -> Result<String, Failure> {
     }
     let mut file = Value::Object(file);
     escape(&mut file);
-    Ok(format!("{HEAD}{}", to_yaml(&file)?))
+    // The one variable that Compose is to fill in.
+    let text = to_yaml(&file)?.replace(DASHBOARD, "${BATON_DASHBOARD:-./dashboard}");
+    Ok(format!("{HEAD}{text}"))
+}
+
+/// Stands for the directory with what Prometheus and Grafana are told.
+const DASHBOARD: &str = "@dashboard@";
+/// Newest of Prometheus' long-term support, and a Grafana that reads the dashboard's schema.
+const PROMETHEUS: &str = "prom/prometheus:v3.5.0";
+const GRAFANA: &str = "grafana/grafana:12.1.0";
+
+/// Prometheus and Grafana, which start with `--profile dashboard` alone. Both are for this host: whoever reaches Grafana sees the dashboard.
+fn monitoring() -> [(&'static str, Value); 2] {
+    let mount = |from: &str, to: &str| json!({"type": "bind", "source": format!("{DASHBOARD}/{from}"), "target": to, "read_only": true, "bind": {"create_host_path": false}});
+    let service = |image: &str, port: u16, volumes: &[Value]| json!({"image": image, "profiles": ["dashboard"], "ports": [format!("127.0.0.1:{port}:{port}")], "volumes": volumes, "restart": "on-failure"});
+    let mut grafana = service(
+        GRAFANA,
+        3000,
+        &[
+            mount("provisioning", "/etc/grafana/provisioning"),
+            mount("baton.json", "/etc/grafana/dashboards/baton.json"),
+        ],
+    );
+    grafana["depends_on"] = json!(["prometheus"]);
+    grafana["environment"] = json!({
+        "GF_AUTH_ANONYMOUS_ENABLED": "true",
+        "GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH": "/etc/grafana/dashboards/baton.json",
+        "GF_ANALYTICS_REPORTING_ENABLED": "false",
+        "GF_ANALYTICS_CHECK_FOR_UPDATES": "false",
+    });
+    let files = ["prometheus.yml", "baton.rules.yml"];
+    let files = files.map(|file| mount(file, &format!("/etc/prometheus/{file}")));
+    [
+        ("prometheus", service(PROMETHEUS, 9090, &files)),
+        ("grafana", grafana),
+    ]
 }
 
 fn nameless(mut words: Vec<String>) -> Vec<String> {
@@ -194,7 +233,9 @@ const HEAD: &str = "\
 # A cluster in containers, as `baton render compose --config FILE` writes it: change the file, not this.
 #
 #   docker compose -f FILE up
+#   docker compose -f FILE --profile dashboard up      # with Prometheus and Grafana, http://localhost:3000
 #
+# BATON_DASHBOARD names the directory with what those two are told, container/dashboard; else it is `dashboard` beside this file.
 # Model directories are where the file says on this host, and there inside the containers too. A limit on a worker's memory must
 # hold the weights, all of --kv-mib (1024 where nothing is said) and half a GiB. UCX moves KV over TCP between containers: their
 # shared memory is apart. A worker that gets SIGTERM finishes what it has, within its grace period.

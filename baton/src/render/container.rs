@@ -78,8 +78,14 @@ impl Inside {
             inside.of_all.extend(moved(flag, file));
         }
         let servers = &mut inside.deployment.api_server;
-        let keys = moved("api-keys-file", &mut servers.api_keys_file);
-        inside.of_api_servers.extend(keys);
+        for (flag, file) in [
+            ("api-keys-file", &mut servers.api_keys_file),
+            ("tls-cert", &mut servers.tls_cert),
+            ("tls-key", &mut servers.tls_key),
+            ("tls-client-ca", &mut servers.tls_client_ca),
+        ] {
+            inside.of_api_servers.extend(moved(flag, file));
+        }
         // From outside a container only this reaches it; who may is said outside.
         servers.api_server_host = "0.0.0.0".to_owned();
         inside

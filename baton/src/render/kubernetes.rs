@@ -96,6 +96,10 @@ impl<'a> Objects<'a> {
     fn api_servers(&mut self, inside: &Inside) -> Result<(), Failure> {
         let servers = &self.deployment.api_server;
         let (port, app) = (servers.port(), format!("{}-api-server", self.name));
+        let probe = |path: &str| match servers.scheme() {
+            "https" => json!({"path": path, "port": port, "scheme": "HTTPS"}),
+            _ => json!({"path": path, "port": port}),
+        };
         let name = self.name.clone();
         self.objects.push(("", service(&name, &app, port)));
         let secrets = [inside.of_api_servers.as_slice(), &inside.of_all].concat();
@@ -105,8 +109,8 @@ impl<'a> Objects<'a> {
             "args": inside.api_server_args()?,
             "env": self.environment(),
             "ports": [{"containerPort": port}],
-            "readinessProbe": {"httpGet": {"path": "/health", "port": port}, "periodSeconds": 2},
-            "livenessProbe": {"httpGet": {"path": "/live", "port": port}, "periodSeconds": 10, "timeoutSeconds": 5},
+            "readinessProbe": {"httpGet": probe("/health"), "periodSeconds": 2},
+            "livenessProbe": {"httpGet": probe("/live"), "periodSeconds": 10, "timeoutSeconds": 5},
             "lifecycle": {"preStop": {"exec": {"command": ["sleep", UNLISTED_S.to_string()]}}},
             "resources": {"requests": {"cpu": "1", "memory": "256Mi"}},
         });

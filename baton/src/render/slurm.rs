@@ -77,7 +77,7 @@ pub fn render(deployment: &Deployment) -> Result<String, Failure> {
             // For whoever is on that node.
             host => quoted(host),
         };
-        urls.push(format!("http://{host}:{port}"));
+        urls.push(format!("{}://{host}:{port}", servers.scheme()));
     }
     for (worker, (node, devices)) in workers.iter().zip(&places) {
         let Worker { name, role, group } = worker;

@@ -75,7 +75,7 @@ fn value<'a>(words: &'a [String], flag: &str) -> Option<&'a str> {
 const LARGE: &str = "\
 model: /models/llama
 nats: {request-plane-uri: 'nats://bus:4222', request-plane-credentials: /etc/baton/creds}
-api-server: {count: 2, api-keys-file: /etc/baton/keys, api-server-port: 9000, cors-origin: ['https://a.example']}
+api-server: {count: 2, api-keys-file: /etc/baton/keys, tls-cert: /etc/baton/cert.pem, tls-key: /etc/baton/key.pem, api-server-port: 9000, cors-origin: ['https://a.example']}
 context: [{devices: cuda:0-3, count: 2, tp-size: 2, drain-s: 100, memory-mib: 4096, cpus: 8}]
 decode: [{devices: cuda:4-7, tp-size: 4, model: /models/llama-fp8, kv-mib: 100}]
 both: [{ucx-tls: all}, {count: 3}]
@@ -174,6 +174,8 @@ fn secrets_are_mounted_and_never_in_the_clear() {
             assert_eq!(credentials, Some("/run/secrets/request-plane-credentials"));
             let keys = (words[0] == "api-server").then_some("/run/secrets/api-keys-file");
             assert_eq!(value(words, "--api-keys-file"), keys);
+            let tls_key = (words[0] == "api-server").then_some("/run/secrets/tls-key");
+            assert_eq!(value(words, "--tls-key"), tls_key);
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Which processes make the cluster on this host, and what each is told. Pure, but for the choice of free ports.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -30,6 +31,8 @@ pub struct Plan {
     devices: Vec<Devices>,
     /// By API server.
     ports: Vec<u16>,
+    /// Those that the system chose are taken until API servers start: NATS would get one of them otherwise, now and then.
+    held: RefCell<Vec<TcpListener>>,
     /// Where `baton` is.
     baton: PathBuf,
     log_format: LogFormat,
@@ -43,13 +46,20 @@ impl Plan {
     pub fn new(mut deployment: Deployment, log_format: LogFormat) -> Result<Self, Failure> {
         let devices = deal(&deployment)?;
         share_threads(&mut deployment);
+        let (ports, held) = ports(&deployment.api_server)?;
         Ok(Self {
             devices,
-            ports: ports(&deployment.api_server)?,
+            ports,
+            held: RefCell::new(held),
             deployment,
             baton: std::env::current_exe()?,
             log_format,
         })
+    }
+
+    /// Lets go of the ports that API servers are to have, which start next.
+    pub fn let_ports_go(&self) {
+        self.held.borrow_mut().clear();
     }
 
     /// Where the API servers answer on this host.
@@ -60,7 +70,8 @@ impl Plan {
             host if host.contains(':') && !host.starts_with('[') => format!("[{host}]"),
             host => host.to_owned(),
         };
-        let url = |port| format!("http://{host}:{port}");
+        let scheme = self.deployment.api_server.scheme();
+        let url = |port| format!("{scheme}://{host}:{port}");
         self.ports.iter().map(url).collect()
     }
 
@@ -170,14 +181,20 @@ fn share_threads(deployment: &mut Deployment) {
     }
 }
 
-/// A port for each API server: the named one and those after it, or free ones.
-fn ports(servers: &ApiServers) -> Result<Vec<u16>, Failure> {
+/// A port for each API server: the named one and those after it, or free ones; and what keeps from others those that the system chose.
+fn ports(servers: &ApiServers) -> Result<(Vec<u16>, Vec<TcpListener>), Failure> {
     let host = servers.api_server_host.as_str();
-    let mut ports = Vec::new();
+    let (mut ports, mut held) = (Vec::new(), Vec::new());
     for _ in 0..servers.count {
         let last: Option<u16> = ports.last().copied();
         let port = match (servers.api_server_port, last) {
-            (Some(0), _) => port(host, Some(0), ApiServers::PORT)?,
+            (Some(0), _) => {
+                let listener = TcpListener::bind((bare(host), 0))
+                    .map_err(|error| format!("cannot listen on {host}: {error}"))?;
+                let port = listener.local_addr()?.port();
+                held.push(listener);
+                port
+            }
             // check() has seen to it that there are so many.
             (Some(first), None) => port(host, Some(first), first)?,
             (Some(_), Some(last)) => port(host, Some(last.saturating_add(1)), last)?,
@@ -189,18 +206,19 @@ fn ports(servers: &ApiServers) -> Result<Vec<u16>, Failure> {
         };
         ports.push(port);
     }
-    Ok(ports)
+    Ok((ports, held))
+}
+
+/// An address without the brackets that URLs have around one of IPv6.
+fn bare(host: &str) -> &str {
+    host.trim_matches(['[', ']'])
 }
 
 /// The named port if it is free, or a free one at or after `first`.
 fn port(host: &str, named: Option<u16>, first: u16) -> Result<u16, Failure> {
-    let host = host.trim_matches(['[', ']']);
+    let host = bare(host);
     let bind = |port| TcpListener::bind((host, port)).and_then(|listener| listener.local_addr());
     match named {
-        // The system's choice could be given away before the API server takes it, but it goes round before it repeats.
-        Some(0) => Ok(bind(0)
-            .map_err(|error| format!("cannot listen on {host}: {error}"))?
-            .port()),
         Some(port) => match bind(port) {
             Ok(_) => Ok(port),
             Err(error) => {
@@ -268,28 +286,74 @@ mod tests {
             .collect()
     }
 
+    fn refusal(line: &str) -> String {
+        flags::deployment(&args(line)).unwrap_err().to_string()
+    }
+
     #[test]
     fn counts_make_workers() {
-        assert_eq!(names(""), ["context-0", "decode-0"]);
         assert_eq!(names("--both-worker-count 1"), ["both-0"]);
+        for line in [
+            "--context-worker-count 1 --decode-worker-count 1",
+            "--context-worker-count 1",
+            "--decode-worker-count 1",
+            "--both-worker-count 0",
+        ] {
+            assert_eq!(names(line), ["context-0", "decode-0"], "{line}");
+        }
         assert_eq!(
-            names("--context-worker-count 2 --generate-worker-count 1 --worker-name a"),
+            names("--context-worker-count 2 --decode-worker-count 1 --worker-name a"),
             ["a-context-0", "a-context-1", "a-decode-0"]
         );
         assert_eq!(
-            names("--both-worker-count 1 --generate-worker-count 1"),
+            names("--both-worker-count 1 --decode-worker-count 1"),
             ["decode-0", "both-0"]
         );
     }
 
     #[test]
-    fn a_cluster_that_could_not_serve_is_refused() {
-        for line in [
-            "--context-worker-count 0",
-            "--generate-worker-count 0",
-            "--worker-name a.b",
+    fn without_counts_workers_do_both() {
+        for (line, workers) in [
+            ("", 2),
+            ("--device fake", 2),
+            ("--tp-size 2", 2),
+            ("--device cuda:1", 1),
+            ("--device cuda:0-3", 4),
+            ("--device cuda:0-3 --tp-size 2", 2),
+            ("--device cuda:0-3 --tp-size 4", 1),
         ] {
-            assert!(flags::deployment(&args(line)).is_err(), "{line}");
+            let wanted: Vec<_> = (0..workers).map(|n| format!("both-{n}")).collect();
+            assert_eq!(names(line), wanted, "{line}");
+        }
+        for (line, why) in [
+            (
+                "--device cuda:0-2 --tp-size 2",
+                "is 3 GPUs, which workers of 2 ranks",
+            ),
+            (
+                "--device cuda:0-1 --tp-size 4",
+                "is 2 GPUs, which workers of 4 ranks",
+            ),
+            ("--device cuda:0 --tp-size 2", "is one GPU"),
+        ] {
+            let said = refusal(line);
+            assert!(said.contains(why), "{line}: {said}");
+        }
+    }
+
+    #[test]
+    fn a_cluster_that_could_not_serve_is_refused() {
+        for (line, why) in [
+            ("--context-worker-count 0", "nobody would run prompts"),
+            ("--decode-worker-count 0", "nobody would generate"),
+            (
+                "--context-worker-count 0 --decode-worker-count 0",
+                "nobody would run prompts",
+            ),
+            ("--worker-name a.b", "a.b"),
+        ] {
+            let said = refusal(line);
+            assert!(said.contains(why), "{line}: {said}");
         }
     }
 
@@ -301,22 +365,41 @@ mod tests {
             ("--tp-size 2 --context-tp-size 4", Some("4"), Some("2")),
             ("--context-tp-size 4", Some("4"), None),
         ] {
-            let lines = lines(&plan(line));
+            let lines = lines(&plan(&format!("--context-worker-count 1 {line}")));
             let told: Vec<_> = lines[1..]
                 .iter()
                 .map(|line| value(line, "--tp-size"))
                 .collect();
             assert_eq!(told, [context, decode], "{line}");
         }
+        // Where nobody is a context worker it means nothing.
+        for line in [
+            "--context-tp-size 4",
+            "--context-tp-size 4 --both-worker-count 2",
+        ] {
+            let said = refusal(line);
+            assert!(
+                said.contains("--context-tp-size is for context workers"),
+                "{said}"
+            );
+        }
     }
 
     #[test]
     fn gpus_are_dealt_out_in_order_and_one_is_for_all() {
         for (line, devices) in [
-            ("--device cuda:0", vec!["cuda:0", "cuda:0"]),
+            ("--device cuda:0", vec!["cuda:0"]),
             ("--device cuda:1,0", vec!["cuda:1", "cuda:0"]),
             (
-                "--device cuda:0-7 --tp-size 2 --context-tp-size 4 --generate-worker-count 2",
+                "--device cuda:0 --decode-worker-count 1",
+                vec!["cuda:0", "cuda:0"],
+            ),
+            (
+                "--device cuda:0-3 --tp-size 2",
+                vec!["cuda:0-1", "cuda:2-3"],
+            ),
+            (
+                "--device cuda:0-7 --tp-size 2 --context-tp-size 4 --decode-worker-count 2",
                 vec!["cuda:0-3", "cuda:4-5", "cuda:6-7"],
             ),
         ] {
@@ -327,8 +410,8 @@ mod tests {
                 .collect();
             assert_eq!(told, devices, "{line}");
         }
-        for line in ["--device cuda:0-2", "--device cuda:0-2 --tp-size 2"] {
-            let error = flags::deployment(&args(line)).unwrap_err().to_string();
+        for line in ["", "--tp-size 2"] {
+            let error = refusal(&format!("--device cuda:0-2 --decode-worker-count 1 {line}"));
             assert!(error.contains("GPUs"), "{error}");
         }
     }
@@ -344,6 +427,16 @@ mod tests {
         assert_eq!(threads(line).as_deref(), Some("1"));
         assert!(threads("--both-worker-count 1").is_some());
         assert_eq!(threads("--device fake --threads 8"), None);
+    }
+
+    #[test]
+    fn a_port_that_the_system_chose_is_nobody_else_s_until_it_is_wanted() {
+        let plan = plan("--device fake");
+        let url = &plan.urls()[0];
+        let address = url.strip_prefix("http://").unwrap();
+        assert!(TcpListener::bind(address).is_err(), "{url} could be taken");
+        plan.let_ports_go();
+        assert!(TcpListener::bind(address).is_ok());
     }
 
     #[test]

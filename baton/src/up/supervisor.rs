@@ -18,6 +18,8 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use crate::systemd;
+
 /// A longer log line is shown in pieces.
 const LINE_BYTES_MAX: u64 = 64 << 10;
 /// How long a killed process may take to disappear: longer means a stuck kernel call.
@@ -74,7 +76,10 @@ impl std::fmt::Display for Exit {
             self.lived.as_secs_f32()
         )?;
         match self.telling_line() {
-            Some(line) => write!(f, "; it said: {line}"),
+            Some(line) => {
+                let line = line.strip_prefix("baton: ").unwrap_or(line);
+                write!(f, "; it said: {line}")
+            }
             None => write!(f, " and said nothing"),
         }
     }
@@ -139,6 +144,10 @@ impl Supervisor {
             }
         };
         command.args(&spec.args).process_group(0).kill_on_drop(true);
+        // systemd's words are for this process.
+        for variable in systemd::VARIABLES {
+            command.env_remove(variable);
+        }
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -108,12 +108,12 @@ fn letters<'a>(texts: impl Iterator<Item = &'a str>) -> Vec<char> {
     all
 }
 
-fn letters_out(result: &Result) -> Vec<char> {
+fn letters_out(format: Format, result: &Result) -> Vec<char> {
     let mut texts = vec![result.reasoning.as_str(), result.content.as_str()];
     for (id, name, arguments) in &result.calls {
         match id {
-            // It holds the name.
-            Some(id) if id.starts_with("functions.") => texts.push(id),
+            // It is all of the call's head, the name with it.
+            Some(id) if format == Format::Kimi => texts.push(id),
             Some(id) => texts.extend([id.as_str(), name]),
             None => texts.push(name),
         }
@@ -142,7 +142,7 @@ proptest! {
             false => vec![text(&input)],
         };
         let result = run(format, reasoning, &pieces);
-        prop_assert_eq!(letters_out(&result), letters(std::iter::once(input.as_str())), "{:?}", result);
+        prop_assert_eq!(letters_out(format, &result), letters(std::iter::once(input.as_str())), "{:?}", result);
     }
 
     #[test]

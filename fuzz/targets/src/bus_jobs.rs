@@ -113,6 +113,7 @@ pub fn bus_jobs(data: &[u8]) {
                     spec,
                     prompt_logprobs: prompt_logprobs.map(|top| top % 21),
                     constraint: None,
+                    stream: false,
                 });
                 if submitted.is_err() {
                     specs.remove(&key);

@@ -7,8 +7,9 @@ use tokio::time::Instant;
 use arbitrary::{Arbitrary, Unstructured};
 use baton_api_server::fuzzing::{Constraints, Fleet, Membership, Outstanding, Target};
 use baton_protocol::{
-    ApiBeat, ApiServerId, Beat, Capacity, HandleId, Incarnation, KvHandle, Load, ModelInfo, Nonce,
-    PROTOCOL_VERSION, PeerHealth, PeerState, PrefillTimings, Role, WorkerId, WorkerState,
+    ApiBeat, ApiServerId, Beat, Capacity, CostPoint, HandleId, Incarnation, KvHandle, Load,
+    ModelInfo, Nonce, PROTOCOL_VERSION, PeerHealth, PeerState, PrefillTimings, Role, Service,
+    StepCost, Tier, WorkerId, WorkerState,
 };
 
 use crate::fixture;
@@ -26,6 +27,8 @@ enum Happens {
         chain: Vec<u64>,
         refused: Vec<u8>,
         failed: Vec<u8>,
+        is_batch: bool,
+        itl_ms: Option<u32>,
     },
 }
 
@@ -40,6 +43,9 @@ struct Beaten {
     load: [u32; 8],
     capacity: [u32; 3],
     peers: Vec<(u8, u8, u8)>,
+    cost: Option<[u16; 5]>,
+    itl_ms: Option<u32>,
+    step_tokens: Option<u32>,
 }
 
 /// Whoever is picked is there, serves, and can do what it is picked for.
@@ -80,7 +86,13 @@ pub fn fleet(data: &[u8]) {
                 chain,
                 refused,
                 failed,
+                is_batch,
+                itl_ms,
             } => {
+                let tier = match is_batch {
+                    true => Tier::Batch,
+                    false => Tier::Interactive,
+                };
                 let [refused, failed] =
                     [refused, failed].map(|list| list.into_iter().map(name).collect::<Vec<_>>());
                 let model = fixture::fingerprint();
@@ -88,15 +100,35 @@ pub fn fleet(data: &[u8]) {
                     model: &model,
                     refused: &refused,
                     failed: &failed,
+                    service: Service {
+                        tier,
+                        priority: 0,
+                        itl_ms,
+                    },
+                    max_tokens: 1000,
                     now,
                 };
-                let _ = fleet.decode_wait(&model, now, prompt_tokens as usize);
+                let _ =
+                    fleet.decode_wait(&model, rules.service, now, (prompt_tokens as usize, 1000));
                 let context = fleet.choose_context(rules, prompt_tokens as usize, &chain);
-                let Some(context) = context else { continue };
+                let Some((context, source)) = context else {
+                    continue;
+                };
+                if let Some(source) = &source {
+                    assert!(source.pull_us.is_finite());
+                    assert!((source.prefix.tokens as usize) < prompt_tokens as usize);
+                    assert!(source.prefix.worker != context.worker);
+                }
                 assert!(serves(fleet.members(), &context, now).prefills());
                 assert!(!refused.contains(&context.worker));
+                let tokens = prompt_tokens as usize;
+                let first =
+                    fleet.first_token(&context.worker, tier, tokens, &chain, source.as_ref());
+                if let Some(first) = first {
+                    assert!(first.alone <= first.expected);
+                }
                 let handle = handle(&context);
-                if let Some(decode) = fleet.choose_decode(rules, &handle) {
+                if let Some(decode) = fleet.choose_decode(rules, &handle, &chain) {
                     assert!(serves(fleet.members(), &decode, now).decodes());
                     assert!(
                         fleet
@@ -128,6 +160,12 @@ fn job(tokens: u32, decodes: u32) -> Outstanding {
         prefill_tokens: tokens as usize,
         staged: 1,
         decodes: decodes as usize,
+        decode_tokens: decodes as usize * tokens as usize,
+        batch_tokens: tokens as usize / 2,
+        batch_prompts: 1,
+        batch_decodes: decodes as usize / 2,
+        pulls: decodes as usize / 3,
+        pull_tokens: tokens as usize / 3,
     }
 }
 
@@ -176,6 +214,8 @@ fn beat(beaten: Beaten) -> Beat {
             waiting_tokens,
             decoding: running,
             decoding_tokens: waiting_tokens.into(),
+            batch_tokens: waiting_tokens / 2,
+            batch_decoding: running / 2,
             leased,
             pulling,
             blocks_used,
@@ -202,16 +242,34 @@ fn beat(beaten: Beaten) -> Beat {
                 transport: String::new(),
                 gigabytes_per_second: f32::NAN,
                 pulled_gigabytes_per_second: None,
+                pulled_bytes: 0,
                 error: None,
             })
             .collect(),
         changes: None,
         transport: String::new(),
         decode_ms: waiting,
-        cost: None,
-        itl_ms: None,
-        step_tokens: None,
+        cost: beaten.cost.map(cost),
+        cost_error: None,
+        itl_ms: beaten.itl_ms,
+        step_tokens: beaten.step_tokens,
+        prefix_version: None,
+        streams: false,
+        leases_prefixes: false,
         reason: None,
+    }
+}
+
+fn cost([first, second, row, kv, pair]: [u16; 5]) -> StepCost {
+    let point = |tokens, us: u16| CostPoint {
+        tokens,
+        us: us.into(),
+    };
+    StepCost {
+        layers: vec![point(1, first), point(1024, second)],
+        row_us: row.into(),
+        kv_token_us: f32::from(kv) / 1e3,
+        pair_us: f32::from(pair) / 1e6,
     }
 }
 
@@ -226,10 +284,11 @@ fn handle(context: &Target) -> KvHandle {
         runs: Vec::new(),
         valid_tokens: 1,
         lease_ms: 1,
-        first_token: 1,
+        first_token: Some(1),
         first_logprobs: None,
         finish: None,
         cached_tokens: 0,
         timings: PrefillTimings::default(),
+        prefix_pull: None,
     }
 }

@@ -124,6 +124,9 @@ fn runs(params: &Params, tokens: Vec<u32>, max_tokens: Option<u32>) {
             service: baton_protocol::Service::default(),
         },
         prompt_logprobs: None,
+        stream: false,
+        source: None,
+        trace: None,
     };
     let bytes = encode(&job).expect("a prompt within the model's bound fits a message");
     let mut heard: PrefillJob = decode(&bytes).expect("it is read as it was written");

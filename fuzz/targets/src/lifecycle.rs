@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use arbitrary::{Arbitrary, Unstructured};
-use baton_api_server::fuzzing::{Action, Input, Lifecycle, NoReply, Rules, Target};
+use baton_api_server::fuzzing::{Action, Input, Lifecycle, NoReply, Overbooked, Rules, Target};
 use baton_protocol::{
     DecodeReply, End, Failure, FailureCode, FinishReason, FrameItem, HandleId, Incarnation,
-    KvHandle, Nonce, PROTOCOL_VERSION, PrefillReply, PrefillTimings, PullReport, Refusal,
-    RequestId, TokenLogprobs, WorkerId,
+    KvHandle, Nonce, PROTOCOL_VERSION, PrefillReply, PrefillTimings, ProgressReply, PullReport,
+    Refusal, RequestId, TokenLogprobs, WorkerId,
 };
 
 use crate::fixture;
@@ -29,6 +29,15 @@ enum Said {
         finish: Option<bool>,
         logprobs: u8,
     },
+    Begun(Who, u8),
+    Running,
+    Done {
+        token: u8,
+        finish: Option<bool>,
+        logprobs: u8,
+    },
+    PromptFailed(u8),
+    NoProgress(u8),
     PrefillRefused(Why),
     PrefillFailed(u8),
     NoPrefill(u8),
@@ -151,6 +160,32 @@ fn input(said: Said, attempts: u32, output: usize) -> Input {
             handle: Box::new(handle(who, token, finish, logprobs)),
             prompt_logprobs: (logprobs > 100).then(|| probabilities(logprobs)),
         })),
+        Said::Begun(who, logprobs) => Input::Prefill(Ok(PrefillReply::Begun {
+            v: V,
+            handle: Box::new(KvHandle {
+                first_token: None,
+                ..handle(who, 0, None, logprobs)
+            }),
+        })),
+        Said::Running => Input::Progress(Ok(ProgressReply::Running { v: V, tokens: 1 })),
+        Said::Done {
+            token,
+            finish,
+            logprobs,
+        } => Input::Progress(Ok(ProgressReply::Done {
+            v: V,
+            first_token: token.into(),
+            first_logprobs: probabilities(logprobs).pop(),
+            finish: finish.map(|stop| match stop {
+                true => FinishReason::Stop,
+                false => FinishReason::Length,
+            }),
+        })),
+        Said::PromptFailed(code) => Input::Progress(Ok(ProgressReply::Failed {
+            v: V,
+            failure: failure(code),
+        })),
+        Said::NoProgress(why) => Input::Progress(Err(no_reply(why))),
         Said::PrefillRefused(why) => Input::Prefill(Ok(PrefillReply::Refused {
             v: V,
             refusal: refusal(why),
@@ -196,6 +231,8 @@ fn input(said: Said, attempts: u32, output: usize) -> Input {
             pulled: pulled.then_some(PullReport {
                 bytes: u64::MAX,
                 seconds: f32::INFINITY,
+                handover_seconds: Some(f32::NAN),
+                parts: None,
             }),
             end: end.map(|end| match end {
                 Ended::Stop => End::Finished(FinishReason::Stop),
@@ -215,6 +252,10 @@ fn input(said: Said, attempts: u32, output: usize) -> Input {
         Said::ClientStalled => Input::ClientStalled,
         Said::LeaseLost => Input::LeaseLost,
         Said::Overbooked(wait, retry_after) => Input::Overbooked {
+            why: match wait % 2 {
+                0 => Overbooked::Prompt,
+                _ => Overbooked::Decode,
+            },
             wait: Duration::from_millis(wait.into()),
             retry_after: Duration::from_millis(retry_after.into()),
         },
@@ -244,7 +285,7 @@ fn handle(who: Who, token: u8, finish: Option<bool>, logprobs: u8) -> KvHandle {
         runs: Vec::new(),
         valid_tokens: u32::MAX,
         lease_ms: 0,
-        first_token: token.into(),
+        first_token: Some(token.into()),
         first_logprobs: probabilities(logprobs).pop(),
         finish: finish.map(|stop| match stop {
             true => FinishReason::Stop,
@@ -255,6 +296,7 @@ fn handle(who: Who, token: u8, finish: Option<bool>, logprobs: u8) -> KvHandle {
             queue_ms: f32::INFINITY,
             compute_ms: -1.0,
         },
+        prefix_pull: None,
     }
 }
 

@@ -2,12 +2,14 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use baton_tests::Turn;
 use baton_tests::chaos::{self, Options, Plan, Reference, Tally};
 use clap::{Parser, ValueEnum};
+use serde_json::json;
 
 /// Breaks a cluster of real processes under load, seed by seed, and says what came of it.
 #[derive(Parser)]
@@ -27,6 +29,9 @@ struct Arguments {
     /// What workers compute on: real weights, or a fake that bears much load
     #[arg(long, default_value = "cpu")]
     device: Device,
+    /// Run each seed without its faults first, and write here how long first tokens took without and with them
+    #[arg(long, conflicts_with = "soak")]
+    json: Option<PathBuf>,
     /// Only say what the seeds would do
     #[arg(long)]
     dry_run: bool,
@@ -64,24 +69,46 @@ async fn main() -> ExitCode {
         let tally = chaos::soak(&turn, time, &options, &mut reference).await;
         return end(&tally);
     }
-    let mut sum = Tally::default();
+    // Without faults and with them.
+    let [mut calm, mut sum] = [Tally::default(), Tally::default()];
+    let mut seeds = Vec::new();
     let mut failed = Vec::new();
     for seed in arguments.seeds.into_iter().chain(more) {
         let since = Instant::now();
         let plan = Plan::of(seed, &options);
         print!("{plan}");
+        seeds.push(seed);
+        let mut clean = true;
+        if arguments.json.is_some() {
+            let tally = chaos::run(&turn, &plan.calm(), &mut reference).await;
+            println!("seed {seed} without faults: {tally} ({})", tally.kinds());
+            clean = tally.clean();
+            calm.add(&tally);
+        }
         let tally = chaos::run(&turn, &plan, &mut reference).await;
         println!(
             "seed {seed}: {tally} ({}) in {:.0?}",
             tally.kinds(),
             since.elapsed()
         );
-        if !tally.clean() {
+        if !(clean && tally.clean()) {
             failed.push(seed.to_string());
         }
         sum.add(&tally);
     }
     drop(reference);
+    if let Some(path) = &arguments.json {
+        let report = json!({
+            "device": device, "rate": options.rate, "seconds": options.span.as_secs(), "seeds": seeds,
+            "phases": {"calm": calm.firsts.report(), "broken": sum.firsts.report()},
+        });
+        if let Err(error) = std::fs::write(path, format!("{report:#}\n")) {
+            println!("cannot write {}: {error}", path.display());
+            return ExitCode::FAILURE;
+        }
+        // What is amiss without faults is amiss all the more.
+        sum.add(&calm);
+    }
     if !failed.is_empty() {
         println!(
             "to see it again: tests/chaos.sh --device {device} --seeds {}",

@@ -120,7 +120,10 @@ impl Asking {
             .no_proxy()
             .pool_max_idle_per_host(0)
             .build()?;
-        let request = client.post(format!("{}{}", self.base, self.ask.path));
+        let mut request = client.post(format!("{}{}", self.base, self.ask.path));
+        for (name, value) in &self.ask.headers {
+            request = request.header(*name, value);
+        }
         request.json::<Value>(&body).send().await
     }
 }

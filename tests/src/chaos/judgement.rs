@@ -10,7 +10,7 @@ use super::load::{Arrival, Ask};
 use super::said::Said;
 use super::schedule::Target;
 use super::tally::Tally;
-use super::verdict::{Verdict, judge};
+use super::verdict::{Failure, Verdict, judge};
 
 /// Bytes of a body that a report shows.
 const SHOWN_BYTES: usize = 3000;
@@ -29,12 +29,16 @@ pub struct Judgement<'a> {
     pub roles: &'a [Role],
     /// What a request may take at each API server.
     pub budgets: &'a [Duration],
+    /// Whether anything was promised: then requests may be refused for it.
+    pub promised: bool,
 }
 
 impl Judgement<'_> {
     /// Counts one request, and tells its story if it was treated wrongly.
     pub fn count(&self, arrival: &Arrival, story: &Story, tally: &mut Tally) {
-        match self.verdict(arrival, story) {
+        let verdict = self.verdict(arrival, story);
+        tally.firsts.note(arrival.reader, story, &verdict);
+        match verdict {
             Verdict::Right => tally.answered += 1,
             Verdict::Left => tally.left += 1,
             Verdict::Error(failure) => {
@@ -69,6 +73,9 @@ impl Judgement<'_> {
             server: arrival.server,
             budget: self.budgets[arrival.server],
         };
+        if failure == Failure::Promise && !self.promised {
+            return Verdict::Wrong("refused for a promise that nobody made".to_owned());
+        }
         match excused(failure, life, self.windows, self.roles) {
             Ok(()) => verdict,
             Err(reason) => Verdict::Wrong(format!("{}, but {reason}", failure.label())),
@@ -77,7 +84,11 @@ impl Judgement<'_> {
 
     /// The story of a request that was treated wrongly.
     fn tell(&self, what: &str, reason: &str, arrival: &Arrival, story: &Story) {
-        let Ask { path, body } = &self.asks[arrival.ask];
+        let Ask {
+            path,
+            body,
+            headers,
+        } = &self.asks[arrival.ask];
         let came = String::from_utf8_lossy(&story.body);
         let shown = came
             .char_indices()
@@ -87,7 +98,7 @@ impl Judgement<'_> {
             "seed {}, a request at {:.3?}: {what}: {reason}",
             self.seed, arrival.at
         );
-        println!("  asked: {path} {body}");
+        println!("  asked: {path} {headers:?} {body}");
         println!(
             "  at API server {}, by {:?}",
             arrival.server, arrival.reader

@@ -17,6 +17,8 @@ pub struct Ask {
     pub path: &'static str,
     /// The body, without `model`, `stream` and `stream_options`.
     pub body: Value,
+    /// Headers, in which it asks for other times than are promised.
+    pub headers: Vec<(&'static str, String)>,
 }
 
 /// What the client does with the answer.
@@ -216,7 +218,11 @@ fn ask(draw: &mut Draw, number: usize) -> Ask {
         true => "/v1/chat/completions",
         false => "/v1/completions",
     };
-    Ask { path, body }
+    Ask {
+        path,
+        body,
+        headers: Vec::new(),
+    }
 }
 
 #[cfg(test)]

@@ -4,19 +4,21 @@
 //! ([`schedule`]). [`trial`] runs one seed: it learns the undisturbed answers ([`mod@reference`]), lets clients ask
 //! ([`client`]) while faults are carried out ([`attack`]), and then judges each request ([`verdict`], over what it
 //! [`said`]; [`judgement`] counts them) and the cluster ([`audit`]). Errors are allowed only where a fault accounts for them ([`excuse`]).
-//! [`mod@soak`] is the opposite: hours without a fault, and what the processes hold meanwhile.
+//! [`firsts`] has how long first tokens took. [`mod@soak`] is the opposite: hours without a fault, and what the processes hold meanwhile.
 
 mod attack;
 pub(crate) mod audit;
 pub(crate) mod client;
 mod draw;
 mod excuse;
+mod firsts;
 mod judgement;
 pub(crate) mod load;
 mod plan;
 mod reference;
 pub(crate) mod said;
 mod schedule;
+mod service;
 mod shape;
 pub(crate) mod soak;
 mod tally;
@@ -24,6 +26,7 @@ mod trial;
 pub(crate) mod verdict;
 pub(crate) mod vitals;
 
+pub use firsts::Firsts;
 pub use plan::{Options, Plan};
 pub use reference::Reference;
 pub use soak::soak;

@@ -51,9 +51,21 @@ impl Plan {
         let shape = Shape::of(seed, options.device);
         Self {
             seed,
-            load: Load::of(seed, options.span, options.rate, shape.api_servers),
+            load: Load::of(seed, options.span, options.rate, shape.api_servers)
+                .with_classes(seed, shape.promised),
             schedule: Schedule::of(seed, &shape, options.span, options.fault_every),
             shape,
+        }
+    }
+}
+
+impl Plan {
+    /// The same cluster and the same load, and nothing happens to them.
+    #[must_use]
+    pub fn calm(&self) -> Self {
+        Self {
+            schedule: Schedule(Vec::new()),
+            ..self.clone()
         }
     }
 }

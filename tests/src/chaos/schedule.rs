@@ -180,8 +180,7 @@ fn fault(draw: &mut Draw, shape: &Shape, workers_only: bool, left: Duration) -> 
         (2, Fault::Replace { worker }),
     ];
     if shape.network {
-        let context = draw.index(shape.context);
-        let decode = shape.context + draw.index(shape.decode);
+        let (context, decode) = pair(draw, shape);
         kinds.extend([
             (
                 4,
@@ -214,6 +213,16 @@ fn fault(draw: &mut Draw, shape: &Shape, workers_only: bool, left: Duration) -> 
         ]);
     }
     draw.weighed(&kinds)
+}
+
+/// Two workers between which KV moves.
+fn pair(draw: &mut Draw, shape: &Shape) -> (usize, usize) {
+    if shape.context == 0 || shape.decode == 0 {
+        let (one, all) = (draw.index(shape.both), shape.both);
+        return (one, (one + 1 + draw.index(all - 1)) % all);
+    }
+    let context = draw.index(shape.context);
+    (context, shape.context + draw.index(shape.decode))
 }
 
 impl fmt::Display for Fault {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use baton_protocol::Role;
 
 use super::draw::Draw;
+use super::service::Promised;
 use crate::setup::Setup;
 
 /// What the cluster under test is made of.
@@ -21,6 +22,8 @@ pub struct Shape {
     pub decode: usize,
     /// Workers that do both.
     pub both: usize,
+    /// What they promise; else nothing.
+    pub promised: Option<Promised>,
     /// API servers.
     pub api_servers: usize,
     /// Whether an API server that is started again has the name it had.
@@ -57,12 +60,19 @@ impl Shape {
             ("cpu", 3) => [3, 3],
             _ => [1, 1],
         };
+        let both = usize::from(draw.percent(30));
+        // Three do both sides in every third seed: KV moves among them. Without a draw too.
+        let [context, decode, both] = match seed % 3 {
+            0 => [0, 0, 3],
+            _ => [2, 2, both],
+        };
         Self {
             device,
             ranks,
-            context: 2,
-            decode: 2,
-            both: usize::from(draw.percent(30)),
+            context,
+            decode,
+            both,
+            promised: Promised::of(seed, device),
             api_servers,
             same_name: seed.is_multiple_of(2),
             budget_s: (0..api_servers)
@@ -109,6 +119,9 @@ impl Shape {
         if !self.prefix_cache {
             worker_args.push("--no-prefix-cache".to_owned());
         }
+        if let Some(promised) = self.promised {
+            worker_args.extend(promised.worker_args(self.device));
+        }
         Setup {
             tp_sizes: self.ranks.map(|ranks| (ranks > 1).then_some(ranks)),
             context: self.context,
@@ -131,7 +144,7 @@ impl fmt::Display for Shape {
         write!(
             f,
             "{} context, {} decode, {} both on {}, {} and {} ranks; API servers with {} names and budgets of {:?} s; {} MiB of KV, batch {}, queue {}, \
-             steps of {} tokens, leases of {} ms, prefix cache {}, UCX over {}, {}",
+             steps of {} tokens, leases of {} ms, prefix cache {}, UCX over {}, {}, {}",
             self.context,
             self.decode,
             self.both,
@@ -153,7 +166,11 @@ impl fmt::Display for Shape {
             match self.network {
                 true => "each worker on a host of its own",
                 false => "all on one host",
-            }
+            },
+            self.promised.map_or_else(
+                || "nothing promised".to_owned(),
+                |promised| promised.to_string()
+            ),
         )
     }
 }

@@ -97,6 +97,7 @@ pub(crate) async fn soak_beside(
         windows: &[],
         roles: &[],
         budgets: &clients.budgets,
+        promised: false,
     };
     let mut tally = Tally::default();
     let mut looks = Looks::default();

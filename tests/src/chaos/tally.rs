@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use super::firsts::Firsts;
 use super::verdict::Failure;
 
 /// Counts over one seed or many.
@@ -20,6 +21,8 @@ pub struct Tally {
     pub leaked: usize,
     /// Streams with a hole.
     pub gaps: usize,
+    /// How long first tokens took.
+    pub firsts: Firsts,
 }
 
 impl Tally {
@@ -35,6 +38,7 @@ impl Tally {
         self.wrong += other.wrong;
         self.leaked += other.leaked;
         self.gaps += other.gaps;
+        self.firsts.add(&other.firsts);
         for (failure, count) in &other.errors {
             *self.errors.entry(*failure).or_default() += count;
         }

@@ -9,6 +9,7 @@ use super::client::Clients;
 use super::judgement::Judgement;
 use super::plan::Plan;
 use super::reference::Reference;
+use super::service::Promised;
 use super::tally::Tally;
 use crate::cluster::Cluster;
 use crate::netns::Network;
@@ -82,6 +83,7 @@ pub async fn run(turn: &Turn, plan: &Plan, reference: &mut Reference) -> Tally {
         windows: &windows,
         roles: &plan.shape.roles(),
         budgets: &clients.budgets,
+        promised: plan.shape.promised.is_some(),
     };
     let mut tally = Tally::default();
     for (arrival, story) in arrivals.iter().zip(&stories) {
@@ -106,6 +108,12 @@ async fn start(turn: &Turn, plan: &Plan, network: Option<Arc<Network>>) -> Clust
             "--request-budget-s".to_owned(),
             plan.shape.budget_s[server].to_string(),
         ];
+        args.extend(
+            plan.shape
+                .promised
+                .map(Promised::api_args)
+                .unwrap_or_default(),
+        );
         if plan.shape.same_name {
             args.extend(["--api-server-name".to_owned(), format!("api-{server}")]);
         }

@@ -26,6 +26,8 @@ pub enum Verdict {
 pub enum Failure {
     /// 503 `busy`: every worker refused for want of room.
     Busy,
+    /// The same, because its first token would come later than promised.
+    Promise,
     /// 503 `no_worker`: nobody there to do it.
     NoWorker,
     /// 503 `bus_unavailable`.
@@ -50,6 +52,9 @@ impl Failure {
 
     /// Its name in reports.
     pub fn label(self) -> &'static str {
+        if self == Self::Promise {
+            return "refused";
+        }
         let row = Self::TABLE.iter().find(|(_, _, failure)| *failure == self);
         row.map_or("connection", |(_, code, _)| code)
     }
@@ -117,6 +122,13 @@ fn refused(story: &Story, status: u16) -> Verdict {
     named(&body, Some(status))
 }
 
+/// Whether a request was refused because what was promised cannot be kept.
+fn is_for_promise(message: &Value) -> bool {
+    message
+        .as_str()
+        .is_some_and(|message| message.contains("later than promised"))
+}
+
 /// An error body in OpenAI's form, of a kind that may be told.
 fn named(body: &Value, status: Option<u16>) -> Verdict {
     let error = &body["error"];
@@ -127,6 +139,9 @@ fn named(body: &Value, status: Option<u16>) -> Verdict {
         error["code"] == *code && status.is_none_or(|status| status == *its)
     });
     match found {
+        Some((_, _, Failure::Busy)) if is_for_promise(&error["message"]) => {
+            Verdict::Error(Failure::Promise)
+        }
         Some((_, _, failure)) if spoken && error["type"].is_string() => Verdict::Error(failure),
         _ => Verdict::Wrong(format!(
             "an error that no fault leads to: {status:?} {body}"
@@ -191,6 +206,15 @@ mod tests {
         let busy = r#"{"error":{"message":"every worker is full","type":"overloaded_error","code":"busy"}}"#;
         let told = story(503, busy, End::Complete);
         assert_eq!(verdict(&told, Reader::Whole), Verdict::Error(Failure::Busy));
+        let late = busy.replace(
+            "full",
+            "late: its first token would come later than promised",
+        );
+        let refused = story(503, &late, End::Complete);
+        assert_eq!(
+            verdict(&refused, Reader::Whole),
+            Verdict::Error(Failure::Promise)
+        );
         let silent = Story {
             retry_after: None,
             ..told.clone()

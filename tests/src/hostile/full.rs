@@ -43,6 +43,7 @@ pub async fn full(scene: &mut Scene<'_>) -> Vec<String> {
             base: full.target.base.clone(),
             model: full.target.model.clone(),
             ask: Ask {
+                headers: Vec::new(),
                 path: COMPLETIONS,
                 body: body.clone(),
             },

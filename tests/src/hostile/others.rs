@@ -47,7 +47,11 @@ impl Known {
 }
 
 fn asks() -> Vec<Ask> {
-    let ask = |path, body| Ask { path, body };
+    let ask = |path, body| Ask {
+        path,
+        body,
+        headers: Vec::new(),
+    };
     let completion = |prompt: &str, more: Value| {
         let mut body =
             json!({"prompt": prompt, "max_tokens": 24, "ignore_eos": true, "temperature": 0});

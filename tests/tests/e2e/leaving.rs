@@ -84,7 +84,7 @@ async fn while_prefilling() {
         request["max_tokens"] = json!(16);
         let from = cluster.tap.now();
         let client = Client::ask(&cluster.api, &request, stream);
-        let job = cluster.tap.wait_kind("prefill", from, PATIENCE).await;
+        cluster.tap.wait_kind("prefill", from, PATIENCE).await;
         eventually("the prompt to run", PATIENCE, async || {
             let load = cluster.beats().await["context-0"].load;
             if load.running + load.waiting > 0 && load.blocks_used > 0 {
@@ -96,14 +96,15 @@ async fn while_prefilling() {
         .await;
         // freeze it there, so that the test does not depend on how long a prompt takes
         cluster.signal("context-0", Signal::Stop);
-        assert!(!cluster.tap.answered(&job), "the prompt was too short");
+        let trace = Trace::only(&cluster.tap, from).await;
+        assert!(trace.output().is_empty(), "the prompt was too short");
         client.leave().await;
         abort_heard(&cluster, from, "context-0").await;
         cluster.signal("context-0", Signal::Continue);
         cluster.drained(FREED_WITHIN).await;
         let trace = Trace::only(&cluster.tap, from).await;
-        assert!(trace.handles.is_empty(), "the prompt ran to its end");
-        assert!(trace.decodes.is_empty());
+        assert!(trace.output().is_empty(), "the prompt ran to its end");
+        assert!(trace.pulled.is_empty(), "it was generated from");
     }
     serves(&cluster).await;
 }

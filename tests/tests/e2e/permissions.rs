@@ -61,7 +61,10 @@ async fn a_cluster_serves_within_its_permissions_and_nobody_speaks_for_another()
         "baton.test.prefill.context-0",
         "baton.test.renew.context-0",
         "baton.test.peers.context-0",
+        "baton.test.prefixes.context-0",
+        "baton.test.prefix-pages.context-0",
         "baton.test.abort.context-0",
+        "baton.test.drain.context-0",
         "baton.test.api-beat.api-0",
         "_INBOX.api-0.answer",
         // Nobody describes another worker's arena: the decode worker that asks believes what it reads.

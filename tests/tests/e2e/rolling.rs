@@ -1,9 +1,11 @@
 //! Parts of a cluster are asked to leave, and new ones join, under load: no request is lost, no client sees an error.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use baton_protocol::{Beat, DecodeJob, Incarnation, PeerState, Role, WorkerState};
-use baton_tests::{Cluster, Message, PATIENCE, Setup, Signal, Trace, Turn, eventually};
+use baton_tests::{Cluster, Message, PATIENCE, Setup, Signal, Trace, Turn, baton, eventually};
 use serde_json::json;
 
 use crate::steady::{Steady, questions};
@@ -245,6 +247,67 @@ async fn a_worker_that_joins_has_its_connections_before_its_first_job() {
     load.stop().await;
     let retries = cluster.api.metrics().await.sum("baton_retries_total", &[]);
     assert_eq!(retries.unwrap_or(0.0), 0.0, "retries without a fault");
+    cluster.drained(PATIENCE).await;
+}
+
+/// A worker of each side is asked to leave over HTTP, by `baton drain`: it finishes, leaves, and nobody's request is lost.
+#[tokio::test]
+async fn workers_drained_over_http_lose_nothing() {
+    const KEY: &str = "sk-somebody-0123456789";
+    let turn = Turn::take();
+    let mut cluster = Cluster::start(&turn, setup(2, 2, 0)).await;
+    cluster.ready().await;
+    let questions = questions(&cluster, 80).await;
+    let load = Steady::start(&[cluster.api.clone()], &questions, 12);
+    load.goes_on().await;
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let keys = dir.path().join("keys");
+    std::fs::write(&keys, format!("somebody {KEY}\n")).expect("a directory to write to");
+    std::fs::set_permissions(&keys, Permissions::from_mode(0o600)).expect("our own file");
+    let keys = keys.to_str().expect("a plain path").to_owned();
+    let guarded = cluster.add_api_server(&["--api-keys-file", &keys]);
+    let run = async |words: &[&str]| {
+        let mut command = tokio::process::Command::new(baton());
+        command.args(words).args(["--url", guarded.base()]);
+        command.env("BATON_API_KEY", KEY).kill_on_drop(true);
+        command.output().await.expect("the binary runs")
+    };
+    for name in ["context-0", "decode-0"] {
+        eventually("the API server to know the worker", PATIENCE, async || {
+            let shown = run(&["status"]).await;
+            let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+            if shown.contains(name) {
+                Ok(())
+            } else {
+                Err(shown)
+            }
+        })
+        .await;
+        let drained = run(&["drain", name, "--wait-s", "60"]).await;
+        let said = String::from_utf8_lossy(&drained.stdout);
+        assert!(
+            drained.status.success() && said.contains("has left"),
+            "{drained:?}"
+        );
+        let status = cluster.take(name).process.end(PATIENCE).await;
+        assert!(status.success(), "{name}: {status}");
+        load.goes_on().await;
+    }
+    let unknown = run(&["drain", "context-0"]).await;
+    let said = String::from_utf8_lossy(&unknown.stderr);
+    assert!(
+        !unknown.status.success() && said.contains("there is no worker"),
+        "{said}"
+    );
+    let answers = load.stop().await;
+    assert!(answers > 0);
+    let lost = ["reason=\"worker lost\""];
+    let lost = cluster
+        .api
+        .metrics()
+        .await
+        .sum("baton_retries_total", &lost);
+    assert_eq!(lost.unwrap_or(0.0), 0.0, "requests lost their worker");
     cluster.drained(PATIENCE).await;
 }
 

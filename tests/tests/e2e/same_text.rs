@@ -1,7 +1,7 @@
 //! One request has one answer: text and log-probabilities, bit by bit, whoever computes it, in whatever pieces, beside
 //! whomever.
 
-use baton_protocol::TokenFrame;
+use baton_protocol::{FrameItem, RequestId, TokenFrame};
 use baton_tests::{Cluster, PATIENCE, Setup, Trace, Turn, golden};
 use futures::future::join_all;
 use serde_json::{Value, json};
@@ -146,17 +146,106 @@ async fn the_same_request_gives_the_same_text() {
     }
 }
 
+/// A worker that does both beside one that only generates, left to choose. A prompt that comes alone runs beside what the first one generates, and stays:
+/// it was deflected. Of prompts that come at once some wait, and the KV of those goes to the other worker: they migrate. Asked until both were seen.
+#[tokio::test]
+async fn deflected_and_migrated_requests_give_the_same_text() {
+    const ROUNDS_MAX: usize = 8;
+    let turn = Turn::take();
+    let expected = {
+        let cluster = Cluster::start(&turn, plain()).await;
+        ask(&cluster).await
+    };
+    let mut worker_args = vec!["--no-prefix-cache".to_owned()];
+    // However busy this machine is, a step takes no longer, so a generation may stay where its prompt ran.
+    worker_args.extend(["--itl-ms", "10000"].map(str::to_owned));
+    let setup = Setup {
+        both: 1,
+        // A prompt of several steps has a part in each, beside whatever is generated.
+        step_tokens: 64,
+        worker_args,
+        ..Setup::split(0, 1)
+    };
+    let cluster = Cluster::start(&turn, setup).await;
+    let model = cluster.model().await;
+    let (mut deflected, mut migrated) = (0, 0);
+    for round in 0..ROUNDS_MAX {
+        let from = cluster.tap.now();
+        // One after the other: none waits, so each stays where its prompt ran.
+        let mut neighbours = Vec::new();
+        for number in 0..NEIGHBOURS / 3 {
+            let asked = cluster.tap.now();
+            let request = neighbour(&model, number, 500);
+            neighbours.push(cluster.api.ask("/v1/completions", &request));
+            cluster.tap.wait_kind("decode", asked, PATIENCE).await;
+        }
+        assert_same("one by one", &expected, &ask(&cluster).await);
+        let requests = requests(&model);
+        let asked = requests.iter().map(|request| cluster.api.complete(request));
+        let answers: Vec<Value> = join_all(asked).await.iter().map(told).collect();
+        assert_same("all at once", &expected, &answers);
+        for neighbour in neighbours {
+            neighbour.await.expect("asked").ok();
+        }
+        cluster.drained(PATIENCE).await;
+
+        let traces = Trace::all(&cluster.tap, from).await;
+        for (request, trace) in &traces {
+            // Neighbours have their texts from nowhere else.
+            if trace.prefills[0].1.sequence.generation.max_tokens as usize != MAX_TOKENS {
+                continue;
+            }
+            let (prompt, _) = trace.prefills.last().expect("prefilled");
+            let (generation, _) = trace.decodes.last().expect("generated");
+            if prompt != generation {
+                assert!(trace.pulled.last() > Some(&0), "its KV came from nowhere");
+                migrated += 1;
+            } else if beside_others(&cluster, *request, trace) {
+                deflected += 1;
+            }
+        }
+        eprintln!("round {round}: {deflected} deflected, {migrated} migrated so far");
+        if deflected > 0 && migrated > 0 {
+            return;
+        }
+    }
+    panic!("{deflected} deflected and {migrated} migrated in {ROUNDS_MAX} rounds");
+}
+
+/// Whether the worker that ran a prompt in several steps made tokens for others in the midst of them: in two steps at least, as the first may have
+/// been under way when the prompt came.
+fn beside_others(cluster: &Cluster, request: RequestId, trace: &Trace) -> bool {
+    let (worker, _) = trace.prefills.last().expect("prefilled");
+    let [Some(begun), Some(over)] = [&trace.handles_at, &trace.decodes_at].map(|at| at.last())
+    else {
+        return false;
+    };
+    let is_streamed = trace
+        .handles
+        .last()
+        .is_some_and(|handle| handle.is_streamed());
+    let frames = cluster.tap.heard(*begun, |message| {
+        let theirs = message.index < *over && message.is("tokens");
+        let frame: TokenFrame = theirs.then(|| message.read())?;
+        let other = |item: &FrameItem| item.request != request && !item.tokens.0.is_empty();
+        (frame.worker.as_str() == worker && frame.items.iter().any(other)).then_some(())
+    });
+    is_streamed && frames.len() >= 2
+}
+
+/// Somebody else's request.
+fn neighbour(model: &str, number: usize, max_tokens: usize) -> Value {
+    json!({"model": model, "prompt": format!("{number} green bottles"), "max_tokens": max_tokens, "ignore_eos": true,
+           "temperature": 1, "seed": number})
+}
+
 /// Answers to all requests, all at once, beside neighbours that are running already.
 async fn in_full_batch(cluster: &Cluster) -> Vec<Value> {
     let model = cluster.model().await;
     let from = cluster.tap.now();
     let neighbours = join_all((0..NEIGHBOURS).map(|number| {
         let (api, model) = (cluster.api.clone(), model.clone());
-        tokio::spawn(async move {
-            let request = json!({"model": model, "prompt": format!("{number} green bottles"), "max_tokens": 80,
-                                 "ignore_eos": true, "temperature": 1, "seed": number});
-            api.complete(&request).await
-        })
+        tokio::spawn(async move { api.complete(&neighbour(&model, number, 80)).await })
     }));
     let neighbours = tokio::spawn(neighbours);
     widest_batch(cluster, from, NEIGHBOURS).await;

@@ -28,11 +28,13 @@ async fn over_a_slow_link_every_pull_arrives_and_nothing_is_called_broken() {
     let Some(network) = Network::new() else {
         return;
     };
-    let turn = Turn::take();
+    let turn = Turn::beside();
     let setup = Setup {
         network: Some(network.clone()),
         kv_mib: 320,
         step_tokens: 512,
+        // Or the second time nothing is left to pull.
+        worker_args: vec!["--no-prefix-cache".to_owned()],
         ..Setup::split(1, 1)
     };
     let cluster = Cluster::start(&turn, setup).await;
@@ -84,6 +86,12 @@ async fn over_a_slow_link_every_pull_arrives_and_nothing_is_called_broken() {
     let rate = beats
         .last()
         .and_then(|beat| beat.peers[0].pulled_gigabytes_per_second);
+    // And what came over it, second by second and not only when a pull ended.
+    let pulled = beats.iter().map(|beat| beat.peers[0].pulled_bytes);
+    let pulled: Vec<u64> = pulled.collect();
+    assert!(pulled.is_sorted(), "{pulled:?}");
+    let steps = pulled.windows(2).filter(|pair| pair[0] < pair[1]).count();
+    assert!(steps > PULLS + 1, "{pulled:?}");
     let rate = rate.expect("it pulled") * 8e3;
     let link = MEGABITS as f32;
     assert!((0.5 * link..1.1 * link).contains(&rate), "{rate} Mbit/s");

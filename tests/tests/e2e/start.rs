@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 use baton_tests::{
     Cluster, Nats, PATIENCE, Process, Setup, Signal, Turn, baton, eventually, model_dir, within,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Nobody listens there.
@@ -138,7 +138,7 @@ async fn who_waits_for_the_bus_ends_at_once_when_asked_to() {
         let mut process = Process::start(args[0], &command, dir.path());
         eventually("it to wait for the bus", PATIENCE, async || {
             let log = process.log();
-            match log.contains("was not reached") {
+            match log.contains("is not reached, trying again for up to 3600 s") {
                 true => Ok(()),
                 false => Err(log),
             }
@@ -148,6 +148,57 @@ async fn who_waits_for_the_bus_ends_at_once_when_asked_to() {
         let status = process.end(PATIENCE).await;
         assert!(status.success(), "{}: {status}", args[0]);
     }
+}
+
+/// What `nats micro ls`, `info` and `stats` ask.
+#[tokio::test]
+async fn a_worker_is_a_nats_service_though_there_is_no_api_server() {
+    let _turn = Turn::beside();
+    let dir = TempDir::new().expect("a temporary directory");
+    let nats = Nats::start(dir.path(), "").await;
+    let mut command = Command::new(baton());
+    command.args([
+        "worker",
+        "--role",
+        "decode",
+        "--worker-name",
+        "alone",
+        "--device",
+        "fake",
+    ]);
+    command.args([
+        "--kv-mib",
+        "16",
+        "--request-plane-uri",
+        &nats.uri(),
+        "--model",
+    ]);
+    command.arg(model_dir());
+    let process = Process::start("alone", &command, dir.path());
+    let client = async_nats::connect(nats.uri()).await.expect("a bus");
+    let ask = async |verb: &str| {
+        let answer = client
+            .request(format!("$SRV.{verb}.baton-decode"), "".into())
+            .await;
+        let answer = answer.map_err(|error| format!("{error}: {}", process.log()))?;
+        serde_json::from_slice::<Value>(&answer.payload).map_err(|error| error.to_string())
+    };
+    eventually("the worker to be listed", PATIENCE, async || {
+        let listed = ask("PING").await?;
+        assert_eq!(listed["name"], "baton-decode", "{listed}");
+        Ok(())
+    })
+    .await;
+    let info = ask("INFO").await.expect("an answer");
+    assert_eq!(info["metadata"]["worker"], "alone", "{info}");
+    eventually("its load", PATIENCE, async || {
+        let stats = ask("STATS").await?;
+        match &stats["endpoints"][0]["data"]["blocks_used"] {
+            Value::Number(used) if used.as_u64() == Some(0) => Ok(()),
+            _ => Err(stats.to_string()),
+        }
+    })
+    .await;
 }
 
 /// Shared memory that a process has taken so far, in bytes.

@@ -13,7 +13,7 @@ const STOPPED: Duration = Duration::from_secs(18);
 /// which one hangs.
 #[tokio::test]
 async fn what_hangs_is_seen_and_ended_and_what_was_stopped_is_not() {
-    let turn = Turn::take();
+    let turn = Turn::beside();
     let setup = Setup {
         device: "fake:3000",
         both: 1,
@@ -28,12 +28,14 @@ async fn what_hangs_is_seen_and_ended_and_what_was_stopped_is_not() {
     let expected = cluster.api.complete(&request(0)).await["choices"].clone();
 
     let from = cluster.tap.now();
-    let answers: Vec<_> = (0..16)
-        .map(|number| {
-            let (api, request) = (cluster.api.clone(), request(number % 4));
-            tokio::spawn(async move { api.complete(&request).await })
-        })
-        .collect();
+    let mut answers = Vec::new();
+    for number in 0..16 {
+        let (api, request) = (cluster.api.clone(), request(number % 4));
+        let asked = cluster.tap.now();
+        answers.push(tokio::spawn(async move { api.complete(&request).await }));
+        // One after the other: while prompts wait, none would be given to the worker that does both.
+        cluster.tap.wait_kind("decode", asked, PATIENCE).await;
+    }
     for name in ["decode-0", "decode-1", "decode-2", "both-0"] {
         let has_tokens = |message: &baton_tests::Message| {
             (message.is("tokens") && message.subject.ends_with(name)).then_some(())

@@ -9,7 +9,7 @@ use baton_engine::{
     Want, answer, count_followed, kv_geometry, uniform_arena, wants,
 };
 use baton_kv_memory::KvMemory;
-use baton_model::{AttentionSpec, Mixer, ModelSpec, TensorSource};
+use baton_model::{AttentionSpec, Mixer, Mlp, ModelSpec, TensorSource};
 use baton_protocol::{KvGeometry, KvGroup};
 
 use crate::attention::{self, Attention, HeadLayout, Piece, Scratch};
@@ -106,7 +106,11 @@ impl CpuExecutor {
         let of_rank = spec.of_rank(sources.len()).map_err(CpuError::Unsupported)?;
         let attention = check(&of_rank)?;
         let (group, blocks) = arenas(spec, &of_rank, &kv, &memories)?;
-        let kernel = options.kernel.unwrap_or_else(Kernel::best);
+        let mut kernel = options.kernel.unwrap_or_else(Kernel::best);
+        if sources.len() > 1 {
+            let Mlp::Gated(mlp) = &of_rank.one_kind().map_err(CpuError::Unsupported)?.mlp;
+            kernel = kernel.for_parts(&[attention.heads * attention.head_dim, mlp.intermediate]);
+        }
         if !kernel.available() {
             return Err(CpuError::Kernel(kernel.to_string()));
         }

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use crate::attention::{Attention, Piece, Scratch, attend};
 use crate::gemm::{Product, portable::Portable, product};
 use crate::math;
+use crate::pack::K_STEP;
 use crate::qkv::{Qkv, rotate};
 
 /// A set of instructions, best first.
@@ -55,6 +56,15 @@ impl Kernel {
             .into_iter()
             .find(|k| k.available())
             .unwrap_or(Self::Portable)
+    }
+
+    /// This one, or the next best for ranks with these parts of K: where they are no whole tiles of AMX, its bits
+    /// would depend on the number of ranks.
+    pub fn for_parts(self, parts: &[usize]) -> Self {
+        match self {
+            Self::Amx if !parts.iter().all(|k| k.is_multiple_of(K_STEP)) => Self::Avx512Bf16,
+            kernel => kernel,
+        }
     }
 
     pub(crate) fn ops(self) -> &'static Ops {

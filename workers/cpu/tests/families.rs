@@ -5,11 +5,11 @@ mod common;
 use std::sync::Arc;
 
 use baton_cpu::{CpuError, CpuExecutor, CpuOptions, HeapMemory, Kernel};
-use baton_engine::kv_geometry;
+use baton_engine::{Executor, kv_geometry};
 use baton_executor_tests::families::{
     broken_plans_are_refused, families, fp8_families, prompt_log_probabilities,
 };
-use baton_executor_tests::{Tiny, tiny_families};
+use baton_executor_tests::{Build, Tiny, probe, tiny_families};
 use baton_model::Mixer;
 use common::{executor, kernels};
 
@@ -44,6 +44,9 @@ fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
 #[test]
 fn a_step_submitted_ahead_changes_no_token() {
     baton_executor_tests::ahead::steps_ahead(&|build| Box::new(executor(Kernel::best(), 2, build)));
+    baton_executor_tests::ahead::chunks_ahead(&|build| {
+        Box::new(executor(Kernel::best(), 2, build))
+    });
 }
 
 #[test]
@@ -83,6 +86,20 @@ fn a_row_of_nan_fails_alone() {
             Box::new(executor(kernel, 2, build))
         });
     }
+}
+
+/// In some milliseconds of one thread, so that the probe has time for all of its steps.
+#[test]
+fn the_probe_predicts_steps() {
+    let sizes = probe::Sizes {
+        layers: 2,
+        hidden: 128,
+        vocab: 16_384,
+    };
+    let kernel = Kernel::best();
+    let builder = |build: Build<'_>| -> Box<dyn Executor> { Box::new(executor(kernel, 1, build)) };
+    let terms = ["row", "KV", "attention of prompts"];
+    probe::the_probe_predicts_steps(&kernel.to_string(), sizes, &terms, 3.0, &builder);
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub use gpu::event::Event;
 pub use gpu::graph::Graph;
 pub use gpu::host_slots::HostSlots;
 pub use gpu::kernel::{Kernel, LaunchConfig, Module};
-pub use gpu::report::CudaLibrary;
+pub use gpu::report::{CudaLibrary, GpuReport};
 pub use gpu::sources;
 pub use model::CudaModel;
 pub use model::weights::{GATE_UP_ROWS, LayerWeights, ModelWeights};

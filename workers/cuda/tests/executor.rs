@@ -10,7 +10,8 @@ use baton_executor_tests::families::{
     broken_plans_are_refused, families, fp8_families, prompt_log_probabilities,
 };
 use baton_executor_tests::{
-    Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, step, tiny_families,
+    Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, probe, step,
+    tiny_families,
 };
 use baton_model::{ModelDir, UniformSpec, WeightFormat};
 use baton_protocol::Sampling;
@@ -54,6 +55,7 @@ fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
 #[ignore = "needs a GPU"]
 fn a_step_submitted_ahead_changes_no_token() {
     baton_executor_tests::ahead::steps_ahead(&|b| Box::new(usual(b)));
+    baton_executor_tests::ahead::chunks_ahead(&|b| Box::new(usual(b)));
 }
 
 #[test]
@@ -551,6 +553,18 @@ fn teacher_forced_logits_are_those_of_transformers() {
 #[ignore = "needs a GPU and the test model"]
 fn teacher_forced_logits_with_fp8_weights_are_near_those_of_transformers() {
     teacher_forced("cuda, FP8", &golden::fp8_model(), &GOLDEN_FP8);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn the_probe_predicts_steps() {
+    let sizes = probe::Sizes {
+        layers: 8,
+        hidden: 512,
+        vocab: 16_384,
+    };
+    // A row of such a model, and a prompt's attention, take a GPU less than can be measured.
+    probe::the_probe_predicts_steps("cuda", sizes, &["KV"], 3.0, &|b| Box::new(usual(b)));
 }
 
 fn teacher_forced(label: &str, model: &golden::Model, limits: &golden::Limits) {

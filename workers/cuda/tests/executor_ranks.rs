@@ -17,6 +17,13 @@ use baton_protocol::KvShares;
 /// As on one GPU: sums of partial products that were rounded to BF16 are no worse than its activations.
 const ERROR_MAX: f64 = 0.1;
 
+/// What rounding activations to e4m3 costs, as on one GPU (`executor.rs`), at most and in the mean.
+const FP8_ERROR_MAX: f64 = 0.6;
+const FP8_ERROR_MEAN: f64 = 0.1;
+
+/// Where ranks share a GPU every step rounds them, not only the one of the prompt: five times as many logits to be the worst of, and all KV is rounded.
+const FP8_SHARED_ERROR_MAX: f64 = 0.9;
+
 fn gpus() -> u32 {
     Device::open(0).unwrap_or_else(|error| panic!("{error}"));
     (0..8).take_while(|gpu| Device::open(*gpu).is_ok()).count() as u32
@@ -137,6 +144,7 @@ fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
 fn steps_ahead_masks_runs_and_nan_are_as_on_one() {
     use baton_executor_tests::{ahead, broken, masks, runs};
     ahead::steps_ahead(&|b| Box::new(usual(2, b)));
+    ahead::chunks_ahead(&|b| Box::new(usual(2, b)));
     masks::masks_are_obeyed(&|b| Box::new(usual(2, b)));
     masks::masks_come_later(&|b| Box::new(usual(2, b)));
     runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(2, b)));
@@ -164,8 +172,8 @@ fn every_path_gives_the_plain_decoder_s_logits() {
     for (kv_heads, vocab, layers, format, error_max) in [
         (8, 509, 2, WeightFormat::Bf16, ERROR_MAX),
         (2, 512, 3, WeightFormat::Bf16, ERROR_MAX),
-        (4, 512, 3, WeightFormat::Fp8Channel, 0.6),
-        (4, 511, 2, WeightFormat::Fp8Block, 0.6),
+        (4, 512, 3, WeightFormat::Fp8Channel, FP8_ERROR_MAX),
+        (4, 511, 2, WeightFormat::Fp8Block, FP8_ERROR_MAX),
     ] {
         let tiny = Tiny::new(wide(kv_heads, vocab, layers), 3).in_format(format);
         let tokens = Random(77).tokens(110, vocab);
@@ -183,7 +191,7 @@ fn every_path_gives_the_plain_decoder_s_logits() {
                 };
                 let mut executor = ranks(count, build, 128, 8);
                 let ranges = std::iter::once(0..first).chain((first..110).map(|t| t..t + 1));
-                let mut worst: f64 = 0.0;
+                let (mut worst, mut sum): (f64, f64) = (0.0, 0.0);
                 for range in ranges {
                     let end = range.end;
                     let part = Part {
@@ -197,13 +205,19 @@ fn every_path_gives_the_plain_decoder_s_logits() {
                         let error = (f64::from(*ours) - truth).abs();
                         assert!(error.is_finite(), "{ours} after {end}");
                         worst = worst.max(error);
+                        sum += error;
                     }
                 }
-                println!("{count} ranks, {kv_heads} KV heads, {format}, {first} first: {worst:.4}");
-                assert!(
-                    worst < error_max,
-                    "{count} ranks, {format}, {first}: {worst}"
-                );
+                let mean = sum / ((111 - first) * vocab) as f64;
+                let label = format!("{count} ranks, {kv_heads} KV heads, {format}, {first} first");
+                println!("{label}: worst {worst:.4}, mean {mean:.4}");
+                let shares = format == WeightFormat::Fp8Channel && count > gpus() as usize;
+                let worst_max = if shares {
+                    FP8_SHARED_ERROR_MAX
+                } else {
+                    error_max
+                };
+                assert!(worst < worst_max && mean < FP8_ERROR_MEAN, "{label}");
             }
         }
     }

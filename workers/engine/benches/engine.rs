@@ -123,6 +123,7 @@ fn decode_ns(executor: Box<dyn Executor>, batch: usize) -> f64 {
                 spec: spec.clone(),
                 prompt_logprobs: None,
                 constraint: None,
+                stream: false,
             };
             engine.submit(new).expect("the queue is long enough");
         }

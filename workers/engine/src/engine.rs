@@ -1,21 +1,25 @@
 //! The engine as its owner sees it: submit, resume, abort, step.
 
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use baton_protocol::{Refusal, SequenceSpec};
+use baton_protocol::{Refusal, SequenceSpec, StepCost};
 
+use crate::cost::CostModel;
 use crate::draft::{Drafter, Drafts};
 use crate::flight::Flights;
 use crate::pace::Pace;
 use crate::scheduler::Scheduler;
-use crate::sequence::{Constrained, Sequence};
+use crate::sequence::{Constrained, Sequence, Streamed};
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
     NewSequence, ResumedSequence,
 };
 
 mod collect;
+mod probe;
+
+pub use probe::PROBE_MAX;
 
 /// Told to those whom a full queue turned away: some steps later things look different.
 const RETRY_AFTER_MS: u32 = 200;
@@ -75,7 +79,22 @@ impl Engine {
         self
     }
 
-    /// With another clock for the times that it reports. They decide nothing here.
+    /// Steps with generating sequences in them take prompt tokens only as far as the time between tokens stays within this, or
+    /// within what a sequence was promised if that is less, once it is known what steps cost.
+    #[must_use]
+    pub fn with_itl(mut self, itl: Option<Duration>) -> Self {
+        self.scheduler.itl = itl;
+        self
+    }
+
+    /// Knows what steps cost, and needs no [probe](Self::probe). `cost` has been [checked](StepCost::check).
+    #[must_use]
+    pub fn with_cost(mut self, cost: StepCost) -> Self {
+        self.scheduler.cost = Some(CostModel::new(cost));
+        self
+    }
+
+    /// With another clock for the times that it reports, and by which it learns what steps cost.
     #[must_use]
     pub fn with_clock(mut self, clock: fn() -> Instant) -> Self {
         self.clock = clock;
@@ -116,8 +135,9 @@ impl Engine {
         let mut sequence = Sequence::new(new.key, self.arrivals, new.spec, blocks, (self.clock)());
         sequence.prompt.logprobs_top = new.prompt_logprobs;
         sequence.constrained = Constrained::by(new.constraint);
+        sequence.prompt.stream = new.stream.then_some(Streamed::No);
         self.arrivals += 1;
-        self.scheduler.waiting.push_back(sequence);
+        self.scheduler.queue(sequence);
         Ok(())
     }
 
@@ -165,10 +185,15 @@ impl Engine {
         }
         let mut sequence = Sequence::new(key, self.arrivals, spec, blocks, (self.clock)());
         sequence.computed = tokens;
+        if scheduler.prefix_cache {
+            // Of KV that was pulled, blocks that are here already give way to those in the index. No step has run them.
+            drop(sequence.blocks.index(sequence.cache_salt, &sequence.tokens));
+        }
         sequence.push(next);
+        sequence.resumed = sequence.tokens.len();
         sequence.constrained = Constrained::by(constraint);
         self.arrivals += 1;
-        scheduler.parked.push_back(sequence);
+        scheduler.park(sequence);
         Ok(())
     }
 
@@ -199,12 +224,32 @@ impl Engine {
     /// How busy it is.
     pub fn load(&self) -> EngineLoad {
         let scheduler = &self.scheduler;
-        let unfinished = scheduler.waiting.iter().chain(&scheduler.prefilling);
+        let (mut waiting_tokens, mut batch_tokens) = (0, 0);
+        for sequence in scheduler.waiting.iter().chain(&scheduler.prefilling) {
+            waiting_tokens += sequence.remaining();
+            if sequence.is_batch() {
+                batch_tokens += sequence.remaining();
+            }
+        }
+        let decoding = scheduler.decoding.iter().chain(&scheduler.parked);
         EngineLoad {
             waiting: scheduler.waiting.len() + scheduler.parked.len(),
             running: scheduler.prefilling.len() + scheduler.decoding.len(),
-            waiting_tokens: unfinished.map(Sequence::remaining).sum(),
+            waiting_tokens,
+            batch_tokens,
+            decoding: scheduler.decoding.len() + scheduler.parked.len(),
+            decoding_tokens: decoding.map(|s| s.tokens.len()).sum(),
         }
+    }
+
+    /// What its steps cost, as far as that is known.
+    pub fn cost(&self) -> Option<&StepCost> {
+        self.scheduler.cost.as_ref().map(CostModel::cost)
+    }
+
+    /// How far the times of nine in ten of the last steps were off what was predicted at most, as a part of them.
+    pub fn cost_error(&self) -> Option<f32> {
+        self.scheduler.cost.as_ref().and_then(CostModel::error_p90)
     }
 
     /// Submit what can run, as far ahead as the executor bears, and collect the oldest step. The events may be none: a
@@ -217,12 +262,30 @@ impl Engine {
     pub fn step(&mut self) -> Result<Vec<Event>, ExecutorError> {
         let mut events = Vec::with_capacity(self.scheduler.decoding.len() + 1);
         self.in_service(|engine| {
-            let depth = engine.info().steps_in_flight.max(1);
-            engine.choose()?;
-            while engine.flights.len() < depth && engine.submit_step(&mut events)? {}
-            engine.stalled = engine.flights.is_empty() && engine.has_work();
+            engine.submit_steps(&mut events)?;
             engine.collect_step(&mut events)
         })?;
+        Ok(events)
+    }
+
+    /// The first half of [`Engine::step`]: submit what can run. For an owner that waits in another way than in
+    /// [`Executor::collect`] until the oldest step has ended, and then calls [`Engine::collect`].
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn submit_ahead(&mut self) -> Result<Vec<Event>, ExecutorError> {
+        let mut events = Vec::new();
+        self.in_service(|engine| engine.submit_steps(&mut events))?;
+        Ok(events)
+    }
+
+    /// The second half of [`Engine::step`]: collect the oldest step.
+    ///
+    /// # Errors
+    /// As [`Engine::step`].
+    pub fn collect(&mut self) -> Result<Vec<Event>, ExecutorError> {
+        let mut events = Vec::with_capacity(self.scheduler.decoding.len() + 1);
+        self.in_service(|engine| engine.collect_step(&mut events))?;
         Ok(events)
     }
 
@@ -256,6 +319,15 @@ impl Engine {
         })
     }
 
+    /// Submit what can run, as far ahead as the executor bears.
+    fn submit_steps(&mut self, events: &mut Vec<Event>) -> Result<(), ExecutorError> {
+        let depth = self.info().steps_in_flight.max(1);
+        self.choose()?;
+        while self.flights.len() < depth && self.submit_step(events)? {}
+        self.stalled = self.flights.is_empty() && self.has_work();
+        Ok(())
+    }
+
     /// Have the tokens of the step in flight chosen, if it waits for masks and no other is before it.
     fn choose(&mut self) -> Result<(), ExecutorError> {
         if let Some(flight) = self.flights.alone_unchosen() {
@@ -274,16 +346,22 @@ impl Engine {
         }
         let rows = match self.flights.is_empty() {
             true => self.scheduler.plan((self.clock)(), events),
-            false => self.scheduler.plan_ahead((self.clock)()),
+            false => {
+                let now = (self.clock)();
+                let starts = self.pace.ends(now, self.flights.expected());
+                self.scheduler.plan_ahead(now, starts)
+            }
         };
         if rows == 0 {
             return Ok(false);
         }
+        let submitted = (self.clock)();
         self.executor.submit(&self.scheduler.plan)?;
         self.scheduler.plan.id.0 += 1;
         // The plan's hold on sampling states ends here, the executor's when the step is collected.
         self.scheduler.plan.sequences.clear();
-        let flight = std::mem::take(&mut self.scheduler.flight);
+        let mut flight = std::mem::take(&mut self.scheduler.flight);
+        flight.submitted = (!flight.is_unchosen).then_some(submitted);
         self.flights.submitted(flight);
         Ok(true)
     }

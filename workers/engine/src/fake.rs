@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_protocol::{KvGeometry, KvGroup, TokenLogprobs, TopLogprob};
+use baton_protocol::{KvGeometry, KvGroup, StepCost, TokenLogprobs, TopLogprob};
 
 use crate::sampling::mix;
 use crate::{
@@ -108,6 +108,8 @@ pub struct FakeConfig {
     pub step_tokens_max: usize,
     /// How long a step takes; 0 is full speed.
     pub step_micros: u64,
+    /// What it takes beside that, by what is in it.
+    pub cost: Option<StepCost>,
     /// Steps that may be in flight at once. The second begins when the first ends, whenever that is collected.
     pub steps_in_flight: usize,
     /// Most tokens chosen for one sequence in one step.
@@ -148,6 +150,7 @@ impl Default for FakeConfig {
             step_sequences_max: 256,
             step_tokens_max: 8192,
             step_micros: 0,
+            cost: None,
             steps_in_flight: 1,
             run_max: 8,
             never_emit: Vec::new(),
@@ -165,6 +168,7 @@ pub struct FakeExecutor {
     info: ExecutorInfo,
     kv: Arc<dyn FakeKv>,
     step_time: Duration,
+    cost: Option<StepCost>,
     never_emit: Vec<u32>,
     faults: FakeFaults,
     /// Steps in flight, and when each ends.
@@ -195,10 +199,18 @@ impl FakeExecutor {
             info,
             kv,
             step_time: Duration::from_micros(config.step_micros),
+            cost: config.cost,
             never_emit: config.never_emit,
             faults: config.faults,
             submitted: VecDeque::new(),
         }
+    }
+
+    fn time_of(&self, plan: &StepPlan) -> Duration {
+        let Some(cost) = &self.cost else {
+            return self.step_time;
+        };
+        self.step_time.saturating_add(cost.step_time(plan.shape()))
     }
 
     fn run(&self, step: &SequenceStep, plan: &StepPlan) -> SequenceOutput {
@@ -373,8 +385,8 @@ impl Executor for FakeExecutor {
         }
         let now = Instant::now();
         let starts = self.submitted.back().map_or(now, |(_, end)| now.max(*end));
-        self.submitted
-            .push_back((plan.clone(), starts + self.step_time));
+        let takes = self.time_of(plan);
+        self.submitted.push_back((plan.clone(), starts + takes));
         Ok(())
     }
 
@@ -407,8 +419,9 @@ impl Executor for FakeExecutor {
         let Some((plan, end)) = self.submitted.pop_front() else {
             return Err(ExecutorError::nothing_submitted());
         };
-        if !self.step_time.is_zero() {
-            std::thread::sleep(end.saturating_duration_since(Instant::now()));
+        let rest = end.saturating_duration_since(Instant::now());
+        if !rest.is_zero() {
+            std::thread::sleep(rest);
         }
         if let Some(fault) = self.faults.step.filter(|fault| plan.tokens.contains(fault)) {
             return Err(ExecutorError {

@@ -7,6 +7,10 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use std::time::{Duration, Instant};
+
+use baton_protocol::StepShape;
+
 use crate::BlockTable;
 use crate::sequence::Sequence;
 
@@ -20,6 +24,12 @@ pub struct Flight {
     pub drafts: Vec<u32>,
     /// Its tokens are not chosen yet, for want of masks.
     pub is_unchosen: bool,
+    /// What it costs time for.
+    pub shape: StepShape,
+    /// How long it takes, as far as that is known.
+    pub expected: Duration,
+    /// When the executor got it. `None` if masks held it up: then how long it took says nothing.
+    pub submitted: Option<Instant>,
 }
 
 /// One sequence's part of it.
@@ -74,6 +84,11 @@ impl Flights {
 
     pub fn oldest(&self) -> Option<&Flight> {
         self.steps.front()
+    }
+
+    /// How long they take together, as far as that is known.
+    pub fn expected(&self) -> Duration {
+        self.steps.iter().map(|step| step.expected).sum()
     }
 
     /// The only step, if its tokens are to be chosen now.

@@ -11,7 +11,7 @@
 //! 4. Its last chunk chooses the next token. It leaves as [`Event::Prefilled`] with its [`BlockTable`]: the caller
 //!    leases the blocks to a decode worker, or goes on here.
 //! 5. [`Engine::resume`] takes a sequence whose KV is in place, computed here or pulled into a table from
-//!    [`BlockPool::reserve`].
+//!    [`BlockPool::reserve_reusing`]. Its full blocks go into the prefix index too, and so do those that its output fills.
 //! 6. It generates, one token a step or several ([`Event::Token`] for each), until a rule ends it, [`Engine::abort`] takes
 //!    it out, or it has to give up its blocks ([`Event::Preempted`]).
 //!
@@ -33,7 +33,9 @@
 //! - `engine`, `messages`: what the owner sees; `engine/collect`: what a step made, given to its sequences.
 //! - `scheduler`: which sequences run; `sequence`: one of them; `draft`: guesses of their next tokens; `constraint`: which of
 //!   these may come; `flight`: steps submitted and not collected.
-//! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it.
+//! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it; `journal`: what changes in the
+//!   prefix index, for others.
+//! - `cost`: what steps cost, by which they are sized; `engine/probe`: its first measurement.
 //! - `sampling`: from logits to a token.
 //! - `arena`: how a model's KV lies in memory.
 //! - `executor`: the seam to the model; `step`, `output`: what goes through it.
@@ -43,6 +45,7 @@
 
 mod arena;
 mod constraint;
+mod cost;
 mod draft;
 mod engine;
 mod evictable;
@@ -53,6 +56,7 @@ mod fake_drafter;
 mod flight;
 mod follow;
 mod free_list;
+mod journal;
 mod messages;
 mod output;
 mod pace;
@@ -68,12 +72,13 @@ mod table;
 pub use arena::{kv_geometry, uniform_arena};
 pub use constraint::{Constraint, Mask, TokenMask};
 pub use draft::Drafter;
-pub use engine::Engine;
+pub use engine::{Engine, PROBE_MAX};
 pub use executor::{Executor, ExecutorError, ExecutorInfo};
 pub use fake::{FakeConfig, FakeExecutor, FakeFaults, FakeKv, FakeMemory};
 pub use fake_cells::{FakeCells, RankWords, fake_geometry};
 pub use fake_drafter::FakeDrafter;
 pub use follow::{Choice, Choices};
+pub use journal::PrefixChanges;
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use output::{Sampled, SampledRun, SequenceOutput, StepOutput};
 pub use pool::{BlockPool, PoolStats};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use baton_protocol::{FinishReason, SequenceSpec, TokenLogprobs};
+use baton_protocol::{BlockRun, FinishReason, SequenceSpec, TokenLogprobs};
 
 use crate::{BlockTable, Constraint, Sampled};
 
@@ -31,6 +31,8 @@ pub struct NewSequence {
     pub prompt_logprobs: Option<u8>,
     /// What its output must follow, which has taken the output in `spec`.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// Tell how far it is, if it takes more than one step ([`Event::Begun`]).
+    pub stream: bool,
 }
 
 /// A sequence whose KV is in place.
@@ -51,6 +53,26 @@ pub struct ResumedSequence {
 /// What a step brought about.
 #[derive(Debug)]
 pub enum Event {
+    /// A prompt that is to be streamed has had its first step and needs more. Its blocks are these from now on to its end.
+    Begun {
+        /// Which.
+        key: u64,
+        /// The blocks of all of its tokens.
+        runs: Vec<BlockRun>,
+        /// The KV of so many tokens is in place: the steps that computed it are collected.
+        computed: u32,
+        /// Tokens whose KV was reused.
+        cached_tokens: u32,
+        /// From submission to the first step.
+        queue: Duration,
+    },
+    /// A further step of such a prompt is over, and not the last.
+    Computed {
+        /// Which.
+        key: u64,
+        /// The KV of so many tokens is in place.
+        computed: u32,
+    },
     /// A prompt's KV is complete and its next token chosen; the sequence has left the engine.
     Prefilled {
         /// Which.
@@ -105,4 +127,10 @@ pub struct EngineLoad {
     pub running: usize,
     /// Prompt tokens not yet run.
     pub waiting_tokens: usize,
+    /// Those of them that belong to batch requests.
+    pub batch_tokens: usize,
+    /// Generating sequences, in the running batch or waiting for a place.
+    pub decoding: usize,
+    /// Tokens that these have together.
+    pub decoding_tokens: usize,
 }

@@ -23,6 +23,18 @@ impl Pace {
         self.is_ahead = is_ahead;
     }
 
+    /// How long a step took that was submitted then and is collected now: since the one before it ended, if that was later. To be asked before
+    /// it is [noted](Self::note).
+    pub fn took(&self, submitted: Instant, now: Instant) -> Duration {
+        let began = self.ended.map_or(submitted, |ended| submitted.max(ended));
+        now.saturating_duration_since(began)
+    }
+
+    /// When the steps in flight end, which take so long together: the first began when the last one ended that was collected.
+    pub fn ends(&self, now: Instant, expected: Duration) -> Instant {
+        self.ended.map_or(now, |ended| now.max(ended + expected))
+    }
+
     /// Until when what the device does leaves time for masks, and at least as long as a step is held back for them. It is three
     /// quarters of a step after the last end: a step that was held up by masks does not make the next wait longer.
     pub fn busy_until(&self, now: Instant) -> Instant {

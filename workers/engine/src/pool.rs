@@ -15,9 +15,11 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_protocol::CacheSalt;
+use baton_protocol::limits::{PREFIX_BLOCKS_MAX, PREFIX_PAGE_MAX};
 
 use crate::evictable::EvictionList;
 use crate::free_list::FreeList;
+use crate::journal::{Journal, PrefixChanges};
 use crate::prefix::{Inserted, Parent, PrefixIndex};
 use crate::table::BlockTable;
 
@@ -38,6 +40,7 @@ struct State {
     free: FreeList,
     cached: EvictionList,
     index: PrefixIndex,
+    journal: Journal,
     /// Tables that hold each block.
     holders: Vec<u32>,
     quarantined: Vec<bool>,
@@ -74,6 +77,7 @@ impl BlockPool {
             free: FreeList::new(blocks),
             cached: EvictionList::new(blocks),
             index: PrefixIndex::new(blocks, block_tokens),
+            journal: Journal::default(),
             holders: vec![0; blocks as usize],
             quarantined: vec![false; blocks as usize],
             quarantined_count: 0,
@@ -101,6 +105,32 @@ impl BlockPool {
         Some(BlockTable::new(self.clone(), ids, 0))
     }
 
+    /// Blocks for a sequence whose KV comes from elsewhere, `blocks` in all. The first [`BlockTable::indexed`] of them are shared with
+    /// others and hold the KV of as many full blocks of `tokens` already, which sequences with this salt have in the index: only the
+    /// others are to be filled. `keep_free` blocks stay available beyond those taken. `None` if there are not enough; then nothing is
+    /// taken.
+    pub fn reserve_reusing(
+        &self,
+        tokens: &[u32],
+        salt: CacheSalt,
+        blocks: usize,
+        keep_free: usize,
+    ) -> Option<BlockTable> {
+        let reusable = blocks.min(tokens.len() / self.block_tokens());
+        self.take_reusing(tokens, Some(salt), reusable, blocks, keep_free)
+    }
+
+    /// What the index has of `tokens` for sequences with this salt: the blocks of as many of them from the first on as are known, held like
+    /// anybody's, so that they neither change nor go. None of them if the first block is not known.
+    pub fn share(&self, tokens: &[u32], salt: CacheSalt) -> BlockTable {
+        let mut ids = Vec::new();
+        let mut state = self.state();
+        state.find(tokens.chunks_exact(self.block_tokens()), salt, &mut ids);
+        drop(state);
+        let shared = ids.len();
+        BlockTable::new(self.clone(), ids, shared)
+    }
+
     /// Blocks for all of `tokens`, of which the first are shared if there is a salt to `reuse` KV of and their KV is known. At least the last
     /// token is left to compute, and never into a shared block. `keep_free` blocks stay available beyond those
     /// taken. `None` if there are not enough; then nothing is taken.
@@ -111,29 +141,62 @@ impl BlockPool {
         keep_free: usize,
     ) -> Option<BlockTable> {
         let block_tokens = self.block_tokens();
-        let total = tokens.len().div_ceil(block_tokens);
-        let mut ids = Vec::with_capacity(total + 1);
+        let reusable = tokens.len().saturating_sub(1) / block_tokens;
+        let blocks = tokens.len().div_ceil(block_tokens);
+        self.take_reusing(tokens, reuse, reusable, blocks, keep_free)
+    }
+
+    /// `blocks` blocks, of which up to the first `reusable` are shared.
+    fn take_reusing(
+        &self,
+        tokens: &[u32],
+        reuse: Option<CacheSalt>,
+        reusable: usize,
+        blocks: usize,
+        keep_free: usize,
+    ) -> Option<BlockTable> {
+        let mut ids = Vec::with_capacity(blocks + 1);
         let mut state = self.state();
         if let Some(salt) = reuse {
-            let reusable = tokens.len().saturating_sub(1) / block_tokens;
-            let mut parent = Parent::Root(salt);
-            for chunk in tokens.chunks_exact(block_tokens).take(reusable) {
-                let Some(block) = state.index.find(parent, chunk) else {
-                    break;
-                };
-                state.hold(block);
-                ids.push(block);
-                parent = Parent::Block(block);
-            }
+            let chunks = tokens.chunks_exact(self.block_tokens());
+            state.find(chunks.take(reusable), salt, &mut ids);
         }
         let shared = ids.len();
-        let missing = total - shared;
+        let missing = blocks - shared;
         if state.available() < missing + keep_free || state.take(missing, &mut ids).is_none() {
             state.release(&ids);
             return None;
         }
         drop(state);
         Some(BlockTable::new(self.clone(), ids, shared))
+    }
+
+    /// From now on [`Self::take_prefix_changes`] tells what enters and leaves the prefix index. `bell` is rung at the first change after
+    /// each taking, on whatever thread makes it: it must neither wait nor use the pool. Of blocks beyond [`PREFIX_BLOCKS_MAX`] nothing
+    /// is told.
+    pub fn on_prefix_change(&self, bell: impl Fn() + Send + 'static) {
+        self.state().journal.listen(Box::new(bell));
+    }
+
+    /// What entered and left the prefix index since the last time.
+    pub fn take_prefix_changes(&self) -> PrefixChanges {
+        self.state().journal.take()
+    }
+
+    /// Links of the indexed blocks among some of the arena, from `first` on; and where the next of them begin, unless these are the
+    /// last.
+    pub fn prefix_page(&self, first: u32) -> (Vec<u64>, Option<u32>) {
+        let end = self.shared.blocks.min(PREFIX_BLOCKS_MAX);
+        let first = first.min(end);
+        let next = end.min(first.saturating_add(PREFIX_PAGE_MAX as u32));
+        let state = self.state();
+        let links = (first..next).filter_map(|block| state.index.link(block));
+        (links.collect(), (next < end).then_some(next))
+    }
+
+    /// Whether there are blocks that nothing is told of.
+    pub fn tells_part(&self) -> bool {
+        self.shared.blocks > PREFIX_BLOCKS_MAX
     }
 
     /// How many blocks are in which state.
@@ -167,7 +230,7 @@ impl BlockPool {
                 Some(before) => Parent::Block(ids[before]),
             };
             match state.index.insert(ids[i], parent, chunk) {
-                Inserted::New => {}
+                Inserted::New => state.note(ids[i], true),
                 Inserted::Exists(block) => {
                     state.hold(block);
                     given_up.push(std::mem::replace(&mut ids[i], block));
@@ -176,6 +239,29 @@ impl BlockPool {
             }
         }
         indexed.max(tokens.len() / block_tokens)
+    }
+
+    /// As [`Self::index`], up to the first block whose prefix another block holds.
+    pub(crate) fn index_in_place(
+        &self,
+        ids: &[u32],
+        indexed: usize,
+        salt: CacheSalt,
+        tokens: &[u32],
+    ) -> usize {
+        let mut state = self.state();
+        let chunks = tokens.chunks_exact(self.block_tokens());
+        for (i, chunk) in chunks.enumerate().skip(indexed) {
+            let parent = match i.checked_sub(1) {
+                None => Parent::Root(salt),
+                Some(before) => Parent::Block(ids[before]),
+            };
+            match state.index.insert(ids[i], parent, chunk) {
+                Inserted::New => state.note(ids[i], true),
+                Inserted::Exists(_) | Inserted::Collision => return i,
+            }
+        }
+        indexed.max(tokens.len() / self.block_tokens())
     }
 
     /// One more block for the table of `ids`.
@@ -265,13 +351,46 @@ impl State {
         Some(())
     }
 
+    /// Holds the blocks that the index has of a sequence with this salt whose tokens begin with these, a block's at a time.
+    fn find<'a>(
+        &mut self,
+        chunks: impl Iterator<Item = &'a [u32]>,
+        salt: CacheSalt,
+        ids: &mut Vec<u32>,
+    ) {
+        let mut parent = Parent::Root(salt);
+        for chunk in chunks {
+            let Some(block) = self.index.find(parent, chunk) else {
+                break;
+            };
+            self.hold(block);
+            ids.push(block);
+            parent = Parent::Block(block);
+        }
+    }
+
     fn evict_one(&mut self) -> bool {
         let Some(block) = self.cached.pop_front() else {
             return false;
         };
-        self.index.remove(block);
+        self.unindex(block);
         self.free.insert(block);
         true
+    }
+
+    /// Nobody finds this block as a prefix any more.
+    fn unindex(&mut self, block: u32) {
+        self.note(block, false);
+        self.index.remove(block);
+    }
+
+    /// An indexed block has just entered the index, or is about to leave it.
+    fn note(&mut self, block: u32, is_in: bool) {
+        if block < PREFIX_BLOCKS_MAX
+            && let Some(link) = self.index.link(block)
+        {
+            self.journal.note(link, is_in);
+        }
     }
 
     /// One more table holds an indexed block.
@@ -320,11 +439,11 @@ impl State {
         }
         for block in doomed.drain(own..).rev() {
             self.cached.remove(block);
-            self.index.remove(block);
+            self.unindex(block);
             self.free.insert(block);
         }
         for block in doomed.into_iter().rev() {
-            self.index.remove(block);
+            self.unindex(block);
         }
     }
 

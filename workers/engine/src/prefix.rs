@@ -4,11 +4,14 @@
 //! the index as long as the child is, so by induction a match is a match of salt and prefix. Tokens and parent are
 //! compared exactly: the 64-bit hash only finds the candidate, and two prompts whose hashes collide can never see
 //! each other's KV. Of two blocks with one hash only the first is indexed.
+//!
+//! Beside that hash, which differs in each process, a block has a link, which everybody computes alike: by it others learn what is
+//! here. Nothing here depends on it.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, Hasher, RandomState};
 
-use baton_protocol::CacheSalt;
+use baton_protocol::{CacheSalt, prefix_link, prefix_root};
 
 use crate::sampling::mix;
 
@@ -38,6 +41,7 @@ pub struct PrefixIndex {
 struct Entry {
     hash: u64,
     parent: Parent,
+    link: u64,
 }
 
 /// Outcome of [`PrefixIndex::insert`].
@@ -73,6 +77,11 @@ impl PrefixIndex {
         self.entries[block as usize].map(|entry| entry.parent)
     }
 
+    /// The block's link ([`baton_protocol::prefix_chain`]), if it is indexed.
+    pub fn link(&self, block: u32) -> Option<u64> {
+        self.entries[block as usize].map(|entry| entry.link)
+    }
+
     /// The block that holds the KV of `tokens` (one block of them) after the prefix that ends in `parent`.
     pub fn find(&self, parent: Parent, tokens: &[u32]) -> Option<u32> {
         let block = *self.by_hash.get(&self.hash(parent, tokens))?;
@@ -94,7 +103,12 @@ impl PrefixIndex {
             };
         }
         self.by_hash.insert(hash, block);
-        self.entries[block as usize] = Some(Entry { hash, parent });
+        let before = match parent {
+            Parent::Root(salt) => prefix_root(salt, self.block_tokens),
+            Parent::Block(block) => self.link(block).unwrap_or_default(),
+        };
+        let link = prefix_link(before, tokens);
+        self.entries[block as usize] = Some(Entry { hash, parent, link });
         let first = block as usize * self.block_tokens;
         self.tokens[first..first + self.block_tokens].copy_from_slice(tokens);
         Inserted::New
@@ -143,7 +157,7 @@ impl PrefixIndex {
     pub fn check(&self) -> Result<(), String> {
         let mut indexed = 0;
         for (block, entry) in self.entries.iter().enumerate() {
-            let Some(Entry { hash, parent }) = *entry else {
+            let Some(Entry { hash, parent, .. }) = *entry else {
                 continue;
             };
             indexed += 1;
@@ -204,6 +218,21 @@ mod tests {
         index.remove(3);
         assert_eq!(index.find(Parent::Block(5), &[1, 2]), None);
         index.check().expect("sound");
+    }
+
+    #[test]
+    fn links_are_those_of_the_contract() {
+        let mut index = PrefixIndex::new(8, 2);
+        let salt = CacheSalt(7);
+        index.insert(5, Parent::Root(salt), &[1, 2]);
+        index.insert(3, Parent::Block(5), &[3, 4]);
+        let chain = baton_protocol::prefix_chain(salt, 2, &[1, 2, 3, 4, 5]);
+        assert_eq!(
+            [5, 3].map(|block| index.link(block)),
+            [Some(chain[0]), Some(chain[1])]
+        );
+        index.remove(3);
+        assert_eq!(index.link(3), None);
     }
 
     #[test]

@@ -1,11 +1,19 @@
 //! A sequence inside the engine: its tokens, where its KV is, and the rules that end it.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use baton_protocol::{CacheSalt, FinishReason, SequenceSpec, TokenLogprobs};
+use baton_protocol::{CacheSalt, FinishReason, SequenceSpec, Service, Tier, TokenLogprobs};
 
 use crate::{BlockTable, Constraint, Follows, Mask, SampleRun, SampleState, TokenCount, TokenMask};
+
+/// Tokens whose time a generating sequence may use in advance. A sequence that ends before it was expected to has not paid it back: that bounds how
+/// late it is then.
+const BORROWED_MAX: usize = 64;
+
+/// Who goes first: the lesser.
+pub type Place = (Tier, Reverse<i32>, u64);
 
 /// What the engine knows of one sequence.
 pub struct Sequence {
@@ -14,9 +22,13 @@ pub struct Sequence {
     pub arrival: u64,
     /// Whose KV it may use.
     pub cache_salt: CacheSalt,
+    /// What it was promised.
+    pub service: Service,
     /// Prompt and output.
     pub tokens: Vec<u32>,
     pub prompt_tokens: usize,
+    /// Tokens that it had when it was resumed; 0 for a prompt.
+    pub resumed: usize,
     /// The KV of this many tokens is in place.
     pub computed: usize,
     /// Tokens after those that steps in flight run: of a prompt its own, else the last one and tokens that nobody knows yet,
@@ -28,6 +40,10 @@ pub struct Sequence {
     pub last: Follows,
     /// Steps that were planned for it since the drafter was asked.
     pub unasked: usize,
+    /// Since when it could have had steps and interactive sequences had them: of batch sequences.
+    pub passed_over: Option<Instant>,
+    /// The step being planned is not for it.
+    pub sits_out: bool,
     pub blocks: BlockTable,
     pub prompt: PromptReport,
     pub constrained: Constrained,
@@ -45,6 +61,17 @@ pub struct PromptReport {
     pub submitted: Instant,
     /// When its first step began.
     pub started: Option<Instant>,
+    /// Set if it is told how far it is.
+    pub stream: Option<Streamed>,
+}
+
+/// Whether somebody was told of a prompt's blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streamed {
+    /// Not yet.
+    No,
+    /// Somebody reads them while it runs: they are never exchanged for others.
+    Begun,
 }
 
 /// What a sequence's output must follow, if anything.
@@ -119,13 +146,17 @@ impl Sequence {
             key,
             arrival,
             cache_salt: spec.cache_salt,
+            service: spec.service,
             tokens,
             prompt_tokens,
+            resumed: 0,
             computed: 0,
             in_flight: 0,
             drafted: 0,
             last: Follows::default(),
             unasked: 0,
+            passed_over: None,
+            sits_out: false,
             blocks,
             prompt: PromptReport {
                 logprobs_top: None,
@@ -133,12 +164,31 @@ impl Sequence {
                 cached_tokens: 0,
                 submitted: now,
                 started: None,
+                stream: None,
             },
             constrained: Constrained::default(),
             state: Arc::new(state),
             min_tokens: generation.min_tokens as usize,
             max_tokens: generation.max_tokens as usize,
         }
+    }
+
+    /// Its place in the order of who goes first: interactive before batch, then by priority, then by arrival.
+    pub fn place(&self) -> Place {
+        let Service { tier, priority, .. } = self.service;
+        (tier, Reverse(priority), self.arrival)
+    }
+
+    /// Until when the step must end that it was put into last, for its mean time between tokens to be `itl` since it was resumed. A part of its
+    /// later tokens' time may be used before: half of those that it may generate, at most [`BORROWED_MAX`], and no more than their steps give back
+    /// if each takes `step`.
+    pub fn due(&self, itl: Duration, step: Duration) -> Instant {
+        let sure = self.in_flight - self.drafted;
+        let left = self.max_tokens.saturating_sub(self.output_tokens());
+        let borrowed = itl * (left / 2).min(BORROWED_MAX) as u32;
+        let given_back = itl.saturating_sub(step) * left as u32;
+        let tokens = self.tokens.len() - self.resumed + sure;
+        self.prompt.submitted + itl * tokens as u32 + borrowed.min(given_back)
     }
 
     /// Tokens of a prompt that no step has run or runs.
@@ -177,18 +227,19 @@ impl Sequence {
         self.tokens.len() - self.prompt_tokens
     }
 
-    /// How to choose the token after the last and those in flight, and after each of as many drafts.
-    pub fn sample_run(&mut self, drafts: usize) -> SampleRun {
+    /// How to choose the token of this position, which comes after all tokens that are known or in flight, and after each of as many
+    /// drafts.
+    pub fn sample_run(&mut self, position: usize, drafts: usize) -> SampleRun {
         let len = drafts + 1;
         let stop_ids_banned = match self.state.stop_token_ids.is_empty() {
             true => 0,
             false => self
                 .min_tokens
-                .saturating_sub(self.output_tokens() + self.in_flight),
+                .saturating_sub(position - self.prompt_tokens),
         };
         SampleRun {
             len,
-            position: (self.tokens.len() + self.in_flight) as u32,
+            position: position as u32,
             state: Arc::clone(&self.state),
             stop_ids_banned: stop_ids_banned.min(len),
             mask: self.constrained.mask.take(),
@@ -283,6 +334,25 @@ mod tests {
     }
 
     #[test]
+    fn no_more_time_is_used_before_than_later_tokens_give_back() {
+        let sequence = sequence(Generation {
+            max_tokens: 100,
+            ..Generation::default()
+        });
+        let ms = Duration::from_millis;
+        let used_before = |step: Duration| {
+            let mean = ms(10) * (sequence.tokens.len() - sequence.resumed) as u32;
+            sequence.due(ms(10), step) - sequence.prompt.submitted - mean
+        };
+        // One token is there: 99 are left, of which steps of 2 ms would give back 8 ms each. Half of them is the bound.
+        assert_eq!(sequence.output_tokens(), 1);
+        assert_eq!(used_before(ms(2)), ms(490));
+        // Where each takes 8 of its 10 ms there are 2 ms of each.
+        assert_eq!(used_before(ms(8)), ms(198));
+        assert_eq!(used_before(ms(12)), ms(0));
+    }
+
+    #[test]
     fn counts_follow_the_output() {
         let mut sequence = sequence(Generation {
             sampling: Sampling {
@@ -296,7 +366,10 @@ mod tests {
             sequence.push(token);
         }
         let fresh = count_tokens(&sequence.tokens, 3);
-        assert_eq!(sequence.sample_run(0).state.counts, fresh);
+        assert_eq!(
+            sequence.sample_run(sequence.tokens.len(), 0).state.counts,
+            fresh
+        );
         assert_eq!(
             fresh[0],
             TokenCount {
@@ -339,11 +412,21 @@ mod tests {
             max_tokens: 3,
             ..Generation::default()
         });
-        assert_eq!(sequence.sample_run(3).stop_ids_banned, 1);
+        assert_eq!(
+            sequence
+                .sample_run(sequence.tokens.len(), 3)
+                .stop_ids_banned,
+            1
+        );
         assert_eq!(sequence.finish_with(4, 100), None);
         assert_eq!(sequence.finish_with(4, 5), Some(FinishReason::Length));
         sequence.push(4);
-        assert_eq!(sequence.sample_run(3).stop_ids_banned, 0);
+        assert_eq!(
+            sequence
+                .sample_run(sequence.tokens.len() + sequence.in_flight, 3)
+                .stop_ids_banned,
+            0
+        );
         assert_eq!(sequence.finish_with(5, 100), Some(FinishReason::Stop));
         assert_eq!(sequence.finish_with(4, 100), Some(FinishReason::Length));
     }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_protocol::Sampling;
+use baton_protocol::{Sampling, StepShape};
 
 use crate::TokenMask;
 
@@ -35,6 +35,26 @@ pub struct StepPlan {
     pub want_logits: bool,
     /// Its tokens are chosen only when [`Executor::choose`](crate::Executor::choose) brings the masks that are missing here.
     pub chooses_later: bool,
+}
+
+impl StepPlan {
+    /// What it consists of, as far as it costs time. A sequence that chooses a token after each one that it runs generates, any other is at its
+    /// prompt.
+    pub fn shape(&self) -> StepShape {
+        let mut shape = StepShape::default();
+        for step in &self.sequences {
+            let (tokens, start) = (step.tokens.len() as u64, u64::from(step.start));
+            let rows = step.sample.as_ref().map_or(0, |run| run.len as u64);
+            if rows == tokens {
+                shape.tokens += tokens;
+                shape.kv_tokens += start;
+            } else {
+                shape = shape.and_prompt(tokens, start);
+            }
+            shape.rows += rows;
+        }
+        shape
+    }
 }
 
 /// One sequence's part of a step: the tokens it runs, and what is made of them.

@@ -57,8 +57,8 @@ impl BlockTable {
         self.pool.quarantine(&self.ids);
     }
 
-    /// Leading blocks that are in the prefix index.
-    pub(crate) fn indexed(&self) -> usize {
+    /// Leading blocks that are in the prefix index: their KV is in place, and others may share them.
+    pub fn indexed(&self) -> usize {
         self.indexed
     }
 
@@ -97,6 +97,23 @@ impl BlockTable {
                     .index(&mut self.ids, self.indexed, salt, tokens, &mut given_up);
         }
         Self::new(self.pool.clone(), given_up, 0)
+    }
+
+    /// The KV of all of `tokens` was brought here from elsewhere, for whoever comes with this salt: their full blocks stay in the prefix
+    /// index until somebody needs the room.
+    pub fn keep(mut self, salt: CacheSalt, tokens: &[u32]) {
+        // No step has run them.
+        drop(self.index(salt, tokens));
+    }
+
+    /// As [`Self::index`], and no block is exchanged, because somebody beside the engine reads these: where an equal one is indexed
+    /// already, those from there on stay out of the index.
+    pub(crate) fn index_in_place(&mut self, salt: CacheSalt, tokens: &[u32]) {
+        if tokens.len() / self.pool.block_tokens() > self.indexed {
+            self.indexed = self
+                .pool
+                .index_in_place(&self.ids, self.indexed, salt, tokens);
+        }
     }
 
     /// What they hold is not to be trusted: it is no prefix for anybody. All that is left to do then is to give them back.

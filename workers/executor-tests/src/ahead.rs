@@ -24,35 +24,98 @@ const BLOCKS_EACH: usize = (PROMPT + STEPS).div_ceil(BLOCK_TOKENS as usize);
 /// # Panics
 /// If a token or a log-probability differs.
 pub fn steps_ahead(build: Builder<'_>) {
-    let spec = UniformSpec {
-        vocab: 301,
-        ..tiny_families().remove(1)
-    };
-    let tiny = Tiny::new(spec, 12);
-    let build = || {
-        build(Build {
-            spec: &tiny.spec,
-            weights: &tiny,
-            block_tokens: BLOCK_TOKENS,
-            blocks: SEQUENCES * BLOCKS_EACH,
-        })
-    };
     for seed in 0..3 {
         let batches = batches(seed);
-        let expected = run(&mut *build(), &batches, 1);
-        let depth = build().info().steps_in_flight.max(2);
-        for in_flight in 2..=depth {
-            let found = run(&mut *build(), &batches, in_flight);
-            assert_eq!(
-                found, expected,
-                "with {in_flight} steps in flight, seed {seed}"
-            );
-        }
+        let expected = at_any_depth(build, (12, seed), |executor, depth| {
+            run(executor, &batches, depth)
+        });
         let mut tokens: Vec<u32> = expected.iter().flatten().map(|s| s.token).collect();
         tokens.sort_unstable();
         tokens.dedup();
         assert!(tokens.len() > 30, "the texts hardly differ: {tokens:?}");
     }
+}
+
+/// What `run` is told of a tiny model, by the seeds of its weights and of the batches, with one step at a time, and is told alike with further steps submitted before the last is collected: one, and as
+/// many as the executor bears.
+fn at_any_depth(
+    build: Builder<'_>,
+    (weights, batches): (u64, u64),
+    run: impl Fn(&mut dyn Executor, usize) -> Vec<Vec<Sampled>>,
+) -> Vec<Vec<Sampled>> {
+    let spec = UniformSpec {
+        vocab: 301,
+        ..tiny_families().remove(1)
+    };
+    let tiny = Tiny::new(spec, weights);
+    let expected = run(&mut *on(build, &tiny), 1);
+    let depth = on(build, &tiny).info().steps_in_flight.max(2);
+    for in_flight in 2..=depth {
+        let found = run(&mut *on(build, &tiny), in_flight);
+        assert_eq!(
+            found, expected,
+            "with {in_flight} steps in flight, seed {batches}"
+        );
+    }
+    expected
+}
+
+/// An executor of this model, with blocks for all sequences.
+fn on(build: Builder<'_>, tiny: &Tiny) -> Box<dyn Executor> {
+    build(Build {
+        spec: &tiny.spec,
+        weights: tiny,
+        block_tokens: BLOCK_TOKENS,
+        blocks: SEQUENCES * BLOCKS_EACH,
+    })
+}
+
+/// Tokens of a chunk of a prompt.
+const CHUNK: usize = 4;
+
+/// Runs prompts chunk by chunk beside sequences that generate, one step at a time and then with further steps submitted before the
+/// last is collected: as many as the executor bears.
+///
+/// # Panics
+/// If a token or a log-probability differs.
+pub fn chunks_ahead(build: Builder<'_>) {
+    let expected = at_any_depth(build, (13, 0), run_chunks);
+    let chosen: usize = expected.iter().map(Vec::len).sum();
+    assert!(chosen > SEQUENCES, "{expected:?}");
+}
+
+/// What each sequence was told. The first four generate from a prompt of their own; the others come one after the other, in chunks.
+fn run_chunks(executor: &mut dyn Executor, in_flight: usize) -> Vec<Vec<Sampled>> {
+    let mut told: Vec<Vec<Sampled>> = vec![Vec::new(); SEQUENCES];
+    let generate: Vec<usize> = (0..4).collect();
+    let mut flights = VecDeque::from([(StepId(0), generate.clone())]);
+    executor.submit(&prompt_plan(&generate)).expect("a step");
+    let chunks = (4..SEQUENCES).flat_map(|sequence| {
+        let starts = (0..PROMPT).step_by(CHUNK);
+        starts.map(move |start| (sequence, start))
+    });
+    for (id, (sequence, start)) in (1..).map(StepId).zip(chunks) {
+        if flights.len() == in_flight {
+            let output = executor.collect().expect("a step");
+            take(&mut told, &flights.pop_front().expect("one").1, output);
+        }
+        let mut plan = decode_plan(id, &generate, &told, &flights);
+        let end = (start + CHUNK).min(PROMPT);
+        let tokens = prompt_plan(&[sequence]).tokens[start..end].to_vec();
+        push(&mut plan, sequence, tokens, start, None, &[]);
+        let mut batch = generate.clone();
+        match end {
+            PROMPT => batch.push(sequence),
+            // A chunk in the middle chooses nothing.
+            _ => plan.sequences.last_mut().expect("the chunk").sample = None,
+        }
+        executor.submit(&plan).expect("a step");
+        flights.push_back((id, batch));
+    }
+    for (_, batch) in flights {
+        take(&mut told, &batch, executor.collect().expect("a step"));
+    }
+    told
 }
 
 /// Sequences of each step after the prompts, in random order.
@@ -80,12 +143,7 @@ fn batches(seed: u64) -> Vec<Vec<usize>> {
 /// If one of them is not refused in a sentence that says why.
 pub fn only_what_is_in_flight_is_followed(build: Builder<'_>) {
     let tiny = Tiny::new(tiny_families().remove(1), 4);
-    let mut executor = build(Build {
-        spec: &tiny.spec,
-        weights: &tiny,
-        block_tokens: BLOCK_TOKENS,
-        blocks: SEQUENCES * BLOCKS_EACH,
-    });
+    let mut executor = on(build, &tiny);
     let prompts = |id: u64, sequences: &[usize]| {
         let mut plan = StepPlan {
             id: StepId(id),
@@ -152,7 +210,9 @@ fn run(executor: &mut dyn Executor, batches: &[Vec<usize>], in_flight: usize) ->
 }
 
 fn take(told: &mut [Vec<Sampled>], batch: &[usize], output: StepOutput) {
-    assert_eq!(output.sequences.len(), batch.len());
+    // A chunk in the middle of a prompt stands last and is not in the batch.
+    let rows = output.sequences.len();
+    assert!(rows == batch.len() || rows == batch.len() + 1, "{rows}");
     for (sequence, output) in batch.iter().zip(output.sequences) {
         assert_eq!(output.sampled.len(), 1, "one was asked for");
         told[*sequence].extend(output.sampled);

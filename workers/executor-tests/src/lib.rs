@@ -8,6 +8,7 @@
 //! - [`runs`]: several tokens of a sequence chosen in one step, by an executor that says it can.
 //! - [`masks`]: tokens chosen among those that a mask allows.
 //! - [`broken`]: a row of NaN among others.
+//! - [`probe`]: steps take about as long as the measurement before the first of them says.
 //! - [`golden`]: real weights against Transformers.
 #![forbid(unsafe_code)]
 
@@ -18,6 +19,7 @@ pub mod families;
 pub mod golden;
 pub mod masks;
 mod plain;
+pub mod probe;
 pub mod runs;
 mod steps;
 mod tiny;

@@ -249,6 +249,11 @@ impl Agent {
         Some((rate / 1e9) as f32)
     }
 
+    /// Bytes that pulls from this peer brought over its present connection.
+    pub fn pulled_bytes(&self, peer: PeerKey) -> u64 {
+        self.shared.vitals.pulled_bytes(peer)
+    }
+
     /// How the agent fares.
     pub fn health(&self) -> AgentHealth {
         let vitals = &self.shared.vitals;

@@ -5,6 +5,9 @@
 //! from the measured rate, so that a slow link shows progress often enough.
 
 use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use baton_protocol::deadlines::PULL_STALL_MS;
@@ -39,8 +42,10 @@ pub(crate) struct Flow {
     outstanding: Cell<u64>,
     /// Reads, pieces of chunks and messages that ended.
     ended: Cell<u64>,
-    /// Bytes that came.
+    /// Bytes that came and were waited for.
     arrived: Cell<u64>,
+    /// Bytes that pulls brought: all that came since the probe ended. Others read it, this thread alone writes.
+    pulled: Arc<AtomicU64>,
     clock: RefCell<StallClock>,
     meter: RefCell<Meter>,
 }
@@ -55,6 +60,7 @@ impl Flow {
             outstanding: Cell::new(0),
             ended: Cell::new(0),
             arrived: Cell::new(0),
+            pulled: Arc::default(),
             clock: RefCell::default(),
             meter: RefCell::default(),
         }
@@ -120,6 +126,19 @@ impl Flow {
     pub(crate) fn delivered(&self, bytes: u64) {
         self.ended.set(self.ended.get() + 1);
         self.arrived.set(self.arrived.get() + bytes);
+        self.pulled(bytes);
+    }
+
+    fn pulled(&self, bytes: u64) {
+        if bytes > 0 && self.meter.borrow().probe.is_some() {
+            let before = self.pulled.load(Relaxed);
+            self.pulled.store(before.saturating_add(bytes), Relaxed);
+        }
+    }
+
+    /// Where bytes of pulls are counted, for whoever looks from another thread.
+    pub(crate) fn pulled_bytes(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.pulled)
     }
 
     /// Something was posted: from now on the rate is measured.
@@ -130,6 +149,7 @@ impl Flow {
     /// Bytes that came while they were posted, which took this long.
     pub(crate) fn came_at_once(&self, bytes: u64, time: Duration) {
         self.meter.borrow_mut().add(bytes, time);
+        self.pulled(bytes);
     }
 
     /// Longest read or chunk that may be posted now; none if enough is outstanding.
@@ -391,7 +411,13 @@ mod tests {
             "the fastest stretch: {probe}"
         );
         assert_eq!(flow.news_of_rate(), None);
+        let pulled = flow.pulled_bytes();
+        assert_eq!(pulled.load(Relaxed), 0);
+        flow.came_at_once(3, Duration::from_nanos(1));
+        assert_eq!(pulled.load(Relaxed), 3);
         run_at(&flow, start, 5e9, 0.5);
+        let brought = pulled.load(Relaxed) as f64;
+        assert!((2.4e9..4e9).contains(&brought), "{brought}");
         let rate = flow.news_of_rate().expect("pulls");
         assert!((4.5e9..5.5e9).contains(&rate), "{rate}");
         assert_eq!(flow.news_of_rate(), None, "told once");

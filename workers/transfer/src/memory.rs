@@ -31,6 +31,14 @@ pub fn check(asked: u64, what: &str) -> Result<(), String> {
     fits(machine.address_space(), asked, what)
 }
 
+/// Bytes that can still be had, and whose bound that is, as a clause; `None` where nobody says.
+pub fn room() -> Option<(u64, String)> {
+    let machine = Machine::this();
+    let rooms = machine.rooms().into_iter().chain(machine.address_space());
+    let tightest = rooms.min_by_key(|room| room.bytes)?;
+    Some((tightest.bytes.saturating_sub(RESERVE), tightest.of))
+}
+
 /// The same for memory whose addresses the process has already.
 pub(crate) fn check_mapped(asked: u64, what: &str) -> Result<(), String> {
     fits(Machine::this().rooms(), asked, what)

@@ -86,10 +86,10 @@ pub(crate) fn run(setup: Setup, ready: &Sender<Result<Ready, TransferError>>) {
     clippy::disallowed_methods,
     reason = "the agent's own thread, which has nothing else to do yet"
 )]
-fn open(tls: Option<&str>) -> Result<(Arc<Context>, Worker), TransferError> {
+fn open(tls: Option<&str>, gpus: bool) -> Result<(Arc<Context>, Worker), TransferError> {
     let mut tries = 1;
     loop {
-        let context = Arc::new(Context::new(tls)?);
+        let context = Arc::new(Context::new(tls, gpus)?);
         match Worker::new(context.clone()) {
             Ok(worker) => return Ok((context, worker)),
             Err(error) if tries == OPEN_TRIES => return Err(error),
@@ -151,7 +151,10 @@ impl Mover {
                 detail,
             })?;
         }
-        let (context, worker) = open(tls.as_deref())?;
+        let gpus = sources
+            .iter()
+            .any(|source| matches!(source, ArenaSource::Gpu(_)));
+        let (context, worker) = open(tls.as_deref(), gpus)?;
         let ucp = context.ucp;
         let summary = format!("ucx {} {}", version(ucp), transports(&context));
         let staging = match &sources[..] {
@@ -306,6 +309,7 @@ impl Mover {
         let link = Rc::new(link);
         self.links.insert(peer, link.clone());
         self.vitals.tell_connected(peer, true);
+        self.vitals.tell_pulled(peer, link.flow.pulled_bytes());
         if outcome.is_err() {
             self.disconnect(peer);
         }

@@ -1,8 +1,9 @@
 //! How the agent's thread fares, for whoever asks.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::key::PeerKey;
@@ -18,6 +19,8 @@ pub(crate) struct Vitals {
     pub(crate) quarantined: AtomicUsize,
     /// Bytes a second that pulls reach, of peers that were pulled from.
     rates: Mutex<HashMap<PeerKey, f64>>,
+    /// Bytes that pulls brought, of peers with a connection. Their flows count.
+    pulled: Mutex<HashMap<PeerKey, Arc<AtomicU64>>>,
     /// Peers with a connection.
     connected: Mutex<HashSet<PeerKey>>,
 }
@@ -34,6 +37,7 @@ impl Vitals {
             requests: AtomicUsize::new(0),
             quarantined: AtomicUsize::new(0),
             rates: Mutex::default(),
+            pulled: Mutex::default(),
             connected: Mutex::default(),
         }
     }
@@ -42,8 +46,26 @@ impl Vitals {
         self.rates().insert(peer, rate);
     }
 
-    pub(crate) fn forget_rate(&self, peer: PeerKey) {
+    /// A connection was made: its flow counts here.
+    pub(crate) fn tell_pulled(&self, peer: PeerKey, bytes: Arc<AtomicU64>) {
+        self.pulled().insert(peer, bytes);
+    }
+
+    /// A connection is closed.
+    pub(crate) fn forget_pulls(&self, peer: PeerKey) {
         self.rates().remove(&peer);
+        self.pulled().remove(&peer);
+    }
+
+    /// Bytes that pulls brought over the present connection.
+    pub(crate) fn pulled_bytes(&self, peer: PeerKey) -> u64 {
+        self.pulled()
+            .get(&peer)
+            .map_or(0, |bytes| bytes.load(Relaxed))
+    }
+
+    fn pulled(&self) -> MutexGuard<'_, HashMap<PeerKey, Arc<AtomicU64>>> {
+        self.pulled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection was made, or is closed.

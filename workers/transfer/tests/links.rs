@@ -98,6 +98,8 @@ fn a_slow_peer_is_read_for_as_long_as_it_delivers() {
         assert!(!long.is_finished(), "it was given up");
         assert!(matches(&arena, 0, 1, 0, MIB));
         assert!(agent.pulled_rate(PEER).expect("it pulled") > 0.0);
+        let bytes = agent.pulled_bytes(PEER);
+        assert!(bytes >= 8 * MIB, "{bytes} bytes, and one still brings more");
         long.abort();
     });
 }
@@ -121,11 +123,14 @@ fn a_peer_that_delivers_nothing_is_given_up_long_before_the_deadline() {
         }
         let again = agent.pull(PEER, range(0, MIB), (), LONG).await.map(drop);
         assert_eq!(again, Err(TransferError::NotConnected(PEER)));
+        assert_eq!(agent.pulled_bytes(PEER), 0);
         server.resume();
         let connected = agent.connect(PEER, server.descriptor.clone(), LONG).await;
         connected.expect("connects again");
+        assert_eq!(agent.pulled_bytes(PEER), 0, "the probe is no pull");
         let pulled = agent.pull(PEER, range(0, MIB), (), LONG).await;
         pulled.expect("and pulls");
+        assert_eq!(agent.pulled_bytes(PEER), MIB);
         assert!(matches(&arena, 0, 1, 0, MIB));
         until(&agent, "the guards' end", |_| {
             Arc::strong_count(&guard) == 1
@@ -150,10 +155,11 @@ fn a_pull_that_is_given_up_leaves_the_others_and_the_link() {
         );
         assert_eq!(other.await.expect("no panic"), Ok(32 * MIB));
         assert!(matches(&arena, 0, 1, 0, 32 * MIB));
+        // The guards go right after the last read has ended, on the agent's thread.
         until(&agent, "what was given up to end", |health| {
-            health.quarantined == 0 && health.in_flight == 0
+            let idle = health.quarantined == 0 && health.in_flight == 0;
+            idle && Arc::strong_count(&guard) == 1
         });
-        assert_eq!(Arc::strong_count(&guard), 1);
         // The same connection.
         assert_eq!(agent.health().peers, 1);
         for _ in 0..20 {

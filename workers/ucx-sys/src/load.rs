@@ -1,6 +1,8 @@
 //! Finding and loading libucp.
 
+use std::ffi::OsString;
 use std::fmt;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -9,7 +11,8 @@ use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY};
 use crate::{UCP_API_MAJOR, UCP_API_MINOR, Ucp};
 
 /// Environment variable that names the directory to load UCX from: one that holds `libucp.so.0`, or
-/// that of a PyPI wheel (`…/site-packages/libucx`). Without it the system's own is taken.
+/// that of a PyPI wheel (`…/site-packages/libucx`). Where it is empty the system's own is taken; where it
+/// is not set, that of the Python environment that the program is installed in, if there is one, comes first.
 pub const LIB_DIR_VARIABLE: &str = "BATON_UCX_LIB_DIR";
 
 /// What libucp needs, in the order in which these need each other.
@@ -44,7 +47,8 @@ impl fmt::Display for LoadError {
             ),
             Self::Library { name, detail } => write!(
                 f,
-                "cannot load {name}: {detail}; install UCX (apt-get install libucx0) or name its directory in {LIB_DIR_VARIABLE}"
+                "cannot load {name}: {detail}; install UCX (apt-get install libucx0, or pip install libucx-cu13 beside a baton that came by pip) \
+                 or name its directory in {LIB_DIR_VARIABLE}"
             ),
             Self::TooOld {
                 version: (major, minor, release),
@@ -67,8 +71,9 @@ impl Ucp {
     pub fn load() -> Result<&'static Self, LoadError> {
         static UCP: OnceLock<Result<Ucp, LoadError>> = OnceLock::new();
         UCP.get_or_init(|| {
-            let directory = std::env::var_os(LIB_DIR_VARIABLE).filter(|value| !value.is_empty());
-            load(directory.as_deref().map(Path::new))
+            let named = std::env::var_os(LIB_DIR_VARIABLE);
+            let program = std::env::current_exe().ok();
+            load(directory(named, program.as_deref()).as_deref())
         })
         .as_ref()
         .map_err(Clone::clone)
@@ -81,6 +86,35 @@ impl Ucp {
         unsafe { (self.ucp_get_version)(&mut major, &mut minor, &mut release) };
         (major, minor, release)
     }
+}
+
+/// The directory to load from, by the variable and by where the program lies; none means the system's.
+fn directory(named: Option<OsString>, program: Option<&Path>) -> Option<PathBuf> {
+    match named {
+        Some(named) => Some(PathBuf::from(named)).filter(|named| !named.as_os_str().is_empty()),
+        None => beside(program?),
+    }
+}
+
+/// The package `libucx-cu13` or `libucx-cu12` of the Python environment that `program` is installed in: pip and uv put the one
+/// into `bin`, the other into `lib/python3.N/site-packages` (`dist-packages` where Debian's own Python is meant).
+fn beside(program: &Path) -> Option<PathBuf> {
+    let bin = program.parent().filter(|bin| bin.ends_with("bin"))?;
+    let pythons = fs::read_dir(bin.parent()?.join("lib")).ok()?.flatten();
+    let mut found: Vec<_> = pythons
+        .map(|python| python.path())
+        .filter(|python| {
+            let name = python.file_name().unwrap_or_default();
+            name.to_string_lossy().starts_with("python3")
+        })
+        .flat_map(|python| {
+            ["site-packages", "dist-packages"].map(|it| python.join(it).join("libucx"))
+        })
+        .filter(|package| package.join("lib/libucp.so.0").exists())
+        .collect();
+    // Environments have one Python; where there are several, it shall be the same each time.
+    found.sort();
+    found.into_iter().next()
 }
 
 fn load(directory: Option<&Path>) -> Result<Ucp, LoadError> {
@@ -142,6 +176,28 @@ mod tests {
             .expect("nothing is there");
         assert_eq!(error, LoadError::Directory("/nonexistent/ucx".into()));
         assert!(error.to_string().contains("/nonexistent/ucx"), "{error}");
+    }
+
+    #[test]
+    fn the_environment_of_the_program_comes_before_the_system_and_what_is_named_before_both() {
+        let root = std::env::temp_dir().join(format!("baton-ucx-beside-{}", std::process::id()));
+        let program = root.join("venv/bin/baton");
+        let package = root.join("venv/lib/python3.11/site-packages/libucx");
+        assert_eq!(directory(None, Some(&program)), None, "nothing is there");
+        fs::create_dir_all(package.join("lib")).expect("a directory");
+        assert_eq!(
+            directory(None, Some(&program)),
+            None,
+            "a package without libucp"
+        );
+        fs::write(package.join("lib/libucp.so.0"), "").expect("a file");
+        assert_eq!(directory(None, Some(&program)), Some(package));
+        let named = |text: &str| directory(Some(text.into()), Some(&program));
+        assert_eq!(named("/opt/ucx"), Some("/opt/ucx".into()));
+        assert_eq!(named(""), None, "the system's, expressly");
+        let elsewhere = root.join("venv/release/baton");
+        assert_eq!(directory(None, Some(&elsewhere)), None);
+        fs::remove_dir_all(&root).expect("it was made here");
     }
 
     #[test]

@@ -88,7 +88,7 @@ impl Checks {
         self.resumed(&mut job.sequence)?;
         self.token(
             "the handle's first token",
-            std::iter::once(job.handle.first_token),
+            job.handle.first_token.into_iter(),
         )?;
         if job.handle.finish.is_some() {
             return malformed("the handle's generation is over: there is nothing to decode");

@@ -10,6 +10,7 @@ use baton_engine::BlockPool;
 use baton_model::WeightFormat;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{Capacity, Incarnation, Role, Versioned, WorkerId};
+use baton_traces::Tracer;
 use tokio::task::JoinError;
 use tokio::time::Instant;
 
@@ -30,6 +31,12 @@ pub(crate) struct Identity {
     pub(crate) weights: WeightFormat,
     pub(crate) transport: String,
     pub(crate) capacity: Capacity,
+    /// Time between tokens that it keeps its steps to, in milliseconds.
+    pub(crate) itl_ms: Option<u32>,
+    /// Most tokens of a step.
+    pub(crate) step_tokens: u32,
+    /// It leases what its prefix index has to other workers, and pulls what they have.
+    pub(crate) leases_prefixes: bool,
 }
 
 /// What both sides use.
@@ -47,6 +54,8 @@ pub(crate) struct Common {
     /// When a request, by the key that it has here, runs out of time.
     pub(crate) deadlines: BTreeSet<(Instant, u64)>,
     pub(crate) next_key: u64,
+    /// Who makes spans of requests.
+    pub(crate) tracer: Tracer,
 }
 
 impl Common {

@@ -9,7 +9,8 @@ use baton_bus::BusConfig;
 use baton_engine::{FakeFaults, fake_geometry};
 use baton_model::ModelDir;
 use baton_protocol::subjects::Cluster;
-use baton_protocol::{KvGeometry, KvShares, Role, WorkerId, deadlines};
+use baton_protocol::{KvGeometry, KvShares, Role, StepCost, WorkerId, deadlines};
+use baton_traces::Tracer;
 
 use crate::WorkerError;
 use crate::gpus::Gpus;
@@ -54,6 +55,12 @@ pub struct WorkerConfig {
     pub drain_ms: u64,
     /// Overrides UCX's choice of transports (`UCX_TLS`): `tcp,self`.
     pub ucx_tls: Option<String>,
+    /// Mean time between tokens that steps are kept to, in milliseconds; 0: steps are as large as is efficient.
+    pub itl_ms: u32,
+    /// Who makes spans of requests; nobody where nothing is said.
+    pub tracer: Tracer,
+    /// What steps of the fake device cost; as much as its name says where nothing is said here.
+    pub fake_cost: Option<StepCost>,
     /// What goes wrong on the fake device; nothing, but in tests.
     pub fake_faults: FakeFaults,
     /// How the fake device's KV is divided; not at all, but in tests.
@@ -137,6 +144,9 @@ impl WorkerConfig {
             lease_ms: deadlines::LEASE_MS,
             drain_ms: DRAIN_MS_DEFAULT,
             ucx_tls: None,
+            itl_ms: Device::Cpu.itl_ms_default(),
+            tracer: Tracer::off(),
+            fake_cost: None,
             fake_faults: FakeFaults::default(),
             fake_kv: FakeKvShape::default(),
         }
@@ -179,6 +189,11 @@ impl WorkerConfig {
                     "the share of free GPU memory for KV is {}, it must be above 0 and at most 1",
                     self.kv_free_gpu_memory_fraction
                 ),
+            });
+        }
+        if let Some(Err(detail)) = self.fake_cost.as_ref().map(StepCost::check) {
+            return Err(WorkerError::Config {
+                detail: format!("of the fake device: {detail}"),
             });
         }
         if self.step_tokens < self.batch {
@@ -305,6 +320,16 @@ impl Device {
         match self {
             Self::Cuda(_) => 8192,
             Self::Cpu | Self::Fake { .. } => 512,
+        }
+    }
+
+    /// Mean time between tokens where nothing is said, in milliseconds. People read some 5 to 10 words a second, a token each 100 ms; agents and
+    /// programs read faster, so a GPU keeps to a quarter of that: 40 tokens a second, which leaves half of its steps to prompts with
+    /// models that decode in some 12 ms.
+    pub fn itl_ms_default(self) -> u32 {
+        match self {
+            Self::Cuda(_) => 25,
+            Self::Cpu | Self::Fake { .. } => 100,
         }
     }
 

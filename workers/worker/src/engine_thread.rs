@@ -18,10 +18,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_engine::{Constraint, Engine, Event, ExecutorError, NewSequence, ResumedSequence};
+use baton_engine::{
+    Constraint, Engine, Event, ExecutorError, NewSequence, ResumedSequence, Sampled,
+};
 use baton_protocol::{
     ApiServerId, End, Failure, FailureCode, FrameItem, PackedTokens, PullReport, Refusal,
 };
+use baton_traces::Span;
 use baton_watchdog::Pulse;
 use crossbeam_channel::{Receiver, TryRecvError, after, never, select};
 use tokio::sync::mpsc::{self, error::TrySendError};
@@ -32,10 +35,15 @@ use crate::token_rules::ruled;
 
 use held_back::HeldBack;
 
-pub(crate) use handle::{Command, EngineEvent, EngineHandle, EngineWaker, LoadGauge, Prefilled};
+use handle::COST_STEPS;
+pub(crate) use handle::{
+    Begun, Command, EngineEvent, EngineHandle, EngineWaker, LoadGauge, Prefilled,
+};
 pub(crate) use held_blocks::HeldBlocks;
 #[cfg(feature = "simulation")]
 pub(crate) use task::EngineTask;
+#[cfg(feature = "simulation")]
+pub use task::StepTimes;
 
 /// How long a step that found no block, or an outbox without room, is waited out when no wake-up comes.
 const STALL_WAIT: Duration = Duration::from_millis(20);
@@ -57,14 +65,22 @@ struct EngineThread {
     unsaid: Vec<EngineEvent>,
     /// Pools were checked since the last work.
     checked: bool,
+    /// Steps until it tells again what they cost.
+    cost_due: u32,
 }
 
 struct Decoding {
     route: Route,
-    /// Output index of the next token.
+    /// Output index of the next token that the API server is told.
     index: u32,
+    /// A token before those made here, which it may not have yet.
+    first: Option<Sampled>,
     /// Reported with the first item.
     pulled: Option<PullReport>,
+    /// Output index of the first token made here.
+    from: u32,
+    /// Where its trace is recorded.
+    trace: Option<Box<Span>>,
 }
 
 /// What follows on what the thread did.
@@ -115,6 +131,7 @@ impl EngineThread {
             items: Vec::new(),
             unsaid: Vec::new(),
             checked: true,
+            cost_due: COST_STEPS,
         }
     }
 
@@ -140,6 +157,11 @@ impl EngineThread {
 
     /// Carries out the commands that are there, and a step if there is one.
     fn turn(&mut self) -> Turn {
+        self.turn_with(Engine::step)
+    }
+
+    /// The same with another part of a step, or all of it.
+    fn turn_with(&mut self, step: fn(&mut Engine) -> Result<Vec<Event>, ExecutorError>) -> Turn {
         if let Flow::End = self.take_commands() {
             return Turn::End;
         }
@@ -151,7 +173,7 @@ impl EngineThread {
             self.advance(Engine::settle);
             self.stalled.store(true, Ordering::Release);
             Turn::Wait(Some(STALL_WAIT))
-        } else if self.advance(Engine::step) {
+        } else if self.advance(step) {
             Turn::On
         } else {
             self.stalled.store(true, Ordering::Release);
@@ -235,10 +257,10 @@ impl EngineThread {
         }
     }
 
-    fn carry_out(&mut self, command: Command) -> Flow {
+    fn carry_out(&mut self, mut command: Command) -> Flow {
         match command {
             Command::Prefill { .. } | Command::Decode { .. } => {
-                self.expect_tokens(&command);
+                self.expect_tokens(&mut command);
                 match self.held.hold(command) {
                     None => {}
                     Some((command, None)) => self.begin(command, None),
@@ -267,19 +289,24 @@ impl EngineThread {
     }
 
     /// Notes where the tokens of a sequence go that generates.
-    fn expect_tokens(&mut self, command: &Command) {
+    fn expect_tokens(&mut self, command: &mut Command) {
         if let Command::Decode {
             key,
             route,
             spec,
+            first,
             pulled,
+            trace,
             ..
         } = command
         {
             let decoding = Decoding {
                 route: route.clone(),
-                index: spec.output_tokens() + 1,
+                index: spec.output_tokens() + u32::from(first.is_none()),
+                first: first.clone(),
                 pulled: Some(*pulled),
+                from: spec.output_tokens() + 1,
+                trace: trace.take(),
             };
             self.decoding.insert(*key, decoding);
         }
@@ -302,6 +329,7 @@ impl EngineThread {
                 key,
                 spec,
                 prompt_logprobs,
+                stream,
             } => {
                 let taken = match &mut self.engine {
                     Some(engine) => engine.submit(NewSequence {
@@ -309,6 +337,7 @@ impl EngineThread {
                         spec,
                         prompt_logprobs,
                         constraint,
+                        stream,
                     }),
                     None => Err(Refusal::Draining),
                 };
@@ -381,12 +410,31 @@ impl EngineThread {
             self.tell(event);
         }
         self.report_load();
+        self.report_cost();
         self.flush();
         ran
     }
 
     fn tell(&mut self, event: Event) {
         match event {
+            Event::Begun {
+                key,
+                runs,
+                computed,
+                cached_tokens,
+                queue,
+            } => {
+                self.say(EngineEvent::Begun(Box::new(Begun {
+                    key,
+                    runs,
+                    computed,
+                    cached_tokens,
+                    queue,
+                })));
+            }
+            Event::Computed { key, computed } => {
+                self.say(EngineEvent::Computed { key, computed });
+            }
             Event::Prefilled {
                 key,
                 blocks,
@@ -420,13 +468,24 @@ impl EngineThread {
                 };
                 let mut item = decoding.item();
                 item.index = index;
+                if let Some(first) = decoding.first.take() {
+                    item.index = index - 1;
+                    item.tokens.0.push(first.token);
+                    item.logprobs.extend(first.logprobs);
+                }
                 item.tokens.0.push(sampled.token);
                 item.logprobs.extend(sampled.logprobs);
                 item.end = finish.map(End::Finished);
                 decoding.index = index + 1;
+                if let Some(trace) = decoding.trace.as_mut().filter(|_| index == decoding.from) {
+                    trace.event("first token", Instant::now());
+                }
                 self.items.push((decoding.route.api_server.clone(), item));
                 if finish.is_some() {
-                    self.decoding.remove(&key);
+                    let trace = self.decoding.remove(&key).and_then(Decoding::ended);
+                    if let Some(trace) = trace {
+                        trace.end();
+                    }
                     self.say(EngineEvent::Left { key, refusal: None });
                 }
             }
@@ -449,10 +508,13 @@ impl EngineThread {
     fn end_decoding(&mut self, key: u64, end: End) {
         if let Some(mut decoding) = self.decoding.remove(&key) {
             let item = FrameItem {
-                end: Some(end),
+                end: Some(end.clone()),
                 ..decoding.item()
             };
-            self.items.push((decoding.route.api_server, item));
+            self.items.push((decoding.route.api_server.clone(), item));
+            if let (Some(mut trace), End::Failed(failure)) = (decoding.ended(), end) {
+                trace.fail("generate", failure.to_string());
+            }
         }
     }
 
@@ -485,15 +547,27 @@ impl EngineThread {
 
     fn report_load(&self) {
         let load = self.engine.as_ref().map(Engine::load).unwrap_or_default();
-        self.load
-            .waiting
-            .store((load.waiting + self.held.len()) as u32, Ordering::Relaxed);
-        self.load
-            .running
-            .store(load.running as u32, Ordering::Relaxed);
-        self.load
-            .waiting_tokens
-            .store(load.waiting_tokens as u32, Ordering::Relaxed);
+        let gauge = &self.load;
+        for (number, now) in [
+            (&gauge.waiting, load.waiting + self.held.len()),
+            (&gauge.running, load.running),
+            (&gauge.waiting_tokens, load.waiting_tokens),
+            (&gauge.batch_tokens, load.batch_tokens),
+            (&gauge.decoding, load.decoding),
+        ] {
+            number.store(now as u32, Ordering::Relaxed);
+        }
+        let tokens = load.decoding_tokens as u64;
+        gauge.decoding_tokens.store(tokens, Ordering::Relaxed);
+    }
+
+    /// Tells what steps cost, now and then.
+    fn report_cost(&mut self) {
+        self.cost_due = self.cost_due.saturating_sub(1);
+        if let (0, Some(engine)) = (self.cost_due, &self.engine) {
+            self.cost_due = COST_STEPS;
+            self.load.set_cost(engine);
+        }
     }
 
     /// Hands over what steps and commands made: tokens first, so whoever hears that a sequence left can rely
@@ -502,6 +576,9 @@ impl EngineThread {
         self.tokens.push(std::mem::take(&mut self.items));
         for event in self.unsaid.drain(..) {
             if let Err(TrySendError::Full(event)) = self.events.try_send(event) {
+                if let EngineEvent::Computed { .. } = event {
+                    continue;
+                }
                 // The desk never waits for this thread, so this cannot wait for ever; without a desk nobody listens.
                 let _ = self.events.blocking_send(event);
             }
@@ -521,6 +598,14 @@ impl Drop for EngineThread {
 }
 
 impl Decoding {
+    /// What it made, for its span.
+    fn ended(self) -> Option<Box<Span>> {
+        let mut trace = self.trace?;
+        let tokens = self.index.saturating_sub(self.from);
+        trace.set("gen_ai.usage.output_tokens", tokens);
+        Some(trace)
+    }
+
     /// An item without tokens; the first one carries what the pull cost.
     fn item(&mut self) -> FrameItem {
         FrameItem {

@@ -362,7 +362,7 @@ mod tests {
             for (i, (count, logprobs)) in counts.into_iter().enumerate() {
                 let tokens: Vec<u32> = (0..count as u32).collect();
                 items.push(FrameItem {
-                    pulled: Some(PullReport { bytes: 5, seconds: 0.5 }),
+                    pulled: Some(PullReport { bytes: 5, seconds: 0.5, ..PullReport::default() }),
                     end: Some(End::Finished(FinishReason::Length)),
                     ..item(i as u128, 3, &tokens, logprobs)
                 });

@@ -48,11 +48,15 @@ mod run;
 mod token_rules;
 mod watch;
 
+pub use baton_cuda::GpuReport;
+pub use baton_transfer::memory::room as host_memory;
 pub use config::{
     BLOCK_TOKENS_DEFAULT, DRAIN_MS_DEFAULT, Device, FakeKvShape, KV_BYTES_DEFAULT,
     KV_FREE_GPU_MEMORY_FRACTION_DEFAULT, QUEUE_DEFAULT, WorkerConfig,
 };
-pub use device::{Library, check_host_memory, host_memory_bytes};
+pub use device::{Library, check_host_memory, cpu_kernel, gpus_seen, host_memory_bytes};
+#[cfg(feature = "simulation")]
+pub use engine_thread::StepTimes;
 pub use error::WorkerError;
 pub use gpus::{GPUS_MAX, Gpus};
 #[cfg(feature = "simulation")]

@@ -96,6 +96,15 @@ impl Mover {
         }
     }
 
+    /// As [`Agent::pulled_bytes`]; a simulation counts none.
+    pub(crate) fn pulled_bytes(&self, peer: PeerKey) -> u64 {
+        match self {
+            Self::Ucx(agent) => agent.pulled_bytes(peer),
+            #[cfg(feature = "simulation")]
+            Self::Simulated(_) => 0,
+        }
+    }
+
     /// As [`Agent::is_connected`].
     pub(crate) fn is_connected(&self, peer: PeerKey) -> bool {
         match self {

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 
 use super::SUSPECT_AFTER;
 use super::slots::SlotSet;
+use super::speed::Speed;
 use crate::request::lifecycle::Target;
 
 /// A worker and when it was last heard. A clone shares the beat.
@@ -57,6 +58,14 @@ pub struct Facts {
     pub block_tokens: u32,
     /// Mean time of a generation; 0 if unknown.
     pub decode_ms: u32,
+    /// Whether it streams KV.
+    pub streams: bool,
+    /// Whether it leases what its prefix index has.
+    pub leases_prefixes: bool,
+    /// How fast it is, if it says what its steps cost.
+    pub speed: Option<Speed>,
+    /// Microseconds in which it reads a token's KV from another worker; 0 if unknown.
+    pub link_token_us: f32,
 }
 
 impl Facts {
@@ -70,7 +79,26 @@ impl Facts {
             capacity: beat.capacity,
             block_tokens: beat.kv.block_tokens.max(1),
             decode_ms: beat.decode_ms,
+            streams: beat.streams,
+            leases_prefixes: beat.leases_prefixes,
+            speed: Speed::of(beat),
+            link_token_us: 0.0,
         }
+    }
+
+    /// Whether the same jobs may come to a worker of which this and then the other is known.
+    pub(super) fn stay(&self, other: &Self) -> bool {
+        let of = |facts: &Self| {
+            let has_speed = facts.speed.is_some();
+            (
+                facts.model,
+                facts.kv,
+                facts.role,
+                facts.takes_jobs,
+                has_speed,
+            )
+        };
+        of(self) == of(other)
     }
 }
 
@@ -132,14 +160,19 @@ impl Member {
         let own = self.beat.role == Role::Both
             && self.beat.worker == context.worker
             && self.beat.incarnation == context.incarnation;
+        own || self.reads(context).is_some()
+    }
+
+    /// How it reads from another worker, if it can.
+    pub fn reads(&self, context: &Target) -> Option<&PeerHealth> {
         let peers = &self.peers;
         let first = peers.partition_point(|peer| peer.worker < context.worker);
         let of_this_name = peers[first..]
             .iter()
             .take_while(|peer| peer.worker == context.worker);
-        own || of_this_name
+        of_this_name
             .filter(is_ready)
-            .any(|peer| peer.incarnation == context.incarnation)
+            .find(|peer| peer.incarnation == context.incarnation)
     }
 
     /// Whether it reads the KV of the same workers as this other state of it.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use baton_protocol::limits::PEERS_MAX;
-use baton_protocol::{Beat, PeerChanges, PeerHealth, WorkerId};
+use baton_protocol::{Beat, KvGeometry, KvGroup, PeerChanges, PeerHealth, WorkerId};
 
 use super::Member;
 
@@ -62,6 +62,36 @@ impl HeardPeers {
             peers: peers.into(),
             version,
             is_behind: false,
+        }
+    }
+
+    /// Microseconds in which the worker reads a token's KV from a peer, at the mean of the rates that pulls, or else probes, reached; 0 if none did.
+    /// `known`: the same worker before.
+    pub(super) fn link_token_us(&self, kv: &KvGeometry, known: Option<&Member>) -> f32 {
+        if let Some(known) = known
+            && Arc::ptr_eq(&known.peers, &self.peers)
+            && known.beat.kv == *kv
+        {
+            return known.facts.link_token_us;
+        }
+        let rate = |peer: &PeerHealth| {
+            let pulled = peer.pulled_gigabytes_per_second.unwrap_or_default();
+            pulled.max(peer.gigabytes_per_second)
+        };
+        let rates = self.peers.iter().map(rate).filter(|rate| *rate > 0.0);
+        let (sum, count) = rates.fold((0.0, 0.0), |(sum, count), rate| (sum + rate, count + 1.0));
+        // In floating point: what a beat says may be anything.
+        let numbers = |group: &KvGroup| {
+            [group.layers, group.kv_heads, group.head_dim]
+                .map(|number| number as f32)
+                .iter()
+                .product::<f32>()
+        };
+        let numbers: f32 = kv.groups.iter().map(numbers).sum();
+        let bytes = 2.0 * numbers * kv.dtype.bytes() as f32;
+        match count > 0.0 {
+            true => bytes * count / (sum * 1e3),
+            false => 0.0,
         }
     }
 

@@ -38,6 +38,24 @@ impl SlotSet {
         pairs.any(|(a, b)| a & b != 0)
     }
 
+    /// The 32 slots from `32 * at` on, as bits.
+    pub fn word(&self, at: usize) -> u32 {
+        let word = self.words.get(at / 2).copied().unwrap_or(0);
+        (word >> (32 * (at % 2))) as u32
+    }
+
+    /// Removes all that another set holds.
+    pub fn remove_all(&mut self, other: &Self) {
+        let pairs = self.words.iter_mut().zip(&other.words);
+        pairs.for_each(|(word, other)| *word &= !other);
+    }
+
+    /// Writes the set as bits, as many as there is room for.
+    pub fn write(&self, bits: &mut [u64]) {
+        let pairs = bits.iter_mut().zip(&self.words);
+        pairs.for_each(|(bits, word)| *bits = *word);
+    }
+
     /// Removes all, and keeps the memory.
     pub fn clear(&mut self) {
         self.words.clear();
@@ -154,6 +172,11 @@ mod tests {
                 prop_assert_eq!(set.contains(slot), is_in);
             }
             prop_assert!(set.iter().eq(plain.iter().copied()));
+            let of_words = (0..12).flat_map(|at| {
+                let word = set.word(at);
+                (0..32).filter(move |bit| word >> bit & 1 == 1).map(move |bit| 32 * at + bit)
+            });
+            prop_assert!(of_words.eq(plain.iter().copied()));
             let other: SlotSet = others.iter().copied().collect();
             prop_assert_eq!(set.intersects(&other), others.iter().any(|slot| plain.contains(slot)));
             set.clear();

@@ -48,6 +48,7 @@ pub(crate) fn beat(name: &str, role: Role, peers: &[&str]) -> Beat {
                 transport: "tcp".to_owned(),
                 gigabytes_per_second: 1.0,
                 pulled_gigabytes_per_second: None,
+                pulled_bytes: 0,
                 error: None,
             })
             .collect(),
@@ -55,8 +56,12 @@ pub(crate) fn beat(name: &str, role: Role, peers: &[&str]) -> Beat {
         transport: String::new(),
         decode_ms: 0,
         cost: None,
+        cost_error: None,
         itl_ms: None,
         step_tokens: None,
+        prefix_version: None,
+        streams: false,
+        leases_prefixes: false,
     }
 }
 
@@ -107,6 +112,33 @@ fn beats_are_bounded_in_bytes_and_room_comes_back() {
     assert_eq!(members.workers().count(), fit + 1);
     members.sweep(later + GONE_AFTER);
     assert_eq!(members.bytes, 0);
+}
+
+#[test]
+fn a_link_is_as_fast_as_pulls_or_else_probes_were_in_the_mean() {
+    let now = Instant::now();
+    let mut members = Membership::default();
+    let mut told = beat("d", Role::Decode, &["a", "b", "c"]);
+    // 8 bytes a token.
+    told.peers[1].gigabytes_per_second = 0.0;
+    told.peers[2].pulled_gigabytes_per_second = Some(3.0);
+    let link = |members: &Membership| members.workers().next().unwrap().facts.link_token_us;
+    members.beat(told.clone(), now);
+    assert_eq!(link(&members), 0.004);
+    // With changes alone it is as fast as before.
+    let changes = |since| {
+        Some(baton_protocol::PeerChanges {
+            since,
+            version: 1,
+            gone: Vec::new(),
+        })
+    };
+    told.changes = changes(0);
+    members.beat(told.clone(), now);
+    told.peers.clear();
+    told.changes = changes(1);
+    members.beat(told, now);
+    assert_eq!(link(&members), 0.004);
 }
 
 #[test]

@@ -1,42 +1,17 @@
-//! Which workers probably have the KV of which prefixes.
+//! Which workers probably have the KV of which prefixes, because they were sent prompts that begin so: all that is known of workers
+//! that do not report what they have, and of the others what they are about to report.
 
 use std::collections::{HashMap, VecDeque};
-use std::hash::{BuildHasher, Hasher};
 use std::num::NonZeroU32;
 
-use baton_protocol::CacheSalt;
-
+use super::cached::Cached;
 use crate::fleet::membership::{Slot, WORKERS_MAX};
-
-/// Tokens of one link of a prompt's hash chain.
-pub const PREFIX_BLOCK_TOKENS: usize = 32;
 
 /// Links that are remembered; the least recently used go first.
 const PREFIXES_MAX: usize = 1 << 16;
 
 /// Workers remembered for one prefix.
 const HOLDERS_MAX: usize = 4;
-
-/// Hash of every full block of a prompt together with all before it, and with whose KV it may use.
-pub fn prefix_chain(CacheSalt(salt): CacheSalt, prompt: &[u32]) -> Vec<u64> {
-    let state = same_hasher();
-    let mut link = salt as u64 ^ (salt >> 64) as u64;
-    prompt
-        .chunks_exact(PREFIX_BLOCK_TOKENS)
-        .map(|block| {
-            let mut hasher = state.build_hasher();
-            hasher.write_u64(link);
-            block.iter().for_each(|token| hasher.write_u32(*token));
-            link = hasher.finish();
-            link
-        })
-        .collect()
-}
-
-/// A hasher that is the same for the life of the process.
-fn same_hasher() -> std::hash::BuildHasherDefault<std::collections::hash_map::DefaultHasher> {
-    std::hash::BuildHasherDefault::default()
-}
 
 /// Approximate map from prefixes to the workers that ran them. Bounded: it forgets the least recently used.
 ///
@@ -54,7 +29,8 @@ pub(super) struct Prefixes {
     /// Links in order of use; an item whose stamp is not the link's current one is void.
     order: VecDeque<(u64, u64)>,
     clock: u64,
-    /// By slot: how many workers had it and lost their KV, by leaving or by a restart. What an earlier one ran is void.
+    /// By slot: which life of a worker it has. What was noted in this one and in the one before is believed. A worker that leaves or
+    /// is restarted begins two lives; one that reports what it has begins one with each beat.
     lives: Vec<u32>,
     links_max: usize,
 }
@@ -87,7 +63,7 @@ impl Holders {
     fn put(&mut self, newest: Holder, keeps: impl Fn(Holder) -> bool) {
         let before = std::mem::take(&mut self.0);
         let others = before.into_iter().flatten();
-        let others = others.filter(|other| *other != newest && keeps(*other));
+        let others = others.filter(|other| other.slot() != newest.slot() && keeps(*other));
         let all = std::iter::once(newest).chain(others);
         for (place, holder) in self.0.iter_mut().zip(all) {
             *place = Some(holder);
@@ -116,20 +92,6 @@ impl Holder {
     }
 }
 
-/// How many blocks of one prompt each of a few workers has; the others have none.
-#[derive(Debug, Default)]
-pub(super) struct Cached {
-    blocks: Vec<(Slot, usize)>,
-}
-
-impl Cached {
-    /// Blocks that the worker in this slot has.
-    pub(super) fn of(&self, slot: Slot) -> usize {
-        let found = self.blocks.iter().find(|(holder, _)| *holder == slot);
-        found.map_or(0, |(_, blocks)| *blocks)
-    }
-}
-
 impl Prefixes {
     fn new(links_max: usize) -> Self {
         Self {
@@ -143,9 +105,10 @@ impl Prefixes {
         }
     }
 
-    /// Only an unbroken chain from the start is of use, so only those that have the first link count.
-    pub(super) fn cached_blocks(&self, chain: &[u64]) -> Cached {
-        let mut cached = Cached::default();
+    /// Notes how many blocks of the prompt with this chain each worker has. Only an unbroken chain from the start is of use, so only
+    /// those that have the first link count.
+    pub(super) fn cached(&self, chain: &[u64], cached: &mut Cached) {
+        let mut found: Vec<(Slot, usize)> = Vec::new();
         let mut likely = None;
         for (i, link) in chain.iter().enumerate() {
             let Some(at) = self.find(*link, likely) else {
@@ -153,15 +116,14 @@ impl Prefixes {
             };
             likely = at.checked_sub(1);
             let holders = &self.entries[at].holders;
+            let live = || holders.all().filter(|holder| is_live(&self.lives, *holder));
             if i == 0 {
-                let live = holders.all().filter(|holder| is_live(&self.lives, *holder));
-                cached.blocks = live.map(|holder| (holder.slot(), 1)).collect();
+                found = live().map(|holder| (holder.slot(), 1)).collect();
                 continue;
             }
             let mut grows = false;
-            for (slot, blocks) in &mut cached.blocks {
-                let holder = self.holder(*slot);
-                if *blocks == i && holders.0.contains(&Some(holder)) {
+            for (slot, blocks) in &mut found {
+                if *blocks == i && live().any(|holder| holder.slot() == *slot) {
                     (*blocks, grows) = (i + 1, true);
                 }
             }
@@ -169,7 +131,23 @@ impl Prefixes {
                 break;
             }
         }
-        cached
+        for (slot, blocks) in found {
+            cached.raise(slot, blocks);
+        }
+    }
+
+    /// How many blocks of the prompt with this chain one worker has.
+    pub(super) fn blocks_of(&self, slot: Slot, chain: &[u64]) -> usize {
+        let mut likely = None;
+        let has = |link: &&u64| {
+            let Some(at) = self.find(**link, likely) else {
+                return false;
+            };
+            likely = at.checked_sub(1);
+            let mut holders = self.entries[at].holders.all();
+            holders.any(|holder| holder.slot() == slot && is_live(&self.lives, holder))
+        };
+        chain.iter().take_while(has).count()
     }
 
     /// The worker in this slot has run this prompt.
@@ -230,10 +208,19 @@ impl Prefixes {
 
     /// What the worker in this slot ran is gone.
     pub(super) fn forget(&mut self, slot: Slot) {
+        self.begin_lives(slot, 2);
+    }
+
+    /// The worker in this slot has said by now what it has of all that was noted before the last time: that counts no more.
+    pub(super) fn age(&mut self, slot: Slot) {
+        self.begin_lives(slot, 1);
+    }
+
+    fn begin_lives(&mut self, slot: Slot, lives: u32) {
         if slot >= self.lives.len() {
             self.lives.resize(slot + 1, 0);
         }
-        self.lives[slot] = self.lives[slot].wrapping_add(1);
+        self.lives[slot] = self.lives[slot].wrapping_add(lives);
     }
 
     fn holder(&self, slot: Slot) -> Holder {
@@ -242,8 +229,8 @@ impl Prefixes {
 }
 
 fn is_live(lives: &[u32], holder: Holder) -> bool {
-    let slot = holder.slot();
-    Holder::new(slot, life(lives, slot)) == holder
+    let (slot, life) = (holder.slot(), life(lives, holder.slot()));
+    Holder::new(slot, life) == holder || Holder::new(slot, life.wrapping_sub(1)) == holder
 }
 
 fn life(lives: &[u32], slot: Slot) -> u32 {
@@ -255,6 +242,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn blocks(prefixes: &Prefixes, slot: Slot, chain: &[u64]) -> usize {
+        let mut cached = Cached::default();
+        prefixes.cached(chain, &mut cached);
+        assert_eq!(prefixes.blocks_of(slot, chain), cached.of(slot));
+        cached.of(slot)
+    }
 
     /// The same map by the plainest rule, without places in memory. Like the real one it keeps a void item for each earlier use.
     #[derive(Default)]
@@ -274,7 +268,7 @@ mod tests {
             for link in chain.iter().take(LINKS_MAX).rev() {
                 self.clock += 1;
                 let (holders, stamp) = self.links.entry(*link).or_default();
-                holders.retain(|(other, life)| *other != slot && lives[*other] == *life);
+                holders.retain(|(other, life)| *other != slot && lives[*other] - *life < 2);
                 holders.push_front((slot, lives[slot]));
                 holders.truncate(HOLDERS_MAX);
                 *stamp = self.clock;
@@ -291,7 +285,9 @@ mod tests {
         fn cached_blocks(&self, slot: Slot, chain: &[u64]) -> usize {
             let has = |link: &&u64| {
                 let holders = self.links.get(link).map(|known| &known.0);
-                holders.is_some_and(|holders| holders.contains(&(slot, self.lives[slot])))
+                let is_its =
+                    |(other, life): &(Slot, u32)| *other == slot && self.lives[slot] - life < 2;
+                holders.is_some_and(|holders| holders.iter().any(is_its))
             };
             chain.iter().take_while(has).count()
         }
@@ -301,27 +297,29 @@ mod tests {
         #[test]
         fn where_links_lie_changes_no_answer(
             acts in prop::collection::vec(
-                (0..SLOTS, prop::collection::vec(0u64..3, 0..8), 0u8..8),
+                (0..SLOTS, prop::collection::vec(0u64..3, 0..8), 0u8..9),
                 0..60,
             ),
         ) {
             let (mut prefixes, mut plain) = (Prefixes::new(LINKS_MAX), Plain::default());
-            for (slot, blocks, act) in acts {
+            for (slot, digits, act) in acts {
                 // Chains that share beginnings; no two ways lead to one link.
-                let chain: Vec<u64> = blocks.iter().scan(1, |link, block| {
-                    *link = 3 * *link + block;
+                let chain: Vec<u64> = digits.iter().scan(1, |link, digit| {
+                    *link = 3 * *link + digit;
                     Some(*link)
                 }).collect();
                 if act == 0 {
                     prefixes.forget(slot);
+                    plain.lives[slot] += 2;
+                } else if act == 8 {
+                    prefixes.age(slot);
                     plain.lives[slot] += 1;
                 } else if act < 5 {
                     prefixes.insert(slot, &chain);
                     plain.insert(slot, &chain);
                 }
-                let cached = prefixes.cached_blocks(&chain);
                 for slot in 0..SLOTS {
-                    prop_assert_eq!(cached.of(slot), plain.cached_blocks(slot, &chain));
+                    prop_assert_eq!(blocks(&prefixes, slot, &chain), plain.cached_blocks(slot, &chain));
                 }
                 prop_assert_eq!(prefixes.index.len(), plain.links.len());
                 prop_assert_eq!(prefixes.entries.len(), prefixes.index.len() + prefixes.free.len());
@@ -352,18 +350,18 @@ mod tests {
         }
         assert!(prefixes.index.len() <= PREFIXES_MAX);
         assert!(prefixes.order.len() <= 2 * PREFIXES_MAX);
-        assert_eq!(prefixes.cached_blocks(&[0]).of(0), 0);
+        assert_eq!(blocks(&prefixes, 0, &[0]), 0);
     }
 
     #[test]
     fn who_came_into_a_slot_has_nothing_of_who_left_it() {
         let mut prefixes = Prefixes::default();
         prefixes.insert(3, &[1, 2]);
-        assert_eq!(prefixes.cached_blocks(&[1, 2, 9]).of(3), 2);
+        assert_eq!(blocks(&prefixes, 3, &[1, 2, 9]), 2);
         prefixes.forget(3);
-        assert_eq!(prefixes.cached_blocks(&[1, 2, 9]).of(3), 0);
+        assert_eq!(blocks(&prefixes, 3, &[1, 2, 9]), 0);
         prefixes.insert(3, &[1]);
-        assert_eq!(prefixes.cached_blocks(&[1, 2, 9]).of(3), 1);
+        assert_eq!(blocks(&prefixes, 3, &[1, 2, 9]), 1);
         // Those that are gone leave room for others.
         for slot in 4..8 {
             prefixes.insert(slot, &[5]);
@@ -372,7 +370,25 @@ mod tests {
         for slot in [1, 2, 3, 9] {
             prefixes.insert(slot, &[5]);
         }
-        let cached = prefixes.cached_blocks(&[5]);
-        assert_eq!([1, 2, 3, 9].map(|slot| cached.of(slot)), [1; 4]);
+        assert_eq!(
+            [1, 2, 3, 9].map(|slot| blocks(&prefixes, slot, &[5])),
+            [1; 4]
+        );
+    }
+
+    #[test]
+    fn what_a_worker_would_have_reported_by_now_is_not_guessed_any_more() {
+        let mut prefixes = Prefixes::default();
+        prefixes.insert(3, &[1, 2]);
+        prefixes.age(3);
+        prefixes.insert(3, &[5]);
+        assert_eq!(
+            blocks(&prefixes, 3, &[1, 2]),
+            2,
+            "the report may be under way"
+        );
+        prefixes.age(3);
+        assert_eq!(blocks(&prefixes, 3, &[1, 2]), 0);
+        assert_eq!(blocks(&prefixes, 3, &[5]), 1);
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use actix_web::http::header;
 use actix_web::{HttpResponse, rt};
-use baton_protocol::Generation;
+use baton_protocol::{Generation, prefix_chain};
 use futures::future::try_join_all;
 use tokio::sync::oneshot;
 use tokio::time::Instant;
@@ -17,7 +17,6 @@ use super::presence::Presence;
 use super::sse::SseBody;
 use super::whole::{self, Held};
 use crate::error::{ApiError, ErrorKind};
-use crate::fleet::router::prefix_chain;
 use crate::http::name::{Named, fill, random_id};
 use crate::openai::{ApiKind, Extent, Params, Shape, Shown};
 use crate::output::{AnswerWriter, StreamWriter, Tally};
@@ -109,6 +108,9 @@ pub async fn answer(
         .iter()
         .map(|prompt| prompt.tokens.len() as u64)
         .sum();
+    if let Some(trace) = client.trace() {
+        trace.prompts(prompt_tokens);
+    }
     let tally = Tally::new(prompt_tokens, prompts.len(), params.n as usize);
     let request = Request {
         server: &server,
@@ -192,9 +194,11 @@ impl Request<'_> {
         } else {
             random_seed()?
         };
+        let model = &self.server.model.fingerprint;
+        let block_tokens = self.server.fleet().block_tokens(model);
         for prompt in prompts {
             let salt = self.params.cache_salt;
-            let chain: Arc<[u64]> = prefix_chain(salt, &prompt.tokens).into();
+            let chain: Arc<[u64]> = prefix_chain(salt, block_tokens, &prompt.tokens).into();
             for i in 0..self.params.n {
                 let index = client.choices();
                 let request = if index == 0 {
@@ -214,8 +218,11 @@ impl Request<'_> {
                     chain: Arc::clone(&chain),
                     cache_salt: salt,
                     prompt_logprobs: echoed.max(of_prompt),
+                    class: self.params.class,
+                    level: client.level(),
                     arrived: self.arrived,
                     deadline,
+                    trace: client.trace(),
                     generation,
                 };
                 let choice = Choice::new(

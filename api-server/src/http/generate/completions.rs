@@ -15,6 +15,7 @@ use crate::http::body::{self, Body};
 use crate::http::name::Named;
 use crate::http::respond::refuse;
 use crate::http::status::check_model;
+use crate::http::trace;
 use crate::keys::Key;
 use crate::openai::{ApiKind, ChatRequest, CompletionRequest, Params, Prompt, grammar};
 use crate::request::inbox::Mailbox;
@@ -105,7 +106,9 @@ fn admit(server: &Server, request: &HttpRequest) -> Result<Presence, ApiError> {
     }
     let Caller(key) = Caller::of(request);
     let place = Place::take(&server.in_flight, key)?;
-    Ok(Presence::new(Named::of(request)?, place))
+    let level = server.promises.level.of(request.headers())?;
+    let client = Presence::new(Named::of(request)?, place);
+    Ok(client.promised(level).traced(trace::of(request)))
 }
 
 async fn try_chat(

@@ -10,6 +10,8 @@ use super::outbox::Outbox;
 use crate::admission::Place;
 use crate::http::name::Named;
 use crate::request::inbox::{Event, Inbox};
+use crate::request::trace::RequestTrace;
+use crate::service::ServiceLevel;
 use crate::text::texts::Until;
 
 /// The client of one request, from its admission to the last byte of its answer. Owned by the handler, then by the answer's body,
@@ -19,6 +21,8 @@ use crate::text::texts::Until;
 pub struct Presence {
     named: Named,
     place: Arc<Place>,
+    level: ServiceLevel,
+    trace: Option<RequestTrace>,
     left: Arc<AtomicBool>,
     inboxes: Vec<Arc<Inbox>>,
     outbox: Option<Rc<Outbox>>,
@@ -30,10 +34,36 @@ impl Presence {
         Self {
             named,
             place,
+            level: ServiceLevel::default(),
+            trace: None,
             left: Arc::default(),
             inboxes: Vec::new(),
             outbox: None,
         }
+    }
+
+    /// With what the request was promised.
+    #[must_use]
+    pub fn promised(mut self, level: ServiceLevel) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// With the request's trace, where that is recorded.
+    #[must_use]
+    pub fn traced(mut self, trace: Option<RequestTrace>) -> Self {
+        self.trace = trace;
+        self
+    }
+
+    /// The request's trace.
+    pub fn trace(&self) -> Option<RequestTrace> {
+        self.trace.clone()
+    }
+
+    /// What the request was promised.
+    pub fn level(&self) -> ServiceLevel {
+        self.level
     }
 
     /// The request's name.

@@ -59,7 +59,7 @@ pub const FIELDS: &[Field] = &[
     done("output_format", BOTH, "the same as `output_config.format`"),
     // what changes nothing
     accepted("metadata", ASK, "for the client's own books"),
-    accepted("service_tier", ASK, "there is one"),
+    done("service_tier", ASK, "`auto` and `standard_only`: interactive"),
     accepted("speed", BOTH, "there is one"),
     accepted("billing_policy", ASK, "nothing is billed"),
     accepted("diagnostics", ASK, "there are none"),

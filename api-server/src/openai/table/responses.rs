@@ -58,8 +58,8 @@ pub const FIELDS: &[Field] = &[
     // what changes nothing
     accepted("user", ASK, "for the client's own books"),
     accepted("safety_identifier", ASK, "for the client's own books"),
-    accepted("service_tier", ASK, "there is one"),
-    accepted("priority", ASK, "requests have their turn as they come"),
+    done("service_tier", ASK, "as in chats"),
+    done("priority", ASK, "as in chats"),
     accepted("prompt_cache_key", ASK, "prefixes are found without"),
     accepted("prompt_cache_retention", ASK, "prefixes are kept while there is room"),
     accepted("prompt_cache_options", ASK, "prefixes are kept while there is room"),

@@ -192,7 +192,7 @@ impl Lifecycle {
 }
 
 /// The worker that holds the KV of a handle.
-pub(super) fn holder(handle: &KvHandle) -> Target {
+pub(crate) fn holder(handle: &KvHandle) -> Target {
     Target {
         worker: handle.worker.clone(),
         incarnation: handle.incarnation,

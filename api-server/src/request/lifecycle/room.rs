@@ -8,6 +8,7 @@ use std::time::Duration;
 use baton_protocol::Refusal;
 use baton_protocol::deadlines::{ABSENT_WAIT_MS, ASK_AGAIN_MAX_MS, ASK_AGAIN_MIN_MS};
 
+use super::words::Overbooked;
 use super::{Action, Lifecycle, Phase, Target};
 use crate::error::{ApiError, ErrorKind};
 
@@ -36,6 +37,11 @@ impl Round {
     /// Whether a worker may take it later.
     fn may_come(&self) -> bool {
         self.busy_ms.is_some() || self.is_absent
+    }
+
+    /// Whether those who were asked have said what comes next: wait, or never.
+    pub(super) fn is_decided(&self) -> bool {
+        self.may_come() || self.is_hopeless()
     }
 
     /// Whether whoever was asked said that it never will.
@@ -177,6 +183,7 @@ impl Lifecycle {
     /// No decode worker would take it in time: the client is told before its first token, and nothing is begun.
     pub(super) fn overbooked(
         &mut self,
+        why: Overbooked,
         wait: Duration,
         retry_after: Duration,
         out: &mut Vec<Action>,
@@ -184,13 +191,18 @@ impl Lifecycle {
         if self.phase != Phase::Queued || self.waiting || !self.output.is_empty() {
             return;
         }
-        let error = ApiError::new(
-            ErrorKind::Busy,
-            format!(
+        let message = match why {
+            Overbooked::Prompt => format!(
+                "the context workers have too much to do: its first token would come after some {} ms, which is later than \
+                 promised; try again",
+                wait.as_millis()
+            ),
+            Overbooked::Decode => format!(
                 "the decode workers are full: its second token would wait some {:.0} s for one with room; try again",
                 wait.as_secs_f32().max(1.0)
             ),
-        );
+        };
+        let error = ApiError::new(ErrorKind::Busy, message);
         let retry_after_ms = u32::try_from(retry_after.as_millis()).unwrap_or(u32::MAX);
         self.fail(error.retry_after(retry_after_ms), out);
     }

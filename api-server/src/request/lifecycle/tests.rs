@@ -1,8 +1,10 @@
 use super::ends::{EXECUTORS_MAX, RETRIES_MAX};
 use super::room::ABSENT_WAIT;
+use super::streaming::UNANSWERED_MAX;
 use super::*;
 use baton_protocol::{
-    Failure, HandleId, Incarnation, ModelFingerprint, Nonce, PackedTokens, PrefillTimings, Refusal,
+    Failure, HandleId, Incarnation, ModelFingerprint, Nonce, PackedTokens, PrefillTimings,
+    ProgressReply, Refusal,
 };
 use proptest::prelude::*;
 
@@ -29,11 +31,12 @@ pub(crate) fn handle(worker: &str, first_token: u32) -> Box<KvHandle> {
         runs: Vec::new(),
         valid_tokens: 3,
         lease_ms: 1000,
-        first_token,
+        first_token: Some(first_token),
         first_logprobs: None,
         finish: None,
         cached_tokens: 0,
         timings: PrefillTimings::default(),
+        prefix_pull: None,
     })
 }
 
@@ -375,6 +378,7 @@ fn a_lease_that_ended_is_no_failed_try() {
 #[test]
 fn what_no_decode_worker_will_take_in_time_is_refused_before_its_first_token() {
     let overbooked = || Input::Overbooked {
+        why: Overbooked::Decode,
         wait: Duration::from_secs(40),
         retry_after: Duration::from_secs(10),
     };
@@ -801,4 +805,174 @@ fn giving_way_is_no_failure_while_tokens_come() {
             break;
         }
     }
+}
+
+fn begun(worker: &str) -> Input {
+    let mut handle = handle(worker, 0);
+    handle.first_token = None;
+    Input::Prefill(Ok(PrefillReply::Begun { v: V, handle }))
+}
+
+fn done(first_token: u32, finish: Option<FinishReason>) -> Input {
+    Input::Progress(Ok(ProgressReply::Done {
+        v: V,
+        first_token,
+        first_logprobs: None,
+        finish,
+    }))
+}
+
+/// With KV on `c` of a prompt that runs there.
+fn streamed() -> Run {
+    let mut run = Run::new();
+    run.step(Input::Chosen(Some(target("c"))));
+    let actions = run.step(begun("c"));
+    assert!(matches!(
+        &actions[..],
+        [
+            Action::Prompt { .. },
+            Action::AwaitPrompt,
+            Action::ChooseDecode
+        ]
+    ));
+    run
+}
+
+/// Which `d` pulls.
+fn followed() -> Run {
+    let mut run = streamed();
+    run.step(Input::Chosen(Some(target("d"))));
+    assert_eq!(run.step(admitted()), []);
+    run
+}
+
+fn emitted(actions: &[Action]) -> Vec<u32> {
+    let tokens = |action: &Action| match action {
+        Action::Emit { tokens, .. } => tokens.clone(),
+        _ => Vec::new(),
+    };
+    actions.iter().flat_map(tokens).collect()
+}
+
+#[test]
+fn a_prompt_that_runs_is_pulled_and_its_first_token_is_told_when_it_comes() {
+    let mut run = followed();
+    let running = ProgressReply::Running { v: V, tokens: 2 };
+    assert_eq!(
+        run.step(Input::Progress(Ok(running))),
+        [Action::AwaitPrompt]
+    );
+    let actions = run.step(done(10, None));
+    assert_eq!((emitted(&actions), actions.len()), (vec![10], 1));
+    assert_eq!(run.life.handle().unwrap().first_token, Some(10));
+    // The decode worker brings it too.
+    let actions = run.step(item(0, 0, &[10, 11], None));
+    assert_eq!(emitted(&actions), [11]);
+    assert_eq!(run.life.output(), [10, 11]);
+}
+
+#[test]
+fn a_first_token_that_was_lost_comes_from_the_decode_worker() {
+    let mut run = followed();
+    assert_eq!(emitted(&run.step(item(0, 0, &[10, 11], None))), [10, 11]);
+    // Late, it says nothing new.
+    assert_eq!(run.step(done(10, None)), []);
+    assert_eq!(run.life.output(), [10, 11]);
+}
+
+#[test]
+fn a_decode_worker_that_is_at_it_while_the_prompt_runs_has_lost_nothing() {
+    let mut run = followed();
+    assert_eq!(run.step(item(0, 0, &[], None)), []);
+    assert!(matches!(run.life.phase(), Phase::Pulling { .. }));
+}
+
+#[test]
+fn a_first_token_that_ends_it_frees_the_decode_worker() {
+    let mut run = followed();
+    let actions = run.step(done(2, Some(FinishReason::Stop)));
+    assert_eq!(emitted(&actions), [2]);
+    assert!(aborts(&actions).contains(&"d"));
+    assert_eq!(actions.last(), Some(&Action::Finish(FinishReason::Stop)));
+}
+
+#[test]
+fn a_question_that_comes_after_the_release_costs_nothing() {
+    let ended = || {
+        let failure = Failure::new(FailureCode::HandleInvalid, "its lease has ended");
+        Input::Progress(Ok(ProgressReply::Failed { v: V, failure }))
+    };
+    let mut run = followed();
+    assert_eq!(
+        run.step(ended()),
+        [],
+        "the decode worker says what came of it"
+    );
+    assert_eq!(emitted(&run.step(item(0, 0, &[10, 11], None))), [10, 11]);
+    // Which may be that it came too late, too.
+    let mut late = followed();
+    late.step(ended());
+    let failure = Failure::new(FailureCode::HandleInvalid, "its lease has ended");
+    let actions = late.step(item(0, 0, &[], Some(End::Failed(failure))));
+    assert_eq!(actions.last(), Some(&Action::ChooseContext));
+    // Where nobody pulls it there was no release.
+    let mut alone = streamed();
+    assert_eq!(alone.step(ended()).last(), Some(&Action::ChooseContext));
+}
+
+#[test]
+fn whatever_ends_a_prompt_that_is_streamed_frees_both_sides() {
+    let failure = Failure::new(FailureCode::Internal, "it broke");
+    let failed = ProgressReply::Failed { v: V, failure };
+    let ends = [
+        Input::Progress(Ok(failed)),
+        Input::Progress(Err(NoReply::NoResponders)),
+        Input::WorkerLost(target("c")),
+        Input::WorkerLost(target("d")),
+        Input::Stalled,
+        Input::Deadline,
+        Input::ClientLeft,
+    ];
+    for end in ends {
+        let mut run = followed();
+        let what = format!("{end:?}");
+        let actions = run.step(end);
+        let mut told = aborts(&actions);
+        told.sort_unstable();
+        assert_eq!(told, ["c", "d"], "{what}");
+        assert!(run.life.output().is_empty(), "{what}");
+    }
+}
+
+#[test]
+fn a_question_without_an_answer_is_asked_again_and_not_for_ever() {
+    let mut run = followed();
+    for _ in 1..UNANSWERED_MAX {
+        let again = run.step(Input::Progress(Err(NoReply::TimedOut)));
+        assert_eq!(again, [Action::AwaitPrompt]);
+    }
+    let actions = run.step(Input::Progress(Err(NoReply::TimedOut)));
+    assert!(actions.contains(&Action::Retried("context worker did not answer")));
+}
+
+/// The driver answers `ChooseDecode` with nothing where the best worker is to wait, or with none.
+#[test]
+fn a_prompt_that_nobody_follows_is_handed_over_when_it_is_done() {
+    let mut waits = streamed();
+    let mut alone = streamed();
+    assert_eq!(alone.step(Input::Chosen(None)), [], "one may come");
+    for run in [&mut waits, &mut alone] {
+        let actions = run.step(done(10, None));
+        assert_eq!(emitted(&actions), [10]);
+        assert_eq!(actions.last(), Some(&Action::ChooseDecode));
+    }
+    // One that waits in a line goes on waiting there.
+    let mut full = streamed();
+    full.step(Input::Chosen(Some(target("d"))));
+    full.step(busy_decode(100));
+    let waits = full.step(Input::Chosen(None));
+    assert!(matches!(waits[..], [Action::Wait(_)]), "{waits:?}");
+    let actions = full.step(done(10, None));
+    assert_eq!((emitted(&actions), actions.len()), (vec![10], 1));
+    assert_eq!(full.step(Input::WaitOver), [Action::ChooseDecode]);
 }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use baton_protocol::{
-    DecodeReply, FinishReason, FrameItem, Incarnation, KvHandle, PrefillReply, PullReport,
-    TokenLogprobs, WorkerId,
+    DecodeReply, FinishReason, FrameItem, Incarnation, KvHandle, PrefillReply, ProgressReply,
+    PullReport, TokenLogprobs, WorkerId,
 };
 
 use crate::error::ApiError;
@@ -28,7 +28,7 @@ pub enum Phase {
         /// Which.
         context: Target,
     },
-    /// The KV is ready; looking for a decode worker.
+    /// The KV is ready, or comes while the prompt runs; looking for a decode worker.
     Staged {
         /// Where it is.
         handle: Box<KvHandle>,
@@ -57,11 +57,18 @@ impl Phase {
         match self {
             Self::Queued => "it waited for a context worker with room".to_owned(),
             Self::Prefilling { context } => format!("it was prefilling on {}", context.worker),
+            Self::Staged { handle } if handle.is_streamed() => {
+                format!("it was prefilling on {}", handle.worker)
+            }
             Self::Staged { handle } => {
                 format!(
                     "its KV waited on {} for a decode worker with room",
                     handle.worker
                 )
+            }
+            Self::Pulling { handle, decode } if handle.is_streamed() => {
+                let (context, decode) = (&handle.worker, &decode.worker);
+                format!("it was prefilling on {context}, and {decode} pulled its KV")
             }
             Self::Pulling { handle, decode } => {
                 format!("{} pulled its KV from {}", decode.worker, handle.worker)
@@ -90,6 +97,15 @@ pub enum NoReply {
     Broken(String),
 }
 
+/// What the cluster has too much of to take a request on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overbooked {
+    /// Prompts: its first token would come later than promised.
+    Prompt,
+    /// Generations: no decode worker would take it in time.
+    Decode,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Input {
@@ -97,6 +113,8 @@ pub enum Input {
     Chosen(Option<Target>),
     /// The context worker's answer.
     Prefill(Result<PrefillReply, NoReply>),
+    /// Its answer to [`Action::AwaitPrompt`].
+    Progress(Result<ProgressReply, NoReply>),
     /// The decode worker's answer.
     Decode(Result<DecodeReply, NoReply>),
     /// This request's share of a token frame.
@@ -113,9 +131,11 @@ pub enum Input {
     RoomMade,
     /// The lease of the KV that waits for a decode worker has ended.
     LeaseLost,
-    /// Before its prompt was sent: no decode worker would take it in time.
+    /// Before its prompt was sent: it would wait too long.
     Overbooked {
-        /// How long it would wait for one.
+        /// For what.
+        why: Overbooked,
+        /// How long: for a decode worker, or from its arrival to its first token.
         wait: Duration,
         /// When that may have become short enough.
         retry_after: Duration,
@@ -139,10 +159,13 @@ pub enum Input {
 pub enum Action {
     /// Find a context worker and answer [`Input::Chosen`].
     ChooseContext,
-    /// Find a decode worker for the staged handle and answer [`Input::Chosen`].
+    /// Find a decode worker for the staged handle and answer [`Input::Chosen`], unless the best one can have it only when its prompt is
+    /// done.
     ChooseDecode,
     /// Send prompt and output so far.
     SendPrefill(Target),
+    /// Ask the holder of the handle for the first token, and answer [`Input::Progress`].
+    AwaitPrompt,
     /// Send the handle. The attempt tells its frames from those of other tries.
     SendDecode {
         /// To whom.

@@ -2,8 +2,9 @@
 //!
 //! Four accumulator tiles (2 × 16 rows by 2 × 16 columns), two of activations, two of the panel: eight, all
 //! there are. Tiles always have sixteen rows: fewer rows read the padding of the activation buffer, whose sums
-//! are thrown away, so a row sums the same however many stand beside it. `C += A·B` walks 32 numbers of K per
-//! instruction, pair by pair in order.
+//! are thrown away, so a row sums the same however many stand beside it. An instruction sums 32 numbers of K by
+//! themselves and adds that to `C` (Intel SDM, TDPBF16PS): parts of K that are no multiple of 32 would have other
+//! bits than the whole ([`Kernel::for_parts`](crate::Kernel::for_parts)).
 
 use std::arch::asm;
 use std::sync::OnceLock;
@@ -75,18 +76,21 @@ impl Tile for Amx {
         load: bool,
         _: Prefetch,
     ) {
-        debug_assert!(
-            pairs.is_multiple_of(16) && !load,
-            "weights have whole tiles of K and start from zero"
-        );
+        debug_assert!(pairs.is_multiple_of(16), "weights have whole tiles of K");
         let steps = pairs / 16;
         // SAFETY: `a` is readable for 16 or 32 rows (the caller pads its buffers to that), a panel is `steps`
         // tiles of 16 rows of 128 bytes, `c` holds 32 rows (the caller's scratch).
         unsafe {
             if rows <= 16 {
                 asm!(
+                    "test {load:e}, {load:e}",
+                    "jnz 3f",
                     "tilezero tmm0",
                     "tilezero tmm1",
+                    "jmp 2f",
+                    "3:",
+                    "tileloadd tmm0, [{c} + {ldc}*1]",
+                    "tileloadd tmm1, [{c} + {ldc}*1 + 64]",
                     "2:",
                     "tileloadd tmm4, [{a} + {lda}*1]",
                     "tileloadd tmm6, [{b} + {ldb}*1]",
@@ -102,6 +106,7 @@ impl Tile for Amx {
                     a = inout(reg) a => _,
                     b = inout(reg) b => _,
                     steps = inout(reg) steps => _,
+                    load = in(reg) u32::from(load),
                     lda = in(reg) 2 * lda,
                     ldb = in(reg) 128usize,
                     c = in(reg) c,
@@ -110,10 +115,18 @@ impl Tile for Amx {
                 );
             } else {
                 asm!(
+                    "test {load:e}, {load:e}",
+                    "jnz 3f",
                     "tilezero tmm0",
                     "tilezero tmm1",
                     "tilezero tmm2",
                     "tilezero tmm3",
+                    "jmp 2f",
+                    "3:",
+                    "tileloadd tmm0, [{c} + {ldc}*1]",
+                    "tileloadd tmm1, [{c} + {ldc}*1 + 64]",
+                    "tileloadd tmm2, [{c2} + {ldc}*1]",
+                    "tileloadd tmm3, [{c2} + {ldc}*1 + 64]",
                     "2:",
                     "tileloadd tmm6, [{b} + {ldb}*1]",
                     "tileloadd tmm4, [{a} + {lda}*1]",
@@ -136,6 +149,7 @@ impl Tile for Amx {
                     a2 = inout(reg) a.add(16 * lda) => _,
                     b = inout(reg) b => _,
                     steps = inout(reg) steps => _,
+                    load = in(reg) u32::from(load),
                     lda = in(reg) 2 * lda,
                     ldb = in(reg) 128usize,
                     c = in(reg) c,

@@ -453,6 +453,11 @@ mod tests {
             let ldc = case.weights.panels * PANEL;
             let whole = case.store(kernel, 0..29, 0..case.weights.panels);
             for cuts in [vec![0_usize, 64, 206], vec![0, 10, 38, 40, 206]] {
+                let parts: Vec<usize> = cuts.windows(2).map(|cut| cut[1] - cut[0]).collect();
+                // The last part ends where the whole does: its tiles are the same.
+                if kernel.for_parts(&parts[..parts.len() - 1]) != kernel {
+                    continue;
+                }
                 let parts: Vec<(Vec<u16>, usize, Packed)> = cuts
                     .windows(2)
                     .map(|cut| {

@@ -14,6 +14,9 @@ use cudarc::driver::{result, sys};
 use super::libraries;
 use crate::error::{CudaError, driver};
 
+/// Products of BF16 came with it.
+pub(super) const CAPABILITY_MIN: (u32, u32) = (8, 0);
+
 /// An open GPU.
 pub struct Device {
     ordinal: u32,
@@ -58,7 +61,7 @@ impl Device {
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
             attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
         );
-        if capability < (8, 0) {
+        if capability < CAPABILITY_MIN {
             return Err(CudaError::Device(format!(
                 "GPU {ordinal}, {name}, has compute capability {}.{}; BF16 needs 8.0 or later",
                 capability.0, capability.1

@@ -7,7 +7,7 @@ use baton_protocol::FinishReason;
 use super::Engine;
 use crate::flight::{Flight, FlightRow};
 use crate::scheduler::Scheduler;
-use crate::sequence::Sequence;
+use crate::sequence::{Sequence, Streamed};
 use crate::{Event, ExecutorError, Sampled, SampledRun, SequenceOutput, StepOutput};
 
 /// A sequence's part of a step, and what it has made.
@@ -25,13 +25,19 @@ impl Engine {
         let Some(flight) = self.flights.collected() else {
             return Ok(());
         };
-        self.pace.note((self.clock)(), !self.flights.is_empty());
+        let now = (self.clock)();
         let Flight {
             rows,
             decodes,
             drafts,
+            shape,
+            submitted,
             ..
         } = flight;
+        if let (Some(cost), Some(submitted)) = (&mut self.scheduler.cost, submitted) {
+            cost.learn(shape, self.pace.took(submitted, now));
+        }
+        self.pace.note(now, !self.flights.is_empty());
         let mut decoded: Vec<Collected> = rows.into_iter().zip(output.sequences).collect();
         let prompts = decoded.split_off(decodes);
         self.collect_decodes(decoded, &drafts, events);
@@ -97,7 +103,7 @@ impl Engine {
             }
             let full_before = sequence.computed / block_tokens;
             let goes_on = commit(sequence, drafts, output.sampled, self.tokens_max, events);
-            // Only on top of what is indexed already: pulled KV stays out of the index of a worker that runs no prompts.
+            // Only on top of what is indexed already: a prefix whose hash was taken stays private, and all after it.
             if *prefix_cache
                 && sequence.computed / block_tokens > full_before
                 && sequence.blocks.indexed() == full_before
@@ -149,9 +155,19 @@ impl Engine {
             }
             sequence.prompt.logprobs.extend(output.target_logprobs);
             if *prefix_cache {
-                // A step that may be in flight already has no row of this sequence.
                 let known = &sequence.tokens[..sequence.computed];
-                drop(sequence.blocks.index(sequence.cache_salt, known));
+                match sequence.prompt.stream {
+                    Some(Streamed::Begun) => {
+                        sequence.blocks.index_in_place(sequence.cache_salt, known);
+                    }
+                    Some(Streamed::No) | None => {
+                        let given_up = sequence.blocks.index(sequence.cache_salt, known);
+                        self.flights.give_back(given_up);
+                    }
+                }
+            }
+            if sequence.computed < sequence.tokens.len() {
+                events.extend(news(sequence));
             }
             // A prompt's last chunk chooses one token, the others none.
             let sampled = output.sampled.split_first().0;
@@ -168,11 +184,34 @@ impl Engine {
                 Ok((sampled, finish)) => prefilled(sequence, sampled, finish, (self.clock)()),
                 Err(detail) => {
                     sequence.blocks.forget();
+                    if sequence.in_flight > 0 {
+                        self.flights.give_back(sequence.blocks.take());
+                    }
                     failed(sequence.key, Some(detail))
                 }
             });
         }
     }
+}
+
+/// What is told of a prompt's step that was not the last, if anybody wants to know.
+fn news(sequence: &mut Sequence) -> Option<Event> {
+    let (key, computed) = (sequence.key, sequence.computed as u32);
+    let prompt = &mut sequence.prompt;
+    Some(match prompt.stream.as_mut()? {
+        Streamed::Begun => Event::Computed { key, computed },
+        streamed @ Streamed::No => {
+            *streamed = Streamed::Begun;
+            let started = prompt.started.unwrap_or(prompt.submitted);
+            Event::Begun {
+                key,
+                runs: sequence.blocks.runs(),
+                computed,
+                cached_tokens: prompt.cached_tokens as u32,
+                queue: started.saturating_duration_since(prompt.submitted),
+            }
+        }
+    })
 }
 
 /// Whether a sequence generates on after a step.

@@ -43,7 +43,7 @@ impl Mover {
             .is_some_and(|current| Rc::ptr_eq(current, link))
         {
             self.links.remove(&link.key);
-            self.vitals.forget_rate(link.key);
+            self.vitals.forget_pulls(link.key);
             self.vitals.tell_connected(link.key, false);
             let request = link.close();
             self.closing.push(Closing {

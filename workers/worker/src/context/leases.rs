@@ -37,6 +37,19 @@ impl<B> LeaseTable<B> {
         }
     }
 
+    /// The handle of a lease that [`Self::grant_as`] is to begin.
+    pub(crate) fn draw(&mut self) -> HandleId {
+        let handle = HandleId(self.next_handle);
+        self.next_handle += 1;
+        handle
+    }
+
+    /// What a lease holds that is alive, if the nonce is its own.
+    pub(crate) fn get(&self, now: Instant, handle: HandleId, nonce: Nonce) -> Option<&B> {
+        let lease = self.leases.get(&handle)?;
+        (lease.nonce == nonce && now < lease.deadline).then_some(&lease.blocks)
+    }
+
     /// Begins a lease. A lease that the same request still had ends: a request has one live try.
     pub(crate) fn grant(
         &mut self,
@@ -47,9 +60,24 @@ impl<B> LeaseTable<B> {
         nonce: Nonce,
         blocks: B,
     ) -> HandleId {
+        let handle = self.draw();
+        self.grant_as(handle, now, ttl, request, api_server, nonce, blocks);
+        handle
+    }
+
+    /// As [`Self::grant`], under a handle that was drawn for it and has no lease yet.
+    #[expect(clippy::too_many_arguments, reason = "a lease has so many parts")]
+    pub(crate) fn grant_as(
+        &mut self,
+        handle: HandleId,
+        now: Instant,
+        ttl: Duration,
+        request: RequestId,
+        api_server: ApiServerId,
+        nonce: Nonce,
+        blocks: B,
+    ) {
         self.abort(request);
-        let handle = HandleId(self.next_handle);
-        self.next_handle += 1;
         let deadline = now + ttl;
         self.leases.insert(
             handle,
@@ -63,7 +91,6 @@ impl<B> LeaseTable<B> {
         );
         self.by_request.insert(request, handle);
         self.deadlines.insert((deadline, handle));
-        handle
     }
 
     /// Ends a lease by release and hands out what it held, if it was alive until `now` and the nonce is

@@ -1,17 +1,18 @@
 //! A decode job is admitted: a place and blocks for it, then its KV, from this worker's own leases or by a pull.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_nats::Subject;
 use baton_engine::BlockTable;
 use baton_protocol::{
     DecodeJob, DecodeReply, Failure, FailureCode, KvHandle, PROTOCOL_VERSION, PullReport, Refusal,
-    RequestId,
+    SequenceSpec, Tier,
 };
-use baton_transfer::BlockMap;
+use baton_traces::{Kind, Span};
 use tokio::time::Instant;
 
+use super::peers::LinkInfo;
 use super::pulls::Pull;
 use super::{DecodeSide, Decoding, Phase, Pulling, release_of, tell_failure};
 use crate::common::Common;
@@ -33,7 +34,13 @@ impl DecodeSide {
         common.checks.handle(&mut job)?;
         let local = job.handle.worker == common.me.worker
             && job.handle.incarnation == common.me.incarnation;
-        let map = match local {
+        if local && job.handle.is_streamed() {
+            // Its API server waits until its prompt is done: then there is something to take over.
+            return Err(Refusal::Malformed {
+                detail: "the handle is of a prompt that still runs on this very worker".to_owned(),
+            });
+        }
+        let link = match local {
             true => None,
             false => Some(self.reachable(common, &job.handle)?),
         };
@@ -57,15 +64,7 @@ impl DecodeSide {
             );
             return Err(Refusal::Malformed { detail });
         }
-        // Blocks for what is there and for the next token. A handle of this worker's own brings its own.
-        let blocks = match local {
-            true => 0,
-            false => {
-                let tokens = job.sequence.tokens.0.len() + 1;
-                common.checks.kv.blocks_for(tokens)
-            }
-        };
-        let blocks = self.reserve(common, now, job.request, blocks)?;
+        let blocks = self.reserve(common, now, &job, local)?;
         // A request has one live try.
         for (key, _) in earlier {
             self.end(common, key, None);
@@ -79,10 +78,10 @@ impl DecodeSide {
             return Ok(());
         }
         tracing::debug!(request = %job.request, attempt = job.attempt, from = %job.handle.worker, "decode admitted");
-        match (blocks, map) {
-            (Some(blocks), Some(map)) => {
+        match (blocks, link) {
+            (Some(blocks), Some(link)) => {
                 let blocks = HeldBlocks::new(blocks, common.engine.waker.clone());
-                self.pull(common, now, job, blocks, map);
+                self.pull(common, now, job, blocks, link);
             }
             _ => self.adopt(common, context, now, job),
         }
@@ -90,37 +89,61 @@ impl DecodeSide {
     }
 
     /// How the handle's worker is read from: it is connected.
-    fn reachable(&self, common: &Common, handle: &KvHandle) -> Result<Arc<BlockMap>, Refusal> {
+    fn reachable(&self, common: &Common, handle: &KvHandle) -> Result<LinkInfo, Refusal> {
         let unreachable = |detail: String| Err(Refusal::Unreachable { detail });
         if common.mover.is_none() {
             return unreachable("this worker moves no KV: it was started without UCX".to_owned());
         }
         self.peers
             .ready(&handle.worker, handle.incarnation)
+            .cloned()
             .or_else(unreachable)
     }
 
-    /// A place in the batch and blocks for a request's KV, unless those are meant for others that wait longer. `None` if
-    /// it wants no blocks.
+    /// A place in the batch, and blocks for the KV of a job's sequence and for its next token, unless those are meant for others that go
+    /// before it. What this worker's prefix index has of the sequence is shared, and need not be pulled. `None` of a `local` one: a handle of
+    /// this worker's own brings its own blocks.
     fn reserve(
         &mut self,
         common: &Common,
         now: Instant,
-        request: RequestId,
-        blocks: usize,
+        job: &DecodeJob,
+        local: bool,
     ) -> Result<Option<BlockTable>, Refusal> {
-        let before = self.line.before(request, now);
-        let has_place = self.decodes.len() + before.jobs < common.me.capacity.batch as usize;
-        if has_place && blocks == 0 {
+        let (request, service) = (job.request, job.sequence.service);
+        let interactive = self.interactive();
+        let has_batch = interactive < self.decodes.len();
+        let before = self.line.before(request, service, has_batch, now);
+        let has_place = match service.tier {
+            // The engine has a batch sequence wait for it.
+            Tier::Interactive => {
+                let bound = common
+                    .me
+                    .capacity
+                    .batch
+                    .saturating_add(common.me.capacity.queue);
+                interactive + before.jobs < common.me.capacity.batch as usize
+                    && self.decodes.len() + before.jobs < bound as usize
+            }
+            Tier::Batch => self.decodes.len() + before.jobs < common.me.capacity.batch as usize,
+        };
+        let mut blocks = 0;
+        if !local {
+            let SequenceSpec {
+                tokens, cache_salt, ..
+            } = &job.sequence;
+            blocks = common.checks.kv.blocks_for(tokens.0.len() + 1);
+            let reserve =
+                || (common.pool).reserve_reusing(&tokens.0, *cache_salt, blocks, before.blocks);
+            if let Some(table) = has_place.then(reserve).flatten() {
+                self.line.leave(request);
+                return Ok(Some(table));
+            }
+        } else if has_place {
             self.line.leave(request);
             return Ok(None);
         }
-        let fits = has_place && common.pool.stats().available() >= before.blocks + blocks;
-        if let Some(table) = fits.then(|| common.pool.reserve(blocks)).flatten() {
-            self.line.leave(request);
-            return Ok(Some(table));
-        }
-        self.line.refused(request, blocks, now);
+        self.line.refused(request, service, blocks, now);
         let ages = self.decodes.values().map(|entry| now - entry.admitted);
         Err(Refusal::Busy {
             retry_after_ms: self.pace.decode_hint_ms(ages, before.jobs),
@@ -135,6 +158,7 @@ impl DecodeSide {
         now: Instant,
         job: DecodeJob,
     ) {
+        let trace = begun(common, &job, now);
         let DecodeJob {
             request,
             attempt,
@@ -145,14 +169,19 @@ impl DecodeSide {
             ..
         } = job;
         let index = sequence.output_tokens() + 1;
+        let tier = sequence.service.tier;
         let route = Route {
             api_server,
             request,
             attempt,
         };
-        let blocks =
+        let staged =
             context.and_then(|context| context.leases.release(now, handle.handle, handle.nonce));
-        let Some(blocks) = blocks.and_then(|mut held| held.take()) else {
+        let blocks = staged.and_then(|mut staged| {
+            staged.went_to(&common.me.worker);
+            staged.blocks.take()
+        });
+        let (Some(blocks), Some(next)) = (blocks, handle.first_token) else {
             let failure = Failure::new(
                 FailureCode::HandleInvalid,
                 "the lease ended before it was taken over",
@@ -166,17 +195,19 @@ impl DecodeSide {
             key,
             Decoding {
                 route,
+                tier,
                 admitted: now,
                 deadline,
                 index,
                 phase: Phase::Running,
+                trace,
             },
         );
         self.resume(
             common,
             key,
             sequence,
-            handle.first_token,
+            (next, None),
             blocks,
             PullReport::default(),
         );
@@ -189,11 +220,18 @@ impl DecodeSide {
         now: Instant,
         job: DecodeJob,
         blocks: HeldBlocks,
-        map: Arc<BlockMap>,
+        link: LinkInfo,
     ) {
         let Some(mover) = common.mover.clone() else {
             return;
         };
+        let trace = begun(common, &job, now);
+        let of_pull = trace.as_ref().and_then(|trace| {
+            let mut pull = trace.child(Kind::Client, "kv.pull", now.into_std())?;
+            pull.set("baton.worker", job.handle.worker.as_str());
+            pull.set("baton.transport", &*link.transport);
+            Some(pull)
+        });
         let DecodeJob {
             request,
             attempt,
@@ -210,16 +248,20 @@ impl DecodeSide {
             mover,
             wire: common.wire.clone(),
             release_subject: common.cluster.release(&handle.worker),
+            progress_subject: common.cluster.progress(&handle.worker),
             release: release_of(common, request, &handle),
-            map,
+            map: link.map,
             block_tokens: common.checks.kv.block_tokens,
             handle: handle.clone(),
-            blocks,
+            blocks: Arc::new(Mutex::new(blocks)),
             permit: self.pull_permits.permit(handle.incarnation),
             deadline,
+            trace: of_pull,
         };
         let task = self.pulls.spawn(pull.run());
-        let index = sequence.output_tokens() + 1;
+        // The first token of a prompt that still runs comes from here too, should its API server not have it by then.
+        let index = sequence.output_tokens() + u32::from(!handle.is_streamed());
+        let tier = sequence.service.tier;
         let phase = Phase::Pulling(Box::new(Pulling {
             sequence,
             handle,
@@ -234,11 +276,24 @@ impl DecodeSide {
             key,
             Decoding {
                 route,
+                tier,
                 admitted: now,
                 deadline,
                 index,
                 phase,
+                trace,
             },
         );
     }
+}
+
+/// The span of a job that was admitted, where its trace is recorded.
+fn begun(common: &Common, job: &DecodeJob, now: Instant) -> Option<Span> {
+    let parent = job.trace.as_ref()?;
+    let mut span = common
+        .tracer
+        .span(parent, Kind::Server, "decode", now.into_std())?;
+    span.set("baton.request", job.request.to_string());
+    span.set("baton.attempt", job.attempt);
+    Some(span)
 }

@@ -88,7 +88,7 @@ impl DecodeSide {
         };
         match link {
             Ok(link) => {
-                tracing::info!(%worker, transport = link.transport, gigabytes_per_second = link.gigabytes_per_second, "KV peer connected");
+                tracing::info!(%worker, transport = &*link.transport, gigabytes_per_second = link.gigabytes_per_second, "KV peer connected");
                 if let Some(action) = self.peers.connected(&worker, incarnation, link) {
                     self.act(common, action);
                 }
@@ -173,7 +173,7 @@ async fn connect(
         .await
         .map_err(|error| error.to_string())?;
     Ok(LinkInfo {
-        transport: report.transport,
+        transport: report.transport.into(),
         gigabytes_per_second: report.gigabytes_per_second,
         map: Arc::new(map),
     })

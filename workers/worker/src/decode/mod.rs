@@ -2,18 +2,22 @@
 
 mod admission;
 mod connect;
+mod following;
 mod line;
 mod peers;
+mod prefix;
 mod pulls;
+mod reading;
 
 use std::collections::BTreeMap;
 
 use async_nats::Subject;
-use baton_engine::BlockTable;
+use baton_engine::{BlockTable, Sampled};
 use baton_protocol::{
     ApiServerId, Beat, DecodeReply, Failure, FailureCode, KvHandle, KvShares, PROTOCOL_VERSION,
-    PeerHealth, PullReport, Refusal, Release, RequestId, SequenceSpec,
+    PeerHealth, PullReport, Refusal, Release, RequestId, SequenceSpec, Tier,
 };
+use baton_traces::{Kind, Span};
 use baton_transfer::PeerKey;
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 use tokio::time::Instant;
@@ -25,7 +29,9 @@ use crate::pace::Pace;
 use connect::LinkOutcome;
 use line::Line;
 use peers::Peers;
-use pulls::{PullFailure, PullPermits, Pulled};
+use pulls::{Kv, PullFailure, PullPermits, Pulled};
+
+pub(crate) use prefix::{Beginning, PrefixPulled, PullTask};
 
 /// A worker that generates has this.
 pub(crate) struct DecodeSide {
@@ -35,6 +41,8 @@ pub(crate) struct DecodeSide {
     line: Line,
     /// Under way, or waiting for their turn.
     pub(crate) pulls: JoinSet<Pulled>,
+    /// Of prompts' beginnings.
+    prefix_pulls: JoinSet<PrefixPulled>,
     pull_permits: PullPermits,
     pub(crate) peers: Peers,
     /// Connections that are being made.
@@ -48,17 +56,21 @@ pub(crate) struct DecodeSide {
 /// What ended beside the desk.
 pub(crate) enum Ended {
     Pull(Result<Pulled, JoinError>),
+    Prefix(Result<PrefixPulled, JoinError>),
     Link(Result<LinkOutcome, JoinError>),
 }
 
 /// A try of a generation on this worker.
 pub(crate) struct Decoding {
     route: Route,
+    tier: Tier,
     admitted: Instant,
     deadline: Instant,
     /// Output index of the next token.
     index: u32,
     phase: Phase,
+    /// Where its trace is recorded: from its admission until the engine has let go of it.
+    trace: Option<Span>,
 }
 
 enum Phase {
@@ -82,6 +94,7 @@ impl DecodeSide {
             decodes: BTreeMap::new(),
             line: Line::default(),
             pulls: JoinSet::new(),
+            prefix_pulls: JoinSet::new(),
             pull_permits: PullPermits::default(),
             peers: Peers::new(me, checks.model.clone(), checks.kv.clone()),
             links: JoinSet::new(),
@@ -95,6 +108,7 @@ impl DecodeSide {
         tokio::select! {
             biased;
             Some(pulled) = self.pulls.join_next() => Some(Ended::Pull(pulled)),
+            Some(prefix) = self.prefix_pulls.join_next() => Some(Ended::Prefix(prefix)),
             Some(link) = self.links.join_next() => Some(Ended::Link(link)),
             else => None,
         }
@@ -123,25 +137,27 @@ impl DecodeSide {
             return false;
         };
         match outcome {
-            Ok((blocks, report)) => {
+            Ok(Kv {
+                blocks,
+                next,
+                first,
+                report,
+            }) => {
                 tracing::debug!(request = %entry.route.request, bytes = report.bytes, seconds = report.seconds, "pulled");
-                self.resume(
-                    common,
-                    key,
-                    pulling.sequence,
-                    pulling.handle.first_token,
-                    blocks,
-                    report,
-                );
+                self.resume(common, key, pulling.sequence, (next, first), blocks, report);
                 false
             }
             Err(PullFailure {
                 failure,
                 connection,
+                is_told,
             }) => {
                 let (route, index) = (entry.route.clone(), entry.index);
                 tracing::debug!(request = %route.request, %failure, "pull failed");
                 let is_lost = connection.is_some();
+                if let Some(trace) = &mut entry.trace {
+                    trace.fail("pull", failure.to_string());
+                }
                 if let Some(error) = connection {
                     let handle = &pulling.handle;
                     self.pull_permits.lost(handle.incarnation);
@@ -156,7 +172,9 @@ impl DecodeSide {
                     let_go(common, &route, &pulling.handle);
                 }
                 self.left(common, key);
-                tell_failure(common, &route, index, failure);
+                if !is_told {
+                    tell_failure(common, &route, index, failure);
+                }
                 is_lost
             }
         }
@@ -167,7 +185,7 @@ impl DecodeSide {
         common: &mut Common,
         key: u64,
         spec: SequenceSpec,
-        next: u32,
+        (next, first): (u32, Option<Sampled>),
         blocks: BlockTable,
         pulled: PullReport,
     ) {
@@ -175,13 +193,18 @@ impl DecodeSide {
             return;
         };
         let (route, index) = (entry.route.clone(), entry.index);
+        let now = Instant::now().into_std();
+        let trace = entry.trace.as_ref();
+        let trace = trace.and_then(|trace| trace.child(Kind::Internal, "generate", now));
         let command = Command::Decode {
             key,
             route: route.clone(),
             spec,
             next,
+            first,
             blocks,
             pulled,
+            trace: trace.map(Box::new),
         };
         if !common.engine.send(command) {
             self.left(common, key);
@@ -197,6 +220,9 @@ impl DecodeSide {
         };
         common.deadlines.remove(&(entry.deadline, key));
         tracing::debug!(request = %entry.route.request, failure = failure.as_ref().map(tracing::field::display), "decode ended");
+        if let (Some(trace), Some(failure)) = (&mut entry.trace, &failure) {
+            trace.fail("ended", failure.to_string());
+        }
         match std::mem::replace(&mut entry.phase, Phase::Ending) {
             Phase::Pulling(pulling) => {
                 let (route, index) = (entry.route.clone(), entry.index);
@@ -255,6 +281,9 @@ impl DecodeSide {
             common.deadlines.remove(&(entry.deadline, key));
             // Whatever ended it: this is how soon places become free.
             self.pace.record(entry.admitted.elapsed());
+            if let Some(trace) = entry.trace {
+                trace.end();
+            }
         }
     }
 
@@ -290,6 +319,12 @@ impl DecodeSide {
             .values()
             .filter(|entry| matches!(entry.phase, Phase::Pulling(_)))
             .count()
+    }
+
+    /// Pulls and generations of interactive requests.
+    pub(crate) fn interactive(&self) -> usize {
+        let all = self.decodes.values();
+        all.filter(|entry| entry.tier == Tier::Interactive).count()
     }
 
     /// A request is over, or another worker has it: its place in the line is free.
@@ -336,13 +371,14 @@ impl DecodeSide {
         }
     }
 
-    /// Context workers, and how fast pulls from them are.
+    /// Context workers, how fast pulls from them are, and what they brought.
     pub(crate) fn peer_health(&self, common: &Common) -> Vec<PeerHealth> {
         let mut peers = self.peers.health();
         if let Some(mover) = &common.mover {
             for peer in &mut peers {
                 let key = PeerKey(peer.incarnation.0);
                 peer.pulled_gigabytes_per_second = mover.pulled_rate(key);
+                peer.pulled_bytes = mover.pulled_bytes(key);
             }
         }
         peers

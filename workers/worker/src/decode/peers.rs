@@ -38,7 +38,8 @@ pub(crate) enum Action {
 /// What a connection turned out to be.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct LinkInfo {
-    pub(crate) transport: String,
+    /// What its lanes read with: `posix,cma`.
+    pub(crate) transport: Arc<str>,
     pub(crate) gigabytes_per_second: f32,
     /// What of a block of its is read from which of its ranks.
     pub(crate) map: Arc<BlockMap>,
@@ -286,7 +287,7 @@ impl Peers {
         &self,
         worker: &WorkerId,
         incarnation: Incarnation,
-    ) -> Result<Arc<BlockMap>, String> {
+    ) -> Result<&LinkInfo, String> {
         let Some(peer) = self.peers.get(worker) else {
             return Err(format!(
                 "context worker {worker} was not heard of, or serves another model"
@@ -299,7 +300,7 @@ impl Peers {
         }
         match peer.state {
             State::Ready => match &peer.link {
-                Some(link) => Ok(Arc::clone(&link.map)),
+                Some(link) => Ok(link),
                 None => Err(format!("context worker {worker} is not connected")),
             },
             State::Connecting => Err(format!("context worker {worker} is still being connected")),
@@ -327,13 +328,14 @@ impl Peers {
             transport: peer
                 .link
                 .as_ref()
-                .map(|link| link.transport.clone())
+                .map(|link| link.transport.to_string())
                 .unwrap_or_default(),
             gigabytes_per_second: peer
                 .link
                 .as_ref()
                 .map_or(0.0, |link| link.gigabytes_per_second),
             pulled_gigabytes_per_second: None,
+            pulled_bytes: 0,
             error: peer.error.clone(),
         };
         let mut all: Vec<_> = self.peers.iter().map(health).collect();

@@ -7,6 +7,7 @@ use baton_protocol::{ApiServerId, Failure, FailureCode, RequestId};
 use tokio::time::{Instant, timeout};
 
 use super::Desk;
+use crate::context::ContextSide;
 use crate::presence::Held;
 use crate::watch::Stuck;
 
@@ -21,7 +22,7 @@ impl Desk {
     /// Ends a request in every phase it may be in. Its decode try is told `failure`; its prefill's reply too.
     pub(super) fn end_request(&mut self, request: RequestId, failure: Option<Failure>) -> bool {
         let context = self.context.as_mut();
-        let leased = context.is_some_and(|context| context.leases.abort(request));
+        let leased = context.is_some_and(|context| context.end_leases_of(request));
         if let Some(decode) = &mut self.decode {
             decode.leave_line(request);
         }
@@ -60,10 +61,12 @@ impl Desk {
         if let Some(context) = &self.context {
             held.prefills = context.prefills.len();
             held.leases = context.leases.len();
+            held.lent = context.lent.len();
         }
         if let Some(decode) = &self.decode {
             held.decodes = decode.decodes.len();
             held.pulling = decode.pulling();
+            held.batch_decoding = decode.decodes.len() - decode.interactive();
         }
         held
     }
@@ -71,7 +74,7 @@ impl Desk {
     /// Nobody waits for what this API server asked for until now.
     pub(super) fn end_requests_of(&mut self, api_server: &ApiServerId, why: &str) {
         let context = self.context.as_mut();
-        let leases = context.map_or(0, |context| context.leases.abandon(api_server));
+        let leases = context.map_or(0, |context| context.abandon_leases(api_server));
         let keys = self.keys_of(|of, _| of == api_server);
         if leases + keys.len() > 0 {
             tracing::info!(%api_server, requests = keys.len(), leases, "{why}");
@@ -90,7 +93,7 @@ impl Desk {
     /// Ends what ran out of time.
     pub(super) fn end_late(&mut self, now: Instant) {
         if let Some(context) = &mut self.context {
-            for request in context.leases.expire(now) {
+            for request in context.expire_leases(now) {
                 tracing::debug!(%request, "the lease ran out");
             }
         }
@@ -210,7 +213,7 @@ impl Desk {
 
     fn end_leases(&mut self) -> usize {
         let context = self.context.as_mut();
-        context.map_or(0, |context| context.leases.clear())
+        context.map_or(0, ContextSide::end_leases)
     }
 
     /// Nothing will report these as left any more.

@@ -6,25 +6,28 @@
 
 mod ending;
 mod parts;
+mod prefixes;
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::Message;
 use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use baton_protocol::subjects::speaker;
 use baton_protocol::{
-    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, Failure, FailureCode, Hello, PROTOCOL_VERSION,
-    PrefillJob, Refusal, Release, Released, Renew, Renewed, decode,
+    Abort, ApiBeat, ApiServerId, Beat, DecodeJob, Drain, Draining, Failure, FailureCode, Hello,
+    PROTOCOL_VERSION, PrefillJob, PrefixesAsk, Progress, Refusal, Release, Released, Renew,
+    Renewed, decode,
 };
 use baton_watchdog::Pulse;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::WorkerError;
 use crate::bus::{Heard, Subscriptions};
 use crate::common::Common;
-use crate::context::{self, ContextSide, Judged};
+use crate::context::{self, ContextSide, Judged, progress_failed};
 use crate::decode::{self, DecodeSide};
 use crate::engine_thread::{EngineEvent, Prefilled};
 use crate::presence::{Life, Presence};
@@ -54,6 +57,8 @@ pub(crate) struct Desk {
     may_spin: bool,
     /// Until when it does after a prompt was staged.
     awake_until: Instant,
+    /// Something entered the prefix index or left it.
+    prefix_bell: Arc<Notify>,
 }
 
 /// What waits on the bus is worked off for this long before the clock and the engine have their turn again.
@@ -79,6 +84,7 @@ impl Desk {
             from: self.common.me.worker.to_string(),
         };
         self.common.send(self.common.cluster.hello(), &hello);
+        let prefix_bell = Arc::clone(&self.prefix_bell);
         while !self.is_drained() && !self.presence.has_shown_failure(Instant::now()) {
             self.pulse.beat();
             let next = self.next_deadline();
@@ -89,6 +95,7 @@ impl Desk {
                 () = async { sleep_until(next.unwrap_or_else(Instant::now)).await }, if next.is_some() => self.on_time(),
                 _ = beat.tick() => self.on_beat_due(),
                 () = &mut shutdown, if !self.presence.is_draining() => self.begin_drain(),
+                () = prefix_bell.notified() => self.presence.on_prefix_change(),
                 Some(stuck) = self.stuck.recv() => self.on_stuck(&stuck),
                 Ok(()) = is_up.changed() => self.on_bus(*is_up.borrow_and_update()),
                 event = events.recv() => match event {
@@ -148,18 +155,36 @@ impl Desk {
             self.on_decode(message);
         } else if subject == cluster.release(me) {
             self.on_release(&message);
+        } else if subject == cluster.lease(me) {
+            self.on_lease(message);
         } else if subject == cluster.renew(me) {
             self.on_renew(&message);
+        } else if subject == cluster.progress(me) {
+            self.on_progress(message);
         } else if subject == cluster.abort(me) {
             self.on_abort(&message);
+        } else if subject == cluster.drain(me) {
+            self.on_drain(message);
         } else if subject == cluster.peers(me) {
             if let Some(reply) = message.reply {
                 self.presence.on_peers_asked(&self.common, reply);
             }
+        } else if subject == cluster.prefix_pages(me) {
+            self.on_prefixes_asked(message);
         } else if subject == cluster.beat(me) {
             self.on_echo();
         }
-        // The rest is `describe`, which the service answers.
+        // The rest is `describe`, which the service answers, and our own reports of prefixes.
+    }
+
+    fn on_prefixes_asked(&mut self, message: Message) {
+        let Some(reply) = message.reply else {
+            return;
+        };
+        match decode::<PrefixesAsk>(&message.payload) {
+            Ok(ask) => self.presence.on_prefixes_asked(&self.common, &ask, reply),
+            Err(error) => tracing::debug!(%error, "a request for prefixes was not understood"),
+        }
     }
 
     fn on_prefill(&mut self, message: Message) {
@@ -182,7 +207,10 @@ impl Desk {
             let (api_server, life) = (&job.api_server, job.api_incarnation);
             self.presence.note_api_server(now, api_server, life);
             match &mut self.context {
-                Some(context) => context.begin(&mut self.common, now, job, reply.clone()),
+                Some(context) => {
+                    let decode = self.decode.as_mut();
+                    context.begin(&mut self.common, decode, now, job, reply.clone())
+                }
                 None => Ok(()),
             }
         });
@@ -225,25 +253,47 @@ impl Desk {
     }
 
     fn on_release(&mut self, message: &Message) {
-        let valid = match decode::<Release>(&message.payload) {
+        let (valid, waited) = match decode::<Release>(&message.payload) {
+            Ok(release) if self.on_lent_release(&release) => (true, None),
             Ok(release) => {
                 let context = self.context.as_mut();
-                let valid = context.is_some_and(|context| context.release(&self.common, &release));
+                let waited = context.and_then(|context| context.release(&self.common, &release));
+                let valid = waited.is_some();
                 // Another worker has it now: its place in this one's line is free.
                 if let Some(decode) = &mut self.decode {
                     decode.leave_line(release.request);
                 }
                 tracing::debug!(request = %release.request, handle = %release.handle, by = %release.decode_worker, valid, "released");
-                valid
+                (valid, waited)
             }
             Err(error) => {
                 tracing::debug!(%error, "a release was not understood");
-                false
+                (false, None)
             }
         };
         if let Some(reply) = message.reply.clone() {
-            let v = PROTOCOL_VERSION;
-            self.common.send(reply, &Released { v, valid });
+            let released = Released {
+                v: PROTOCOL_VERSION,
+                valid,
+                handover_seconds: waited.map(|waited| waited.as_secs_f32()),
+            };
+            self.common.send(reply, &released);
+        }
+    }
+
+    fn on_progress(&mut self, message: Message) {
+        let Some(reply) = message.reply else {
+            return;
+        };
+        match (decode::<Progress>(&message.payload), &mut self.context) {
+            (Ok(progress), Some(context)) => context.progress(&self.common, &progress, reply),
+            (Ok(_), None) => {
+                let message = "this worker runs no prompts: its role is decode".to_owned();
+                self.common.send(reply, &progress_failed(message));
+            }
+            (Err(error), _) => {
+                tracing::debug!(%error, "a question after a prompt was not understood")
+            }
         }
     }
 
@@ -285,8 +335,41 @@ impl Desk {
         }
     }
 
+    /// What SIGTERM does, for an API server that was asked to have it done.
+    fn on_drain(&mut self, message: Message) {
+        let drain = match decode::<Drain>(&message.payload) {
+            Ok(drain) => drain,
+            Err(error) => return tracing::debug!(%error, "a request to drain was not understood"),
+        };
+        let is_meant = drain.incarnation == self.common.me.incarnation;
+        if is_meant && !self.presence.is_draining() {
+            tracing::info!(from = drain.from, "an API server asks this worker to leave");
+            self.begin_drain();
+        }
+        if let Some(reply) = message.reply {
+            let v = PROTOCOL_VERSION;
+            self.common.send(
+                reply,
+                &Draining {
+                    v,
+                    draining: is_meant,
+                },
+            );
+        }
+    }
+
     fn on_engine(&mut self, event: EngineEvent) {
         match event {
+            EngineEvent::Begun(begun) => {
+                if let Some(context) = &mut self.context {
+                    context.on_begun(&self.common, *begun);
+                }
+            }
+            EngineEvent::Computed { key, computed } => {
+                if let Some(context) = &mut self.context {
+                    context.on_computed(&self.common, key, computed);
+                }
+            }
             EngineEvent::Prefilled(done) => self.on_prefilled(*done),
             EngineEvent::Left { key, refusal } => {
                 if let Some(context) = &mut self.context {
@@ -331,6 +414,7 @@ impl Desk {
                     self.send_beat();
                 }
             }
+            decode::Ended::Prefix(pulled) => self.on_prefix_pulled(pulled),
             decode::Ended::Link(link) => {
                 if decode.on_link(&self.common, link) {
                     self.presence.beat_soon(Instant::now());
@@ -339,7 +423,7 @@ impl Desk {
         }
     }
 
-    /// What the clock brings: leases and budgets that ran out, peers to try again, the end of a drain.
+    /// What the clock brings: leases and budgets that ran out, peers to try again, prefixes to report, the end of a drain.
     fn on_time(&mut self) {
         let now = Instant::now();
         self.end_late(now);
@@ -347,6 +431,8 @@ impl Desk {
         if drain_ends.is_some_and(|deadline| deadline <= now) {
             self.end_drain();
         }
+        // Before a beat, which names the last report.
+        self.presence.tell_prefixes(&self.common, now);
         if self.presence.owes_beat(now) {
             self.send_beat();
         }
@@ -369,7 +455,7 @@ impl Desk {
         let context = self.context.as_ref();
         [
             self.presence.next_deadline(),
-            context.and_then(|context| context.leases.next_deadline()),
+            context.and_then(ContextSide::next_deadline),
             deadlines.map(|(deadline, _)| *deadline),
             decode.and_then(|decode| decode.peers.next_retry()),
         ]
@@ -388,6 +474,9 @@ impl Desk {
             self.tick_peers(now);
         }
         self.look_for_strays();
+        if let Some(context) = &mut self.context {
+            context.answer_waiting(&self.common);
+        }
         if let Some(decode) = &self.decode
             // Nobody hears it otherwise.
             && self.presence.is_connected()

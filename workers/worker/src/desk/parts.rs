@@ -1,10 +1,11 @@
 //! A worker's parts, put together: those of a process, or those of a simulation.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_protocol::KvShares;
 use baton_watchdog::Pulse;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::Desk;
@@ -41,6 +42,9 @@ impl Desk {
         } = parts;
         let role = common.me.role;
         let now = Instant::now();
+        let prefix_bell = Arc::<Notify>::default();
+        let bell = Arc::clone(&prefix_bell);
+        common.pool.on_prefix_change(move || bell.notify_one());
         Self {
             context: role.prefills().then(|| ContextSide::new(lease)),
             decode: role.decodes().then(|| DecodeSide::new(&common, shares)),
@@ -53,6 +57,7 @@ impl Desk {
             stuck,
             may_spin,
             awake_until: now,
+            prefix_bell,
         }
     }
 }

@@ -35,6 +35,7 @@ pub(crate) fn executor(
         step_sequences_max: config.batch,
         step_tokens_max: config.step_tokens,
         step_micros,
+        cost: config.fake_cost.clone(),
         steps_in_flight: 2,
         run_max: 1,
         never_emit: model.manifest.eos_token_ids.clone(),

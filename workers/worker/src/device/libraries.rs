@@ -1,6 +1,7 @@
 //! What a worker loads at run time, and whether this machine has it.
 
-use baton_cuda::CudaLibrary;
+use baton_cpu::Kernel;
+use baton_cuda::{CudaLibrary, GpuReport};
 use baton_transfer::{Agent, AgentConfig, ArenaSource};
 
 /// A library that is loaded at run time.
@@ -46,6 +47,19 @@ impl Library {
         };
         cuda.check().map_err(|error| error.to_string())
     }
+}
+
+/// The kernels that a worker on this CPU computes with: `amx-bf16`, `avx512-bf16`, `avx2` or `portable`.
+pub fn cpu_kernel() -> String {
+    Kernel::best().to_string()
+}
+
+/// The GPUs that this process sees.
+///
+/// # Errors
+/// Why nobody can tell: there is no driver, or it does not answer.
+pub fn gpus_seen() -> Result<Vec<GpuReport>, String> {
+    GpuReport::all().map_err(|error| error.to_string())
 }
 
 fn ucx() -> Result<String, String> {

@@ -19,7 +19,7 @@ mod libraries;
 mod loading;
 mod memory;
 
-pub use libraries::Library;
+pub use libraries::{Library, cpu_kernel, gpus_seen};
 pub use memory::{check_host_memory, host_memory_bytes};
 
 /// A device, ready.

@@ -1,12 +1,15 @@
 //! What the desk holds of the engine thread: commands in, events out, a bell, a gauge.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use baton_engine::{BlockTable, Engine, Sampled};
-use baton_protocol::{Failure, FinishReason, PullReport, Refusal, SequenceSpec, TokenLogprobs};
+use baton_protocol::{
+    BlockRun, Failure, FinishReason, PullReport, Refusal, SequenceSpec, StepCost, TokenLogprobs,
+};
+use baton_traces::Span;
 use baton_watchdog::Pulse;
 use crossbeam_channel::{Sender, bounded};
 use tokio::sync::{Notify, mpsc};
@@ -18,11 +21,13 @@ use crate::grammars::Grammars;
 
 /// What the engine thread is asked to do.
 pub(crate) enum Command {
-    /// Run a prompt; ends with [`EngineEvent::Prefilled`] or [`EngineEvent::Left`].
+    /// Run a prompt; ends with [`EngineEvent::Prefilled`] or [`EngineEvent::Left`]. If it is to be streamed and takes more than
+    /// one step, [`EngineEvent::Begun`] and [`EngineEvent::Computed`] tell how far it is.
     Prefill {
         key: u64,
         spec: SequenceSpec,
         prompt_logprobs: Option<u8>,
+        stream: bool,
     },
     /// Go on generating; tokens go to `route`. Ends with [`EngineEvent::Left`].
     Decode {
@@ -30,8 +35,12 @@ pub(crate) enum Command {
         route: Route,
         spec: SequenceSpec,
         next: u32,
+        /// `next` with its log-probabilities, if the API server may not have it yet: it is sent with the first one made here.
+        first: Option<Sampled>,
         blocks: BlockTable,
         pulled: PullReport,
+        /// Where its trace is recorded.
+        trace: Option<Box<Span>>,
     },
     /// End a sequence and free its blocks. A decode's API server is told the failure, if there is one.
     Abort { key: u64, failure: Option<Failure> },
@@ -43,6 +52,10 @@ pub(crate) enum Command {
 
 /// What the engine thread has to say to the desk.
 pub(crate) enum EngineEvent {
+    /// A prompt that is streamed has had its first step.
+    Begun(Box<Begun>),
+    /// It has had another one, not the last: KV of so many tokens is final. Left out where the channel is full; the next says more.
+    Computed { key: u64, computed: u32 },
     /// A prompt is done.
     Prefilled(Box<Prefilled>),
     /// A sequence left, or was not taken.
@@ -51,6 +64,17 @@ pub(crate) enum EngineEvent {
     Ended { key: u64, failure: Failure },
     /// The executor broke; every sequence is gone.
     Failed { message: String },
+}
+
+/// A prompt that takes more than one step, after the first.
+pub(crate) struct Begun {
+    pub(crate) key: u64,
+    /// Its blocks, to its end.
+    pub(crate) runs: Vec<BlockRun>,
+    /// KV of so many tokens is final.
+    pub(crate) computed: u32,
+    pub(crate) cached_tokens: u32,
+    pub(crate) queue: Duration,
 }
 
 /// A prompt whose KV is in `blocks`.
@@ -73,6 +97,41 @@ pub(crate) struct LoadGauge {
     pub(crate) waiting: AtomicU32,
     pub(crate) running: AtomicU32,
     pub(crate) waiting_tokens: AtomicU32,
+    /// Of batch requests among them.
+    pub(crate) batch_tokens: AtomicU32,
+    pub(crate) decoding: AtomicU32,
+    pub(crate) decoding_tokens: AtomicU64,
+    /// What steps cost, told every [`COST_STEPS`] steps.
+    cost: Mutex<Option<MeasuredCost>>,
+}
+
+/// What steps cost, and how well that predicts them.
+#[derive(Clone, Debug)]
+pub(crate) struct MeasuredCost {
+    pub(crate) cost: StepCost,
+    /// Nine of ten of the last steps were predicted within this part of what they took. `None` before the first.
+    pub(crate) error: Option<f32>,
+}
+
+/// Steps between two reports of what they cost.
+pub(super) const COST_STEPS: u32 = 32;
+
+impl LoadGauge {
+    /// What steps cost as of the last report; `None` if the engine does not know.
+    pub(crate) fn cost(&self) -> Option<MeasuredCost> {
+        self.cost
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(super) fn set_cost(&self, engine: &Engine) {
+        let measured = engine.cost().map(|cost| MeasuredCost {
+            cost: cost.clone(),
+            error: engine.cost_error(),
+        });
+        *self.cost.lock().unwrap_or_else(PoisonError::into_inner) = measured;
+    }
 }
 
 /// Wakes the engine thread if it waits for blocks or for room in the token outbox.
@@ -106,7 +165,8 @@ pub(crate) struct EngineHandle {
 
 impl EngineHandle {
     /// Starts the thread. Without `grammars` it refuses sequences that have one. `sequences_max` bounds how many sequences the desk has in the engine at once; each
-    /// costs at most two commands and two events, so neither channel overflows.
+    /// costs at most two commands and three events, and what says how far a prompt is finds room or is left out, so neither channel
+    /// overflows.
     pub(crate) fn start(
         engine: Engine,
         grammars: Option<Grammars>,
@@ -132,11 +192,12 @@ impl EngineHandle {
         tokens: Arc<TokenOutbox>,
         sequences_max: usize,
     ) -> (Self, EngineThread, mpsc::Receiver<EngineEvent>) {
-        let capacity = 2 * sequences_max + 64;
+        let capacity = 3 * sequences_max + 64;
         let (commands, receiver) = bounded(capacity);
         let (events, event_receiver) = mpsc::channel(capacity);
         let stalled = Arc::new(AtomicBool::new(false));
         let load = Arc::new(LoadGauge::default());
+        load.set_cost(&engine);
         let pulse = Pulse::default();
         let thread = EngineThread::new(
             engine,

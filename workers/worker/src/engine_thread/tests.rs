@@ -101,8 +101,10 @@ fn decode(fixture: &Fixture, key: u64, max_tokens: u32) {
         route,
         spec,
         next: 7,
+        first: None,
         blocks,
-        pulled
+        pulled,
+        trace: None,
     }));
 }
 
@@ -130,7 +132,8 @@ fn breaks(panics: bool, says: &str) {
     assert!(fixture.engine.send(Command::Prefill {
         key: 2,
         spec: spec(3),
-        prompt_logprobs: None
+        prompt_logprobs: None,
+        stream: false,
     }));
     let left = fixture.events.blocking_recv();
     assert!(matches!(
@@ -210,7 +213,8 @@ fn blocks_that_come_back_let_a_waiting_prompt_run() {
     assert!(fixture.engine.send(Command::Prefill {
         key: 1,
         spec: spec(3),
-        prompt_logprobs: None
+        prompt_logprobs: None,
+        stream: false,
     }));
     drop(held);
     let done = fixture.events.blocking_recv();

@@ -5,7 +5,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use async_nats::Subject;
-use baton_protocol::{Beat, Load, PROTOCOL_VERSION, PeerHealth, PeersReply};
+use baton_protocol::{
+    Beat, Load, PROTOCOL_VERSION, PackedLinks, PeerHealth, PeersReply, PrefixPage, PrefixReport,
+    PrefixesAsk,
+};
 use tokio::time::Instant;
 
 use super::Presence;
@@ -42,18 +45,22 @@ impl SharedLoad {
 pub(crate) struct Held {
     /// Prompts in the engine.
     pub(crate) prefills: usize,
-    /// Leases.
+    /// Leases of prompts that ran here.
     pub(crate) leases: usize,
+    /// Leases of beginnings of others' prompts.
+    pub(crate) lent: usize,
     /// Pulls and generations.
     pub(crate) decodes: usize,
     /// Pulls among them.
     pub(crate) pulling: usize,
+    /// Batch requests among them.
+    pub(crate) batch_decoding: usize,
 }
 
 impl Held {
     /// Whether that is nothing.
     pub(crate) fn is_nothing(&self) -> bool {
-        self.prefills + self.leases + self.decodes == 0
+        self.prefills + self.leases + self.lent + self.decodes == 0
     }
 }
 
@@ -68,6 +75,7 @@ impl Presence {
     ) {
         let Common { me, checks, .. } = common;
         let load = load(common, held);
+        let measured = common.engine.load.cost();
         let now = Instant::now();
         self.last_beat = now;
         let told = self.peers_told.tell(peers);
@@ -92,9 +100,13 @@ impl Presence {
             changes: told.changes,
             transport: transport(common),
             decode_ms,
-            cost: None,
-            itl_ms: None,
-            step_tokens: None,
+            cost_error: measured.as_ref().and_then(|measured| measured.error),
+            cost: measured.map(|measured| measured.cost),
+            itl_ms: me.itl_ms,
+            step_tokens: Some(me.step_tokens),
+            prefix_version: Some(self.prefixes_told.version()),
+            streams: common.mover.is_some(),
+            leases_prefixes: me.leases_prefixes,
         }
         .within_bounds();
         self.shared_load.set(load);
@@ -122,6 +134,55 @@ impl Presence {
             peers,
         };
         common.send(reply, &all);
+    }
+
+    /// Something entered the prefix index or left it.
+    pub(crate) fn on_prefix_change(&mut self) {
+        self.prefixes_told.changed(Instant::now());
+    }
+
+    /// Reports what entered and left the prefix index, if that is due.
+    pub(crate) fn tell_prefixes(&mut self, common: &Common, now: Instant) {
+        if !self.is_connected() {
+            return;
+        }
+        let Some(told) = self.prefixes_told.report(now, &common.pool) else {
+            return;
+        };
+        let report = PrefixReport {
+            v: PROTOCOL_VERSION,
+            worker: common.me.worker.clone(),
+            incarnation: common.me.incarnation,
+            since: told.since,
+            version: told.version,
+            added: told.added,
+            removed: told.removed,
+            is_part: common.pool.tells_part(),
+        };
+        let subject = common.cluster.prefixes(&common.me.worker);
+        if let Err(error) = common.outbox.send(subject, &report) {
+            tracing::debug!(%error, "a report of prefixes was not sent: its number will be missed");
+        }
+    }
+
+    /// Somebody missed a report, or is new.
+    pub(crate) fn on_prefixes_asked(&mut self, common: &Common, ask: &PrefixesAsk, reply: Subject) {
+        if !self.prefixes_told.gives_page(Instant::now()) {
+            return;
+        }
+        // The number first: what is reported above it may be in the page already, and changes nothing then.
+        let version = self.prefixes_told.version();
+        let (links, next) = common.pool.prefix_page(ask.block);
+        let page = PrefixPage {
+            v: PROTOCOL_VERSION,
+            worker: common.me.worker.clone(),
+            incarnation: common.me.incarnation,
+            version,
+            links: PackedLinks(links),
+            next,
+            is_part: common.pool.tells_part(),
+        };
+        common.send(reply, &page);
     }
 
     /// Of so many peers a beat tells all, and only changes of more.
@@ -156,8 +217,10 @@ fn load(common: &Common, held: &Held) -> Load {
         waiting_tokens: engine.waiting_tokens.load(Ordering::Relaxed),
         leased: held.leases as u32,
         pulling: held.pulling as u32,
-        decoding: 0,
-        decoding_tokens: 0,
+        batch_tokens: engine.batch_tokens.load(Ordering::Relaxed),
+        decoding: engine.decoding.load(Ordering::Relaxed),
+        decoding_tokens: engine.decoding_tokens.load(Ordering::Relaxed),
+        batch_decoding: held.batch_decoding as u32,
         blocks_used: stats.used as u32,
         blocks_cached: stats.cached as u32,
         blocks_quarantined: stats.quarantined as u32,

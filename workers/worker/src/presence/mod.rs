@@ -5,6 +5,7 @@
 mod api_servers;
 mod beat;
 mod peers_told;
+mod prefixes_told;
 mod service;
 
 use std::time::Duration;
@@ -19,6 +20,7 @@ pub(crate) use service::MicroService;
 
 use api_servers::ApiServers;
 use peers_told::PeersTold;
+use prefixes_told::PrefixesTold;
 
 /// Others who say hello within this time get the same beat.
 const HELLO_WAIT: Duration = Duration::from_millis(10);
@@ -45,6 +47,7 @@ pub(crate) struct Presence {
     beat_due: Option<Instant>,
     last_beat: Instant,
     peers_told: PeersTold,
+    prefixes_told: PrefixesTold,
     shared_load: SharedLoad,
 }
 
@@ -63,6 +66,7 @@ impl Presence {
             beat_due: None,
             last_beat: now,
             peers_told: PeersTold::default(),
+            prefixes_told: PrefixesTold::default(),
             shared_load,
         }
     }
@@ -195,6 +199,8 @@ impl Presence {
             self.end_after_failure,
             self.beat_due,
             self.drain_deadline_ahead(),
+            // Nobody hears it otherwise.
+            self.prefixes_told.due().filter(|_| self.is_connected()),
         ];
         deadlines.into_iter().flatten().min()
     }

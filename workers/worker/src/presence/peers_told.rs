@@ -13,6 +13,9 @@ use tokio::time::Instant;
 /// Questions for all peers that are answered in one [`ANSWERS_TIME`]. Each API server asks once, or after a loss.
 const ANSWERS_MAX: usize = 16;
 
+/// Most peers that one beat tells of for what was pulled from them alone: people look at these links.
+const BUSY_TOLD_MAX: usize = 4;
+
 const ANSWERS_TIME: Duration = Duration::from_secs(1);
 
 /// What a beat tells.
@@ -81,11 +84,11 @@ impl PeersTold {
             let told = self.told.get(&peer.worker);
             told.is_none_or(|told| differs(told, peer))
         };
-        let mut news = all.into_values().filter(is_news);
+        let (mut peers, others): (Vec<_>, Vec<_>) = all.into_values().partition(is_news);
         let room = self.at_once - gone.len();
-        let peers: Vec<PeerHealth> = news.by_ref().take(room).collect();
-        let is_part = gone.len() == self.at_once || news.next().is_some();
-        drop(news);
+        let is_part = gone.len() == self.at_once || peers.len() > room;
+        peers.truncate(room);
+        peers.extend(self.busiest(others, room - peers.len()));
         for worker in &gone {
             self.told.remove(worker);
         }
@@ -105,6 +108,22 @@ impl PeersTold {
         }
     }
 
+    /// Of peers that are no news but for what was pulled from them, those of which the most was.
+    fn busiest(&self, others: Vec<PeerHealth>, room: usize) -> impl Iterator<Item = PeerHealth> {
+        let pulled = |peer: &PeerHealth| {
+            let told = self.told.get(&peer.worker)?.pulled_bytes;
+            let grown = peer.pulled_bytes.saturating_sub(told);
+            (grown > 0).then_some(grown)
+        };
+        let mut busy: Vec<_> = others
+            .into_iter()
+            .filter_map(|peer| Some((pulled(&peer)?, peer)))
+            .collect();
+        busy.sort_by_key(|(grown, _)| std::cmp::Reverse(*grown));
+        let room = room.min(BUSY_TOLD_MAX);
+        busy.into_iter().map(|(_, peer)| peer).take(room)
+    }
+
     /// All that was told, and its version, if not too many have asked just now.
     pub(crate) fn all(&mut self, now: Instant) -> Option<(u64, Vec<PeerHealth>)> {
         let is_over = |since: Instant| now.duration_since(since) >= ANSWERS_TIME;
@@ -116,7 +135,8 @@ impl PeersTold {
     }
 }
 
-/// Whether a peer's state is news. The rate of pulls moves all the time: a quarter up or down is.
+/// Whether a peer's state is news. The rate of pulls moves all the time: a quarter up or down is. What they brought never is: of
+/// that the busiest are told where there is room.
 fn differs(told: &PeerHealth, now: &PeerHealth) -> bool {
     let rate = |peer: &PeerHealth| peer.pulled_gigabytes_per_second;
     let rate_differs = match (rate(told), rate(now)) {
@@ -125,6 +145,7 @@ fn differs(told: &PeerHealth, now: &PeerHealth) -> bool {
     };
     let alike = PeerHealth {
         pulled_gigabytes_per_second: rate(told),
+        pulled_bytes: told.pulled_bytes,
         ..now.clone()
     };
     rate_differs || alike != *told
@@ -147,6 +168,7 @@ mod tests {
             transport: "tcp".to_owned(),
             gigabytes_per_second: 1.0,
             pulled_gigabytes_per_second: Some(1.0),
+            pulled_bytes: 0,
             error: None,
         }
     }
@@ -189,6 +211,28 @@ mod tests {
         assert_eq!((changes.since, changes.version), (3, 4));
         assert_eq!(changes.gone, [gone]);
         assert_eq!(told.all(Instant::now()).unwrap(), (4, all));
+    }
+
+    #[test]
+    fn of_many_the_busiest_are_told_where_there_is_room() {
+        let (mut told, mut all) = (PeersTold::default(), peers(3 * PEERS_TOLD_MAX));
+        while told.tell(all.clone()).is_part {}
+        for (number, peer) in all.iter_mut().enumerate().skip(2) {
+            peer.pulled_bytes = 1_000 * number as u64;
+        }
+        let said = told.tell(all.clone());
+        let busiest: Vec<_> = all.iter().rev().take(BUSY_TOLD_MAX).cloned().collect();
+        assert_eq!((said.peers, said.is_part), (busiest, false));
+        // What is news goes first, and what was pulled asks for no beat of its own.
+        for peer in &mut all[..PEERS_TOLD_MAX - 1] {
+            peer.state = PeerState::Broken;
+        }
+        let said = told.tell(all.clone());
+        assert_eq!(said.peers.len(), PEERS_TOLD_MAX);
+        assert_eq!(said.peers[..PEERS_TOLD_MAX - 1], all[..PEERS_TOLD_MAX - 1]);
+        assert!(!said.is_part);
+        let next = all.len() - BUSY_TOLD_MAX - 1;
+        assert_eq!(said.peers[PEERS_TOLD_MAX - 1], all[next]);
     }
 
     #[test]
@@ -239,8 +283,12 @@ mod tests {
             transport: "ucx 1.18.0 rc_mlx5,cuda_ipc".to_owned(),
             decode_ms: 9_000,
             cost: None,
+            cost_error: None,
             itl_ms: None,
             step_tokens: None,
+            prefix_version: None,
+            streams: false,
+            leases_prefixes: false,
         };
         encode(&beat).unwrap().len()
     }

@@ -7,6 +7,7 @@ use async_nats::Client;
 use async_nats::service::{Request, Service, ServiceExt};
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{WorkerDescriptor, encode};
+use baton_traces::Tracer;
 use bytes::Bytes;
 use futures::StreamExt;
 use serde_json::{Map, Value};
@@ -16,15 +17,21 @@ use tokio::task::JoinHandle;
 use super::beat::SharedLoad;
 use crate::WorkerError;
 
-/// What `nats micro stats` shows beside its own counts: the load of the last beat, and log lines that were not written.
-fn stats(load: &SharedLoad) -> Value {
+/// What `nats micro stats` shows beside its own counts: the load of the last beat, log lines that were not written, and spans that reached
+/// no collector.
+fn stats(load: &SharedLoad, tracer: &Tracer) -> Value {
     let mut stats = serde_json::to_value(load.load()).unwrap_or_default();
-    stats["log_lines_dropped"] = baton_logs::dropped()
-        .into_iter()
-        .map(|(reason, lines)| (reason.to_owned(), Value::from(lines)))
-        .collect::<Map<_, _>>()
-        .into();
+    stats["log_lines_dropped"] = counts(baton_logs::dropped());
+    if tracer.is_on() {
+        stats["trace_spans_dropped"] = counts(tracer.dropped());
+    }
     stats
+}
+
+fn counts<const N: usize>(counts: [(&str, u64); N]) -> Value {
+    let counts = counts.into_iter();
+    let counts = counts.map(|(reason, count)| (reason.to_owned(), Value::from(count)));
+    counts.collect::<Map<_, _>>().into()
 }
 
 /// Peers that may wait for a description while the bus is slow.
@@ -43,6 +50,7 @@ impl MicroService {
         cluster: &Cluster,
         descriptor: &WorkerDescriptor,
         load: SharedLoad,
+        tracer: Tracer,
     ) -> Result<Self, WorkerError> {
         let failed = |detail: String| WorkerError::System {
             what: "registering the NATS service",
@@ -64,7 +72,7 @@ impl MicroService {
                 descriptor.worker, descriptor.model.name
             ))
             .metadata(metadata)
-            .stats_handler(move |_, _| stats(&load))
+            .stats_handler(move |_, _| stats(&load, &tracer))
             .start(format!("baton-{role}"), env!("CARGO_PKG_VERSION"))
             .await
             .map_err(|error| failed(error.to_string()))?;

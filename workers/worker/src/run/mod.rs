@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_bus::Wire;
-use baton_engine::{Engine, EngineConfig};
+use baton_engine::{Engine, EngineConfig, PROBE_MAX};
 use baton_model::{ModelDir, TOKENIZER};
 use baton_protocol::limits::SENTENCE_BYTES_MAX;
 use baton_protocol::{
-    Capacity, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, Role, WorkerDescriptor,
+    Capacity, CostPoint, Incarnation, ModelFingerprint, ModelInfo, PROTOCOL_VERSION, Role,
+    StepCost, WorkerDescriptor,
 };
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -38,16 +39,19 @@ pub use simulated::{SimulatedConfig, SimulatedWorker};
 /// What is left to publish at the end may take this long.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// Runs a worker until `shutdown` resolves and what it had is finished.
+/// Runs a worker until `shutdown` resolves and what it had is finished. `serving` is told when it takes jobs.
 ///
 /// # Errors
 /// [`WorkerError`] if it cannot start, or if its executor broke.
 pub async fn run(
     config: WorkerConfig,
+    serving: impl FnOnce(),
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), WorkerError> {
     let mut shutdown = std::pin::pin!(shutdown);
     config.check()?;
+    // Before the minutes that a model takes to load.
+    config.bus.check().map_err(WorkerError::Bus)?;
     let config = Arc::new(config);
     let incarnation = random()
         .map(|bytes| Incarnation(u64::from_le_bytes(bytes)))
@@ -127,6 +131,11 @@ pub async fn run(
             prefix_cache: config.prefix_cache,
         },
     );
+    let itl = (config.itl_ms > 0).then(|| Duration::from_millis(config.itl_ms.into()));
+    let engine = tokio::select! {
+        probed = probe(engine.with_itl(itl), config.clone()) => probed?,
+        () = &mut shutdown => return Ok(()),
+    };
     let pool = engine.pool();
     let tokens = Arc::new(TokenOutbox::default());
     let grammars = Grammars::new(config.model_dir.join(TOKENIZER), info.vocab);
@@ -134,7 +143,8 @@ pub async fn run(
         engine,
         Some(grammars),
         tokens.clone(),
-        config.queue + info.step_sequences_max,
+        // Prompts, generations, and interactive ones that take the places of batch.
+        2 * config.queue + info.step_sequences_max,
     )?;
     let (watching, stuck) = Watching::start(&engine.pulse, config.device, agent.as_ref())?;
     let wire = Wire::from(client.clone());
@@ -159,8 +169,14 @@ pub async fn run(
         &outbox,
     )
     .await?;
-    let service =
-        MicroService::start(&client, &config.cluster, &descriptor, shared_load.clone()).await?;
+    let service = MicroService::start(
+        &client,
+        &config.cluster,
+        &descriptor,
+        shared_load.clone(),
+        config.tracer.clone(),
+    )
+    .await?;
     let mut desk = Desk::new(Parts {
         common: Common {
             me: Identity {
@@ -176,6 +192,9 @@ pub async fn run(
                     batch: info.step_sequences_max as u32,
                     queue: config.queue as u32,
                 },
+                itl_ms: (config.itl_ms > 0).then_some(config.itl_ms),
+                step_tokens: info.step_tokens_max as u32,
+                leases_prefixes: config.prefix_cache && config.role.prefills() && agent.is_some(),
             },
             checks: Checks {
                 model,
@@ -191,6 +210,7 @@ pub async fn run(
             mover: agent.clone().map(Mover::Ucx),
             deadlines: BTreeSet::new(),
             next_key: 1,
+            tracer: config.tracer.clone(),
         },
         shares,
         lease: Duration::from_millis(config.lease_ms.into()),
@@ -202,6 +222,7 @@ pub async fn run(
         stuck,
     });
     tracing::info!("serving");
+    serving();
     let outcome = desk.run(&mut subscriptions, events, is_up, shutdown).await;
 
     watching.desk.rest();
@@ -291,4 +312,65 @@ async fn blocking<T: Send + 'static>(
             detail: error.to_string(),
         }),
     }
+}
+
+/// What steps of the fake device cost, if they cost anything: as it was told.
+fn fake_cost(config: &WorkerConfig, step_micros: u64) -> Option<StepCost> {
+    let us = step_micros as f32;
+    match config.fake_cost.clone() {
+        Some(mut cost) => {
+            cost.layers.iter_mut().for_each(|point| point.us += us);
+            Some(cost)
+        }
+        None => (step_micros > 0).then(|| StepCost {
+            layers: vec![CostPoint { tokens: 1, us }],
+            ..StepCost::default()
+        }),
+    }
+}
+
+/// Has the engine measure what its steps cost.
+///
+/// # Errors
+/// [`WorkerError::Device`] if a step fails, or does not end.
+async fn probe(mut engine: Engine, config: Arc<WorkerConfig>) -> Result<Engine, WorkerError> {
+    if let Device::Fake { step_micros } = config.device {
+        return Ok(match fake_cost(&config, step_micros) {
+            Some(cost) => engine.with_cost(cost),
+            None => engine,
+        });
+    }
+    let device = config.device;
+    let failed = move |detail: String| WorkerError::Device {
+        device: device.to_string(),
+        detail: format!("measuring what its steps cost: {detail}"),
+    };
+    let measured = blocking("measuring steps", move || {
+        engine.probe().map_err(|error| failed(error.message))?;
+        Ok(engine)
+    });
+    // The probe ends when its time is over; what it may be late by is one step.
+    let most = PROBE_MAX + device.step_time_max();
+    let engine = timeout(most, measured).await.unwrap_or_else(|_| {
+        Err(failed(format!(
+            "a step did not end within {:.0} s",
+            most.as_secs_f32()
+        )))
+    })?;
+    if let Some(cost) = engine.cost() {
+        let steps = [1, 32, 256, 2048].map(|tokens| (cost.layers_us(tokens) / 1e3, tokens));
+        let steps: Vec<String> = steps
+            .iter()
+            .map(|(ms, tokens)| format!("{tokens}: {ms:.2} ms"))
+            .collect();
+        tracing::info!(
+            steps = steps.join(", "),
+            row_us = cost.row_us,
+            kv_token_us = cost.kv_token_us,
+            pair_us = cost.pair_us,
+            itl_ms = config.itl_ms,
+            "measured what steps cost"
+        );
+    }
+    Ok(engine)
 }

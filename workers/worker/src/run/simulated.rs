@@ -12,8 +12,9 @@ use baton_model::WeightFormat;
 use baton_protocol::subjects::Cluster;
 use baton_protocol::{
     Base64Bytes, Capacity, Incarnation, KvShares, MemoryType, ModelInfo, PROTOCOL_VERSION,
-    RankRegion, Role, TransferDescriptor, UcxVersion, WorkerDescriptor, WorkerId, encode,
+    RankRegion, Role, StepCost, TransferDescriptor, UcxVersion, WorkerDescriptor, WorkerId, encode,
 };
+use baton_traces::Tracer;
 use baton_watchdog::Pulse;
 use bytes::Bytes;
 use futures::StreamExt;
@@ -24,7 +25,7 @@ use crate::bus::{Outbox, Publisher, Subscriptions};
 use crate::checks::Checks;
 use crate::common::{Common, Identity};
 use crate::desk::{Desk, Parts};
-use crate::engine_thread::{EngineEvent, EngineTask};
+use crate::engine_thread::{EngineEvent, EngineTask, StepTimes};
 use crate::frames::TokenOutbox;
 use crate::mover::{KvNetwork, Mover};
 use crate::presence::SharedLoad;
@@ -51,10 +52,16 @@ pub struct SimulatedConfig {
     pub queue: usize,
     /// Keep finished prefixes.
     pub prefix_cache: bool,
+    /// What steps cost, if it is to know. It learns from what they take by its clock.
+    pub cost: Option<StepCost>,
+    /// Mean time between tokens that its steps are kept to.
+    pub itl: Option<Duration>,
     /// Guesses tokens for the engine.
     pub drafter: Option<Box<dyn Drafter>>,
     /// The engine's clock.
     pub clock: fn() -> std::time::Instant,
+    /// Of so many peers a beat tells all, and only changes of more; as many as of any worker if nothing is said.
+    pub peers_told: Option<usize>,
 }
 
 /// A worker that was made and does not run yet.
@@ -89,13 +96,18 @@ impl SimulatedWorker {
             queue_max: config.queue,
             prefix_cache: config.prefix_cache,
         };
-        let mut engine = Engine::new(executor, engine).with_clock(config.clock);
+        let mut engine = Engine::new(executor, engine)
+            .with_clock(config.clock)
+            .with_itl(config.itl);
+        if let Some(cost) = config.cost.take() {
+            engine = engine.with_cost(cost);
+        }
         if let Some(drafter) = config.drafter.take() {
             engine = engine.with_drafter(drafter);
         }
         let pool = engine.pool();
         let tokens = Arc::new(TokenOutbox::default());
-        let sequences_max = config.queue + info.step_sequences_max;
+        let sequences_max = 2 * config.queue + info.step_sequences_max;
         let (handle, engine, events) = EngineTask::new(engine, tokens.clone(), sequences_max);
         let (outbox, control) = Outbox::new(wire.clone());
         let SimulatedConfig {
@@ -163,6 +175,9 @@ impl SimulatedWorker {
                         batch: info.step_sequences_max as u32,
                         queue: config.queue as u32,
                     },
+                    itl_ms: config.itl.map(|itl| itl.as_millis() as u32),
+                    step_tokens: info.step_tokens_max as u32,
+                    leases_prefixes: config.prefix_cache && role.prefills(),
                 },
                 checks: Checks {
                     model,
@@ -178,6 +193,7 @@ impl SimulatedWorker {
                 mover: Some(Mover::Simulated(network)),
                 deadlines: BTreeSet::new(),
                 next_key: 1,
+                tracer: Tracer::off(),
             },
             shares,
             lease: config.lease,
@@ -187,8 +203,9 @@ impl SimulatedWorker {
             pulse: Pulse::default(),
             stuck: mpsc::channel(1).1,
         });
-        // So few that even here most beats tell changes only, and some not all of them.
-        desk.presence.tell_at_once(1);
+        if let Some(peers) = config.peers_told {
+            desk.presence.tell_at_once(peers);
+        }
         Ok(Self {
             desk,
             subscriptions,
@@ -214,7 +231,7 @@ impl SimulatedWorker {
     pub async fn run(
         self,
         shutdown: impl Future<Output = ()>,
-        step_time: impl FnMut() -> Duration,
+        step_times: StepTimes,
     ) -> Result<Option<String>, WorkerError> {
         let Self {
             mut desk,
@@ -247,7 +264,7 @@ impl SimulatedWorker {
                 }
             }
         };
-        let all = async { tokio::join!(biased; desk, engine.run(step_time), publisher.run()) };
+        let all = async { tokio::join!(biased; desk, engine.run(step_times), publisher.run()) };
         let (outcome, engine, ()) = tokio::select! {
             biased;
             all = all => all,
@@ -273,6 +290,7 @@ fn books(desk: &Desk) -> Option<String> {
         ("prefills", held.prefills),
         ("decodes", held.decodes),
         ("leases", held.leases),
+        ("leases of prefixes", held.lent),
         ("deadlines", desk.common.deadlines.len()),
     ];
     let left: Vec<_> = counts.iter().filter(|(_, count)| *count > 0).collect();

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use baton_protocol::deadlines::{GONE_AFTER_MS, NAME_FREE_AFTER_MS};
 use baton_protocol::{
-    Beat, DecodeJob, FailureCode, Incarnation, PrefillJob, PrefillReply, Refusal, Role, WorkerState,
+    Beat, DecodeJob, Drain, Draining, FailureCode, Incarnation, PROTOCOL_VERSION, PrefillJob,
+    PrefillReply, Refusal, Role, WorkerState,
 };
 use baton_worker::{Device, WorkerError};
 
@@ -235,6 +236,53 @@ async fn a_draining_worker_finishes_and_takes_nothing_new() {
         .await;
     assert_eq!(beat.load.leased, 1);
     assert!(api.release(&late_handle, |_| {}).await);
+    context.left().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_is_asked_over_the_bus_to_drain_finishes_and_leaves_and_a_later_life_stays() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let mut config = house.config("ctx", Role::Context);
+    // One handle is never fetched: this is what ends it.
+    config.drain_ms = 1_000;
+    let context = Worker::start(config);
+    let beat = api
+        .until(&context.id, "that it serves", |beat| {
+            beat.state == WorkerState::Serving
+        })
+        .await;
+    let (request, sequence) = (new_request(), prompt(1, 10, 8));
+    let handle = api.staged(&context.id, request, &sequence).await;
+    let subject = api.cluster.drain(&context.id);
+    let mut drain = Drain {
+        v: PROTOCOL_VERSION,
+        incarnation: Incarnation(beat.incarnation.0 ^ 1),
+        from: "api".to_owned(),
+    };
+    let other: Draining = api.request(subject.clone(), &drain).await;
+    assert!(!other.draining, "another life was meant");
+    assert!(
+        matches!(
+            api.prefill(&context.id, &api.prefill_job(new_request(), &sequence))
+                .await,
+            PrefillReply::Ready { .. }
+        ),
+        "it serves on"
+    );
+    drain.incarnation = beat.incarnation;
+    // Twice is as good as once.
+    for _ in 0..2 {
+        let meant: Draining = api.request(subject.clone(), &drain).await;
+        assert!(meant.draining);
+    }
+    let draining = api
+        .until(&context.id, "that it drains", |beat| {
+            beat.state == WorkerState::Draining
+        })
+        .await;
+    assert_eq!(draining.load.leased, 2, "what is staged is kept");
+    assert!(api.release(&handle, |_| {}).await);
     context.left().await.unwrap();
 }
 

@@ -272,7 +272,7 @@ async fn handles_that_lie_do_no_harm() {
             &(|job: &mut DecodeJob| job.handle.valid_tokens = 8) as &dyn Fn(&mut DecodeJob),
         ),
         ("first token outside the vocabulary", &|job| {
-            job.handle.first_token = VOCAB
+            job.handle.first_token = Some(VOCAB)
         }),
         ("generation over", &|job| {
             job.handle.finish = Some(baton_protocol::FinishReason::Stop)

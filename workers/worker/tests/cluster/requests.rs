@@ -147,7 +147,7 @@ async fn a_retry_goes_on_where_the_text_stopped() {
     retry.tokens.0.extend(&expected[..10]);
     let request = new_request();
     let handle = api.staged(&context.id, request, &retry).await;
-    assert_eq!(handle.first_token, expected[10]);
+    assert_eq!(handle.first_token, Some(expected[10]));
     let job = DecodeJob {
         attempt: 3,
         ..api.decode_job(request, &retry, &handle)

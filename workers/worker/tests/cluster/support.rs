@@ -153,7 +153,7 @@ impl Worker {
         Self {
             id,
             shutdown: Some(shutdown),
-            task: tokio::spawn(baton_worker::run(config, signal)),
+            task: tokio::spawn(baton_worker::run(config, || {}, signal)),
         }
     }
 
@@ -381,6 +381,9 @@ impl Api {
             model: baton_protocol::ModelFingerprint::new("a".repeat(64)).unwrap(),
             sequence: sequence.clone(),
             prompt_logprobs: None,
+            stream: false,
+            source: None,
+            trace: None,
         }
     }
 
@@ -399,6 +402,7 @@ impl Api {
             budget_ms: 60_000,
             sequence: sequence.clone(),
             handle: handle.clone(),
+            trace: None,
         }
     }
 
@@ -598,6 +602,7 @@ pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
             spec: spec.clone(),
             prompt_logprobs: None,
             constraint: None,
+            stream: false,
         })
         .unwrap();
     let mut tokens = Vec::new();
@@ -638,7 +643,7 @@ pub fn undisturbed(sequence: &SequenceSpec) -> Vec<u32> {
 /// That a stream is what follows the first token of an undisturbed run.
 pub fn assert_whole(stream: &Stream, sequence: &SequenceSpec, handle: &KvHandle) {
     let expected = undisturbed(sequence);
-    assert_eq!(handle.first_token, expected[0], "the first token");
+    assert_eq!(handle.first_token, Some(expected[0]), "the first token");
     assert_eq!(stream.first_index, 1);
     assert_eq!(stream.tokens, expected[1..], "the other tokens");
     assert_eq!(stream.end, Some(End::Finished(FinishReason::Length)));

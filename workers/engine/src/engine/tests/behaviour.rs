@@ -20,7 +20,11 @@ fn a_prompt_is_prefilled_handed_over_and_continued() {
 
 #[test]
 fn two_engines_make_the_text_of_one() {
-    let setup = Setup::default();
+    // With it, what was torn would give way to the whole blocks that are here.
+    let setup = Setup {
+        prefix_cache: false,
+        ..Setup::default()
+    };
     let spec = spec(&prompt(3, 21), 12);
     let expected = alone(&spec);
     let memories = [(); 2].map(|()| Arc::new(FakeMemory::new(setup.blocks, BLOCK_TOKENS)));
@@ -105,24 +109,61 @@ fn a_shared_prefix_is_computed_once() {
     assert_empty(&engine);
 }
 
+/// A conversation's next turn finds what was pulled of the last one and what was generated upon it.
 #[test]
-fn what_goes_on_from_pulled_kv_is_no_prefix() {
-    let mut engine = engine(Setup::default());
-    let spec = spec(&prompt(1, 10), 30);
-    let blocks = engine.pool().reserve(3).expect("room");
-    let resumed = ResumedSequence {
-        key: 1,
-        spec: spec.clone(),
-        next: 5,
-        blocks,
-        constraint: None,
-    };
-    engine.resume(resumed).expect("taken");
-    while engine.has_work() {
-        engine.step().expect("runs");
+fn what_was_pulled_and_what_goes_on_from_it_are_prefixes() {
+    for prefix_cache in [true, false] {
+        let mut engine = engine(Setup {
+            prefix_cache,
+            ..Setup::default()
+        });
+        let pool = engine.pool();
+        let mut spec = spec(&prompt(1, 10), 30);
+        spec.cache_salt = CacheSalt(7);
+        let resumed = |key, blocks| ResumedSequence {
+            key,
+            spec: spec.clone(),
+            next: 5,
+            blocks,
+            constraint: None,
+        };
+        let pulled = |pool: &BlockPool| {
+            let tokens = &spec.tokens.0;
+            pool.reserve_reusing(tokens, spec.cache_salt, 3, 0)
+                .expect("room")
+        };
+        // Both were pulled before either was known: the second gives its full blocks up for those of the first.
+        let [first, second] = [pulled(&pool), pulled(&pool)];
+        assert_eq!((first.indexed(), pool.stats().used), (0, 6));
+        engine.resume(resumed(1, first)).expect("taken");
+        engine.resume(resumed(2, second)).expect("taken");
+        let full = if prefix_cache { 2 } else { 0 };
+        assert_eq!(pool.stats().used, 6 - full);
+        assert_eq!(pulled(&pool).indexed(), full);
+        let mut tokens = [spec.tokens.0.clone(), vec![5]].concat();
+        while engine.has_work() {
+            for event in engine.step().expect("runs") {
+                if let Event::Token {
+                    key: 1, sampled, ..
+                } = event
+                {
+                    tokens.push(sampled.token);
+                }
+            }
+            engine.check().expect("sound");
+        }
+        // No step ran the last token.
+        let all = if prefix_cache {
+            39 / BLOCK_TOKENS as usize
+        } else {
+            0
+        };
+        tokens.extend(prompt(3, 9));
+        let next_turn = pool.admit(&tokens, Some(spec.cache_salt), 0).expect("room");
+        assert_eq!(next_turn.indexed(), all);
+        let others = pool.admit(&tokens, Some(CacheSalt(8)), 0).expect("room");
+        assert_eq!(others.indexed(), 0, "of another salt");
     }
-    let stats = engine.pool().stats();
-    assert_eq!((stats.used, stats.cached), (0, 0));
 }
 
 #[test]
@@ -182,7 +223,8 @@ fn refusals_say_why() {
         EngineLoad {
             waiting: 2,
             running: 0,
-            waiting_tokens: 62
+            waiting_tokens: 62,
+            ..EngineLoad::default()
         }
     );
     assert!(small.abort(1) && small.abort(2) && !small.abort(3));
@@ -237,8 +279,10 @@ fn a_short_prompt_does_not_wait_behind_a_long_one_nor_the_other_way_round() {
         // One short prompt a step would fill the whole budget.
         submit(&mut engine, step, spec(&prompt(step as u32, 15), 1)).expect("taken");
         for event in engine.step().expect("runs") {
-            let Event::Prefilled { key, .. } = event else {
-                panic!("{event:?}")
+            let key = match event {
+                Event::Prefilled { key, .. } => key,
+                Event::Begun { .. } | Event::Computed { .. } => continue,
+                other => panic!("{other:?}"),
             };
             steps_of.insert(key, step);
         }
@@ -319,6 +363,7 @@ fn prompt_logprobs_cover_the_prompt_and_nothing_else() {
             spec: with_output.clone(),
             prompt_logprobs: Some(2),
             constraint: None,
+            stream: false,
         };
         engine.submit(new).expect("taken");
         let mut events = Vec::new();

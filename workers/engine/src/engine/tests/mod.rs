@@ -1,11 +1,13 @@
 use std::collections::HashMap;
 
-use baton_protocol::{CacheSalt, FinishReason, Generation, PackedTokens};
+use baton_protocol::{BlockRun, CacheSalt, FinishReason, Generation, PackedTokens};
 
 use super::*;
 use crate::{Constraint, FakeConfig, FakeExecutor, Sampled};
 
 mod behaviour;
+mod budget;
+mod classes;
 mod constraints;
 mod fairness;
 mod flights;
@@ -13,6 +15,7 @@ mod oracle;
 mod properties;
 mod runs;
 mod sampler;
+mod streaming;
 
 use constraints::Rule;
 use oracle::{Drafting, Texts};
@@ -109,6 +112,8 @@ fn submit_with(
         spec,
         prompt_logprobs: None,
         constraint,
+        // Half of all; nobody's tokens, and no bound on waits, may depend on it.
+        stream: key % 2 == 1,
     })
 }
 
@@ -126,6 +131,10 @@ struct Driver {
     cached_tokens: u32,
     preemptions: usize,
     failed: Vec<u64>,
+    /// Prompts that are streamed: their blocks, and tokens whose KV is there.
+    begun: HashMap<u64, (Vec<BlockRun>, u32)>,
+    /// How many have been.
+    streamed: usize,
     steps: usize,
     watch: Watch,
     /// What a drafter may know.
@@ -134,6 +143,7 @@ struct Driver {
 
 impl Driver {
     fn submit(&mut self, engine: &mut Engine, key: u64, spec: SequenceSpec) {
+        self.begun.remove(&key); // of one that was aborted
         if !self.rules.contains_key(&key) {
             self.texts.learn(&spec);
         }
@@ -167,6 +177,10 @@ impl Driver {
                     ..
                 } => {
                     let spec = self.so_far(key);
+                    if let Some((runs, computed)) = self.begun.remove(&key) {
+                        assert_eq!(blocks.runs(), runs, "sequence {key} kept its blocks");
+                        assert!((computed as usize) < spec.tokens.0.len());
+                    }
                     self.cached_tokens += cached_tokens;
                     self.outputs
                         .get_mut(&key)
@@ -198,7 +212,26 @@ impl Driver {
                     self.sampled.entry(key).or_default().push(sampled);
                     self.finished.extend(finish.map(|finish| (key, finish)));
                 }
+                Event::Begun {
+                    key,
+                    runs,
+                    computed,
+                    cached_tokens,
+                    ..
+                } => {
+                    assert!(computed > cached_tokens, "sequence {key} has had a step");
+                    let before = self.begun.insert(key, (runs, computed));
+                    assert_eq!(before, None, "sequence {key} began twice");
+                    self.streamed += 1;
+                }
+                Event::Computed { key, computed } => {
+                    // Of what began before this driver looked it knows nothing.
+                    if let Some((_, before)) = self.begun.get_mut(&key) {
+                        assert!(std::mem::replace(before, computed) < computed);
+                    }
+                }
                 Event::Failed { key, detail } => {
+                    self.begun.remove(&key);
                     assert!(detail.contains("no finite logit"), "{detail}");
                     self.failed.push(key);
                 }

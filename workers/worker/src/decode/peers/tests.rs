@@ -44,8 +44,12 @@ fn beat(worker: &str, incarnation: u64) -> Beat {
         transport: String::new(),
         decode_ms: 0,
         cost: None,
+        cost_error: None,
         itl_ms: None,
         step_tokens: None,
+        prefix_version: None,
+        streams: false,
+        leases_prefixes: false,
     }
 }
 

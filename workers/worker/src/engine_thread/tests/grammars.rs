@@ -44,7 +44,8 @@ fn prefill(fixture: &mut Fixture, spec: SequenceSpec) -> Option<EngineEvent> {
     assert!(fixture.engine.send(Command::Prefill {
         key: 1,
         spec,
-        prompt_logprobs: None
+        prompt_logprobs: None,
+        stream: false,
     }));
     fixture.events.blocking_recv()
 }
@@ -74,8 +75,10 @@ fn output(grammar: &Grammar, max_tokens: u32, steps_in_flight: usize) -> (Vec<u3
         route: route(1),
         spec,
         next: output[0],
+        first: None,
         blocks,
         pulled: PullReport::default(),
+        trace: None,
     }));
     let left = decode.events.blocking_recv();
     assert!(matches!(
@@ -148,8 +151,10 @@ fn what_cannot_be_followed_is_turned_away_with_the_reason() {
             route: route(2),
             spec,
             next: 7,
+            first: None,
             blocks,
             pulled: PullReport::default(),
+            trace: None,
         }));
         let Some(EngineEvent::Ended { failure, .. }) = fixture.events.blocking_recv() else {
             panic!("it was taken");
@@ -189,7 +194,8 @@ fn a_sequence_that_is_held_back_can_be_aborted() {
         assert!(fixture.engine.send(Command::Prefill {
             key,
             spec,
-            prompt_logprobs: None
+            prompt_logprobs: None,
+            stream: false,
         }));
         assert!(fixture.engine.send(Command::Abort { key, failure: None }));
         loop {

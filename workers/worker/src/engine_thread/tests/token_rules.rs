@@ -27,7 +27,8 @@ fn output(
     assert!(context.engine.send(Command::Prefill {
         key: 1,
         spec: spec.clone(),
-        prompt_logprobs: None
+        prompt_logprobs: None,
+        stream: false,
     }));
     let first = match context.events.blocking_recv() {
         Some(EngineEvent::Prefilled(first)) => first,
@@ -44,8 +45,10 @@ fn output(
         route: route(1),
         spec,
         next: output[0],
+        first: None,
         blocks,
         pulled: PullReport::default(),
+        trace: None,
     }));
     let ended = decode.events.blocking_recv();
     let (_, items) = decode.tokens.try_take().unwrap().servers.pop().unwrap();
