@@ -9,8 +9,9 @@ use baton_tests::{Api, Cluster, Network, PATIENCE, Setup, Signal, Trace, Turn, e
 use futures::future::join_all;
 use serde_json::{Value, json};
 
-/// Output tokens of each choice that no stop string ends: many times what the workers make between two losses.
-const MAX_TOKENS: usize = 300;
+/// Output tokens of each choice that no stop string ends. Three workers are lost before that: after each loss every prompt is
+/// run again, and who is first generates meanwhile; up to 120 tokens a loss were seen.
+const MAX_TOKENS: usize = 400;
 
 /// Tokens that every choice makes on a worker before that worker is lost.
 const TOKENS_EACH: usize = 5;
@@ -133,20 +134,28 @@ fn questions(model: &str) -> Vec<Question> {
         .collect()
 }
 
-/// The same question with a stop string that begins early in the answer and is as long as one may be: it is being matched
-/// whenever a worker is lost.
+/// The same question with two stop strings. One begins early in the answer, is as long as one may be and differs in its last letter
+/// alone: it is being matched whenever a worker is lost, and what it held back is told when it did not match. The other one
+/// begins in the middle and is matched, far behind where the last worker is lost.
 fn stopped(question: &Question, told: &Told) -> Question {
     let mut question = question.clone();
     let text = &told.choices[&0].text;
-    let mut stop = String::new();
-    for letter in text.chars().skip(text.chars().count() / 30) {
-        if stop.len() + letter.len_utf8() > STOP_BYTES_MAX.min(text.len() * 9 / 10) {
+    let mut early = piece(text, 30, STOP_BYTES_MAX - 1);
+    early.push('\u{1}');
+    question.body["stop"] = json!([early, piece(text, 2, STOP_BYTES_MAX.min(text.len() / 3))]);
+    question
+}
+
+/// At most this many bytes of the text, behind the first of so many parts of it.
+fn piece(text: &str, parts: usize, bytes_max: usize) -> String {
+    let mut piece = String::new();
+    for letter in text.chars().skip(text.chars().count() / parts) {
+        if piece.len() + letter.len_utf8() > bytes_max {
             break;
         }
-        stop.push(letter);
+        piece.push(letter);
     }
-    question.body["stop"] = json!([stop]);
-    question
+    piece
 }
 
 /// Which worker each generation under way is at, and how many tokens it made there.
@@ -166,6 +175,20 @@ fn progress(cluster: &Cluster, from: usize) -> BTreeMap<RequestId, (String, usiz
         }
     }
     made
+}
+
+/// Waits until all of these generations were sent to this worker.
+async fn all_sent_to(cluster: &Cluster, from: usize, worker: &str, count: usize) {
+    let what = format!("{count} generations sent to {worker}");
+    eventually(&what, 2 * PATIENCE, async || {
+        let traces = Trace::all(&cluster.tap, from).await;
+        let was_sent = |trace: &&Trace| trace.decodes.iter().any(|(name, _)| name == worker);
+        match traces.values().filter(was_sent).count() {
+            sent if sent == count => Ok(()),
+            sent => Err(sent.to_string()),
+        }
+    })
+    .await;
 }
 
 /// Waits until all of these generations go on at this worker.
@@ -228,21 +251,17 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
     let network = Network::new();
     let setup = Setup {
         network: network.clone(),
-        kv_mib: 256,
+        kv_mib: 384,
         ..Setup::split(1, 3)
     };
     let mut cluster = Cluster::start(&turn, setup).await;
     let model = cluster.model().await;
 
     let mut asked = questions(&model);
-    let plain = join_all(
-        asked
-            .iter()
-            .map(|question| ask(&cluster.api, question, false)),
-    )
-    .await;
-    for number in [0, 1, 3] {
-        asked.push(stopped(&asked[number], &plain[number]));
+    let plain = [0, 1, 3].map(|number| asked[number].clone());
+    let told = join_all(plain.iter().map(|it| ask(&cluster.api, it, false))).await;
+    for (question, told) in plain.iter().zip(&told) {
+        asked.push(stopped(question, told));
     }
     let asked: Vec<(Question, bool)> = asked
         .into_iter()
@@ -290,10 +309,11 @@ async fn three_workers_in_a_row_are_lost_and_no_client_notices() {
     // a worker is lost before another is there to go on, so that nothing ends while the other comes back
     cluster.signal("decode-0", Signal::Stop);
     cluster.signal("decode-1", Signal::Continue);
-    all_go_on_at(&cluster, from, "decode-1", choices).await;
+    all_sent_to(&cluster, from, "decode-1", choices).await;
 
     // the dead one comes back to life: what it says disturbs nobody, what it holds it lets go
     cluster.signal("decode-0", Signal::Continue);
+    all_go_on_at(&cluster, from, "decode-1", choices).await;
     holds_nothing(&cluster, "decode-0").await;
     serves(&cluster, "decode-0", true).await;
     match &network {
