@@ -57,9 +57,7 @@ fn resident() -> usize {
 async fn requests_that_wait_have_one_subscription_and_each_has_its_own_answer() {
     const WAITING: usize = 64;
     let directory = TempDir::new().unwrap();
-    // Free a moment ago: the listener is gone with this line.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr());
-    let port = free.unwrap().port();
+    let port = baton_tests::free_port();
     let monitor = format!("http: \"127.0.0.1:{port}\"");
     let nats = Nats::start(directory.path(), &monitor).await;
     let echo = async_nats::connect(nats.uri()).await.unwrap();

@@ -1,6 +1,7 @@
 """The processes of a cluster that a benchmark starts and stops, each with a log of its own."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -38,6 +39,9 @@ class Processes:
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """One that nobody listens on, below those that Linux gives by chance: it is still free when a process is told of it."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as asks:
+            if asks.connect_ex(("127.0.0.1", port)) != 0:
+                return port

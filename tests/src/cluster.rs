@@ -1,7 +1,6 @@
 //! A cluster of real processes.
 
 use std::collections::BTreeMap;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::api::Api;
 use crate::nats::Nats;
+use crate::ports::free_port;
 use crate::process::{Process, Signal};
 use crate::setup::{NAME, Setup, api_server_command, join_args, worker_command};
 use crate::tap::Tap;
@@ -384,14 +384,6 @@ async fn known_workers(api: &Api) -> Result<BTreeMap<String, Value>, String> {
         .iter()
         .filter_map(|worker| Some((worker["worker"].as_str()?.to_owned(), worker.clone())))
         .collect())
-}
-
-/// A port that nobody listened on a moment ago.
-pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .and_then(|listener| listener.local_addr())
-        .expect("a free port")
-        .port()
 }
 
 fn launch_api_server(

@@ -1,7 +1,6 @@
 //! A real nats-server, a scripted worker that speaks the protocol, a tiny model directory, and an HTTP
 //! client that shows every byte.
 
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -36,8 +35,9 @@ pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
 
 /// A nats-server of this test's own.
 pub struct Nats {
-    child: Child,
     pub url: String,
+    _server: baton_tests::Nats,
+    _directory: tempfile::TempDir,
 }
 
 impl Nats {
@@ -47,42 +47,13 @@ impl Nats {
 
     pub async fn with_max_payload(bytes: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let config = directory.path().join("nats.conf");
-        std::fs::write(
-            &config,
-            format!("listen: 127.0.0.1:{port}\nmax_payload: {bytes}\n"),
-        )
-        .unwrap();
-        let child = Command::new(baton_tests::command("nats-server"))
-            .arg("-c")
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let nats = Self {
-            child,
-            url: format!("nats://127.0.0.1:{port}"),
-        };
-        within("nats-server accepts connections", async {
-            while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        })
-        .await;
-        nats
-    }
-}
-
-impl Drop for Nats {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let more = format!("max_payload: {bytes}");
+        let server = baton_tests::Nats::start(directory.path(), &more).await;
+        Self {
+            url: server.uri(),
+            _server: server,
+            _directory: directory,
+        }
     }
 }
 

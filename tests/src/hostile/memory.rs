@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use super::scene::{Scene, limited};
 use super::target::{COMPLETIONS, Outcome, Target, shown};
 use crate::api::Api;
-use crate::cluster::free_port;
 use crate::fixture::{baton, model_dir};
+use crate::ports::free_port;
 use crate::process::Process;
 use crate::wait::PATIENCE;
 

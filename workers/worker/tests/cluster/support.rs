@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use baton_protocol::{
     PrefillJob, PrefillReply, PullReport, Refusal, Release, Released, RequestId, Role, Sampling,
     SequenceSpec, TokenFrame, Versioned, WorkerId, decode, encode,
 };
+use baton_tests::Nats;
 use baton_worker::{Device, WorkerConfig, WorkerError};
 use futures::StreamExt;
 use tokio::sync::{oneshot, watch};
@@ -34,7 +34,7 @@ pub const EOS: u32 = 2;
 
 /// A bus and a model directory.
 pub struct House {
-    nats: Child,
+    _nats: Nats,
     pub url: String,
     pub model_dir: PathBuf,
     pub cluster: Cluster,
@@ -49,25 +49,12 @@ impl House {
     /// With these lines in the configuration of nats-server.
     pub async fn with_bus(lines: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .unwrap()
-            .local_addr()
-            .unwrap()
-            .port();
-        let config = directory.path().join("nats.conf");
-        std::fs::write(&config, lines).unwrap();
-        let nats = Command::new(baton_tests::command("nats-server"))
-            .args(["-a", "127.0.0.1", "-p", &port.to_string(), "-c"])
-            .arg(&config)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("nats-server starts");
+        let nats = Nats::start(directory.path(), lines).await;
         let model_dir = directory.path().join("model");
         write_model(&model_dir, "a");
         Self {
-            nats,
-            url: format!("nats://127.0.0.1:{port}"),
+            url: nats.uri(),
+            _nats: nats,
             model_dir,
             cluster: Cluster::new("test").unwrap(),
             _directory: directory,
@@ -87,21 +74,7 @@ impl House {
     }
 
     pub async fn client(&self) -> Client {
-        for _ in 0..200 {
-            match async_nats::connect(&self.url).await {
-                Ok(client) => return client,
-                // The server has no way to say that it is ready but to answer.
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-            }
-        }
-        panic!("nats-server at {} does not answer", self.url)
-    }
-}
-
-impl Drop for House {
-    fn drop(&mut self) {
-        let _ = self.nats.kill();
-        let _ = self.nats.wait();
+        async_nats::connect(&self.url).await.expect("a bus")
     }
 }
 
