@@ -12,9 +12,8 @@ const LISTED_MAX = 24;
 
 const [WIDTH, ROW, BOX_WIDTH, BOX_HEIGHT] = [820, 64, 210, 40];
 
-/** Where on a link its numbers stand: nearer to the reader, where links of one worker lie apart. Where each reader has one link alone, close to the reader:
- * two workers that read from each other have links that cross in the middle. */
-const LABEL_AT = { many: 0.64, one: 0.8 };
+/** A link's numbers stand on its last part, which is straight: each link comes to its reader at a height of its own, and none crosses another there. */
+const [LABEL_HEIGHT, LABEL_ROOM] = [18, 190];
 
 /** Of the numbers' letters, about. */
 const LETTER_WIDTH = 5.8;
@@ -23,6 +22,7 @@ interface Box {
   it: Seen;
   x: number;
   y: number;
+  height: number;
   /** What it does on this side. */
   does: string;
 }
@@ -38,48 +38,55 @@ export function FlowPicture({ workers, flows }: { workers: Seen[]; flows: Flow[]
   if (!left.some((a) => right.some((b) => a.worker.worker !== b.worker.worker))) return null;
   const height = Math.max(left.length, right.length) * ROW + 8;
   const column = (side: Seen[], x: number, does: (it: Seen) => string): Box[] =>
-    side.map((it, index) => ({ it, x, y: (height / side.length) * (index + 0.5), does: does(it) }));
+    side.map((it, index) => ({ it, x, y: (height / side.length) * (index + 0.5), height: BOX_HEIGHT, does: does(it) }));
   const sources = column(left, 4, (it) => `${it.worker.load.running} run, ${it.worker.load.leased} staged`);
   const readers = column(right, WIDTH - BOX_WIDTH - 4, (it) => `${it.worker.load.running} run, ${it.worker.load.pulling} pulled`);
   const boxOf = (side: Box[], name: string) => side.find((box) => box.it.worker.worker === name);
   const drawn = flows.flatMap((flow) => {
     const [from, to] = [boxOf(sources, flow.from.worker), boxOf(readers, flow.to.worker)];
-    return from && to ? [{ flow, from: { x: from.x + BOX_WIDTH, y: from.y }, to }] : [];
+    return from && to ? [{ flow, from: { x: from.x + BOX_WIDTH, y: from.y }, to, y: to.y }] : [];
   });
-  const at = new Set(drawn.map(({ to }) => to)).size === drawn.length ? LABEL_AT.one : LABEL_AT.many;
-  const [along, across] = [(1.5 * (1 - at) + at ** 2) * at, (3 - 2 * at) * at ** 2];
+  const isNumbered = drawn.length <= NUMBERED_MAX;
+  if (isNumbered) {
+    for (const reader of readers) {
+      const its = drawn.filter(({ to }) => to === reader).sort((a, b) => a.from.y - b.from.y);
+      its.forEach((link, index) => (link.y += (index - (its.length - 1) / 2) * LABEL_HEIGHT));
+      reader.height = Math.max(BOX_HEIGHT, its.length * LABEL_HEIGHT + 4);
+    }
+  }
   const count = (side: Seen[], one: string) => `${side.length} ${one}${side.length === 1 ? "" : "s"}`;
   return (
     <figure class="flow">
       <svg viewBox={`0 0 ${WIDTH} ${height}`} role="img" aria-labelledby="flow-title">
         <title id="flow-title">{`KV goes from ${count(left, "worker")} that ${left.length === 1 ? "runs" : "run"} prompts to ${count(right, "worker")} that ${right.length === 1 ? "generates" : "generate"}`}</title>
-        {drawn.map(({ flow, from, to }) => {
-          const middle = (from.x + to.x) / 2;
+        {drawn.map(({ flow, from, to, y }) => {
+          const bent = isNumbered ? to.x - LABEL_ROOM : to.x;
+          const middle = (from.x + bent) / 2;
           const line = { "stroke-width": flow.isBusy ? width(flow.rate ?? 0) : undefined };
           return (
             <g key={`${flow.from.worker} ${flow.to.worker}`} class={classOf(flow)}>
-              <path d={`M${from.x} ${from.y} C${middle} ${from.y} ${middle} ${to.y} ${to.x} ${to.y}`} style={line}>
+              <path d={`M${from.x} ${from.y} C${middle} ${from.y} ${middle} ${y} ${bent} ${y} H${to.x}`} style={line}>
                 <title>{said(flow)}</title>
               </path>
             </g>
           );
         })}
-        {drawn.length <= NUMBERED_MAX &&
-          drawn.map(({ flow, from, to }) => {
-            const [x, y] = [from.x + (to.x - from.x) * along, from.y + (to.y - from.y) * across];
-            const wide = numbers(flow).length * LETTER_WIDTH + 10;
+        {isNumbered &&
+          drawn.map(({ flow, to, y }) => {
+            const x = to.x - LABEL_ROOM / 2;
+            const wide = Math.min(numbers(flow).length * LETTER_WIDTH + 10, LABEL_ROOM - 12);
             return (
               <g key={`${flow.from.worker} ${flow.to.worker}`} class="rate">
-                <rect x={x - wide / 2} y={y - 9} width={wide} height={18} rx="4" />
+                <rect x={x - wide / 2} y={y - LABEL_HEIGHT / 2} width={wide} height={LABEL_HEIGHT} rx="4" />
                 <text x={x} y={y + 4}>
                   {numbers(flow)}
                 </text>
               </g>
             );
           })}
-        {[...sources, ...readers].map(({ it, x, y, does }) => (
+        {[...sources, ...readers].map(({ it, x, y, height, does }) => (
           <g key={`${it.worker.worker} ${x}`} class={`box is-${stateOf(it).name}`}>
-            <rect x={x} y={y - BOX_HEIGHT / 2} width={BOX_WIDTH} height={BOX_HEIGHT} rx="7" />
+            <rect x={x} y={y - height / 2} width={BOX_WIDTH} height={height} rx="7" />
             <text x={x + BOX_WIDTH / 2} y={y - 3}>
               {short(it.worker.worker)}
             </text>

@@ -127,10 +127,13 @@ impl CpuExecutor {
             head_dim_padded: attention.head_dim.next_multiple_of(PANEL),
             window: attention.sliding_window,
         };
-        let device = match sources.len() {
-            1 => format!("cpu {kernel}, {threads} threads"),
-            ranks => format!("cpu {kernel}, {threads} threads, {ranks} ranks"),
+        let mut device = match threads {
+            1 => format!("cpu {kernel}, 1 thread"),
+            _ => format!("cpu {kernel}, {threads} threads"),
         };
+        if sources.len() > 1 {
+            device += &format!(", {} ranks", sources.len());
+        }
         let info = ExecutorInfo {
             device,
             kv,
