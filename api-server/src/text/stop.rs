@@ -57,6 +57,11 @@ impl StopMatcher {
         false
     }
 
+    /// Bytes of the text that are held back.
+    pub fn held(&self) -> usize {
+        self.held.len()
+    }
+
     /// The stop string that ended the text, if one did.
     pub fn found(&self) -> Option<&str> {
         self.found.map(|i| self.stops[i].as_str())

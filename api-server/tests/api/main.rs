@@ -226,6 +226,43 @@ async fn tokens_of_a_stop_string_begin_where_the_text_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_streams_tokens_wait_with_the_text_that_may_be_a_stop_string() {
+    let (_nats, _context, _decode, api) = usual().await;
+    let body = json!({"model": "tiny", "prompt": "hi", "max_tokens": 30, "stop": ["Hellx", "wör"],
+        "logprobs": 0, "return_token_ids": true});
+    let whole = api.post("/v1/completions", body.clone()).await.json();
+    let mut streamed = body;
+    streamed["stream"] = json!(true);
+    let events = api.post("/v1/completions", streamed).await.events();
+    let list = |event: &Value, name: &str| -> Vec<Value> {
+        let found = event["choices"][0].pointer(name).and_then(Value::as_array);
+        found.into_iter().flatten().cloned().collect()
+    };
+    for name in [
+        "/logprobs/tokens",
+        "/logprobs/token_logprobs",
+        "/logprobs/text_offset",
+        "/token_ids",
+    ] {
+        let all: Vec<Value> = events.iter().flat_map(|event| list(event, name)).collect();
+        assert_eq!(all, list(&whole, name), "{name}");
+    }
+    let mut stopped = 0;
+    for event in &events {
+        let tokens = list(event, "/logprobs/tokens");
+        assert_eq!(tokens.len(), list(event, "/token_ids").len(), "{event}");
+        let tokens: String = tokens.iter().filter_map(Value::as_str).collect();
+        let text = event["choices"][0]["text"].as_str().unwrap_or_default();
+        assert!(tokens.starts_with(text), "{event}");
+        stopped += usize::from(tokens != text);
+    }
+    assert_eq!(
+        stopped, 1,
+        "the stop string's tokens come together: {events:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_echo_too_large_for_the_bus_is_refused_before_anything_is_computed() {
     let nats = Nats::with_max_payload(64 << 10).await;
     let mut context = Worker::start(&nats, "c1", Role::Context, Script::default()).await;

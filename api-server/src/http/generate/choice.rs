@@ -1,5 +1,6 @@
 //! One choice in the making: tokens in, text out, to a stream or to an answer in one piece.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_chat_formats::Piece as Written;
@@ -99,8 +100,14 @@ pub struct Choice {
     logprobs: Vec<LogprobEntry>,
     prompt_logprobs: Vec<LogprobEntry>,
     token_ids: Vec<u32>,
-    /// Characters of text so far, what is held back included.
+    /// Of a stream, where each token of which more than its text is told and which is not sent begins, in bytes of all text.
+    begins: VecDeque<usize>,
+    /// Bytes of text so far, what is held back included.
+    bytes: usize,
+    /// Characters of text so far, what is held back included,
     characters: usize,
+    /// and those that were given out. Both count where log-probabilities are told.
+    shown: usize,
     piece: String,
     usage: Usage,
 }
@@ -142,7 +149,10 @@ impl Choice {
             logprobs: Vec::new(),
             prompt_logprobs: Vec::new(),
             token_ids: Vec::new(),
+            begins: VecDeque::new(),
+            bytes: 0,
             characters: 0,
+            shown: 0,
             piece: String::new(),
             usage: Usage {
                 prompt: prompt.len() as u64,
@@ -249,6 +259,37 @@ impl Choice {
         self.text.len() + self.message.content.len() + self.message.reasoning.len() + calls
     }
 
+    /// How many log-probabilities and ids can be sent: a token waits with its text, of which a stop string may yet make nothing.
+    fn ready(&self) -> (usize, usize) {
+        let given_out = self.bytes - self.stops.held();
+        let waiting = match given_out < self.bytes {
+            true => {
+                let behind = |begin: &&usize| **begin >= given_out;
+                self.begins.iter().rev().take_while(behind).count()
+            }
+            false => 0,
+        };
+        let ready = |all: usize| all.saturating_sub(waiting);
+        (ready(self.logprobs.len()), ready(self.token_ids.len()))
+    }
+
+    /// Looks for stop strings in the piece of text that was just made. True if one ends the text.
+    fn find_stop(&mut self) -> bool {
+        let before = self.text.len();
+        self.bytes += self.piece.len();
+        let is_found = if self.usage.completion <= u64::from(self.min_tokens) {
+            self.text.push_str(&self.piece);
+            false
+        } else {
+            self.stops.push(&self.piece, &mut self.text)
+        };
+        if self.want_logprobs {
+            self.characters += self.piece.chars().count();
+            self.shown += self.text[before..].chars().count();
+        }
+        is_found
+    }
+
     /// As [`Sink::tokens`].
     fn add_tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
         let mut logprobs = logprobs.into_iter();
@@ -258,6 +299,10 @@ impl Choice {
             .copied();
         for (i, token) in tokens.iter().enumerate() {
             self.usage.completion += 1;
+            if let (Destination::Stream(_), true) = (&self.to, self.want_ids || self.want_logprobs)
+            {
+                self.begins.push_back(self.bytes);
+            }
             if self.want_ids {
                 self.token_ids.push(*token);
             }
@@ -293,12 +338,7 @@ impl Choice {
                 }
                 false => self.detokenizer.push(vocabulary, *token, &mut self.piece),
             }
-            if self.want_logprobs {
-                self.characters += self.piece.chars().count();
-            }
-            if self.usage.completion <= u64::from(self.min_tokens) {
-                self.text.push_str(&self.piece);
-            } else if self.stops.push(&self.piece, &mut self.text) {
+            if self.find_stop() {
                 // It may hold the beginning of a character that comes after the stop string.
                 self.detokenizer = Detokenizer::default();
                 self.read(false);
@@ -367,7 +407,7 @@ impl Sink for Choice {
                 self.add_logprobs(*token, logprobs, *offset);
             }
         }
-        self.characters = echo.characters;
+        (self.characters, self.shown) = (echo.characters, echo.characters);
         self.text.push_str(&echo.text);
         self.detokenizer = echo.detokenizer.clone();
         self.note_held(0, 0, 0);
@@ -387,9 +427,11 @@ impl Sink for Choice {
     fn has_room(&self) -> bool {
         match &self.to {
             Destination::Stream(share) => {
-                let logprobs: usize = self.logprobs.iter().map(|entry| 1 + entry.top.len()).sum();
+                let (logprobs, ids) = self.ready();
+                let logprobs = self.logprobs[..logprobs].iter();
+                let logprobs: usize = logprobs.map(|entry| 1 + entry.top.len()).sum();
                 let parts: usize = self.parts.iter().map(Part::len).sum();
-                let ids = self.token_ids.len() * ID_BYTES;
+                let ids = ids * ID_BYTES;
                 share.has_room(self.text.len() + parts + logprobs * LOGPROB_BYTES + ids)
             }
             Destination::Whole(_) => true,
@@ -407,15 +449,16 @@ impl Sink for Choice {
             return;
         };
         let has_text = !self.text.is_empty() || !self.parts.is_empty();
-        if !has_text && self.logprobs.is_empty() && self.token_ids.is_empty() {
+        let (logprobs, ids) = self.ready();
+        if !has_text && logprobs + ids == 0 {
             return;
         }
         let (index, model, usage) = (self.index, &self.server.model, self.usage);
         // Tokens go with the first part that they made.
         let mut piece = Piece {
             text: "",
-            logprobs: &self.logprobs,
-            token_ids: &self.token_ids,
+            logprobs: &self.logprobs[..logprobs],
+            token_ids: &self.token_ids[..ids],
         };
         let first = !std::mem::replace(&mut self.opened, true);
         share.write(|writer, out| {
@@ -433,8 +476,10 @@ impl Sink for Choice {
         });
         self.text.clear();
         self.parts.clear();
-        self.logprobs.clear();
-        self.token_ids.clear();
+        self.logprobs.drain(..logprobs);
+        self.token_ids.drain(..ids);
+        let waiting = self.logprobs.len().max(self.token_ids.len());
+        self.begins.drain(..self.begins.len() - waiting);
     }
 
     fn end(&mut self, mut end: Result<FinishReason, ApiError>) {
@@ -447,23 +492,22 @@ impl Sink for Choice {
             self.piece.clear();
             self.detokenizer
                 .finish(&self.server.model.vocabulary, &mut self.piece);
-            if !self.stops.push(&self.piece, &mut self.text) {
+            if !self.find_stop() {
+                let before = self.text.len();
                 self.stops.finish(&mut self.text);
+                self.shown += self.text[before..].chars().count();
             }
             self.read(true);
         }
         let has_called = self.reader.as_ref().is_some_and(Reader::has_called);
         let found = self.stops.found().map(|text| Stop::Text(text.into()));
         let stop = found.or(self.stop_token.map(Stop::Token));
-        if let Destination::Whole(_) = self.to {
-            if self.reader.is_some() {
-                self.text = std::mem::take(&mut self.message.content);
-            }
-            // Tokens of a stop string begin where the text ends.
-            let characters = self.text.chars().count();
-            for entry in &mut self.logprobs {
-                entry.offset = entry.offset.min(characters);
-            }
+        if let (Destination::Whole(_), true) = (&self.to, self.reader.is_some()) {
+            self.text = std::mem::take(&mut self.message.content);
+        }
+        // Tokens of a stop string begin where the text ends.
+        for entry in &mut self.logprobs {
+            entry.offset = entry.offset.min(self.shown);
         }
         self.flush();
         match (&mut self.to, end) {
