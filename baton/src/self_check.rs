@@ -83,7 +83,7 @@ fn line(finding: &Finding) -> String {
         State::Note => "note",
         State::Fails => "FAILS",
     };
-    format!("{:<12} {mark:<6} {}\n", finding.check, finding.says)
+    format!("{:<13} {mark:<6} {}\n", finding.check, finding.says)
 }
 
 fn finding(check: &'static str, state: State, says: impl Into<String>) -> Finding {
