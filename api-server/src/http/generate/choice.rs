@@ -1,16 +1,16 @@
 //! One choice in the making: tokens in, text out, to a stream or to an answer in one piece.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use baton_chat_formats::Piece as Written;
-use baton_protocol::{FinishReason, TokenLogprobs, TopLogprob};
+use baton_protocol::{FinishReason, TokenLogprobs};
 use tokio::sync::oneshot;
 
 use super::outbox::Share;
+use super::tokens::{First, Tokens, entries_bytes};
 use super::whole::{Held, Whole};
 use crate::error::{ApiError, ErrorKind};
-use crate::openai::{ID_BYTES, LOGPROB_BYTES, Params};
+use crate::openai::Params;
 use crate::output::{Call, Finish, LogprobEntry, Part, Piece, Stop, Usage};
 use crate::request::driver::Sink;
 use crate::server::Server;
@@ -76,12 +76,8 @@ pub struct Choice {
     /// The one of them that did.
     stop_token: Option<u32>,
     min_tokens: u32,
-    want_logprobs: bool,
-    /// Alternatives that are shown with each of them.
-    top: usize,
     /// The prompt, and the alternatives that are shown with each of its tokens, if its log-probabilities are wanted for themselves.
     want_prompt: Option<(Arc<[u32]>, usize)>,
-    want_ids: bool,
     /// Special tokens are text.
     special_tokens: bool,
     /// What ends it is text.
@@ -97,17 +93,9 @@ pub struct Choice {
     /// What it read: not yet sent, or not yet put with the rest.
     parts: Vec<Part>,
     message: Message,
-    logprobs: Vec<LogprobEntry>,
     prompt_logprobs: Vec<LogprobEntry>,
-    token_ids: Vec<u32>,
-    /// Of a stream, where each token of which more than its text is told and which is not sent begins, in bytes of all text.
-    begins: VecDeque<usize>,
-    /// Bytes of text so far, what is held back included.
-    bytes: usize,
-    /// Characters of text so far, what is held back included,
-    characters: usize,
-    /// and those that were given out. Both count where log-probabilities are told.
-    shown: usize,
+    /// What is told of its tokens beside their text.
+    tokens: Tokens,
     piece: String,
     usage: Usage,
 }
@@ -130,29 +118,21 @@ impl Choice {
             message: Message::default(),
             server,
             index,
+            tokens: Tokens::new(params, matches!(to, Destination::Stream(_))),
             to,
             detokenizer: Detokenizer::default(),
             stops: stops.keeping_stop(params.include_stop),
             stop_token_ids: params.stop_token_ids.clone(),
             stop_token: None,
             min_tokens: params.min_tokens,
-            want_logprobs: params.sampling.logprobs.is_some(),
-            top: params.sampling.logprobs.unwrap_or(0).into(),
             want_prompt: prompt_logprobs.map(|top| (Arc::clone(prompt), top.into())),
-            want_ids: params.token_ids,
             special_tokens: params.special_tokens,
             include_stop: params.include_stop,
             prompt_only: params.max_tokens == Some(0),
             echo,
             opened: false,
             text: String::new(),
-            logprobs: Vec::new(),
             prompt_logprobs: Vec::new(),
-            token_ids: Vec::new(),
-            begins: VecDeque::new(),
-            bytes: 0,
-            characters: 0,
-            shown: 0,
             piece: String::new(),
             usage: Usage {
                 prompt: prompt.len() as u64,
@@ -170,11 +150,9 @@ impl Choice {
 
     /// Notes what an answer that is not a stream holds. One for which there is no memory any more has failed: whoever waits for it is
     /// told, and the client's leave of the other choices ends this one too.
-    fn note_held(&mut self, text_before: usize, logprobs_before: usize, ids_before: usize) {
-        let new = &self.logprobs[logprobs_before.min(self.logprobs.len())..];
-        let bytes = self.text_bytes().saturating_sub(text_before)
-            + size_of::<u32>() * (self.token_ids.len() - ids_before)
-            + entries_bytes(new);
+    fn note_held(&mut self, text_before: usize, tokens_before: First) {
+        let text = self.text_bytes().saturating_sub(text_before);
+        let bytes = text + self.tokens.memory(tokens_before);
         self.hold(bytes);
     }
 
@@ -200,9 +178,8 @@ impl Choice {
         }
         self.text = String::new();
         self.message = Message::default();
-        self.logprobs = Vec::new();
+        self.tokens.clear();
         self.prompt_logprobs = Vec::new();
-        self.token_ids = Vec::new();
     }
 
     /// Has the text read that there is, if there is a reader. True if the answer is over with it.
@@ -259,34 +236,16 @@ impl Choice {
         self.text.len() + self.message.content.len() + self.message.reasoning.len() + calls
     }
 
-    /// How many log-probabilities and ids can be sent: a token waits with its text, of which a stop string may yet make nothing.
-    fn ready(&self) -> (usize, usize) {
-        let given_out = self.bytes - self.stops.held();
-        let waiting = match given_out < self.bytes {
-            true => {
-                let behind = |begin: &&usize| **begin >= given_out;
-                self.begins.iter().rev().take_while(behind).count()
-            }
-            false => 0,
-        };
-        let ready = |all: usize| all.saturating_sub(waiting);
-        (ready(self.logprobs.len()), ready(self.token_ids.len()))
-    }
-
     /// Looks for stop strings in the piece of text that was just made. True if one ends the text.
     fn find_stop(&mut self) -> bool {
         let before = self.text.len();
-        self.bytes += self.piece.len();
         let is_found = if self.usage.completion <= u64::from(self.min_tokens) {
             self.text.push_str(&self.piece);
             false
         } else {
             self.stops.push(&self.piece, &mut self.text)
         };
-        if self.want_logprobs {
-            self.characters += self.piece.chars().count();
-            self.shown += self.text[before..].chars().count();
-        }
+        self.tokens.made(&self.piece, &self.text[before..]);
         is_found
     }
 
@@ -299,23 +258,15 @@ impl Choice {
             .copied();
         for (i, token) in tokens.iter().enumerate() {
             self.usage.completion += 1;
-            if let (Destination::Stream(_), true) = (&self.to, self.want_ids || self.want_logprobs)
-            {
-                self.begins.push_back(self.bytes);
-            }
-            if self.want_ids {
-                self.token_ids.push(*token);
-            }
-            if self.want_logprobs {
-                let next = logprobs.next();
-                let vocabulary = &self.server.model.vocabulary;
-                // A special token has no text here, unless it is asked for.
-                let broken = match vocabulary.special(*token) && !self.special_tokens {
-                    true => 0,
-                    false => self.detokenizer.broken_before(vocabulary, *token),
-                };
-                self.add_logprobs(*token, next, self.characters + broken);
-            }
+            let vocabulary = &self.server.model.vocabulary;
+            // A special token has no text here, unless it is asked for.
+            let has_text = self.special_tokens || !vocabulary.special(*token);
+            let detokenizer = &mut self.detokenizer;
+            let broken = || match has_text {
+                true => detokenizer.broken_before(vocabulary, *token),
+                false => 0,
+            };
+            self.tokens.push(*token, logprobs.next(), broken);
             if stop && i + 1 == tokens.len() && !self.include_stop {
                 break;
             }
@@ -347,37 +298,12 @@ impl Choice {
             if self.reader.is_some() && self.read(false) {
                 return true;
             }
-            let has_text = self.special_tokens || !self.server.model.vocabulary.special(*token);
-            if let Some(entry) = self.logprobs.last_mut().filter(|_| has_text) {
+            if let Some(entry) = self.tokens.logprobs.last_mut().filter(|_| has_text) {
                 entry.in_content = self.reader.as_ref().is_none_or(Reader::is_in_content);
             }
         }
         false
     }
-
-    fn add_logprobs(&mut self, token: u32, logprobs: Option<TokenLogprobs>, offset: usize) {
-        if self.want_logprobs {
-            let (logprob, mut top) = match logprobs {
-                Some(TokenLogprobs { logprob, top }) => (Some(logprob), top),
-                None => (None, Vec::new()),
-            };
-            // Those of a prompt may have been asked for with more.
-            top.truncate(self.top);
-            self.logprobs.push(LogprobEntry {
-                token,
-                logprob,
-                top,
-                offset,
-                in_content: false,
-            });
-        }
-    }
-}
-
-/// Memory of these log-probabilities.
-fn entries_bytes(entries: &[LogprobEntry]) -> usize {
-    let alternatives: usize = entries.iter().map(|entry| entry.top.capacity()).sum();
-    size_of_val(entries) + alternatives * size_of::<TopLogprob>()
 }
 
 impl Sink for Choice {
@@ -399,40 +325,36 @@ impl Sink for Choice {
             self.hold(entries_bytes(&self.prompt_logprobs));
         }
         let Some(echo) = self.echo.take() else { return };
-        if self.want_logprobs {
+        if self.tokens.want_logprobs {
             let known = std::iter::once(None).chain(logprobs.into_iter().flatten().map(Some));
             let known = known.chain(std::iter::repeat(None));
             let places = echo.tokens.iter().zip(&echo.offsets);
             for ((token, offset), logprobs) in places.zip(known) {
-                self.add_logprobs(*token, logprobs, *offset);
+                self.tokens.push_logprobs(*token, logprobs, *offset);
             }
         }
-        (self.characters, self.shown) = (echo.characters, echo.characters);
+        self.tokens.begin_behind(echo.characters);
         self.text.push_str(&echo.text);
         self.detokenizer = echo.detokenizer.clone();
-        self.note_held(0, 0, 0);
+        self.note_held(0, First::default());
     }
 
     fn tokens(&mut self, tokens: &[u32], logprobs: Vec<TokenLogprobs>, stop: bool) -> bool {
         if self.prompt_only || matches!(self.to, Destination::Whole(None)) {
             return false;
         }
-        let (text_before, logprobs_before) = (self.text_bytes(), self.logprobs.len());
-        let ids_before = self.token_ids.len();
+        let before = (self.text_bytes(), self.tokens.all());
         let stopped = self.add_tokens(tokens, logprobs, stop);
-        self.note_held(text_before, logprobs_before, ids_before);
+        self.note_held(before.0, before.1);
         stopped
     }
 
     fn has_room(&self) -> bool {
         match &self.to {
             Destination::Stream(share) => {
-                let (logprobs, ids) = self.ready();
-                let logprobs = self.logprobs[..logprobs].iter();
-                let logprobs: usize = logprobs.map(|entry| 1 + entry.top.len()).sum();
+                let ready = self.tokens.ready(self.stops.held());
                 let parts: usize = self.parts.iter().map(Part::len).sum();
-                let ids = ids * ID_BYTES;
-                share.has_room(self.text.len() + parts + logprobs * LOGPROB_BYTES + ids)
+                share.has_room(self.text.len() + parts + self.tokens.json_bytes(ready))
             }
             Destination::Whole(_) => true,
         }
@@ -449,16 +371,16 @@ impl Sink for Choice {
             return;
         };
         let has_text = !self.text.is_empty() || !self.parts.is_empty();
-        let (logprobs, ids) = self.ready();
-        if !has_text && logprobs + ids == 0 {
+        let ready = self.tokens.ready(self.stops.held());
+        if !has_text && ready.logprobs + ready.ids == 0 {
             return;
         }
         let (index, model, usage) = (self.index, &self.server.model, self.usage);
         // Tokens go with the first part that they made.
         let mut piece = Piece {
             text: "",
-            logprobs: &self.logprobs[..logprobs],
-            token_ids: &self.token_ids[..ids],
+            logprobs: &self.tokens.logprobs[..ready.logprobs],
+            token_ids: &self.tokens.ids[..ready.ids],
         };
         let first = !std::mem::replace(&mut self.opened, true);
         share.write(|writer, out| {
@@ -476,10 +398,7 @@ impl Sink for Choice {
         });
         self.text.clear();
         self.parts.clear();
-        self.logprobs.drain(..logprobs);
-        self.token_ids.drain(..ids);
-        let waiting = self.logprobs.len().max(self.token_ids.len());
-        self.begins.drain(..self.begins.len() - waiting);
+        self.tokens.sent(ready);
     }
 
     fn end(&mut self, mut end: Result<FinishReason, ApiError>) {
@@ -495,7 +414,7 @@ impl Sink for Choice {
             if !self.find_stop() {
                 let before = self.text.len();
                 self.stops.finish(&mut self.text);
-                self.shown += self.text[before..].chars().count();
+                self.tokens.made("", &self.text[before..]);
             }
             self.read(true);
         }
@@ -505,10 +424,7 @@ impl Sink for Choice {
         if let (Destination::Whole(_), true) = (&self.to, self.reader.is_some()) {
             self.text = std::mem::take(&mut self.message.content);
         }
-        // Tokens of a stop string begin where the text ends.
-        for entry in &mut self.logprobs {
-            entry.offset = entry.offset.min(self.shown);
-        }
+        self.tokens.end();
         self.flush();
         match (&mut self.to, end) {
             (Destination::Stream(share), Ok(reason)) => {
@@ -539,9 +455,9 @@ impl Sink for Choice {
                         text: std::mem::take(&mut self.text),
                         reasoning: std::mem::take(&mut self.message.reasoning),
                         calls: std::mem::take(&mut self.message.calls),
-                        logprobs: std::mem::take(&mut self.logprobs),
+                        logprobs: std::mem::take(&mut self.tokens.logprobs),
                         prompt_logprobs: std::mem::take(&mut self.prompt_logprobs),
-                        token_ids: std::mem::take(&mut self.token_ids),
+                        token_ids: std::mem::take(&mut self.tokens.ids),
                         finish: Finish {
                             reason,
                             has_called,

@@ -7,6 +7,7 @@ mod completions;
 mod outbox;
 mod presence;
 mod sse;
+mod tokens;
 mod whole;
 
 pub use self::answer::Answer;
