@@ -15,6 +15,9 @@ pub const PROBE_MAX: Duration = Duration::from_millis(400);
 /// Times that a step is run. The first one may make what later ones find ready; the quickest counts.
 const RUNS: usize = 3;
 
+/// Up to so many tokens a step reads the weights and does little else: it takes about as long as one of a single token.
+const FLAT: usize = 16;
+
 /// Sequences of the steps that tell what rows and KV cost.
 const ROWS: usize = 32;
 
@@ -72,7 +75,7 @@ impl Engine {
         let mut prompts: Vec<(usize, f32)> = Vec::new();
         for tokens in sizes(longest) {
             let expected = match prompts[..] {
-                [.., (fewer, us)] => us * tokens as f32 / fewer as f32,
+                [.., known] => at_most(known, tokens),
                 [] => 0.0,
             };
             match self.time(&[part(0, tokens, false)], expected, deadline)? {
@@ -80,14 +83,12 @@ impl Engine {
                 None => break,
             }
         }
-        let Some(&(measured, us)) = prompts.last() else {
+        let Some(&last) = prompts.last() else {
             return Ok(None);
         };
-        // What there was no time for, by proportion: steps will tell.
-        let unmeasured = sizes(longest)
-            .into_iter()
-            .filter(|tokens| *tokens > measured);
-        let guessed = unmeasured.map(|tokens| (tokens, us * tokens as f32 / measured as f32));
+        // What there was no time for is guessed, and steps will tell.
+        let unmeasured = sizes(longest).into_iter().filter(|tokens| *tokens > last.0);
+        let guessed = unmeasured.map(|tokens| (tokens, at_most(last, tokens)));
         let guessed: Vec<(usize, f32)> = guessed.collect();
 
         // The longest of them that fits once more behind what it is long: the difference is attention.
@@ -177,11 +178,16 @@ impl Engine {
     }
 }
 
+/// What a step of so many tokens takes at most, about, where one of fewer tokens takes that long: as many times as long as it has times as many tokens.
+/// A worker that takes itself for much slower than it is gets no work, and never learns better.
+fn at_most((fewer, us): (usize, f32), tokens: usize) -> f32 {
+    us * tokens.max(FLAT) as f32 / fewer.max(FLAT) as f32
+}
+
 /// Lengths of the prompts: each about twice the one before, the last one the longest.
 fn sizes(longest: usize) -> Vec<usize> {
     let doubled = std::iter::successors(Some(1), |tokens| Some(tokens * 2));
-    // Between 1 and 16 tokens a step reads the weights and does little else.
-    let some = doubled.filter(|tokens| *tokens == 1 || *tokens >= 16);
+    let some = doubled.filter(|tokens| *tokens == 1 || *tokens >= FLAT);
     let mut sizes: Vec<usize> = some.take_while(|tokens| *tokens < longest).collect();
     sizes.push(longest);
     sizes

@@ -346,3 +346,33 @@ fn the_probe_finds_what_steps_cost_and_leaves_nothing_behind() {
     engine.probe().unwrap();
     assert_eq!(engine.cost(), Some(&found));
 }
+
+/// A worker that were taken for so slow would be sent nothing, and never learn better.
+#[test]
+fn a_device_too_slow_to_be_measured_is_not_taken_for_slower_than_it_is() {
+    let setup = Setup {
+        step_tokens: 256,
+        ..Setup::default()
+    };
+    for one_ms in [30.0_f32, 500.0] {
+        let mut device = fake(setup);
+        let point = |tokens, ms| CostPoint {
+            tokens,
+            us: ms * 1000.0,
+        };
+        device.cost = Some(StepCost {
+            layers: vec![
+                point(1, one_ms),
+                point(16, one_ms),
+                point(256, one_ms * 4.0),
+            ],
+            ..StepCost::default()
+        });
+        let executor = Box::new(FakeExecutor::new(device));
+        let mut engine = engine_on(setup, executor);
+        engine.probe().unwrap();
+        let found = engine.cost().expect("it was measured");
+        let [one, most] = [1, 256].map(|tokens| found.layers_us(tokens));
+        assert!(most < one * 17.0, "{found:?}");
+    }
+}
