@@ -2,6 +2,9 @@
 
 mod listening;
 
+use std::cell::Cell;
+use std::pin::pin;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -32,13 +35,29 @@ const FAULT_INTERVAL: Duration = Duration::from_millis(500);
 /// A connection on which nothing comes for three of these is made again.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
-/// A job may be lost on the bus, and so may its answer: it is sent again after this time, twice this time, and so on.
+/// A job may be lost on the bus, and so may its answer: it is sent again after this time without a report, twice this time, and so on.
 const PREFILL_PATIENCE: Duration = Duration::from_millis(PREFILL_PATIENCE_MS);
 
 /// What is said once a second may wait this long for the connection to take it.
 const PUBLISH_WAIT: Duration = Duration::from_millis(500);
 
 pub use listening::Watcher;
+
+/// When a context worker last reported that it has a prompt. Clones share it; a generation and what waits for its prompt are one
+/// thread's.
+#[derive(Clone, Debug, Default)]
+pub struct PromptReports(Rc<Cell<Option<Instant>>>);
+
+impl PromptReports {
+    /// It did now.
+    pub fn note(&self, now: Instant) {
+        self.0.set(Some(now));
+    }
+
+    fn last(&self) -> Option<Instant> {
+        self.0.get()
+    }
+}
 
 /// The connection.
 #[derive(Clone)]
@@ -137,8 +156,8 @@ impl Bus {
         })
     }
 
-    /// Asks a context worker. The answer comes when the prompt has been run, which may take any time; so the job is sent again now
-    /// and then, and a worker that has it goes on with it.
+    /// Asks a context worker. The answer comes when the prompt has been run, which may take any time. Until then the worker reports
+    /// that it has the prompt; if it has not for a while, the job is sent again, and a worker that has it goes on with it.
     ///
     /// # Errors
     /// [`NoReply`] if none comes.
@@ -147,17 +166,28 @@ impl Bus {
         to: &Target,
         job: &PrefillJob,
         timeout: Duration,
+        reports: &PromptReports,
     ) -> Result<PrefillReply, NoReply> {
         let subject = self.cluster.prefill(&to.worker);
         let deadline = Instant::now() + timeout;
         let mut patience = PREFILL_PATIENCE;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let reply = self.request(subject.clone(), job, left.min(patience)).await;
-            if left <= patience || reply != Err(NoReply::TimedOut) {
-                return reply;
+            let sent = Instant::now();
+            let left = deadline.saturating_duration_since(sent);
+            let mut reply = pin!(self.request(subject.clone(), job, left));
+            let mut heard = sent;
+            loop {
+                tokio::select! {
+                    biased;
+                    reply = &mut reply => return reply,
+                    () = tokio::time::sleep_until(heard + patience) => {}
+                }
+                match reports.last() {
+                    Some(last) if last > heard => (heard, patience) = (last, PREFILL_PATIENCE),
+                    _ => break,
+                }
             }
-            tracing::warn!(subject, request = %job.request, "no answer yet: the job is sent again, should it be lost");
+            tracing::warn!(subject, request = %job.request, "neither an answer nor a report: the job is sent again, should it be lost");
             patience *= 2;
         }
     }
@@ -384,5 +414,160 @@ impl Connection {
             _ => {}
         }
         self.log.note(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_nats::{Message, Subject};
+    use baton_bus::Carrier;
+    use baton_protocol::{
+        CacheSalt, Generation, ModelFingerprint, PackedTokens, Sampling, SequenceSpec, WorkerId,
+    };
+    use bytes::Bytes;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// A bus on which nobody answers. Counts what is published.
+    #[derive(Default)]
+    struct Mute {
+        published: Mutex<usize>,
+        listeners: Mutex<Vec<mpsc::UnboundedSender<Message>>>,
+    }
+
+    impl Carrier for Mute {
+        fn publish(&self, _subject: Subject, _reply: Option<Subject>, _payload: Bytes) {
+            *lock(&self.published) += 1;
+        }
+
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the trait's type; nothing is ever sent"
+        )]
+        fn subscribe(&self, _subject: Subject) -> mpsc::UnboundedReceiver<Message> {
+            let (sender, receiver) = mpsc::unbounded_channel();
+            lock(&self.listeners).push(sender);
+            receiver
+        }
+
+        fn new_inbox(&self) -> Subject {
+            "_INBOX.test".into()
+        }
+
+        fn is_connected(&self) -> bool {
+            true
+        }
+
+        fn max_payload(&self) -> usize {
+            MESSAGE_BYTES_MAX
+        }
+    }
+
+    fn bus(mute: &Arc<Mute>) -> Bus {
+        Bus::over(
+            Wire::over(Arc::clone(mute) as Arc<dyn Carrier>),
+            Cluster::new("test").unwrap(),
+            ApiServerId::new("api").unwrap(),
+            Incarnation(1),
+            Presence::new(Instant::now(), SUSPECT_AFTER),
+            Arc::default(),
+        )
+    }
+
+    fn job() -> (Target, PrefillJob) {
+        let target = Target {
+            worker: WorkerId::new("context-0").unwrap(),
+            incarnation: Incarnation(2),
+        };
+        let sequence = SequenceSpec {
+            tokens: PackedTokens(vec![1]),
+            prompt_tokens: 1,
+            generation: Generation {
+                sampling: Sampling::default(),
+                stop_token_ids: Vec::new(),
+                min_tokens: 0,
+                max_tokens: 1,
+                grammar: None,
+                token_rules: None,
+            },
+            cache_salt: CacheSalt::NONE,
+            service: baton_protocol::Service::default(),
+        };
+        let job = PrefillJob {
+            v: PROTOCOL_VERSION,
+            request: RequestId(1),
+            api_server: ApiServerId::new("api").unwrap(),
+            api_incarnation: None,
+            budget_ms: 600_000,
+            model: ModelFingerprint::new("a".repeat(64)).unwrap(),
+            sequence,
+            prompt_logprobs: None,
+            stream: false,
+            source: None,
+            trace: None,
+        };
+        (target, job)
+    }
+
+    /// Jobs that are published within this time, of a prompt that is never answered and reported this often.
+    async fn jobs_within(time: Duration, report_every: Option<Duration>) -> usize {
+        let mute = Arc::new(Mute::default());
+        let (target, job) = job();
+        let (bus, reports) = (bus(&mute), PromptReports::default());
+        let reporting = async {
+            let Some(interval) = report_every else {
+                return std::future::pending().await;
+            };
+            loop {
+                tokio::time::sleep(interval).await;
+                reports.note(Instant::now());
+            }
+        };
+        tokio::select! {
+            reply = bus.prefill(&target, &job, time, &reports) => assert_eq!(reply, Err(NoReply::TimedOut)),
+            () = reporting => {}
+        }
+        *lock(&mute.published)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_job_that_is_reported_is_not_sent_again() {
+        use baton_protocol::deadlines::JOB_REPORT_INTERVAL_MS;
+        let time = 50 * PREFILL_PATIENCE;
+        let interval = Duration::from_millis(JOB_REPORT_INTERVAL_MS);
+        assert_eq!(jobs_within(time, Some(interval)).await, 1);
+        // Most reports may be lost.
+        assert_eq!(jobs_within(time, Some(PREFILL_PATIENCE * 9 / 10)).await, 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_is_not_is_sent_again_ever_less_often() {
+        // At 0, 1, 1 + 2 and 1 + 2 + 4 times the patience.
+        assert_eq!(jobs_within(PREFILL_PATIENCE * 10, None).await, 4);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn after_a_report_silence_is_measured_anew() {
+        let mute = Arc::new(Mute::default());
+        let (target, job) = job();
+        let (bus, reports) = (bus(&mute), PromptReports::default());
+        let count = || *lock(&mute.published);
+        let begun = Instant::now();
+        let asking = bus.prefill(&target, &job, 100 * PREFILL_PATIENCE, &reports);
+        let watching = async {
+            tokio::time::sleep_until(begun + PREFILL_PATIENCE * 2).await;
+            // Sent twice; the third would be sent after three times the patience.
+            assert_eq!(count(), 2);
+            reports.note(Instant::now());
+            tokio::time::sleep_until(begun + PREFILL_PATIENCE * 29 / 10).await;
+            assert_eq!(count(), 2);
+            tokio::time::sleep_until(begun + PREFILL_PATIENCE * 32 / 10).await;
+            assert_eq!(count(), 3);
+        };
+        tokio::select! {
+            reply = asking => panic!("answered: {reply:?}"),
+            () = watching => {}
+        }
     }
 }

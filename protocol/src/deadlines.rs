@@ -37,8 +37,8 @@ pub const PROGRESS_WAIT_MS: u64 = BEAT_INTERVAL_MS;
 /// to come back, before its first token. What waits longer than a lease only holds blocks of a context worker.
 pub const DECODE_WAIT_MAX_MS: u64 = LEASE_MS as u64;
 
-/// A prefill job, or its answer, may be lost on the bus: the job is sent again after this time, then after twice this
-/// time, and so on. A worker that has it goes on with it.
+/// A prefill job, or its answer, may be lost on the bus: the job is sent again when its worker has not reported it for this
+/// time, then after twice this time, and so on. A worker that has the job goes on with it.
 pub const PREFILL_PATIENCE_MS: u64 = 10_000;
 
 /// A staged handle is kept this long for its release, or for the next renewal.
@@ -79,8 +79,8 @@ pub const BATCH_TURN_MS: u64 = 5_000;
 /// a pull may take until its request's deadline.
 pub const PULL_STALL_MS: u64 = 10_000;
 
-/// A decode worker publishes an item for each job that waits for its turn to pull, pulls, waits for its release, or
-/// generates, with each of its beats. The item has no tokens: it says that the worker is at it.
+/// A worker reports each job that it has with each of its beats: a context worker each prompt that waits or runs and is not answered
+/// yet, a decode worker, by an item without tokens, each job that waits for its turn to pull, pulls, waits for its release, or generates.
 pub const JOB_REPORT_INTERVAL_MS: u64 = BEAT_INTERVAL_MS;
 
 /// An API server that hears nothing of a job that is being pulled for this long gives the decode worker up.
@@ -129,6 +129,8 @@ const _: () = {
     assert!(GONE_AFTER_MS < PULL_SILENCE_MS && PULL_SILENCE_MS <= DECODE_SILENCE_MS);
     // A loss is not told by silence before a report was due.
     assert!(SILENCE_AFTER_LOSS_MS > LATE_AFTER_LOSS_MS + JOB_REPORT_INTERVAL_MS);
+    // A job that waits or runs is reported several times before it is taken for lost.
+    assert!(PREFILL_PATIENCE_MS >= 5 * JOB_REPORT_INTERVAL_MS);
     // A lost job is sent again before its sender would be missed for it, and long before the request's end.
     assert!(PREFILL_PATIENCE_MS > CONTROL_TIMEOUT_MS);
     assert!(DECODE_WAIT_MAX_MS < REQUEST_BUDGET_MS as u64);

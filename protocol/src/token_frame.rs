@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Failure, FinishReason, Incarnation, PackedTokens, RequestId, TokenLogprobs, WorkerId};
 
-/// Decode worker → API server, published on `tokens.<api-server>`: all tokens that one engine step
-/// made for that API server, in one message. The cost on the bus grows with steps, not with tokens.
+/// Worker → API server, published on `tokens.<api-server>.<worker>`: all tokens that one engine step made for that API
+/// server, in one message. The cost on the bus grows with steps, not with tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenFrame {
     /// Protocol version.
@@ -16,6 +16,10 @@ pub struct TokenFrame {
     pub incarnation: Incarnation,
     /// One item per request that has something to say.
     pub items: Vec<FrameItem>,
+    /// Requests of that API server whose prompts wait or run on this worker and are not answered yet. A worker that runs prompts
+    /// publishes them every [`crate::deadlines::JOB_REPORT_INTERVAL_MS`], so that a prompt that takes long is not taken for a lost job.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prompts: Vec<RequestId>,
 }
 
 /// One request's share of a frame. Its tokens are numbered, so a lost frame shows as a gap.

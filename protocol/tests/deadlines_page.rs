@@ -89,7 +89,7 @@ fn rows() -> Vec<[String; 5]> {
         ),
         row(
             "– the job or its answer was lost on the bus",
-            format!("sent again after {patience}, …"),
+            format!("sent again after {patience}, … without a report of its worker"),
             "`PREFILL_PATIENCE_MS`",
             "nothing",
             "`cluster/refusals.rs`",

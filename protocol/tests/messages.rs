@@ -578,6 +578,7 @@ fn every_message_is_as_its_file_says() {
                     ))),
                 },
             ],
+            prompts: vec![RequestId(3)],
         },
     );
 }

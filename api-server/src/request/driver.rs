@@ -23,6 +23,7 @@ use baton_protocol::{
 };
 use tokio::time::Instant;
 
+use crate::bus::PromptReports;
 use crate::error::{ApiError, ErrorKind};
 use crate::fleet::router::Source;
 use crate::request::decode_room::Ticket;
@@ -120,6 +121,7 @@ pub async fn drive(
         actions,
         reply: None,
         prompt: None,
+        prompt_reports: PromptReports::default(),
         placed: None,
         running: None,
         pull: None,
@@ -147,6 +149,8 @@ struct Driver<S: Sink> {
     reply: Option<Pin<Box<dyn Future<Output = Input>>>>,
     /// The answer to the question for the first token of a prompt that is streamed.
     prompt: Option<Pin<Box<dyn Future<Output = Input>>>>,
+    /// Of the context worker that is to answer `reply`.
+    prompt_reports: PromptReports,
     placed: Option<Placed>,
     /// That prompt, on its context worker.
     running: Option<Placed>,
@@ -245,6 +249,12 @@ impl<S: Sink> Driver<S> {
                 self.silence.heard(Instant::now());
                 self.input(Input::Item(item));
             }
+            Event::PromptReported { from } => match self.lifecycle.phase() {
+                Phase::Prefilling { context } if *context == *from => {
+                    self.prompt_reports.note(Instant::now());
+                }
+                _ => self.disown(&from),
+            },
             Event::WorkerLost(target) => self.input(Input::WorkerLost(target)),
             Event::FramesLost => self.silence.lost(Instant::now()),
             Event::BusBack => {

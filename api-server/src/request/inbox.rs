@@ -26,6 +26,11 @@ pub enum Event {
         /// What.
         item: FrameItem,
     },
+    /// A context worker reports that it has the prompt, and has not answered yet.
+    PromptReported {
+        /// Which worker.
+        from: Arc<Target>,
+    },
     /// A worker is gone.
     WorkerLost(Target),
     /// The bus lost messages: frames may be missing without a gap to show for it.
@@ -268,7 +273,7 @@ impl Registry {
         lock(&self.registrations).len()
     }
 
-    /// Hands every item of a frame to its generation.
+    /// Hands every item of a frame, and every prompt that it reports, to its generation.
     pub fn dispatch(&self, frame: TokenFrame) -> Dispatched {
         let mut delivery = Delivery::default();
         let from = Arc::new(Target {
@@ -283,6 +288,14 @@ impl Registry {
                 delivery.put(registration, Event::Item { from, item });
             } else if item.end.is_none() && strays.len() < STRAYS_MAX {
                 strays.insert(item.request);
+            }
+        }
+        for request in frame.prompts {
+            if let Some(registration) = registrations.get(&request) {
+                let from = Arc::clone(&from);
+                delivery.put(registration, Event::PromptReported { from });
+            } else if strays.len() < STRAYS_MAX {
+                strays.insert(request);
             }
         }
         Dispatched {
@@ -344,6 +357,7 @@ mod tests {
                 pulled: None,
                 end: None,
             }],
+            prompts: Vec::new(),
         }
     }
 
@@ -431,10 +445,28 @@ mod tests {
             ..item.clone()
         };
         forged.items = (0..3).flat_map(|_| (0..3).map(named)).collect();
+        forged.prompts = (2..5).map(RequestId).collect();
         let strays = registry.dispatch(forged.clone()).strays;
-        assert_eq!(strays, (0..3).map(RequestId).collect());
+        assert_eq!(strays, (0..5).map(RequestId).collect());
         forged.items = (0..5_000).map(named).collect();
         assert_eq!(registry.dispatch(forged).strays.len(), STRAYS_MAX);
+    }
+
+    #[tokio::test]
+    async fn a_reported_prompt_reaches_its_generation() {
+        let (registry, mailbox) = (Arc::new(Registry::default()), Arc::new(Mailbox::default()));
+        let inbox = Arc::new(Inbox::default());
+        let request = RequestId(1);
+        let _registered = registry.register(request, Arc::clone(&mailbox), Arc::clone(&inbox));
+        let mut report = frame(request, 0);
+        report.items.clear();
+        report.prompts = vec![request];
+        assert!(registry.dispatch(report).strays.is_empty());
+        assert!(mailbox.distribute().now_or_never().is_none());
+        let mut events = VecDeque::new();
+        inbox.take(&mut events).await;
+        let is_report = |event: &Event| matches!(event, Event::PromptReported { from } if from.worker.as_str() == "decode-0");
+        assert!(events.len() == 1 && is_report(&events[0]), "{events:?}");
     }
 
     #[tokio::test]

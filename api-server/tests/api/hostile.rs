@@ -54,6 +54,7 @@ async fn altered_frames_and_beats_change_no_answer() {
                 pulled: None,
                 end: None,
             }],
+            prompts: Vec::new(),
         };
         let frames = [
             value(&frame("stranger", 7, job.attempt)),

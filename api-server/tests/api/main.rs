@@ -490,6 +490,7 @@ async fn nobody_but_its_decode_worker_is_heard() {
                 pulled: None,
                 end: Some(End::Finished(FinishReason::Stop)),
             }],
+            prompts: Vec::new(),
         };
         let frame = serde_json::to_vec(&frame).unwrap();
         bus.publish(subject, frame.into()).await.unwrap();

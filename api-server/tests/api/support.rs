@@ -528,6 +528,7 @@ impl FakeWorker {
                     worker: self.name.clone(),
                     incarnation: Incarnation(7),
                     items: vec![item],
+                    prompts: Vec::new(),
                 };
                 self.send(self.cluster.tokens(&job.api_server, &self.name), &frame)
                     .await;

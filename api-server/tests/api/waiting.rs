@@ -1,9 +1,13 @@
 //! Waiting for room: leases that are renewed meanwhile, prompts that are not begun, workers that cannot do what they are asked,
 //! and two API servers of one name.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use baton_protocol::{PrefillJob, Role};
+use baton_protocol::deadlines::{JOB_REPORT_INTERVAL_MS, PREFILL_PATIENCE_MS};
+use baton_protocol::subjects::Cluster;
+use baton_protocol::{
+    Incarnation, PROTOCOL_VERSION, PrefillJob, Role, TokenFrame, WorkerId, encode,
+};
 use serde_json::json;
 
 use crate::support::{Api, Nats, Script, TEXT, Worker, chat, within};
@@ -197,4 +201,43 @@ async fn of_two_api_servers_of_one_name_the_later_stands_by() {
     .await;
     let response = later.post(CHAT, body()).await;
     assert_eq!(response.status, 200, "{}", response.body);
+}
+
+/// A prompt that its worker reports is waited for however long it takes. Once it is not reported any more, its job may be lost and is
+/// sent again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_is_sent_again_only_when_it_is_not_reported() {
+    let holds = Script {
+        refuses_odd_seeds: true,
+        ..Script::default()
+    };
+    let (nats, mut context, _decode, api) = pair(holds, Script::default()).await;
+    let body = chat(json!({"stream": true, "seed": 2})).to_string();
+    let _connection = api.open("POST", CHAT, body.as_bytes()).await;
+    let job = prefill(&mut context).await;
+
+    let bus = async_nats::connect(&nats.url).await.unwrap();
+    let worker = WorkerId::new("c1").unwrap();
+    let subject = Cluster::new("test")
+        .unwrap()
+        .tokens(&job.api_server, &worker);
+    let report = TokenFrame {
+        v: PROTOCOL_VERSION,
+        worker,
+        incarnation: Incarnation(7),
+        items: Vec::new(),
+        prompts: vec![job.request],
+    };
+    let report = encode(&report).unwrap();
+    let since = Instant::now();
+    while since.elapsed() < Duration::from_millis(PREFILL_PATIENCE_MS * 5 / 4) {
+        bus.publish(subject.clone(), report.clone().into())
+            .await
+            .unwrap();
+        bus.flush().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(JOB_REPORT_INTERVAL_MS / 2)).await;
+    }
+    assert!(context.prefills.try_recv().is_err(), "it was sent again");
+    assert!(context.aborts.try_recv().is_err(), "it was ended");
+    assert_eq!(prefill(&mut context).await.request, job.request);
 }

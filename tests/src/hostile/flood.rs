@@ -270,6 +270,7 @@ fn frame(of: &Beat, request: RequestId) -> Vec<u8> {
         worker: of.worker.clone(),
         incarnation: of.incarnation,
         items: vec![item; FRAME_ITEMS],
+        prompts: Vec::new(),
     };
     serde_json::to_vec(&frame).expect("a message")
 }

@@ -91,6 +91,7 @@ async fn a_cluster_serves_within_its_permissions_and_nobody_speaks_for_another()
         worker: WorkerId::new("context-0").expect("a name"),
         incarnation: Incarnation(1),
         items: Vec::new(),
+        prompts: Vec::new(),
     };
     let frame = serde_json::to_vec(&frame).expect("a message");
     let sent = client.publish("baton.test.tokens.api-0.decode-0", frame.into());

@@ -183,6 +183,7 @@ pub(crate) fn messages(
             worker: worker.clone(),
             incarnation,
             items,
+            prompts: Vec::new(),
         };
         match encode(&frame) {
             Ok(bytes) if bytes.len() <= bytes_max => done.push(bytes),

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::placed::Placed;
 use super::silence::Silence;
 use super::{Driver, Job, Sink};
+use crate::bus::PromptReports;
 use crate::fleet::router::{Constraints, Outstanding};
 use crate::request::lifecycle::{Input, Overbooked, Phase, Target, holder};
 use crate::service::{Class, Overload};
@@ -284,8 +285,11 @@ impl<S: Sink> Driver<S> {
         // A second more than the deadline, which ends the wait.
         let timeout = self.remaining() + Duration::from_secs(1);
         let bus = self.server.bus.clone();
+        // What was reported of an earlier try says nothing of this one.
+        self.prompt_reports = PromptReports::default();
+        let reports = self.prompt_reports.clone();
         self.reply = Some(Box::pin(async move {
-            Input::Prefill(bus.prefill(&context, &job, timeout).await)
+            Input::Prefill(bus.prefill(&context, &job, timeout, &reports).await)
         }));
     }
 

@@ -12,8 +12,8 @@ use async_nats::Subject;
 use baton_engine::Sampled;
 use baton_protocol::{
     ApiServerId, Failure, FailureCode, HandleId, KvHandle, Nonce, PROTOCOL_VERSION, PrefillJob,
-    PrefillReply, PrefillTimings, PrefixPull, Refusal, Release, Renew, RequestId, TokenLogprobs,
-    WorkerId,
+    PrefillReply, PrefillTimings, PrefixPull, Refusal, Release, Renew, RequestId, TokenFrame,
+    TokenLogprobs, WorkerId,
 };
 use baton_traces::Span;
 use tokio::time::Instant;
@@ -30,6 +30,9 @@ pub(crate) use streaming::progress_failed;
 
 use streaming::{Streamed, Streams};
 use trace::PrefillTrace;
+
+/// Prompts that one frame reports: some 36 KiB, which every bus carries.
+const PROMPTS_A_FRAME: usize = 1_024;
 
 /// A worker that runs prompts has this.
 pub(crate) struct ContextSide {
@@ -442,6 +445,31 @@ impl ContextSide {
         let entry = self.prefills.remove(&key)?;
         common.deadlines.remove(&(entry.deadline, key));
         Some(entry)
+    }
+
+    /// Reports to each API server which of its prompts wait or run here and are not answered yet: who hears nothing of one takes its
+    /// job for lost and sends it again. Where the handle is out already, its holder asks.
+    pub(crate) fn report_prompts(&self, common: &Common) {
+        let mut prompts: BTreeMap<&ApiServerId, Vec<RequestId>> = BTreeMap::new();
+        for entry in self.prefills.values() {
+            if entry.reply.is_some() && entry.streamed.is_none() {
+                let of_server = prompts.entry(&entry.api_server).or_default();
+                of_server.push(entry.request);
+            }
+        }
+        for (api_server, prompts) in prompts {
+            let subject = common.cluster.tokens(api_server, &common.me.worker);
+            for prompts in prompts.chunks(PROMPTS_A_FRAME) {
+                let frame = TokenFrame {
+                    v: PROTOCOL_VERSION,
+                    worker: common.me.worker.clone(),
+                    incarnation: common.me.incarnation,
+                    items: Vec::new(),
+                    prompts: prompts.to_vec(),
+                };
+                common.send(subject.clone(), &frame);
+            }
+        }
     }
 
     /// Keys of the prompts here whose API server and request are these.

@@ -477,11 +477,14 @@ impl Desk {
         if let Some(context) = &mut self.context {
             context.answer_waiting(&self.common);
         }
-        if let Some(decode) = &self.decode
-            // Nobody hears it otherwise.
-            && self.presence.is_connected()
-        {
-            decode.report_jobs(&self.common);
+        // Nobody hears it otherwise.
+        if self.presence.is_connected() {
+            if let Some(context) = &self.context {
+                context.report_prompts(&self.common);
+            }
+            if let Some(decode) = &self.decode {
+                decode.report_jobs(&self.common);
+            }
         }
         self.send_beat();
     }

@@ -1,6 +1,7 @@
 //! Requests that go well: whatever the way, the text is that of an undisturbed run.
 
 use baton_protocol::{DecodeJob, End, FinishReason, PrefillReply, Role};
+use baton_worker::Device;
 use futures::future::join_all;
 
 use crate::support::*;
@@ -234,5 +235,40 @@ async fn the_service_api_shows_the_worker() {
     assert_eq!(descriptor.incarnation, beat.incarnation);
     assert_eq!(descriptor.kv, beat.kv);
     assert!(descriptor.transfer.is_some());
+    context.stop().await;
+}
+
+/// A prompt that waits for its turn and one that runs are both reported, to the API server that sent them, until they are answered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prompts_that_wait_or_run_are_reported() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let other = Api::new(&house, "other").await;
+    let mut config = house.config("ctx", Role::Context);
+    // 125 steps of 40 ms a prompt, one after the other: each is reported several times.
+    config.device = Device::Fake {
+        step_micros: 40_000,
+    };
+    config.step_tokens = 16;
+    let context = Worker::start(config);
+    api.until(&context.id, "that it serves", |_| true).await;
+
+    let requests = [new_request(), new_request()];
+    let sequences = [prompt(1, 2_000, 10), prompt(2, 2_000, 10)];
+    let subject = house.cluster.prefill(&context.id);
+    for (request, sequence) in requests.iter().zip(&sequences) {
+        let job = api.prefill_job(*request, sequence);
+        api.post(subject.clone(), &job).await;
+    }
+    let foreign = other.prefill_job(new_request(), &prompt(3, 40, 10));
+    other.post(subject, &foreign).await;
+    api.prompts_reported(&requests).await;
+    // The first is answered: only the second is reported.
+    api.prompts_reported(&requests[1..]).await;
+    for request in requests {
+        api.abort(&context.id, request).await;
+    }
+    other.abort(&context.id, foreign.request).await;
+    api.until_empty(&context.id).await;
     context.stop().await;
 }

@@ -503,13 +503,31 @@ impl Api {
         timeout(PATIENCE, waiting).await.expect("tokens come");
     }
 
-    async fn take_frame(&mut self) {
+    /// Waits until a worker reports exactly these prompts of this API server, in any order.
+    pub async fn prompts_reported(&mut self, requests: &[RequestId]) {
+        let mut expected = requests.to_vec();
+        expected.sort();
+        let mut last = Vec::new();
+        let waiting = async {
+            while last != expected {
+                last = self.take_frame().await;
+                last.sort();
+            }
+        };
+        if timeout(PATIENCE, waiting).await.is_err() {
+            panic!("{expected:?} were never reported together, last {last:?}");
+        }
+    }
+
+    /// The prompts that the next frame reports; its items are left for [`Self::stream`].
+    async fn take_frame(&mut self) -> Vec<RequestId> {
         let message = self.tokens.next().await.expect("the subscription lives");
         let frame: TokenFrame = decode(&message.payload).unwrap();
         for item in frame.items {
             let key = (item.request, item.attempt);
             self.streams.entry(key).or_default().push(item);
         }
+        frame.prompts
     }
 }
 
