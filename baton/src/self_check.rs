@@ -93,7 +93,10 @@ fn finding(check: &'static str, state: State, says: impl Into<String>) -> Findin
 
 fn cpu() -> Finding {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let kernel = cpu_kernel();
+    let kernel = match cpu_kernel() {
+        Ok(kernel) => kernel,
+        Err(reason) => return finding("cpu", State::Fails, reason),
+    };
     let (state, means) = match kernel.as_str() {
         "amx-bf16" => (
             State::Ok,

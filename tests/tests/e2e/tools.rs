@@ -458,6 +458,22 @@ fn a_machine_is_told_what_it_has() {
     assert!(text(&output.stderr).contains("cannot serve: nats"));
 }
 
+#[test]
+fn the_kernel_that_is_asked_for_is_taken_or_refused_by_name() {
+    let with = |kernel: &str| {
+        let mut command = Command::new(baton());
+        command.arg("self-check").env("BATON_CPU_KERNEL", kernel);
+        command.output().expect("the binary")
+    };
+    let said = text(&with("portable").stdout);
+    assert!(said.contains("kernels portable"), "{said}");
+    let refused = with("avx9");
+    assert_eq!(refused.status.code(), Some(1));
+    let said = text(&refused.stdout);
+    let reason = "BATON_CPU_KERNEL: no kernel \"avx9\": amx-bf16, avx512-bf16, avx2 or portable";
+    assert!(said.contains(reason), "{said}");
+}
+
 #[tokio::test]
 async fn up_itself_dies_and_takes_all_with_it() {
     let _turn = Turn::take();

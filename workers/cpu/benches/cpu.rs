@@ -2,7 +2,7 @@
 //!
 //! `BATON_BENCH_MODEL=<prepared model directory> cargo bench -p baton-cpu`; without it, only the ceilings and
 //! the products. `BATON_BENCH_THREADS` (default 2) sets the threads; with one, processor time is measured, which
-//! programs beside it disturb less. `BATON_BENCH_KERNEL` sets the kernel, `BATON_BENCH_CONTEXT` the tokens before a
+//! programs beside it disturb less. `BATON_CPU_KERNEL` sets the kernel, `BATON_BENCH_CONTEXT` the tokens before a
 //! decode step (default and most: 512).
 
 use std::sync::Arc;
@@ -15,13 +15,12 @@ use baton_model::ModelDir;
 
 fn main() {
     let threads = std::env::var("BATON_BENCH_THREADS").map_or(2, |t| t.parse().expect("a number"));
-    let kernel = std::env::var("BATON_BENCH_KERNEL")
-        .map_or_else(|_| Kernel::best(), |k| k.parse().expect("a kernel"));
+    let kernel = Kernel::chosen().expect("a kernel that this CPU has");
     println!("kernel {kernel}, {threads} threads");
     let bandwidth = read_bandwidth(threads, 1 << 30, 5);
     println!("read bandwidth, 1 GiB       {:8.1} GB/s", bandwidth / 1e9);
     let peak = peak_flops(kernel) * threads as f64;
-    println!("peak of vdpbf16ps           {:8.0} GFLOP/s", peak / 1e9);
+    println!("peak of its products        {:8.0} GFLOP/s", peak / 1e9);
     products(kernel, threads, peak, bandwidth);
     if let Ok(path) = std::env::var("BATON_BENCH_MODEL") {
         model(&path, kernel, threads, bandwidth, peak);

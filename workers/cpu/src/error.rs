@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::kernel::KERNEL_VARIABLE;
+
 /// Why a CPU executor could not be made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CpuError {
@@ -18,6 +20,8 @@ pub enum CpuError {
     Arena(String),
     /// This CPU does not have the kernel that was asked for.
     Kernel(String),
+    /// [`crate::KERNEL_VARIABLE`] names no kernel.
+    KernelName(String),
 }
 
 impl fmt::Display for CpuError {
@@ -28,8 +32,9 @@ impl fmt::Display for CpuError {
             Self::Arena(what) => write!(f, "the KV arena does not fit the model: {what}"),
             Self::Kernel(kernel) => write!(
                 f,
-                "this CPU cannot run the {kernel} kernel; leave the choice open to get the best it can"
+                "this CPU cannot run the {kernel} kernel; leave the choice open ({KERNEL_VARIABLE} unset) to get the best it can"
             ),
+            Self::KernelName(reason) => write!(f, "{KERNEL_VARIABLE}: {reason}"),
         }
     }
 }

@@ -106,14 +106,12 @@ impl CpuExecutor {
         let of_rank = spec.of_rank(sources.len()).map_err(CpuError::Unsupported)?;
         let attention = check(&of_rank)?;
         let (group, blocks) = arenas(spec, &of_rank, &kv, &memories)?;
-        let mut kernel = options.kernel.unwrap_or_else(Kernel::best);
+        let mut kernel = options.kernel.map_or_else(Kernel::chosen, Ok)?;
         if sources.len() > 1 {
             let Mlp::Gated(mlp) = &of_rank.one_kind().map_err(CpuError::Unsupported)?.mlp;
             kernel = kernel.for_parts(&[attention.heads * attention.head_dim, mlp.intermediate]);
         }
-        if !kernel.available() {
-            return Err(CpuError::Kernel(kernel.to_string()));
-        }
+        let kernel = kernel.usable()?;
         let threads = options.threads.max(1);
         let mut pool = Pool::new(threads);
         let weights = ModelWeights::load(spec, sources, &mut pool)?;

@@ -5,10 +5,15 @@ use std::ops::Range;
 use std::str::FromStr;
 
 use crate::attention::{Attention, Piece, Scratch, attend};
+use crate::error::CpuError;
 use crate::gemm::{Product, portable::Portable, product};
 use crate::math;
 use crate::pack::K_STEP;
 use crate::qkv::{Qkv, rotate};
+
+/// The environment variable that names the kernel to take instead of the best one: to measure, or to test what other machines
+/// compute with.
+pub const KERNEL_VARIABLE: &str = "BATON_CPU_KERNEL";
 
 /// A set of instructions, best first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,6 +61,32 @@ impl Kernel {
             .into_iter()
             .find(|k| k.available())
             .unwrap_or(Self::Portable)
+    }
+
+    /// The one that [`KERNEL_VARIABLE`] names, or the best one available.
+    ///
+    /// # Errors
+    /// [`CpuError::KernelName`] if it names none, [`CpuError::Kernel`] if this CPU does not have it.
+    pub fn chosen() -> Result<Self, CpuError> {
+        let Some(name) = std::env::var_os(KERNEL_VARIABLE).filter(|name| !name.is_empty()) else {
+            return Ok(Self::best());
+        };
+        let kernel: Self = name
+            .to_string_lossy()
+            .parse()
+            .map_err(CpuError::KernelName)?;
+        kernel.usable()
+    }
+
+    /// This one, if this CPU has it.
+    ///
+    /// # Errors
+    /// [`CpuError::Kernel`].
+    pub fn usable(self) -> Result<Self, CpuError> {
+        match self.available() {
+            true => Ok(self),
+            false => Err(CpuError::Kernel(self.to_string())),
+        }
     }
 
     /// This one, or the next best for ranks with these parts of K: where they are no whole tiles of AMX, its bits

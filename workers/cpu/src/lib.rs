@@ -37,5 +37,5 @@ pub mod probe;
 
 pub use error::CpuError;
 pub use executor::{CpuExecutor, CpuOptions};
-pub use kernel::Kernel;
+pub use kernel::{KERNEL_VARIABLE, Kernel};
 pub use memory::HeapMemory;

@@ -11,7 +11,7 @@ use baton_executor_tests::families::{
 };
 use baton_executor_tests::{Build, Tiny, probe, tiny_families};
 use baton_model::Mixer;
-use common::{executor, kernels};
+use common::{chosen, executor, kernels};
 
 /// What BF16 activations cost these models' logits is measured below 0.05. A wrong rotation, mask, bias or norm
 /// costs tenths and more.
@@ -29,45 +29,37 @@ fn logits_are_those_of_the_plain_decoder() {
 /// FP8 weights are rounded to BF16 at load, which costs what other BF16 weights do not: measured below 0.05 too.
 #[test]
 fn fp8_weights_are_what_their_scales_make_them() {
-    fp8_families(&Kernel::best().to_string(), ERROR_MAX, &|build| {
-        Box::new(executor(Kernel::best(), 2, build))
+    fp8_families(&chosen().to_string(), ERROR_MAX, &|build| {
+        Box::new(executor(chosen(), 2, build))
     });
 }
 
 #[test]
 fn prompt_log_probabilities_are_those_of_the_plain_decoder() {
-    prompt_log_probabilities(ERROR_MAX, &|build| {
-        Box::new(executor(Kernel::best(), 2, build))
-    });
+    prompt_log_probabilities(ERROR_MAX, &|build| Box::new(executor(chosen(), 2, build)));
 }
 
 #[test]
 fn a_step_submitted_ahead_changes_no_token() {
-    baton_executor_tests::ahead::steps_ahead(&|build| Box::new(executor(Kernel::best(), 2, build)));
-    baton_executor_tests::ahead::chunks_ahead(&|build| {
-        Box::new(executor(Kernel::best(), 2, build))
-    });
+    baton_executor_tests::ahead::steps_ahead(&|build| Box::new(executor(chosen(), 2, build)));
+    baton_executor_tests::ahead::chunks_ahead(&|build| Box::new(executor(chosen(), 2, build)));
 }
 
 #[test]
 fn only_what_is_in_flight_is_followed() {
     baton_executor_tests::ahead::only_what_is_in_flight_is_followed(&|build| {
-        Box::new(executor(Kernel::best(), 2, build))
+        Box::new(executor(chosen(), 2, build))
     });
 }
 
 #[test]
 fn masks_are_obeyed() {
-    baton_executor_tests::masks::masks_are_obeyed(&|build| {
-        Box::new(executor(Kernel::best(), 2, build))
-    });
+    baton_executor_tests::masks::masks_are_obeyed(&|build| Box::new(executor(chosen(), 2, build)));
 }
 
 #[test]
 fn masks_come_later() {
-    baton_executor_tests::masks::masks_come_later(&|build| {
-        Box::new(executor(Kernel::best(), 2, build))
-    });
+    baton_executor_tests::masks::masks_come_later(&|build| Box::new(executor(chosen(), 2, build)));
 }
 
 #[test]
@@ -96,7 +88,7 @@ fn the_probe_predicts_steps() {
         hidden: 128,
         vocab: 16_384,
     };
-    let kernel = Kernel::best();
+    let kernel = chosen();
     let builder = |build: Build<'_>| -> Box<dyn Executor> { Box::new(executor(kernel, 1, build)) };
     let terms = ["row", "KV", "attention of prompts"];
     probe::the_probe_predicts_steps(&kernel.to_string(), sizes, &terms, 3.0, &builder);

@@ -8,7 +8,7 @@ use baton_executor_tests::golden::{
     BLOCK_TOKENS, BLOCKS, Limits, fp8_model, model, teacher_forced,
 };
 use baton_model::{ModelDir, WeightFormat, Weights};
-use common::{executor, kernels};
+use common::{chosen, executor, kernels};
 
 /// Measured: 0.44, 0.045 and 0.027. Activations rounded to BF16 at every product cost this much against float32
 /// arithmetic.
@@ -50,7 +50,7 @@ fn fp8_weights_cost_the_logits_no_more_than_stated() {
     let dir = ModelDir::open(&model.path).expect("a prepared model");
     assert_eq!(dir.manifest.dtype, WeightFormat::Fp8Channel);
     let weights = dir.weights(0).expect("its weights");
-    let mut executor = executor(Kernel::best(), 2, golden_build(&dir, &weights));
+    let mut executor = executor(chosen(), 2, golden_build(&dir, &weights));
     teacher_forced("FP8", &mut executor, 6, 64, &FP8_LIMITS);
 }
 

@@ -12,7 +12,7 @@ use baton_executor_tests::{Build, Part, Random, Tiny, golden, step, tiny_familie
 use baton_kv_memory::KvMemory;
 use baton_model::{ModelDir, ModelSpec, TensorSource, UniformSpec};
 use baton_protocol::KvShares;
-use common::{kernels, ranks};
+use common::{chosen, kernels, ranks};
 
 /// A family with heads for many ranks: 8 query heads, and 4 or 2 of keys and values, so that 8 ranks share them.
 /// A rank's part of K is whole tiles of AMX, as in models of use.
@@ -97,7 +97,7 @@ fn real_weights_on_three_ranks_have_the_bits_of_one() {
             block_tokens: golden::BLOCK_TOKENS,
             blocks: 4,
         };
-        ranks(Kernel::best(), 2, count, build).0
+        ranks(chosen(), 2, count, build).0
     });
     let tokens = Random(5).tokens(100, dir.spec().vocab);
     for range in [0..70, 70..99, 99..100] {
@@ -121,7 +121,7 @@ fn kv_goes_between_unequal_numbers_of_ranks() {
     let kv = kv_geometry(&tiny.spec, BLOCK_TOKENS);
     let tokens = Random(3).tokens(40, tiny.spec.vocab);
     let blocks: Vec<u32> = (0..tokens.len().div_ceil(BLOCK_TOKENS as usize) as u32).collect();
-    let kernel = Kernel::best();
+    let kernel = chosen();
     let feed = |executor: &mut dyn Executor, range: Range<usize>| {
         let part = Part {
             key: 1,

@@ -16,6 +16,11 @@ pub fn kernels() -> impl Iterator<Item = Kernel> {
     Kernel::ALL.into_iter().filter(|k| k.available())
 }
 
+/// The kernel that a worker would take: `BATON_CPU_KERNEL`, or the best.
+pub fn chosen() -> Kernel {
+    Kernel::chosen().expect("a kernel that this CPU has")
+}
+
 /// An executor whose arena starts as NaN everywhere: what is read and was not written shows.
 pub fn executor(kernel: Kernel, threads: usize, build: Build<'_>) -> CpuExecutor {
     ranks(kernel, threads, 1, build).0

@@ -50,8 +50,12 @@ impl Library {
 }
 
 /// The kernels that a worker on this CPU computes with: `amx-bf16`, `avx512-bf16`, `avx2` or `portable`.
-pub fn cpu_kernel() -> String {
-    Kernel::best().to_string()
+///
+/// # Errors
+/// If `BATON_CPU_KERNEL` names one that is none, or that this CPU does not have.
+pub fn cpu_kernel() -> Result<String, String> {
+    let kernel = Kernel::chosen().map_err(|error| error.to_string())?;
+    Ok(kernel.to_string())
 }
 
 /// The GPUs that this process sees.
