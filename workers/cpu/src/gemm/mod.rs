@@ -127,6 +127,16 @@ impl Prefetch {
         }
     }
 
+    /// What is left of it after so many pairs of K.
+    #[inline(always)]
+    fn after(self, pairs: usize) -> Self {
+        Self {
+            first: self.first.wrapping_add(pairs * self.step),
+            second: self.second.wrapping_add(pairs * self.step),
+            ..self
+        }
+    }
+
     /// The panel being computed, some way ahead: 64 lines in flight stream from memory on one core.
     #[inline(always)]
     fn ahead(panel: &[u16]) -> Self {
