@@ -1,6 +1,6 @@
 //! End-to-end tests: a real nats-server, real UCX, real processes, real weights.
 //!
-//! This library is the harness, `tests/` holds the tests. A test takes a [`Turn`] (clusters run one at a time: the
+//! This library is the harness, `tests/` holds the tests. A test takes a [`Turn`] (few clusters run at a time: the
 //! tests must pass on two cores), starts a [`Cluster`] of real `baton` processes, drives it over HTTP with [`Api`], and
 //! watches what is said on the bus with [`Tap`]. Nothing sleeps for a guessed time: every wait is for an event, with a
 //! deadline that only a hang can reach.

@@ -51,7 +51,7 @@ async fn exchange(cluster: &mut Cluster, setup: &Setup) {
 
 #[tokio::test]
 async fn streams_outlive_ten_seconds_without_the_bus() {
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let fast = Setup {
         device: "fake",
         ..Setup::split(2, 2)

@@ -96,7 +96,7 @@ async fn frozen_during_the_pull_the_prompt_runs_elsewhere() {
 
 #[tokio::test]
 async fn after_the_release_nobody_misses_it() {
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let mut cluster = Cluster::start(&turn, setup()).await;
     let model = cluster.model().await;
     // six seconds: it is gone for everybody long before the end

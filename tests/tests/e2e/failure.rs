@@ -56,7 +56,7 @@ async fn a_context_worker_dies_during_the_prompt() {
 
 #[tokio::test]
 async fn a_context_worker_dies_before_the_pull() {
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let mut cluster = Cluster::start(&turn, Setup::split(2, 1)).await;
     let request = &requests(&cluster.model().await, 24)[1];
     let expected = undisturbed(&cluster, request).await;

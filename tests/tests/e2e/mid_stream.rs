@@ -133,7 +133,7 @@ async fn others_are_free(cluster: &Cluster, lost: &str) {
 
 /// Loses the worker of this role in mid-stream, by this signal, and has it come back.
 async fn lose(role: Role, signal: Signal, ucx_tls: Option<&'static str>) {
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let mut cluster = Cluster::start(&turn, setup(ucx_tls)).await;
     let request = request(&cluster.model().await);
     let expected = undisturbed(&cluster, &request).await;

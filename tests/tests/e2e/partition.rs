@@ -22,6 +22,9 @@ const ROUNDS: usize = 8;
 /// What a decode worker may receive while a pull is to be caught in the middle.
 const SLOW_MEGABITS: u32 = 16;
 
+/// The same while something is to happen before that pull ends.
+const SLOWEST_MEGABITS: u32 = 2;
+
 /// A pull that has brought this much, of 8 MB, is in the middle.
 const MIDDLE_BYTES: u64 = 1_500_000;
 
@@ -224,7 +227,7 @@ async fn with_every_road_cut_the_error_says_so() {
     let Some(network) = Network::new() else {
         return;
     };
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let setup = Setup {
         network: Some(network.clone()),
         worker_args: vec!["--no-prefix-cache".to_owned()],
@@ -269,10 +272,10 @@ async fn kv_that_changes_under_a_running_read_never_becomes_text() {
         return;
     };
     let turn = Turn::take();
-    // a block takes 0.7 MB: 16 of them, of which the prompt takes 11
+    // a block takes 0.7 MiB: 12 of them, of which the prompt takes 11
     let setup = Setup {
         network: Some(network.clone()),
-        kv_mib: 12,
+        kv_mib: 9,
         // Without prefixes, or the second time nothing is left to pull.
         worker_args: ["--lease-ms", "500", "--no-prefix-cache"]
             .map(str::to_owned)
@@ -283,21 +286,30 @@ async fn kv_that_changes_under_a_running_read_never_becomes_text() {
     let model = cluster.model().await;
     let victim = request(&model, 1000);
     let expected = undisturbed(&cluster, &victim).await;
+    // Two blocks of 32 tokens: one of them is the victim's. It is short, so that it is done long before what is left of the read.
     let mut other = request(&model, 3000);
+    other["prompt"] = json!((3000..3064).collect::<Vec<usize>>());
     other["max_tokens"] = json!(1);
 
     network.throttle("decode-0", Some(SLOW_MEGABITS));
     let from = cluster.tap.now();
     let answer = cluster.api.ask(PATH, &victim);
     pull_under_way(&cluster, &network, from).await;
+    // What is left takes half a minute from here on, and each read a second: a slow machine has time for all that follows.
+    network.throttle("decode-0", Some(SLOWEST_MEGABITS));
+    let leased = async |count: u32, what: &str| {
+        eventually(what, PATIENCE, async || {
+            match cluster.beats().await.get("context-0").map(|beat| beat.load) {
+                Some(load) if load.leased == count => Ok(()),
+                load => Err(format!("{load:?}")),
+            }
+        })
+        .await;
+    };
+    // The read begins while the prompt still runs, and the lease at the prompt's end.
+    leased(1, "the lease to begin").await;
     cluster.api_servers[0].process.signal(Signal::Stop);
-    eventually("the lease to end", PATIENCE, async || {
-        match cluster.beats().await.get("context-0").map(|beat| beat.load) {
-            Some(load) if load.leased == 0 => Ok(()),
-            load => Err(format!("{load:?}")),
-        }
-    })
-    .await;
+    leased(0, "the lease to end").await;
     cluster.api_servers[0].process.signal(Signal::Continue);
     cluster.api.complete(&other).await;
     let releases = cluster

@@ -28,7 +28,7 @@ async fn over_a_slow_link_every_pull_arrives_and_nothing_is_called_broken() {
     let Some(network) = Network::new() else {
         return;
     };
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let setup = Setup {
         network: Some(network.clone()),
         kv_mib: 320,

@@ -153,7 +153,7 @@ async fn who_waits_for_the_bus_ends_at_once_when_asked_to() {
 /// What `nats micro ls`, `info` and `stats` ask.
 #[tokio::test]
 async fn a_worker_is_a_nats_service_though_there_is_no_api_server() {
-    let _turn = Turn::beside();
+    let _turn = Turn::take();
     let dir = TempDir::new().expect("a temporary directory");
     let nats = Nats::start(dir.path(), "").await;
     let mut command = Command::new(baton());

@@ -13,7 +13,7 @@ const STOPPED: Duration = Duration::from_secs(18);
 /// which one hangs.
 #[tokio::test]
 async fn what_hangs_is_seen_and_ended_and_what_was_stopped_is_not() {
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let setup = Setup {
         device: "fake:3000",
         both: 1,

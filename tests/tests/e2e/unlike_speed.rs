@@ -76,7 +76,7 @@ async fn shares(cluster: &Cluster) -> BTreeMap<String, usize> {
 
 #[tokio::test]
 async fn one_of_twice_the_speed_runs_twice_the_prompts() {
-    let turn = Turn::beside();
+    let turn = Turn::take();
     let dir = tempfile::tempdir().expect("a temporary directory");
     // As an FP8 worker is among BF16 ones; the fake device takes as long as it is told, whatever the machine.
     let fast = Setup {

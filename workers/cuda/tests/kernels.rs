@@ -4,46 +4,106 @@
 //! (`tests/requirements.txt` names the wheels). A machine without it fails this test, CI above all; where it cannot be had,
 //! `--skip kernels_compile` says so in the open.
 //!
+//! What compiled before is not compiled again where nothing that goes into it has changed: the target directory has what the assembler said.
+//!
 //! A kernel file has a line `// kernel NAME spill_bytes_max=N` for each kernel, and a line `// variant NAME=VALUE …` for each
 //! set of defines worth checking.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use baton_cuda::Compiler;
 use baton_cuda::sources::Source;
-
-const ARCHITECTURES: [&str; 3] = ["sm_80", "sm_89", "sm_90a"];
+use baton_cuda::{Compiler, CudaError};
+use sha2::{Digest, Sha256};
 
 #[test]
-fn kernels_compile() {
+fn kernels_compile_for_sm_80() {
+    all_compile("sm_80");
+}
+
+#[test]
+fn kernels_compile_for_sm_89() {
+    all_compile("sm_89");
+}
+
+#[test]
+fn kernels_compile_for_sm_90a() {
+    all_compile("sm_90a");
+}
+
+fn all_compile(architecture: &str) {
     let crate_directory = Path::new(env!("CARGO_MANIFEST_DIR"));
     let kernels = crate_directory.join("kernels");
     let environments = [crate_directory.join("../../.venv")];
     let mut faults = Vec::new();
     let mut compiled = 0;
-    for architecture in ARCHITECTURES {
-        let compiler = Compiler::new(architecture, &environments)
-            .unwrap_or_else(|error| panic!("{error}"))
-            .including(kernels.clone());
-        for file in files(&kernels, "cu") {
-            let source = source(&file);
-            let stated = stated(source.text);
-            for defines in variants(source.text) {
-                let place = format!("{} {defines:?} for {architecture}", source.name);
-                compiled += 1;
-                match compiler.verbose(&source, &defines) {
-                    Ok(cubin) => compare(&place, &stated, &spills(&cubin.log), &mut faults),
-                    Err(error) => faults.push(format!("{place}: {error}")),
-                }
+    let compiler = Compiler::new(architecture, &environments)
+        .unwrap_or_else(|error| panic!("{error}"))
+        .including(kernels.clone());
+    let headers: String = files(&kernels, "cuh")
+        .iter()
+        .map(|file| source(file).text)
+        .collect();
+    for file in files(&kernels, "cu") {
+        let source = source(&file);
+        let stated = stated(source.text);
+        for defines in variants(source.text) {
+            let place = format!("{} {defines:?} for {architecture}", source.name);
+            compiled += 1;
+            let known = Known::of(&compiler, architecture, source.text, &defines, &headers);
+            match known.log_or(|| Ok(compiler.verbose(&source, &defines)?.log)) {
+                Ok(log) => compare(&place, &stated, &spills(&log), &mut faults),
+                Err(error) => faults.push(format!("{place}: {error}")),
             }
         }
     }
-    assert!(
-        compiled >= 3 * ARCHITECTURES.len(),
-        "only {compiled} compilations"
-    );
+    assert!(compiled >= 3, "only {compiled} compilations");
     assert!(faults.is_empty(), "{}", faults.join("\n"));
+}
+
+/// What the assembler said of a kernel that compiled before, in a file named by all that goes into it: the compiler gives the same
+/// again, and takes minutes for all of them.
+struct Known(PathBuf);
+
+impl Known {
+    fn of(
+        compiler: &Compiler,
+        architecture: &str,
+        text: &str,
+        defines: &[String],
+        headers: &str,
+    ) -> Self {
+        let mut hash = Sha256::new();
+        let version = format!("{:?}", compiler.version());
+        // How it is called, and whose headers of CUDA's.
+        let how = include_str!("../src/gpu/compile.rs");
+        let whose = include_str!("../../../tests/requirements.txt");
+        let defines = defines.join(" ");
+        for part in [&version, architecture, how, whose, headers, &defines, text] {
+            hash.update(part.len().to_le_bytes());
+            hash.update(part);
+        }
+        let name: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels");
+        fs::create_dir_all(&directory).expect("a directory below the target directory");
+        Self(directory.join(name))
+    }
+
+    fn log_or(
+        &self,
+        compile: impl FnOnce() -> Result<String, CudaError>,
+    ) -> Result<String, CudaError> {
+        if let Ok(log) = fs::read_to_string(&self.0) {
+            return Ok(log);
+        }
+        let log = compile()?;
+        // Whole or not at all, should this be ended meanwhile.
+        let part = self.0.with_extension("part");
+        fs::write(&part, &log).expect("a file below the target directory");
+        fs::rename(&part, &self.0).expect("a file just written");
+        Ok(log)
+    }
 }
 
 fn compare(

@@ -90,7 +90,7 @@ impl Compiler {
     }
 
     /// NVRTC's version: major, minor.
-    pub(crate) fn version(&self) -> (i32, i32) {
+    pub fn version(&self) -> (i32, i32) {
         self.version
     }
 
