@@ -3,6 +3,7 @@
 
     tests/once_more.py nextest [ARGS...]      cargo nextest run ARGS...
     tests/once_more.py pytest [ARGS...]       python -m pytest ARGS...
+    tests/once_more.py script FILE [ARGS...]  tests/chaos.sh or tests/hostile.sh, which say how to see again what failed
 
 The exit status is 0 if all passed, be it at the second try. A test that only passed then is flaky: it is printed as `flaky: NAME`, and
 noted in the file that BATON_FLAKY names, where tests/run.sh counts them. A flaky test is a defect, of the test or of what it tests:
@@ -85,6 +86,24 @@ def pytest(args: list[str]) -> int:
         return status
 
 
+def script(args: list[str]) -> int:
+    said = "to see it again: "
+    lines = []
+    with subprocess.Popen(args, stdout=subprocess.PIPE, text=True, errors="replace") as running:
+        for line in running.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+    seen = [line.removeprefix(said) for line in lines if line.startswith(said)]
+    if running.returncode == 0 or len(seen) != 1:
+        return running.returncode
+    again(seen)
+    status = subprocess.run(seen[0].split()).returncode
+    if status == 0:
+        command, failed = seen[0].rsplit(" ", 1)
+        note([f"{command} {name}" for name in failed.split(",")])
+    return status
+
+
 def again(failed: list) -> None:
     names = ", ".join(" ".join(name) if isinstance(name, tuple) else name for name in failed)
     print(f"once more: {names}", flush=True)
@@ -99,7 +118,7 @@ def note(flaky: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runners = {"nextest": nextest, "pytest": pytest}
+    runners = {"nextest": nextest, "pytest": pytest, "script": script}
     if len(sys.argv) < 2 or sys.argv[1] not in runners:
         sys.exit(__doc__)
     sys.exit(runners[sys.argv[1]](sys.argv[2:]))

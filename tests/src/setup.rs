@@ -203,7 +203,12 @@ pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role)
     }
     match &setup.network {
         Some(network) => network.on_host(name, &command),
-        None => logging_to(setup, command),
+        None => {
+            let mut command = logging_to(setup, command);
+            // Networks of other tests come and go on this host: a connection over one of them would end with it.
+            command.env("UCX_NET_DEVICES", "lo");
+            command
+        }
     }
 }
 
