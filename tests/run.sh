@@ -128,7 +128,7 @@ install_missing || { echo "0 passed, 1 failed"; exit 1; }
 export PATH="$root/.venv/bin:$PATH"
 # Real processes of the tests are this binary, the one that users build.
 export BATON_BINARY="$target/release/baton"
-# Networks of some tests come and go on this host: KV of the others keeps off them. Workers in those networks are told theirs.
+# Some tests create and delete network bridges. UCX must not choose one of those for KV; workers inside a test network get UCX_NET_DEVICES=eth0.
 export UCX_NET_DEVICES=lo
 
 if wants lint; then
@@ -153,7 +153,7 @@ other_lane() {
   if wants slurm; then step "Slurm" 600 slurm; fi
   if wants container; then step "container" 1500 tests/container.sh; fi
   if wants quickstart; then step "quickstart" 1500 quickstart; fi
-  # While cargo builds the tests, chaos and hostile among them, it lets nobody else into its directory.
+  # Wait for the build of the tests: it builds hostile and chaos too, and cargo locks the target directory meanwhile.
   until [ -e "$work/built" ]; do sleep 1; done
   export BATON_TEST_PROGRAMS="$target/release"
   if wants hostile; then step "hostile" 900 python tests/once_more.py script tests/hostile.sh; fi

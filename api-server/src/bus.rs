@@ -429,10 +429,11 @@ mod tests {
 
     use super::*;
 
-    /// A bus on which nobody answers. Counts what is published.
+    /// A bus without workers: no request is ever answered. Counts published messages.
     #[derive(Default)]
     struct Mute {
         published: Mutex<usize>,
+        /// Kept open: a reply channel whose sender is dropped would end the request early.
         listeners: Mutex<Vec<mpsc::UnboundedSender<Message>>>,
     }
 

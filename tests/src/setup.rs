@@ -205,7 +205,7 @@ pub(crate) fn worker_command(setup: &Setup, nats: &Nats, name: &str, role: Role)
         Some(network) => network.on_host(name, &command),
         None => {
             let mut command = logging_to(setup, command);
-            // Networks of other tests come and go on this host: a connection over one of them would end with it.
+            // Other tests create and delete network bridges: a UCX connection over one of them would break with it.
             command.env("UCX_NET_DEVICES", "lo");
             command
         }

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use crate::fixture;
 
-/// Clusters that run at a time: most of a test's time is waiting, so two cores have enough to do by three, and memory is enough for them
-/// everywhere. `.config/nextest.toml` has the same number, so that no test waits for its turn while its time runs.
+/// Max number of clusters at a time. End-to-end tests mostly wait, so three keep two cores busy. Must equal `max-threads` of the group
+/// `cluster` in `.config/nextest.toml`: otherwise a test waits for this lock while its own time limit runs.
 const AT_A_TIME: usize = 3;
 
-/// How often somebody who waits looks for a turn.
+/// Interval between attempts to get a lock.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// The right to run a cluster. Held by a file lock, so it works between the threads of `cargo test` and between the

@@ -95,8 +95,8 @@ impl Findings {
         }
         for server in &cluster.api_servers {
             let what = format!("no request to be in flight at {}", server.api.base());
-            // A client that has left is missed when something is written to it, and the pools of the workers know nothing of what is still
-            // being tokenised.
+            // A disconnect is only noticed at the next write to the client, and a request that is still being tokenised is in no worker's
+            // pools.
             let over = eventually(&what, PATIENCE, async || {
                 let health = server.api.look("/health").await?;
                 match health.body["in_flight"].as_u64() {

@@ -447,8 +447,8 @@ impl ContextSide {
         Some(entry)
     }
 
-    /// Reports to each API server which of its prompts wait or run here and are not answered yet: who hears nothing of one takes its
-    /// job for lost and sends it again. Where the handle is out already, its holder asks.
+    /// Publishes to each API server which of its prompts wait or run here and are not answered yet. An API server that receives no report
+    /// of a job takes it for lost and sends it again. Streamed prompts are left out: the holder of their handle asks for progress.
     pub(crate) fn report_prompts(&self, common: &Common) {
         let mut prompts: BTreeMap<&ApiServerId, Vec<RequestId>> = BTreeMap::new();
         for entry in self.prefills.values() {

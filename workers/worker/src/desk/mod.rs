@@ -477,7 +477,7 @@ impl Desk {
         if let Some(context) = &mut self.context {
             context.answer_waiting(&self.common);
         }
-        // Nobody hears it otherwise.
+        // Without a connection reports would only pile up.
         if self.presence.is_connected() {
             if let Some(context) = &self.context {
                 context.report_prompts(&self.common);
