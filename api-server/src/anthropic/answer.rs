@@ -134,7 +134,7 @@ impl AnswerWriter for MessageWriter {
         }
         if !outcome.content.is_empty() {
             begin.next(&mut out);
-            out.extend_from_slice(b"{\"type\":\"text\",\"citations\":null,\"text\":\"");
+            out.extend_from_slice(b"{\"type\":\"text\",\"text\":\"");
             escape(outcome.content, &mut out);
             out.extend_from_slice(b"\"}");
         }
@@ -237,7 +237,7 @@ mod tests {
         let input = |input: Value| json!({"type": "tool_use", "caller": {"type": "direct"}, "id": "c", "name": "f", "input": input});
         let content = json!([
             {"type": "thinking", "thinking": "Hm\n", "signature": SIGNATURE},
-            {"type": "text", "citations": null, "text": "né\""},
+            {"type": "text", "text": "né\""},
             input(json!({"a": [1]})), input(json!({})), input(json!({})), input(json!({})),
         ]);
         let usage = json!({"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4,

@@ -90,7 +90,7 @@ impl MessageWriter {
             Opened::Thinking => {
                 b"{\"type\":\"thinking\",\"thinking\":\"\",\"signature\":\"\"}}\n\n".as_slice()
             }
-            _ => b"{\"type\":\"text\",\"citations\":null,\"text\":\"\"}}\n\n",
+            _ => b"{\"type\":\"text\",\"text\":\"\"}}\n\n",
         });
     }
 

@@ -148,7 +148,7 @@ async fn thinking_text_and_calls_are_blocks_streamed_or_not() {
     let call = |name: &str, input: Value| json!({"type": "tool_use", "caller": {"type": "direct"}, "id": null, "name": name, "input": input});
     let content = json!([
         {"type": "thinking", "thinking": "Wéather.", "signature": "baton"},
-        {"type": "text", "citations": null, "text": "I look."},
+        {"type": "text", "text": "I look."},
         call("get_weather", json!({"city": "São \"P\""})),
         call("now", json!({})),
     ]);
