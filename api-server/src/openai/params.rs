@@ -100,7 +100,7 @@ impl Params {
         let max_completion = fields.integer("max_completion_tokens", max_tokens_min, max)?;
         let max_tokens = fields.integer("max_tokens", max_tokens_min, max)?;
         let choices_max = limits.choices_max as i64;
-        let seed = fields.integer("seed", i64::MIN, i64::MAX)?;
+        let seed = seed(fields)?;
         let stream = fields.bool("stream")?.unwrap_or(false);
         let (include_usage, continuous_usage) = stream_options(door, fields, stream)?;
         let flag = |name: &str| Ok::<_, ApiError>(fields.bool(name)?.unwrap_or(false));
@@ -271,6 +271,29 @@ fn cache_salt(fields: &Fields) -> Result<CacheSalt, ApiError> {
     Ok(CacheSalt(u128::from_be_bytes(half[0])))
 }
 
+/// A seed: any integer of 64 bits, signed or not.
+fn seed(fields: &Fields) -> Result<Option<u64>, ApiError> {
+    const NAME: &str = "seed";
+    let Some(value) = fields.value(NAME) else {
+        return Ok(None);
+    };
+    let Value::Number(number) = value else {
+        return Err(wrong_type(NAME, "an integer", value));
+    };
+    let signed = || whole(value).map(|seed| seed as u64);
+    match number.as_u64().or_else(signed) {
+        Some(seed) => Ok(Some(seed)),
+        None => {
+            let message = format!(
+                "{NAME} must be an integer from {} to {}, got {number}",
+                i64::MIN,
+                u64::MAX
+            );
+            Err(ApiError::param(NAME, message))
+        }
+    }
+}
+
 fn too_long(param: &str, message: String) -> ApiError {
     let param = Some(param.to_owned());
     ApiError {
@@ -282,7 +305,7 @@ fn too_long(param: &str, message: String) -> ApiError {
 fn sampling(
     fields: &Fields,
     defaults: &GenerationDefaults,
-    seed: Option<i64>,
+    seed: Option<u64>,
 ) -> Result<Sampling, ApiError> {
     let temperature = fields
         .number("temperature", 0.0, 2.0)?
@@ -317,7 +340,7 @@ fn sampling(
             .number("frequency_penalty", -2.0, 2.0)?
             .unwrap_or(0.0),
         logit_bias: logit_bias(fields)?,
-        seed: seed.unwrap_or(0) as u64,
+        seed: seed.unwrap_or(0),
         logprobs: None,
     })
 }
@@ -442,22 +465,34 @@ fn logit_bias(fields: &Fields) -> Result<Vec<(u32, f32)>, ApiError> {
         }
         Some(other) => return Err(wrong_type(NAME, EXPECTED, other)),
     };
-    let entry = |(key, value): (&String, &Value)| {
-        let id = key.parse::<u32>().ok();
-        let id = id.ok_or_else(|| {
-            let shown: String = key.chars().take(100).collect();
-            let message = format!("{NAME} must be {EXPECTED}: {shown:?} is no token id");
-            ApiError::param(NAME, message)
-        })?;
+    let (mut entries, mut wrong) = (Vec::with_capacity(map.len()), Vec::new());
+    for (key, value) in map {
         let bias = value.as_f64().filter(|bias| bias.abs() <= 100.0);
-        let bias = bias.ok_or_else(|| {
-            let message = format!("{NAME} must be {EXPECTED}: that of token {id} is not");
-            ApiError::param(NAME, message)
-        })?;
-        Ok((id, bias as f32))
+        match (key.parse::<u32>(), bias) {
+            (Ok(id), Some(bias)) => entries.push((id, bias as f32)),
+            (Ok(id), None) => wrong.push(format!("that of token {id} is not")),
+            (Err(_), _) => {
+                let shown: String = key.chars().take(WRONG_KEY_CHARS_MAX).collect();
+                wrong.push(format!("{shown:?} is no token id"));
+            }
+        }
+    }
+    if wrong.is_empty() {
+        return Ok(entries);
+    }
+    let more = wrong.len().saturating_sub(WRONG_ENTRIES_MAX);
+    wrong.truncate(WRONG_ENTRIES_MAX);
+    let more = match more {
+        0 => String::new(),
+        more => format!(", and {more} more"),
     };
-    map.iter().map(entry).collect()
+    let message = format!("{NAME} must be {EXPECTED}: {}{more}", wrong.join(", "));
+    Err(ApiError::param(NAME, message))
 }
+
+/// Wrong entries of `logit_bias` that an error names, and the longest part of each that it quotes.
+const WRONG_ENTRIES_MAX: usize = 8;
+const WRONG_KEY_CHARS_MAX: usize = 40;
 
 /// A number of alternatives to report, up to what the workers report.
 pub fn alternatives(fields: &Fields, name: &str) -> Result<Option<u8>, ApiError> {
@@ -549,14 +584,40 @@ mod tests {
     }
 
     #[test]
-    fn the_wrong_entry_of_a_logit_bias_is_named() {
+    fn the_wrong_entries_of_a_logit_bias_are_named() {
         let error = |bias: Value| read(json!({"logit_bias": bias})).unwrap_err().message;
         let wrong = error(json!({"5": 1, "fish": 1}));
         assert!(wrong.ends_with("\"fish\" is no token id"), "{wrong}");
         let wrong = error(json!({"5": 1, "7": 1000}));
         assert!(wrong.ends_with("that of token 7 is not"), "{wrong}");
-        let long = error(json!({"x".repeat(10_000): 1}));
-        assert!(long.len() < 300, "{long}");
+        let several = error(json!({"fish": 1, "5": 1, "7": 1000, "cat": 0}));
+        let said = "\"fish\" is no token id, that of token 7 is not, \"cat\" is no token id";
+        assert!(several.ends_with(said), "{several}");
+        let many: serde_json::Map<String, Value> = (0..1_000)
+            .map(|i| (format!("{}{i}", "x".repeat(10_000)), 1.into()))
+            .collect();
+        let long = error(Value::Object(many));
+        assert!(long.ends_with(", and 992 more"), "{long}");
+        assert!(long.len() < 800, "{long}");
+    }
+
+    #[test]
+    fn a_seed_has_64_bits() {
+        for (given, seed) in [
+            (json!(-1), u64::MAX),
+            (json!(u64::MAX), u64::MAX),
+            (json!(i64::MIN), 1 << 63),
+            (json!(7.0), 7),
+        ] {
+            let params = read(json!({"seed": given})).unwrap();
+            assert_eq!((params.sampling.seed, params.seeded), (seed, true));
+        }
+        for text in ["1e30", "18446744073709551616", "1.5"] {
+            let given: Value = serde_json::from_str(text).unwrap();
+            let error = read(json!({"seed": given})).unwrap_err();
+            let range = "must be an integer from -9223372036854775808 to 18446744073709551615";
+            assert!(error.message.contains(range), "{error}");
+        }
     }
 
     #[test]
