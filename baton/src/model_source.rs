@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use baton_model_prep::{PrepareOptions, prepare};
+use baton_model_prep::{PrepError, PrepareOptions, prepare};
 
 use crate::Failure;
 
@@ -30,7 +30,21 @@ pub fn resolve(model: &str) -> Result<Prepared, Failure> {
     }
     let out = cache()?.join(directory_name(model));
     tracing::info!("preparing {model} in {}", out.display());
-    let report = prepare(PrepareOptions::new(model, &out))?;
+    let options = PrepareOptions::new(model, &out);
+    let report = match prepare(options.clone()) {
+        // The cache is this program's own, and what it makes of a source may be another with each release.
+        Err(PrepError::Output { .. }) => {
+            tracing::info!(
+                "{} is of another release: it is prepared again",
+                out.display()
+            );
+            prepare(PrepareOptions {
+                force: true,
+                ..options
+            })
+        }
+        outcome => outcome,
+    }?;
     Ok(Prepared {
         directory: out,
         name: report.plan.name,

@@ -13,6 +13,8 @@ use crate::error::PrepError;
 pub(crate) struct Checkpoint {
     /// Name to serve it under unless the user has another.
     pub name: String,
+    /// What its makers call it, as far as its files say so: `SmolLM2-135M-Instruct`, `smollm2`.
+    pub family: String,
     /// Where it comes from, for people.
     pub source: String,
     /// Hash over names, sizes and times of the source files.

@@ -66,6 +66,7 @@ fn checkpoint(
     let Configuration { spec, format, text } = configuration;
     Ok(Checkpoint {
         source: format!("Hugging Face directory {name}"),
+        family: name.clone(),
         name,
         stamp,
         bos_token_id: text.bos_token_id,

@@ -56,8 +56,11 @@ fn open_with(client: HFClient, name: &str, want: Want) -> Result<Checkpoint, Pre
         None => hf_dir::open(&fetched.path)?,
         Some(weights) => hf_dir::open_without_weights(&fetched.path, Box::new(weights))?,
     };
+    // The directory has a commit's name.
+    let family = name.rsplit('/').next().unwrap_or(name);
     Ok(Checkpoint {
         name: name.to_owned(),
+        family: family.to_owned(),
         source: format!("Hugging Face {name}, commit {}", fetched.commit),
         ..checkpoint
     })

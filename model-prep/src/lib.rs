@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::unwrap_used)]
 
+mod card;
 mod checkpoint;
 mod error;
 mod friendly;

@@ -103,6 +103,8 @@ pub struct Plan {
     pub vocab: usize,
     /// Tokens that end an answer.
     pub eos_token_ids: Vec<u32>,
+    /// Where defaults of sampling come from that the model's files do not say; `None` if there are none of that kind.
+    pub sampling_from: Option<&'static str>,
 }
 
 impl fmt::Display for Plan {
@@ -129,8 +131,11 @@ impl fmt::Display for Plan {
             self.vocab, self.eos_token_ids
         )?;
         write!(f, "limits      {} tokens a sequence", self.tokens_max)?;
-        match self.batch_max {
-            Some(batch) => write!(f, ", {batch} sequences at once"),
+        if let Some(batch) = self.batch_max {
+            write!(f, ", {batch} sequences at once")?;
+        }
+        match self.sampling_from {
+            Some(source) => write!(f, "\nsampling    by {source}"),
             None => Ok(()),
         }
     }

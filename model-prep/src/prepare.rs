@@ -13,7 +13,7 @@ use crate::error::PrepError;
 use crate::hub::Want;
 use crate::options::{Outcome, Plan, Precision, PrepareOptions, PrepareReport};
 use crate::stage::Stage;
-use crate::{source, writer};
+use crate::{card, source, writer};
 
 /// Make a model directory. Progress goes to standard error if that is a terminal.
 pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
@@ -21,9 +21,13 @@ pub fn prepare(options: PrepareOptions) -> Result<PrepareReport, PrepError> {
         true => Want::Plan,
         false => Want::Everything,
     };
-    let checkpoint = source::open(&options.source, want)?;
+    let mut checkpoint = source::open(&options.source, want)?;
+    let sampling_from = card::complete(&mut checkpoint);
     let tensors = expected_tensors(&checkpoint.spec);
-    let plan = plan(&options, &checkpoint, &tensors)?;
+    let plan = Plan {
+        sampling_from,
+        ..plan(&options, &checkpoint, &tensors)?
+    };
     let kept = checkpoint.format.is_fp8() && plan.dtype.is_fp8();
     for tensor in &tensors {
         checkpoint
@@ -105,6 +109,7 @@ fn plan(
         batch_max: options.batch_max,
         vocab: spec.vocab,
         eos_token_ids: checkpoint.eos_token_ids.clone(),
+        sampling_from: None,
     })
 }
 

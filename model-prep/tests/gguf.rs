@@ -379,6 +379,14 @@ fn defaults_of_sampling_are_the_files_own() {
     ] {
         assert!(silent.get(name).is_none(), "{name}: {silent}");
     }
+    // A family whose model card recommends something, and is not asked where the file does.
+    gguf.set("general.basename", Meta::Text("smollm2"));
+    let of_card = config(&gguf);
+    assert_eq!(
+        (&of_card["temperature"], &of_card["top_p"]),
+        (&0.2.into(), &0.9.into())
+    );
+    assert!(!of_card["eos_token_id"].is_null(), "{of_card}");
     gguf.set("general.sampling.temp", Meta::F32(0.2));
     gguf.set("general.sampling.top_k", Meta::U32(40));
     let said = config(&gguf);

@@ -45,6 +45,19 @@ fn smollm2_is_prepared_whole_and_tokenizes_like_the_original() {
     assert_eq!(model.manifest.eos_token_ids, [2]);
     assert!(model.spec().tied_embeddings);
 
+    // As its model card says; the file says nothing.
+    let defaults = std::fs::read(out.join("generation_config.json")).unwrap();
+    let defaults: serde_json::Value = serde_json::from_slice(&defaults).unwrap();
+    assert_eq!(
+        (&defaults["temperature"], &defaults["top_p"]),
+        (&0.2.into(), &0.9.into())
+    );
+    assert!(
+        report.plan.to_string().contains("model card"),
+        "{}",
+        report.plan
+    );
+
     let tokenizer = Tokenizer::from_file(out.join(TOKENIZER)).unwrap();
     let texts: Vec<TextCase> = golden("tokens.json");
     assert!(texts.len() >= 600, "only {} golden texts", texts.len());

@@ -29,6 +29,8 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
     let generation_config =
         llama::generation_config_json(&container.metadata, &tokenizer).map_err(refuse)?;
     let spec = ModelSpec::try_from(spec).map_err(refuse)?;
+    let family = container.metadata.text("general.basename");
+    let family = family.map_err(refuse)?.map(str::to_owned);
 
     let file_name = path
         .file_name()
@@ -59,8 +61,10 @@ pub(crate) fn open(path: &Path) -> Result<Checkpoint, PrepError> {
             content: template.into_bytes(),
         });
     }
+    let name = served_name(&file_name);
     Ok(Checkpoint {
-        name: served_name(&file_name),
+        family: family.unwrap_or_else(|| name.clone()),
+        name,
         source: format!("GGUF file {file_name}"),
         stamp: crate::checkpoint::stamp([path])?,
         bos_token_id: tokenizer.bos_token_id,
