@@ -27,8 +27,10 @@ pub struct ApiServerConfig {
     pub cluster: Cluster,
     /// How to reach the NATS server.
     pub bus: BusConfig,
-    /// Name under which clients ask for the model; `None` takes the manifest's.
-    pub model_name: Option<String>,
+    /// Names under which clients ask for the model; with none it is the manifest's. Answers have the first.
+    pub model_names: Vec<String>,
+    /// Most tokens of an answer where a request does not say: chats and responses. `None`: as many as the model has room for.
+    pub default_max_tokens: Option<u32>,
     /// A prepared model directory: manifest, tokenizer, chat template and generation defaults.
     pub tokenizer: PathBuf,
     /// How the model writes tool calls; `None` takes what the model directory tells.
@@ -78,7 +80,8 @@ impl ApiServerConfig {
             name_is_shared: false,
             cluster: Cluster::new(cluster)?,
             bus: BusConfig::default(),
-            model_name: None,
+            model_names: Vec::new(),
+            default_max_tokens: None,
             tokenizer: tokenizer.into(),
             tool_format: None,
             reasoning_format: None,

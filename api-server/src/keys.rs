@@ -14,7 +14,7 @@ use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 use crate::bound::Bound;
 use crate::error::{ApiError, ErrorKind};
 
-/// What load balancers and Prometheus ask for, without a key. The page at `/` is open too.
+/// What load balancers and Prometheus ask for, without a key. The page at `/` is open too, and so is what describes the API.
 pub const OPEN_PATHS: [&str; 4] = ["/health", "/live", "/metrics", "/ping"];
 
 /// Shorter keys can be guessed.

@@ -23,6 +23,7 @@ mod fleet;
 mod http;
 mod keys;
 mod metrics;
+mod model_names;
 mod openai;
 mod output;
 mod request;

@@ -22,6 +22,7 @@ use crate::config::ApiServerConfig;
 use crate::error::ApiServerError;
 use crate::http;
 use crate::metrics::Metrics;
+use crate::model_names::ModelNames;
 use crate::openai::responses::ResponseStore;
 use crate::request::inbox::{Event, Registry, lock};
 use crate::server::{Name, Server};
@@ -64,8 +65,10 @@ pub async fn run(
         config.name_is_shared,
         Instant::now(),
     );
+    let model_names = ModelNames::new(config.model_names, &model.name)?;
     let server = Arc::new(Server {
-        model_name: config.model_name.unwrap_or_else(|| model.name.clone()),
+        model_names,
+        default_max_tokens: config.default_max_tokens,
         name: config.name,
         incarnation,
         cluster: config.cluster.name().to_owned(),
@@ -115,7 +118,7 @@ pub async fn run(
     if let Some(tls) = tls {
         tasks.push(tokio::spawn(tls.keep_up()));
     }
-    tracing::info!(%address, scheme, model = server.model_name, cluster = server.cluster, "serving");
+    tracing::info!(%address, scheme, model = %server.model_names, cluster = server.cluster, "serving");
     if let Some(on_ready) = config.on_ready {
         // Whoever asked may have gone.
         let _ = on_ready.send(address);

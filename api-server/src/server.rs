@@ -22,6 +22,7 @@ use crate::fleet::membership::{Membership, Taken};
 use crate::fleet::router::{AskAll, Paged};
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
+use crate::model_names::ModelNames;
 use crate::openai::responses::ResponseStore;
 use crate::request::decode_room::DecodeRoom;
 use crate::request::inbox::{Event, Registry, lock};
@@ -45,8 +46,10 @@ pub struct Server {
     pub incarnation: Incarnation,
     /// The cluster's name.
     pub cluster: String,
-    /// Name clients ask for.
-    pub model_name: String,
+    /// Names clients ask for.
+    pub model_names: ModelNames,
+    /// Most tokens of an answer where a request does not say: chats and responses.
+    pub default_max_tokens: Option<u32>,
     /// The model's text side.
     pub model: ModelText,
     /// The bus.

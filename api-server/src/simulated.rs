@@ -26,6 +26,7 @@ use crate::error::ApiServerError;
 use crate::fleet::membership::SUSPECT_AFTER;
 use crate::keys::ApiKeys;
 use crate::metrics::Metrics;
+use crate::model_names::ModelNames;
 use crate::openai::responses::ResponseStore;
 use crate::request::driver::{Job, Sink, drive};
 use crate::request::inbox::{Event, Inbox, Mailbox, Registry};
@@ -81,7 +82,8 @@ impl SimulatedServer {
             ),
             name,
             incarnation,
-            model_name: "simulated".to_owned(),
+            model_names: ModelNames::new(Vec::new(), "simulated")?,
+            default_max_tokens: None,
             model: ModelText::wordless("simulated", model, tokens_max)?,
             registry,
             metrics,

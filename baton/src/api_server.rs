@@ -33,9 +33,9 @@ pub struct ApiServerArgs {
     /// Port to listen on; 0 takes a free one
     #[arg(long, default_value_t = 8000)]
     api_server_port: u16,
-    /// Name that clients ask for [default: the model's own]
+    /// Name that clients ask for [default: the model's own]; given several times the model has several, and answers have the first
     #[arg(long)]
-    model_name: Option<String>,
+    model_name: Vec<String>,
     /// Model directory, for its tokenizer, chat template and limits; weights are not read
     #[arg(long)]
     tokenizer: PathBuf,
@@ -164,6 +164,10 @@ pub struct AnswerArgs {
     /// generation_config.json, or nowhere, which leaves OpenAI's (temperature 1)
     #[arg(long, value_enum, default_value_t)]
     pub generation_config: DefaultsFrom,
+    /// Most tokens of an answer if a chat or a response does not name `max_tokens` or the like [default: as many as the model has
+    /// room for]
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub default_max_tokens: Option<u32>,
     /// Origin of web pages that may ask from a browser, as https://host:port, or * for all; may be given several times
     /// [default: none]
     #[arg(long, value_name = "ORIGIN")]
@@ -338,7 +342,8 @@ fn config(args: ApiServerArgs) -> Result<ApiServerConfig, Failure> {
     let mut config = ApiServerConfig::new(name, args.cluster, args.tokenizer)?;
     config.name_is_shared = name_is_shared;
     config.bus = args.bus.config();
-    config.model_name = args.model_name;
+    config.model_names = args.model_name;
+    config.default_max_tokens = args.answers.default_max_tokens;
     config.api_keys = args.keys.keys()?;
     config.tls = args.tls.files();
     config.tool_format = args.content.tool_format;

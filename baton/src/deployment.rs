@@ -10,6 +10,7 @@ mod devices;
 mod file;
 mod filled;
 mod one_host;
+mod one_or_more;
 
 use baton_protocol::{Role, WorkerId};
 use serde::{Deserialize, Serialize};
@@ -119,8 +120,9 @@ pub struct ApiServers {
     pub api_server_host: String,
     /// Port of the first; further ones on this host take those after it.
     pub api_server_port: Option<u16>,
-    /// Name that clients ask for.
-    pub model_name: Option<String>,
+    /// Names that clients ask for: one, or a list.
+    #[serde(deserialize_with = "one_or_more::read")]
+    pub model_name: Vec<String>,
     /// Seconds a request may take.
     pub request_budget_s: Option<u64>,
     /// Time to the first token that is promised, in milliseconds.
@@ -147,6 +149,8 @@ pub struct ApiServers {
     pub reasoning_format: Option<String>,
     /// Where sampling defaults come from.
     pub generation_config: Option<String>,
+    /// Most tokens of an answer where a request does not say.
+    pub default_max_tokens: Option<u32>,
     /// Pages that may ask.
     pub cors_origin: Vec<String>,
     /// Memory for responses that are kept, in MiB.
@@ -167,7 +171,7 @@ impl Default for ApiServers {
             count: 1,
             api_server_host: "127.0.0.1".to_owned(),
             api_server_port: None,
-            model_name: None,
+            model_name: Vec::new(),
             request_budget_s: None,
             ttft_ms: None,
             itl_ms: None,
@@ -181,6 +185,7 @@ impl Default for ApiServers {
             tool_format: None,
             reasoning_format: None,
             generation_config: None,
+            default_max_tokens: None,
             cors_origin: Vec::new(),
             response_store_mib: None,
             trace_sample: None,

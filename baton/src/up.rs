@@ -34,7 +34,7 @@ use crate::tuning::TuningArgs;
 
 /// The flags that say what the cluster is: a file says it whole. `--api-keys-file` is looked at apart, for its variable, and
 /// so are those of traces.
-const OF_THE_DEPLOYMENT: [&str; 37] = [
+const OF_THE_DEPLOYMENT: [&str; 38] = [
     "model",
     "model_name",
     "context_worker_count",
@@ -55,6 +55,7 @@ const OF_THE_DEPLOYMENT: [&str; 37] = [
     "tool_format",
     "reasoning_format",
     "generation_config",
+    "default_max_tokens",
     "cors_origin",
     "response_store_mib",
     "device",
@@ -87,9 +88,9 @@ pub struct UpArgs {
     /// are prepared into the cache first (BATON_CACHE, else ~/.cache/baton)
     #[arg(long)]
     model: Option<String>,
-    /// Name that clients ask for [default: the model's own]
+    /// Name that clients ask for [default: the model's own]; given several times the model has several, and answers have the first
     #[arg(long)]
-    model_name: Option<String>,
+    model_name: Vec<String>,
     /// Context workers: they run prompts alone [default: none; 1 where --decode-worker-count is given without --both-worker-count]
     #[arg(long)]
     context_worker_count: Option<usize>,
@@ -409,7 +410,7 @@ fn ready(plan: &Plan, models: &Models, bus: &str, supervisor: &Supervisor) -> Re
             .get(&deployment.model)
             .map(|model| model.name.clone())
     };
-    let name = deployment.api_server.model_name.clone();
+    let name = deployment.api_server.model_name.first().cloned();
     Ready {
         url: plan.urls().into_iter().next().unwrap_or_default(),
         request_plane_uri: bus.to_owned(),

@@ -128,7 +128,18 @@ def test_models(ask, model):
     _, listed = ask("GET", "/v1/models")
     assert listed["object"] == "list"
     for one in [*listed["data"], ask("GET", f"/v1/models/{model}")[1]]:
-        check(openai.types.Model, one, {"max_model_len": "vLLM's"})
+        more = {name: "Anthropic's" for name in ("type", "display_name", "created_at")}
+        more |= {name: "vLLM's" for name in ("root", "parent", "max_model_len")}
+        more |= {name: "Baton's" for name in ("default_max_tokens", "tools")}
+        check(openai.types.Model, one, more)
+
+
+def test_anthropics_client_lists_the_model(cluster, model):
+    client = anthropic.Anthropic(base_url=cluster["url"], api_key="none", max_retries=0)
+    [listed] = client.models.list()
+    assert (listed.id, listed.type, listed.display_name) == (model, "model", model)
+    assert listed.created_at.year >= 2026
+    assert client.models.retrieve(model).id == model
 
 
 RESPONSES = {
@@ -225,13 +236,14 @@ def test_errors(ask, model, path, kind):
         check(kind, answer)
 
 
-def test_a_request_for_an_answer_names_its_model(ask):
+def test_a_request_without_a_model_means_the_one_that_there_is(ask, model):
     for path, body in [
-        ("/v1/chat/completions", {"messages": MESSAGES}),
-        ("/v1/completions", {"prompt": "x"}),
-        ("/v1/responses", {"input": "x"}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": "x", "max_tokens": 1}),
+        ("/v1/responses", {"input": "x", "max_output_tokens": 1}),
         ("/v1/messages", {"messages": MESSAGES, "max_tokens": 1}),
-        ("/v1/messages/count_tokens", {"messages": MESSAGES}),
     ]:
         status, answer = ask("POST", path, body)
-        assert status == 400 and "model is required" in answer["error"]["message"], (path, answer)
+        assert (status, answer.get("model")) == (200, model), (path, answer)
+    status, answer = ask("POST", "/v1/messages/count_tokens", {"messages": MESSAGES})
+    assert status == 200 and answer["input_tokens"] > 0, answer

@@ -161,24 +161,45 @@ pub const LONG_TOKENS_MAX: usize = 65_536;
 pub fn long_model_dir() -> &'static Path {
     static MODEL: OnceLock<PathBuf> = OnceLock::new();
     MODEL.get_or_init(|| {
-        let of = model_dir();
-        let out = scratch().join("smollm2-135m-instruct-long");
-        let _lock = lock("model.lock");
-        let _ = fs::remove_dir_all(&out);
-        fs::create_dir_all(&out).expect("a directory in the target directory");
-        for file in fs::read_dir(of).expect("a directory just made").flatten() {
-            let link = out.join(file.file_name());
-            std::os::unix::fs::symlink(file.path(), link).expect("an empty directory");
-        }
-        let manifest = out.join("manifest.json");
-        let text = fs::read(of.join("manifest.json")).expect("a manifest just made");
+        let text = fs::read(model_dir().join("manifest.json")).expect("a manifest just made");
         let mut value: Value = serde_json::from_slice(&text).expect("JSON");
         value["tokens_max"] = LONG_TOKENS_MAX.into();
         value["spec"]["tokens_max"] = LONG_TOKENS_MAX.into();
-        fs::remove_file(&manifest).expect("a link just made");
-        fs::write(&manifest, value.to_string()).expect("a file in the target directory");
-        out
+        variant("long", "manifest.json", &value.to_string())
     })
+}
+
+/// The same with a chat template that shows the model its tools, in Hermes' form.
+pub fn tool_model_dir() -> &'static Path {
+    const SHOWS: &str = "{% if tools %}{{ '<|im_start|>system\n' }}{{ tools | tojson }}{{ '\n<tool_call></tool_call><|im_end|>\n' }}{% endif %}";
+    static MODEL: OnceLock<PathBuf> = OnceLock::new();
+    MODEL.get_or_init(|| {
+        let file = "chat_template.jinja";
+        let own = fs::read_to_string(model_dir().join(file)).expect("a template just made");
+        variant("tools", file, &format!("{SHOWS}{own}"))
+    })
+}
+
+/// The directory of SmolLM2 with another text in one of its files; the others are links. Made anew if it is another than it should be:
+/// other test processes may be using it.
+fn variant(name: &str, file: &str, text: &str) -> PathBuf {
+    let of = model_dir();
+    let out = scratch().join(format!("smollm2-135m-instruct-{name}"));
+    let _lock = lock("model.lock");
+    if fs::read_to_string(out.join(file)).is_ok_and(|there| there == text) {
+        return out;
+    }
+    let _ = fs::remove_dir_all(&out);
+    fs::create_dir_all(&out).expect("a directory in the target directory");
+    for entry in fs::read_dir(of).expect("a directory just made").flatten() {
+        if entry.file_name() != file {
+            let link = out.join(entry.file_name());
+            std::os::unix::fs::symlink(entry.path(), link).expect("an empty directory");
+        }
+    }
+    // Last: a directory that has it is whole.
+    fs::write(out.join(file), text).expect("a file in the target directory");
+    out
 }
 
 /// A model directory, prepared once and kept below the target directory until the binary changes what it writes.

@@ -34,6 +34,7 @@ pub use cluster::{ApiServer, Cluster, Worker};
 pub use collector::{CollectedSpan, Collector};
 pub use fixture::{
     baton, command, divided_model_dir, fp8_model_dir, golden, model_dir, repository, smollm2_gguf,
+    tool_model_dir,
 };
 pub use freeze::Frozen;
 pub use metrics::Metrics;

@@ -9,7 +9,8 @@ use actix_web::middleware::Next;
 use actix_web::{HttpMessage, HttpRequest, web};
 
 use super::https::is_certified;
-use super::page::PATHS;
+use super::page;
+use super::paths;
 use super::respond::refuse;
 use crate::error::{ApiError, Dialect, ErrorKind};
 use crate::keys::{Key, OPEN_PATHS};
@@ -34,7 +35,7 @@ pub async fn authorize(
     request: ServiceRequest,
     next: Next<BoxBody>,
 ) -> Result<ServiceResponse<BoxBody>, actix_web::Error> {
-    let is_open = [&OPEN_PATHS[..], &PATHS]
+    let is_open = [&OPEN_PATHS[..], &page::PATHS, &paths::OPEN]
         .iter()
         .any(|paths| paths.contains(&request.path()));
     if server.wants_certificates && !OPEN_PATHS.contains(&request.path()) && !is_certified(&request)

@@ -25,7 +25,7 @@ fn read(server: &Server, asker: &Asker, body: &[u8]) -> Result<Asked, ApiError> 
     let chat = anthropic::read(body, &server.model.defaults, &server.limits)?;
     let writer = MessageWriter::new(
         &asker.named.id.to_string(),
-        &server.model_name,
+        server.model_names.first(),
         &asker.named.name,
         chat.params.max_tokens.unwrap_or(u32::MAX),
     );
@@ -53,7 +53,7 @@ fn count(server: &Server, body: &[u8], until: &Until) -> Result<String, ApiError
     } = CountRequest::parse(body)?;
     check_model(server, model.as_deref())?;
     // What would be refused there is refused here.
-    offer.format(server.model.formats.format)?;
+    offer.format(server.model.formats.format, server.model.shows_tools)?;
     let tokens = chat_tokens(server, messages, rendering, false, until)?;
     Ok(format!("{{\"input_tokens\":{}}}", tokens.len()))
 }

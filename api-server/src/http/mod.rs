@@ -10,6 +10,7 @@ mod https;
 mod messages;
 mod name;
 pub mod page;
+mod paths;
 mod respond;
 mod responses;
 mod status;
@@ -73,7 +74,7 @@ pub fn serve(
             .service(post("/v1/chat/completions", web::post().to(generate::chat)))
             .service(post("/v1/responses", web::post().to(responses::create)))
             // Not a response's id: whoever tries whether there is compaction is told that there is none.
-            .service(web::resource("/v1/responses/compact").to(status::unknown_path))
+            .service(web::resource("/v1/responses/compact").to(paths::unknown_path))
             .service(post(
                 "/v1/responses/{id}/cancel",
                 web::post().to(responses::cancel),
@@ -101,6 +102,8 @@ pub fn serve(
             }))
             .service(get(page::PATHS[0], || web::route().to(page::page)))
             .service(get("/page/{file}", || web::route().to(page::page)))
+            .service(get("/docs", || web::route().to(paths::docs)))
+            .service(get("/openapi.json", || web::route().to(paths::openapi)))
             .service(get("/health", || web::route().to(status::health)))
             .service(get("/live", || web::route().to(status::live)))
             .service(get("/metrics", || web::route().to(status::metrics)))
@@ -117,7 +120,7 @@ pub fn serve(
                     .route(web::head().to(status::health))
                     .route(web::post().to(status::health)),
             ))
-            .default_service(web::to(status::unknown_path))
+            .default_service(web::to(paths::unknown_path))
     };
     if let Some(config) = tls {
         let door = https::Door {

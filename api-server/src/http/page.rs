@@ -67,7 +67,7 @@ fn tag(text: &str) -> String {
 /// One of [`PATHS`]. A browser asks each time whether it has changed, so that nobody sees the page of another version.
 pub async fn page(request: HttpRequest) -> HttpResponse {
     let Some(file) = FILES.iter().find(|file| file.path == request.path()) else {
-        return super::status::unknown_path(request).await;
+        return super::paths::unknown_path(request).await;
     };
     let known = request.headers().get_all(header::IF_NONE_MATCH);
     let is_known = known

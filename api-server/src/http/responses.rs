@@ -47,7 +47,7 @@ fn read(server: &Server, asker: &Asker, body: &[u8]) -> Result<Asked, ApiError> 
         input,
     });
     let id = asker.named.id.to_string();
-    let writer = ResponseWriter::new(&id, &server.model_name, &settings, keeping);
+    let writer = ResponseWriter::new(&id, server.model_names.first(), &settings, keeping);
     Ok(Asked {
         chat,
         answer: Answer::Own(Box::new(writer)),

@@ -1,7 +1,7 @@
 //! What can be asked about the server and the cluster.
 
 use actix_web::http::{StatusCode, header};
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpResponse, web};
 use baton_protocol::{
     ApiServerId, Capacity, Incarnation, KvGeometry, Load, ModelFingerprint, ModelInfo, PeerHealth,
     Role, StepCost, WorkerId,
@@ -15,19 +15,28 @@ use crate::error::{ApiError, Dialect, ErrorKind};
 use crate::fleet::membership::Membership;
 use crate::request::running::Totals;
 use crate::server::Server;
+use crate::text::template::strftime;
 
 /// `GET /v1/models`.
 pub async fn models(server: web::Data<Server>) -> HttpResponse {
-    let body = json!({"object": "list", "data": [model_object(&server)]});
+    let names = server.model_names.iter();
+    let data: Vec<Value> = names.map(|name| model_object(&server, name)).collect();
+    // The last three are Anthropic's: there are no further pages.
+    let body = json!({
+        "object": "list",
+        "data": data,
+        "has_more": false,
+        "first_id": server.model_names.iter().next(),
+        "last_id": server.model_names.iter().next_back(),
+    });
     respond::json(StatusCode::OK, body.to_string())
 }
 
 /// `GET /v1/models/{model}`.
 pub async fn model(server: web::Data<Server>, name: web::Path<String>) -> HttpResponse {
-    if *name == server.model_name {
-        respond::json(StatusCode::OK, model_object(&server).to_string())
-    } else {
-        error_response(Dialect::OpenAi, &unknown_model(&server, &name))
+    match server.model_names.serves(&name) {
+        true => respond::json(StatusCode::OK, model_object(&server, &name).to_string()),
+        false => error_response(Dialect::OpenAi, &unknown_model(&server, &name)),
     }
 }
 
@@ -35,8 +44,8 @@ pub async fn model(server: web::Data<Server>, name: web::Path<String>) -> HttpRe
 pub fn unknown_model(server: &Server, name: &str) -> ApiError {
     let short: String = name.chars().take(100).collect();
     let message = format!(
-        "the model {short:?} does not exist here; this server has {:?}",
-        server.model_name
+        "the model {short:?} does not exist here; this server has {}",
+        server.model_names
     );
     let param = Some("model".to_owned());
     ApiError {
@@ -45,24 +54,15 @@ pub fn unknown_model(server: &Server, name: &str) -> ApiError {
     }
 }
 
-/// Whether a request for an answer names the model that is served, as OpenAI demands.
-///
-/// # Errors
-/// 404 if it names another, 400 if it names none.
-pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
-    match name {
-        None => Err(ApiError::param("model", "model is required")),
-        Some(_) => check_model_if_named(server, name),
-    }
-}
-
-/// The same for what makes no answer: who names no model means the one that there is.
+/// Whether a request may be served: it names the model, or no model, which means the one that there is.
 ///
 /// # Errors
 /// 404 if it names another.
-pub fn check_model_if_named(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
+pub fn check_model(server: &Server, name: Option<&str>) -> Result<(), ApiError> {
     match name {
-        Some(name) if name != server.model_name => Err(unknown_model(server, name)),
+        Some(name) if !name.is_empty() && !server.model_names.serves(name) => {
+            Err(unknown_model(server, name))
+        }
         _ => Ok(()),
     }
 }
@@ -83,13 +83,21 @@ pub async fn version() -> HttpResponse {
     respond::json(StatusCode::OK, body.to_string())
 }
 
-fn model_object(server: &Server) -> Value {
+/// A model as OpenAI, vLLM (`root` to `max_model_len`) and Anthropic (`type` to `created_at`) describe one, and what it takes here.
+fn model_object(server: &Server, name: &str) -> Value {
     json!({
-        "id": server.model_name,
+        "id": name,
         "object": "model",
         "created": server.started_unix,
         "owned_by": "baton",
+        "root": server.model_names.first(),
+        "parent": null,
         "max_model_len": longest_sequence(server),
+        "type": "model",
+        "display_name": name,
+        "created_at": strftime("%Y-%m-%dT%H:%M:%SZ", server.started_unix as i64),
+        "default_max_tokens": server.default_max_tokens,
+        "tools": server.model.tools_taken().label(),
     })
 }
 
@@ -143,7 +151,7 @@ pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
             cluster: &server.cluster,
             api_server: &server.name,
             model: ModelRow {
-                name: &server.model_name,
+                name: server.model_names.first(),
                 fingerprint: &server.model.fingerprint,
                 tokens_max: server.model.tokens_max,
             },
@@ -280,16 +288,4 @@ pub fn worker_rows(members: &Membership, now: Instant) -> impl Iterator<Item = W
         cost_error: member.beat.cost_error,
         peers: &member.peers,
     })
-}
-
-/// Any other path.
-pub async fn unknown_path(request: HttpRequest) -> HttpResponse {
-    let path: String = request.path().chars().take(200).collect();
-    error_response(
-        Dialect::of(request.path()),
-        &ApiError::new(
-            ErrorKind::UnknownPath,
-            format!("there is nothing at {path}"),
-        ),
-    )
 }

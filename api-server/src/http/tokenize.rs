@@ -13,7 +13,7 @@ use super::body::{self, Body};
 use super::generate::Presence;
 use super::name::Named;
 use super::respond::{self, refuse};
-use super::status::{check_model_if_named, longest_sequence};
+use super::status::{check_model, longest_sequence};
 use crate::admission::Place;
 use crate::error::{ApiError, Dialect};
 use crate::openai::{DetokenizeRequest, ToTokenize, TokenizeRequest, tools};
@@ -67,7 +67,7 @@ pub async fn respond(
 
 fn tokens(server: &Server, body: &[u8], until: &Until) -> Result<String, ApiError> {
     let request = TokenizeRequest::parse(body)?;
-    check_model_if_named(server, request.model.as_deref())?;
+    check_model(server, request.model.as_deref())?;
     let (model, special) = (&server.model, request.add_special_tokens);
     let tokens = match request.what {
         ToTokenize::Text(text) => {
@@ -122,7 +122,7 @@ pub fn chat_tokens(
 
 fn text(server: &Server, body: &[u8], _: &Until) -> Result<String, ApiError> {
     let request = DetokenizeRequest::parse(body)?;
-    check_model_if_named(server, request.model.as_deref())?;
+    check_model(server, request.model.as_deref())?;
     let model = &server.model;
     let vocabulary = model.vocabulary.count();
     if let Some(token) = request

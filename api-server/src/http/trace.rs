@@ -42,7 +42,7 @@ pub fn begin(server: &Server, request: &ServiceRequest, named: &Named) -> Option
     span.set("url.path", *path);
     span.set("gen_ai.operation.name", *operation);
     span.set("gen_ai.provider.name", "baton");
-    span.set("gen_ai.response.model", &*server.model_name);
+    span.set("gen_ai.response.model", server.model_names.first());
     span.set("baton.request", named.id.to_string());
     if *named.name != *named.id.to_string() {
         span.set("baton.request_name", &*named.name);

@@ -43,7 +43,7 @@ impl ChatRequest {
         let mut params = Params::read(Door::Chat, &fields, 1, defaults, limits)?;
         params.sampling.logprobs = logprobs(&fields)?;
         let mut rendering = rendering(&mut fields)?;
-        thinking::effort(&fields, &mut rendering.variables)?;
+        let excludes_reasoning = thinking::hints(&fields, &mut rendering.variables)?;
         rendering.tools = std::mem::take(&mut offer.shown);
         let messages = messages(fields.take("messages"))?;
         Ok(Self {
@@ -51,7 +51,7 @@ impl ChatRequest {
             messages,
             rendering,
             offer,
-            include_reasoning,
+            include_reasoning: include_reasoning && !excludes_reasoning,
         })
     }
 

@@ -4,6 +4,7 @@
 mod messages;
 mod responses;
 mod rows;
+mod types;
 mod typo;
 
 use serde_json::{Map, Value};
@@ -11,7 +12,8 @@ use serde_json::{Map, Value};
 use super::fields::wrong_type;
 use crate::error::ApiError;
 
-use self::typo::nearest;
+pub use self::types::json_type;
+pub use self::typo::nearest;
 
 /// Every field that is known, in the order of the page.
 pub fn fields() -> impl Iterator<Item = &'static Field> {

@@ -185,7 +185,7 @@ mod tests {
     /// The grammar's text.
     fn made(body: Value, answer: Option<&Grammar>) -> Result<Option<Grammar>, ApiError> {
         let offer = offer(body);
-        let format = offer.format(Format::Hermes)?;
+        let format = offer.format(Format::Hermes, true)?;
         let field = "response_format";
         let answer = answer.map(|grammar| Answer { field, grammar });
         offer.grammar(format, Reasoning::Think, answer, &|text| {

@@ -74,17 +74,23 @@ impl Offer {
     }
 
     /// The format in which calls are written and looked for. A call that must come takes a grammar and no help of the model's: where the
-    /// model's format is not known it is JSON.
+    /// model's format is not known it is JSON. `shows_tools`: the model's template shows it the tools.
     ///
     /// # Errors
-    /// 400 if the model is to call when it wants to, and its format is not known.
-    pub fn format(&self, of_model: Format) -> Result<Format, ApiError> {
+    /// 400 if the model is to call when it wants to, and its format is not known or it does not see the tools.
+    pub fn format(&self, of_model: Format, shows_tools: bool) -> Result<Format, ApiError> {
         match of_model {
             _ if !self.may_be_called() => Ok(Format::None),
             Format::None if self.is_forced() => Ok(Format::Json),
             Format::None => {
                 let message = "this model calls no tools in a way that this server knows: say which must be called in tool_choice, leave \
                                tools out, or have the server started with --tool-format";
+                Err(ApiError::param("tools", message))
+            }
+            _ if !self.is_forced() && !shows_tools => {
+                let message = "the chat template of this model does not show it the tools, so it would not know of them: say which must \
+                               be called in tool_choice, describe the tools in a message and read the calls from the text, or serve a model \
+                               whose template takes tools";
                 Err(ApiError::param("tools", message))
             }
             known => Ok(known),
@@ -363,21 +369,35 @@ mod tests {
             (offer.choice.clone(), offer.parallel, offer.shown.len()),
             (ToolChoice::Auto, false, 1)
         );
-        assert_eq!(offer.format(Format::Hermes).unwrap(), Format::Hermes);
+        assert_eq!(offer.format(Format::Hermes, true).unwrap(), Format::Hermes);
         assert_eq!(
-            offer.format(Format::None).unwrap_err().param.as_deref(),
+            offer
+                .format(Format::None, true)
+                .unwrap_err()
+                .param
+                .as_deref(),
             Some("tools")
+        );
+        let error = offer.format(Format::Hermes, false).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("tools"));
+        assert!(
+            error.message.contains("does not show it the tools"),
+            "{error}"
         );
         let named = json!({"type": "function", "function": {"name": "f"}});
         for choice in [json!("required"), named] {
             let offer = read(json!({"tools": [tool], "tool_choice": choice})).unwrap();
             assert!(offer.is_forced() && offer.shown.len() == 1);
-            assert_eq!(offer.format(Format::Hermes).unwrap(), Format::Hermes);
-            assert_eq!(offer.format(Format::None).unwrap(), Format::Json);
+            assert_eq!(offer.format(Format::Hermes, true).unwrap(), Format::Hermes);
+            assert_eq!(offer.format(Format::Hermes, false).unwrap(), Format::Hermes);
+            assert_eq!(offer.format(Format::None, false).unwrap(), Format::Json);
         }
         let offer = read(json!({"tools": [tool], "tool_choice": "none"})).unwrap();
         assert_eq!(
-            (offer.shown.len(), offer.format(Format::Hermes).unwrap()),
+            (
+                offer.shown.len(),
+                offer.format(Format::Hermes, true).unwrap()
+            ),
             (0, Format::None)
         );
         for body in [json!({}), json!({"tools": [], "tool_choice": "none"})] {

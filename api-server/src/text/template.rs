@@ -246,7 +246,7 @@ fn now_unix() -> i64 {
 }
 
 /// The directives of `strftime` that templates use, in UTC.
-fn strftime(format: &str, unix: i64) -> String {
+pub fn strftime(format: &str, unix: i64) -> String {
     const MONTHS: [&str; 12] = [
         "January",
         "February",

@@ -33,6 +33,7 @@ mod cuts;
 mod defaults;
 mod ends;
 mod keep;
+mod shown_tools;
 
 /// Longest prompt text of a tokenizer of which nobody knows how many bytes a token may stand for.
 const PROMPT_BYTES_MAX: usize = 64 << 20;
@@ -97,6 +98,8 @@ pub struct ModelText {
     pub vocabulary: Vocabulary,
     pub(crate) tokenizer: Arc<Tokenizer>,
     template: Option<ChatTemplate>,
+    /// Whether the template shows the model its tools.
+    pub shows_tools: bool,
     /// What message strings must not contain; `None` if they may.
     control_tokens: Option<ControlTokens>,
     token_bytes: TokenBytes,
@@ -188,6 +191,7 @@ impl ModelText {
             })
             .transpose()
             .map_err(|error| fault("chat_template.jinja", &error))?;
+        let shows_tools = template.as_ref().is_some_and(shown_tools::shows_tools);
         let last = tokenizer.get_vocab(true).into_values().max();
         if last.is_some_and(|id| id as usize >= VOCABULARY_MAX) {
             let error = format!("it has a token of id {}", last.unwrap_or_default());
@@ -209,6 +213,7 @@ impl ModelText {
             ends: Ends::of(&tokenizer),
             tokenizer,
             template,
+            shows_tools,
             control_tokens: Some(control_tokens),
         })
     }
@@ -270,6 +275,7 @@ impl ModelText {
             ends: Ends::default(),
             tokenizer,
             template: None,
+            shows_tools: false,
             control_tokens: None,
         })
     }

@@ -14,26 +14,30 @@ use crate::usual;
 const CHAT: &str = "/v1/chat/completions";
 
 /// An answer as it came over HTTP/1.1, chunks put together.
-struct Raw {
-    status: u16,
+pub struct Raw {
+    pub status: u16,
     head: String,
     body: Vec<u8>,
 }
 
 impl Raw {
-    fn header(&self, name: &str) -> Option<&str> {
+    pub fn header(&self, name: &str) -> Option<&str> {
         let mut lines = self.head.lines().filter_map(|line| line.split_once(": "));
         lines
             .find(|(key, _)| key.eq_ignore_ascii_case(name))
             .map(|(_, value)| value)
     }
 
-    fn json(&self) -> Value {
+    pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap()
+    }
+
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
     }
 }
 
-async fn ask(api: &Api, line: &str, headers: &[&str], body: &[u8]) -> Raw {
+pub async fn ask(api: &Api, line: &str, headers: &[&str], body: &[u8]) -> Raw {
     let mut head = format!("{line} HTTP/1.1\r\nHost: t\r\nConnection: close\r\n");
     for header in headers {
         head += &format!("{header}\r\n");

@@ -4,6 +4,7 @@ mod admission;
 mod deadlines;
 mod doors;
 mod fields;
+mod first_hour;
 mod hostile;
 mod keys;
 mod messages;

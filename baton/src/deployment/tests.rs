@@ -57,6 +57,20 @@ fn fields_are_flags_and_flags_are_fields() {
 }
 
 #[test]
+fn a_model_has_one_name_or_several() {
+    let names = |line: &str| {
+        let text = format!("{LEAST}api-server: {{{line}}}\n");
+        Deployment::of_yaml(&text).map(|deployment| deployment.api_server.model_name)
+    };
+    assert_eq!(names("model-name: a").unwrap(), ["a"]);
+    assert_eq!(names("model-name: \"4\"").unwrap(), ["4"]);
+    assert_eq!(names("model-name: [a, org/b]").unwrap(), ["a", "org/b"]);
+    assert!(names("count: 1").unwrap().is_empty());
+    let (_, why) = names("model-name: 4").unwrap_err();
+    assert!(why.contains("quotation marks"), "{why}");
+}
+
+#[test]
 fn what_is_not_said_is_the_default() {
     let deployment = Deployment::of_yaml(LEAST).unwrap();
     assert_eq!(deployment.context, [WorkerGroup::default()]);
@@ -349,7 +363,7 @@ fn deployment() -> impl Strategy<Value = Deployment> {
         (
             deployment.api_server.count,
             deployment.api_server.model_name,
-        ) = (count, Some(name));
+        ) = (count, vec![name]);
         deployment
     })
 }

@@ -165,6 +165,7 @@ fn api_servers(args: &UpArgs) -> Result<ApiServers, Failure> {
             .reasoning_format
             .map(|format| format.name().to_owned()),
         generation_config: Some(answers.generation_config.label().to_owned()),
+        default_max_tokens: answers.default_max_tokens,
         cors_origin: answers.cors_origin.clone(),
         response_store_mib: answers.response_store_mib,
         trace_sample: args.sample.trace_sample,

@@ -2,7 +2,7 @@
 //! upon it, and the rest follows from the grammar.
 
 use baton_protocol::Grammar;
-use baton_tests::{Api, Cluster, PATIENCE, Setup, Trace, Turn};
+use baton_tests::{Api, Cluster, PATIENCE, Setup, Trace, Turn, tool_model_dir};
 use serde_json::{Value, json};
 
 /// The id of a text that is one token.
@@ -18,6 +18,7 @@ async fn a_model_answers_by_schema_or_calls_strictly() {
     let turn = Turn::take();
     let setup = Setup {
         api_args: vec!["--tool-format".to_owned(), "hermes".to_owned()],
+        tokenizer: tool_model_dir(),
         ..Setup::split(1, 1)
     };
     let cluster = Cluster::start(&turn, setup).await;

@@ -94,7 +94,7 @@ pub async fn answer(
         Shape::new(
             kind,
             &id.to_string(),
-            &server.model_name,
+            server.model_names.first(),
             &fingerprint,
             shown,
         )

@@ -139,7 +139,7 @@ async fn try_chat(
         drop(bytes);
         check_model(&on_server, chat.params.model.as_deref())?;
         chat.params.know(model, until)?;
-        let format = chat.offer.format(model.formats.format)?;
+        let format = chat.offer.format(model.formats.format, model.shows_tools)?;
         chat.suit(model.formats.format)?;
         let ChatRequest {
             mut params,
@@ -150,7 +150,8 @@ async fn try_chat(
         } = chat;
         place.grow(params.n as usize - 1)?;
         let refused = |error: TextError| error.of("messages", model);
-        let keep = params.keep(model, None);
+        let default_max_tokens = on_server.default_max_tokens;
+        let keep = params.keep(model, default_max_tokens);
         let prompt = model.render_chat_as(messages, rendering, keep, until);
         let prompt = prompt.map_err(refused)?;
         // Where no tool may be called, all of an output that follows a grammar is the answer, from its first token on.
@@ -169,7 +170,7 @@ async fn try_chat(
         let tokens = model.encode_chat_as(&prompt, special, keep, until);
         let tokens = tokens.map_err(refused)?;
         drop(prompt);
-        let generation = params.generation(model, "messages", tokens.len(), None)?;
+        let generation = params.generation(model, "messages", tokens.len(), default_max_tokens)?;
         if let Some(top) = params.prompt_logprobs {
             fits_the_bus(&on_server, tokens.len(), "prompt_logprobs", top)?;
         }

@@ -68,6 +68,7 @@ pub fn read(
     let mut offer = offer;
     let mut rendering = chat::rendering(&mut fields)?;
     settings.reasoning(&fields, &mut rendering.variables)?;
+    settings.verbosity(&mut rendering.variables)?;
     rendering.tools = std::mem::take(&mut offer.shown);
     let store = fields.bool("store")?.unwrap_or(true);
     let before = match fields.string("previous_response_id")? {

@@ -119,6 +119,19 @@ impl Settings {
         }
     }
 
+    /// Reads `text.verbosity` into the variables of the template.
+    ///
+    /// # Errors
+    /// 400 with the parameter's name.
+    pub fn verbosity(&self, variables: &mut Map<String, Value>) -> Result<(), ApiError> {
+        let name = "text.verbosity";
+        match self.said["text"].get("verbosity") {
+            None | Some(Value::Null) => Ok(()),
+            Some(Value::String(words)) => thinking::verbosity(name, words, variables),
+            Some(other) => Err(wrong_type(name, "a string", other)),
+        }
+    }
+
     /// Reads `reasoning`, for the template and for the answer.
     pub fn reasoning(
         &mut self,

@@ -12,7 +12,7 @@ const KEEPS_ALL: &str = r#"{"edits":[{"type":"clear_thinking_20251015","keep":"a
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked
-    done("model", BOTH, "the model's name, as `GET /v1/models` gives it"),
+    done("model", BOTH, "as in chats"),
     done("messages", BOTH, "the chat, through the model's template ([Messages](#messages)); with the assistant's message last, the output goes on with it"),
     done("system", BOTH, "the system prompt: a text or text blocks"),
     done("stream", ASK, "the answer as server-sent events"),

@@ -8,7 +8,7 @@ const ASK: Doors = Doors(Door::Responses as u8);
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked
-    done("model", ASK, "the model's name, as `GET /v1/models` gives it"),
+    done("model", ASK, "as in chats"),
     done("input", ASK, "a text, or items: messages, function calls, their outputs, reasoning ([Responses](#responses))"),
     done("instructions", ASK, "the system message; that of an earlier response is not carried over"),
     done("previous_response_id", ASK, "goes on from a response that this API server keeps; 404 if it does not"),
@@ -17,7 +17,7 @@ pub const FIELDS: &[Field] = &[
     done("stream_options", ASK, "only with `stream`"),
     accepted("stream_options.include_obfuscation", ASK, "events are never padded"),
     // how long
-    done("max_output_tokens", ASK, "most output tokens, the reasoning's included; default: what the model has room for"),
+    done("max_output_tokens", ASK, "most output tokens, the reasoning's included; default: as `max_tokens` in chats"),
     done("truncation", ASK, "`auto` takes away the beginning of a prompt that is too long, token by token; default `disabled`, which refuses it"),
     done("min_tokens", ASK, "as in chats"),
     done("stop", ASK, "as in chats"),
@@ -45,7 +45,7 @@ pub const FIELDS: &[Field] = &[
     done("text", ASK, "an object"),
     done("text.format", ASK, "`text`, `json_object`, or `json_schema` with a `schema`: the text is valid JSON by it"),
     done("structured_outputs", ASK, "as in chats, in place of `text.format`"),
-    refused("text.verbosity", ASK, &["\"medium\""], "ask for it in the instructions"),
+    done("text.verbosity", ASK, "as `verbosity` in chats"),
     // reasoning
     done("reasoning", ASK, "an object"),
     done("reasoning.effort", ASK, "as `reasoning_effort` in chats"),

@@ -21,7 +21,7 @@ const NO_SPLIT: &str = "Baton hands KV over by itself";
 #[rustfmt::skip]
 pub const FIELDS: &[Field] = &[
     // what is asked
-    done("model", ALL, "the model's name, as `GET /v1/models` gives it; `/tokenize` and `/detokenize` need none"),
+    done("model", ALL, "one of the model's names, as `GET /v1/models` gives them; left out or empty, the model that there is"),
     done("messages", MESSAGES, "the chat, through the model's template"),
     done("prompt", Doors(TEXT.0 | TOKENIZE.0), "a text; for completions also token ids, or an array of either"),
     done("tokens", DETOKENIZE, "token ids"),
@@ -33,7 +33,7 @@ pub const FIELDS: &[Field] = &[
     done("n", BOTH, "choices for each prompt"),
     done("echo", TEXT, "the text begins with the prompt; with `logprobs`, also those of the prompt"),
     // how long
-    done("max_tokens", BOTH, "most output tokens; 16 for completions that name none, else what the model has room for. 0 with `echo`: only the prompt"),
+    done("max_tokens", BOTH, "most output tokens; 16 for completions that name none, else `--default-max-tokens`, without which it is what the model has room for. 0 with `echo`: only the prompt"),
     done("max_completion_tokens", BOTH, "the same; wins over `max_tokens`"),
     done("min_tokens", BOTH, "no end before so many output tokens"),
     done("stop", BOTH, "texts that end the output, which ends before them"),
@@ -71,6 +71,7 @@ pub const FIELDS: &[Field] = &[
     // what changes nothing
     accepted("user", BOTH, "for the client's own books"),
     accepted("metadata", BOTH, "for the client's own books"),
+    accepted("store", CHAT, "chats are not kept, and none can be asked for again; `/v1/responses` keeps what it answered"),
     accepted("safety_identifier", BOTH, "for the client's own books"),
     accepted("request_id", BOTH, "the header `X-Request-Id` names a request"),
     accepted("rid", BOTH, "the header `X-Request-Id` names a request"),
@@ -114,10 +115,17 @@ pub const FIELDS: &[Field] = &[
     done("include_reasoning", CHAT, "false leaves the reasoning out of the answer; default true"),
     refused("separate_reasoning", CHAT, &["true"], "reasoning comes apart from the answer"),
     refused("thinking_token_budget", BOTH, &["-1"], NO_BUDGET),
-    refused("reasoning", CHAT, &[], NO_BUDGET),
+    done("reasoning", CHAT, "an object, as OpenRouter's clients send it"),
+    done("reasoning.effort", CHAT, "the same as `reasoning_effort`"),
+    done("reasoning.enabled", CHAT, "false: as the effort `none`; true says `enable_thinking: true` to the template"),
+    done("reasoning.exclude", CHAT, "true: as `include_reasoning: false`"),
+    refused("reasoning.max_tokens", CHAT, &[], NO_BUDGET),
+    accepted("reasoning.summary", CHAT, "all of the reasoning is in the answer"),
+    done("verbosity", CHAT, "`low`, `medium` or `high`, for the template"),
     refused("thinking", CHAT, &[], "say so in chat_template_kwargs"),
     refused("enable_thinking", CHAT, &[], "say so in chat_template_kwargs"),
     // what workers would have to do
+    refused("logprob_token_ids", BOTH, &["[]"], "use top_logprobs, or logprobs in completions"),
     refused("logits_processors", BOTH, &["[]"], "use logit_bias"),
     refused("best_of", BOTH, &["1"], "ask for n choices and take the best"),
     refused("use_beam_search", BOTH, &["false"], "tokens are drawn one by one"),
@@ -129,13 +137,11 @@ pub const FIELDS: &[Field] = &[
     refused("top_a", BOTH, &["0"], "use min_p"),
     refused("mirostat", BOTH, &["0"], "use top_p"),
     // others' doors and others' work
-    refused("store", CHAT, &["false"], "answers are not kept"),
     refused("echo", CHAT, &["false"], "use continue_final_message, and put the message before the answer"),
     refused("chat_template", MESSAGES, &[], "the model's own is used"),
     refused("documents", CHAT, &["[]"], "give them in chat_template_kwargs"),
     refused("modalities", CHAT, &["[\"text\"]"], "answers are text"),
     refused("audio", CHAT, &[], "answers are text"),
-    refused("verbosity", CHAT, &["\"medium\""], "ask for it in a message"),
     refused("moderation", CHAT, &[], "nothing is moderated"),
     refused("safe_prompt", CHAT, &["false"], "write it into a message"),
     refused("media_io_kwargs", MESSAGES, &["{}"], NO_IMAGES),

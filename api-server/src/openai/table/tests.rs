@@ -72,6 +72,27 @@ fn what_is_done_is_read() {
     }
 }
 
+/// The types that descriptions of the API have are those that are read.
+#[test]
+fn types_are_those_that_are_read() {
+    let mut wrong = Vec::new();
+    for (door, field) in rows().filter(|(_, field)| field.does == Does::It) {
+        let error = parse(door, &with(door, field.name, json!([[[{}]]]))).expect_err(field.name);
+        let read = [
+            ("a boolean", "boolean"),
+            ("an integer", "integer"),
+            ("a number,", "number"),
+        ]
+        .into_iter()
+        .find(|(words, _)| format!("{},", error.message).contains(&format!("must be {words}")))
+        .map(|(_, kind)| kind);
+        if read != json_type(door, field.name) {
+            wrong.push(format!("{} of {door:?} is {read:?}: {error}", field.name));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 #[test]
 fn what_does_nothing_is_taken() {
     for (door, field) in rows().filter(|(_, field)| field.does == Does::Nothing) {
