@@ -14,7 +14,6 @@ import { time, whole, widths, type Spent } from "../src/cluster/spent";
 import type { Worker } from "../src/cluster/types";
 import type { Reading } from "../src/load/charts";
 import { History } from "../src/load/history";
-import { ceiling, written } from "../src/load/line_chart";
 import { growth, parse, quantile, selector, sum } from "../src/load/metrics";
 
 test("events are cut wherever the bytes are", () => {
@@ -335,11 +334,6 @@ test("metrics are read, counted and cut into quantiles", () => {
   assert.ok(Math.abs(quantile(before, after, selector("h_bucket"), 0.5)! - 0.1) < 1e-9);
   assert.ok(Math.abs(quantile(before, after, selector("h_bucket"), 0.75)! - 0.55) < 1e-9);
   assert.equal(quantile(after, after, selector("h_bucket"), 0.5), null);
-});
-
-test("axes end at round numbers", () => {
-  assert.deepEqual([0, 0.03, 7, 12, 501].map(ceiling), [1, 0.05, 10, 20, 1000]);
-  assert.deepEqual([0.5, 12.34, 150, 1_500, 25_000].map(written), ["0.50", "12.3", "150", "1.5k", "25k"]);
 });
 
 test("a bar's parts are of the longest request's width", () => {

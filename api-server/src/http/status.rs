@@ -155,6 +155,10 @@ pub async fn cluster(server: web::Data<Server>) -> HttpResponse {
                 fingerprint: &server.model.fingerprint,
                 tokens_max: server.model.tokens_max,
             },
+            promised: PromisedRow {
+                ttft_ms: server.promises.level.ttft_ms,
+                itl_ms: server.promises.level.itl_ms,
+            },
             healthy: faults.is_empty(),
             reasons: faults,
             degraded,
@@ -221,6 +225,7 @@ struct ClusterPage<'a> {
     cluster: &'a str,
     api_server: &'a ApiServerId,
     model: ModelRow<'a>,
+    promised: PromisedRow,
     healthy: bool,
     reasons: Vec<String>,
     degraded: Vec<String>,
@@ -233,6 +238,13 @@ struct ModelRow<'a> {
     name: &'a str,
     fingerprint: &'a ModelFingerprint,
     tokens_max: u32,
+}
+
+/// The service level that requests are promised; null where nothing is.
+#[derive(Serialize)]
+struct PromisedRow {
+    ttft_ms: Option<u32>,
+    itl_ms: Option<u32>,
 }
 
 #[derive(Serialize)]

@@ -4,9 +4,11 @@ import { apiKey, getJson } from "../api";
 import type { Chats } from "./chats";
 import { CodeDialog } from "./code_dialog";
 import { MessageView } from "./message";
+import type { Model } from "./model";
 import { faults, requestBody } from "./request";
 import { SettingsPanel } from "./settings";
 import type { Conversation, Message, Settings } from "./types";
+import { Welcome } from "./welcome";
 
 interface Props {
   chats: Chats;
@@ -16,7 +18,8 @@ interface Props {
 
 export function Chat({ chats, round }: Props) {
   const [, redraw] = useState(0);
-  const [model, setModel] = useState("");
+  const [served, setServed] = useState<Model | null>(null);
+  const model = served?.id ?? "";
   const [fault, setFault] = useState("");
   const [shows, setShows] = useState<"" | "settings" | "code">("");
   const log = useRef<HTMLDivElement>(null);
@@ -25,8 +28,8 @@ export function Chat({ chats, round }: Props) {
 
   useEffect(() => chats.watch(() => redraw((count) => count + 1)), [chats]);
   useEffect(() => {
-    getJson<{ data: { id: string }[] }>("/v1/models").then(
-      (models) => (setModel(models.data[0]?.id ?? ""), setFault("")),
+    getJson<{ data: Model[] }>("/v1/models").then(
+      (models) => (setServed(models.data[0] ?? null), setFault("")),
       (error: Error) => setFault(error.message),
     );
   }, [round]);
@@ -59,6 +62,11 @@ export function Chat({ chats, round }: Props) {
     const content = draft.trim();
     if (!content || isRunning || isWrong || !model) return;
     if (ask([...current.messages, { role: "user", content }])) chats.setDraft("");
+    input.current?.focus();
+  }
+
+  function askExample(question: string) {
+    ask([...current.messages, { role: "user", content: question }]);
     input.current?.focus();
   }
 
@@ -125,17 +133,7 @@ export function Chat({ chats, round }: Props) {
             sticks.current = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
           }}
         >
-          {!current.messages.length && (
-            <p class="empty">
-              {model ? (
-                <>
-                  Ask <strong>{model}</strong> something.
-                </>
-              ) : (
-                "Looking for a model…"
-              )}
-            </p>
-          )}
+          {!current.messages.length && <Welcome model={served} onAsk={isWrong ? null : askExample} />}
           {current.messages.map((message, index) => (
             <MessageView
               key={`${current.id} ${index}`}

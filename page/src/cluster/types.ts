@@ -40,6 +40,8 @@ export interface ClusterAnswer {
   cluster: string;
   api_server: string;
   model: { name: string; tokens_max: number };
+  /** The service level, null where nothing is promised; servers of before do not say. */
+  promised?: { ttft_ms: number | null; itl_ms: number | null };
   healthy: boolean;
   reasons: string[];
   degraded: string[];

@@ -18,6 +18,10 @@ export interface Line {
 export interface ChartSpec {
   title: string;
   unit: string;
+  /** Things are counted. */
+  isCount?: boolean;
+  /** It is of what the server promises, and empty where it promises nothing. */
+  isOfPromises?: boolean;
   lines: Line[];
 }
 
@@ -73,7 +77,7 @@ export const CHARTS: ChartSpec[] = [
       { label: "prompt", value: rate('baton_tokens_total{kind="prompt"}') },
     ],
   },
-  { title: "Requests", unit: "in flight", lines: [{ label: "in flight", value: now("baton_requests_in_flight") }] },
+  { title: "Requests", unit: "in flight", isCount: true, lines: [{ label: "in flight", value: now("baton_requests_in_flight") }] },
   { title: "First token", unit: "ms", lines: times("baton_ttft_seconds_bucket") },
   { title: "Between tokens", unit: "ms", lines: times("baton_inter_token_seconds_bucket") },
   // The time that users wait for, from the prompt's last step to the release of its KV; and what of it the pull takes.
@@ -87,6 +91,7 @@ export const CHARTS: ChartSpec[] = [
   {
     title: "Service level met",
     unit: "% of requests",
+    isOfPromises: true,
     lines: [{ label: "met", value: percent('baton_service_level_total{outcome="met"}', "baton_service_level_total") }],
   },
   {

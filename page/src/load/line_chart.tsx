@@ -1,3 +1,5 @@
+import { axis, written } from "./axis";
+
 export interface Point {
   at: number;
   /** null: there was nothing to measure. */
@@ -9,14 +11,20 @@ interface Props {
   unit: string;
   from: number;
   to: number;
+  /** Things are counted: the axis has whole numbers. */
+  isCount?: boolean;
+  /** What is said in place of an axis where nothing was ever measured. */
+  nothing?: string | undefined;
   lines: { label: string; points: Point[] }[];
 }
 
 const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [420, 150, 48, 8, 18];
 
-export function LineChart({ title, unit, from, to, lines }: Props) {
+export function LineChart({ title, unit, from, to, isCount = false, nothing, lines }: Props) {
   const values = lines.flatMap((line) => line.points.flatMap((point) => point.value ?? []));
-  const top = ceiling(Math.max(0, ...values));
+  const ticks = axis(Math.max(0, ...values), isCount);
+  const top = ticks.at(-1)!;
+  const isEmpty = nothing !== undefined && values.length === 0;
   const x = (at: number) => LEFT + ((at - from) / (to - from)) * (WIDTH - LEFT - 4);
   const y = (value: number) => TOP + (1 - value / top) * (HEIGHT - TOP - BOTTOM);
   const now = lines.map((line) => {
@@ -28,19 +36,24 @@ export function LineChart({ title, unit, from, to, lines }: Props) {
       <figcaption>
         <strong>{title}</strong> <span class="note">{unit}</span>
         <span class="legend">
-          {now.map((text, index) => (
+          {(isEmpty ? [] : now).map((text, index) => (
             <span key={text.split(" ")[0]} class={`line-${index}`}>
               {text}
             </span>
           ))}
         </span>
       </figcaption>
-      <svg viewBox={`0 0 ${WIDTH} ${HEIGHT}`} role="img" aria-label={`${title}, ${unit}: ${now.join(", ")}`}>
-        {[0, 0.5, 1].map((share) => (
-          <g key={share} class="grid">
-            <line x1={LEFT} x2={WIDTH - 4} y1={y(top * share)} y2={y(top * share)} />
-            <text x={LEFT - 5} y={y(top * share) + 4}>
-              {written(top * share)}
+      <svg viewBox={`0 0 ${WIDTH} ${HEIGHT}`} role="img" aria-label={`${title}, ${unit}: ${isEmpty ? nothing : now.join(", ")}`}>
+        {isEmpty && (
+          <text class="nothing" x={WIDTH / 2} y={HEIGHT / 2}>
+            {nothing}
+          </text>
+        )}
+        {(isEmpty ? [] : ticks).map((tick) => (
+          <g key={tick} class="grid">
+            <line x1={LEFT} x2={WIDTH - 4} y1={y(tick)} y2={y(tick)} />
+            <text x={LEFT - 5} y={y(tick) + 4}>
+              {written(tick)}
             </text>
           </g>
         ))}
@@ -69,17 +82,4 @@ function path(points: Point[], x: (at: number) => number, y: (value: number) => 
       return value === null ? "" : `${move}${x(at).toFixed(1)} ${y(value).toFixed(1)}`;
     })
     .join("");
-}
-
-/** 1, 2 or 5 times a power of ten, not below the value. */
-export function ceiling(value: number): number {
-  if (!(value > 0)) return 1;
-  const power = 10 ** Math.floor(Math.log10(value));
-  return (([1, 2, 5].find((it) => it * power >= value) ?? 10) as number) * power;
-}
-
-export function written(value: number): string {
-  if (value >= 10_000) return `${(value / 1_000).toFixed(0)}k`;
-  if (value >= 1_000) return `${(value / 1_000).toFixed(1)}k`;
-  return value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
 }

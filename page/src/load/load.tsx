@@ -1,11 +1,14 @@
 import { useEffect, useState } from "preact/hooks";
 
-import { getText } from "../api";
+import { getJson, getText } from "../api";
+import type { ClusterAnswer } from "../cluster/types";
 import { usePoll } from "../poll";
 import { CHARTS, NAMES } from "./charts";
 import { SHOWN_MS, WINDOW_MS, type History } from "./history";
 import { LineChart } from "./line_chart";
 import { parse } from "./metrics";
+
+const NO_LEVEL = "no level promised (--ttft-ms, --itl-ms)";
 
 /** The least that is shown. */
 const SHOWN_MIN_MS = 60_000;
@@ -25,6 +28,16 @@ export function useReadings(history: History, isLookedAt: boolean): string {
 export function Load({ history, fault }: { history: History; fault: string }) {
   const [, redraw] = useState(0);
   useEffect(() => history.watch(() => redraw((count) => count + 1)), [history]);
+  const [isPromised, setIsPromised] = useState(true);
+  useEffect(() => {
+    const leaves = new AbortController();
+    // A server of before says nothing of it: then the chart is drawn.
+    getJson<ClusterAnswer>("/cluster", leaves.signal).then(
+      ({ promised }) => setIsPromised(!promised || promised.ttft_ms !== null || promised.itl_ms !== null),
+      () => {},
+    );
+    return () => leaves.abort();
+  }, []);
   const { from, to } = history.span() ?? { from: Date.now(), to: Date.now() };
   const shown = Math.min(SHOWN_MS, Math.max(SHOWN_MIN_MS, to - from));
   return (
@@ -43,6 +56,8 @@ export function Load({ history, fault }: { history: History; fault: string }) {
             key={chart.title}
             title={chart.title}
             unit={chart.unit}
+            isCount={chart.isCount ?? false}
+            nothing={chart.isOfPromises && !isPromised ? NO_LEVEL : undefined}
             from={to - shown}
             to={to}
             lines={chart.lines.map((line, number) => ({ label: line.label, points: history.points(index, number) }))}

@@ -41,8 +41,33 @@ def test_an_answer_says_what_it_cost_and_is_kept(open_page, complaints, axe):
     wait_for_end(page)
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("article")).to_have_count(0)
-    page.get_by_role("button", name="What is the capital of France?", exact=True).click()
+    page.locator(".conversations").get_by_role("button", name="What is the capital of France?", exact=True).click()
     expect(page.locator("article")).to_have_count(4)
+    assert complaints == []
+
+
+def test_the_first_screen_says_what_the_model_takes_and_what_to_ask(open_page, model, complaints, axe):
+    page = open_page()
+    welcome = page.locator(".empty")
+    expect(welcome).to_contain_text(model)
+    # A CPU's small model, whose template shows it no tools.
+    expect(welcome.locator(".note")).to_have_text("2,048 tokens for question and answer · calls tools only where it must")
+    examples = page.get_by_role("list", name="Example questions").get_by_role("button")
+    expect(examples).to_have_count(4)
+    assert axe(page) == []
+    set_field(page, "Temperature", "0")
+    set_field(page, "Most tokens", "48")
+    page.get_by_role("button", name="Settings").click()
+    # By keyboard too.
+    question = examples.first.text_content()
+    examples.first.press("Enter")
+    expect(page.locator("article.of-user")).to_contain_text(question)
+    expect(page.get_by_role("list", name="Example questions")).to_have_count(0)
+    wait_for_end(page)
+    expect(last_answer(page).locator(".markdown")).to_contain_text("Paris")
+    # A new conversation begins with them again.
+    page.get_by_role("button", name="New conversation").click()
+    expect(examples).to_have_count(4)
     assert complaints == []
 
 

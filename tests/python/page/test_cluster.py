@@ -98,22 +98,25 @@ def test_on_a_narrow_screen_the_links_are_a_list(open_page, client, model, compl
     assert complaints == []
 
 
-def test_workers_that_do_both_stand_on_both_sides(open_page, cluster, model_dir, tmp_path, complaints):
+def test_a_worker_that_does_both_is_one_box(open_page, cluster, model_dir, tmp_path, complaints, axe):
     alone = "--cluster", "both"
     with worker(cluster, model_dir, "one", "both", *alone), worker(cluster, model_dir, "two", "both", *alone), api_server(cluster, model_dir, tmp_path, *alone) as url:
         page = open_page("cluster", url=url)
         expect(page.get_by_label("two: serving")).to_be_visible()
-        expect(page.locator(".flow .box text:not(.small)")).to_have_text(["one", "two", "one", "two"])
+        expect(page.locator(".flow .box text:not(.small)")).to_have_text(["one", "two"])
+        expect(page.locator(".flow .box .small").first).to_have_text("0 run, 0 staged, 0 pulled")
         expect(page.locator(".flow svg .link")).to_have_count(2)
         expect(page.locator(".flow svg .link.is-broken")).to_have_count(0)
         rows = page.get_by_role("list", name="Links that KV takes").get_by_role("listitem")
         expect(rows).to_contain_text(["two → one", "one → two"])
-        # Each link's numbers stand at its reader, and not where the two cross.
-        boxes = [it.bounding_box() for it in page.locator(".flow .rate").all()]
-        readers = [it.bounding_box() for it in page.locator(".flow .box").all()][2:]
-        middle = sum(box["y"] + box["height"] / 2 for box in readers) / 2
-        assert len(boxes) == 2 and all(not box["y"] - 8 < middle < box["y"] + box["height"] + 8 for box in boxes)
-        assert all(box["x"] + box["width"] <= readers[0]["x"] for box in boxes)
+        # Each link's numbers are at its reader, and the two do not cross.
+        one, two = (it.bounding_box() for it in page.locator(".flow .box rect").all())
+        boxes = sorted((it.bounding_box() for it in page.locator(".flow .rate rect").all()), key=lambda box: box["x"])
+        left, right = boxes
+        assert one["x"] + one["width"] <= left["x"] and left["x"] + left["width"] <= right["x"], (one, left, right)
+        assert right["x"] + right["width"] <= two["x"], (right, two)
+        assert right["y"] + right["height"] <= left["y"] + 1, "what goes right is above what goes left"
+        assert axe(page) == []
     assert complaints == []
 
 

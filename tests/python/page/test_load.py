@@ -2,7 +2,7 @@
 
 import re
 
-from on_page import LONG, asking
+from on_page import LONG, api_server, asking
 from playwright.sync_api import expect
 
 
@@ -28,6 +28,25 @@ def test_load_is_drawn(open_page, client, model, complaints):
         for title in titles[:6]:
             expect(page.locator(".chart", has_text=title).first.locator("svg")).to_have_attribute("aria-label", re.compile("[0-9]"))
         expect(page.locator(".chart", has_text="Service level met").locator(".legend")).to_have_text("met 100")
+        # There are no halves of requests.
+        ticks = page.locator(".chart", has_text="in flight").locator(".grid text").all_text_contents()
+        assert len(ticks) >= 2 and all(tick.isdecimal() for tick in ticks), ticks
+    assert complaints == []
+
+
+def test_where_nothing_is_promised_the_chart_says_so(open_page, cluster, model_dir, tmp_path, complaints):
+    with api_server(cluster, model_dir, tmp_path) as url:
+        page = open_page("load", url=url)
+        chart = page.locator(".chart", has_text="Service level met")
+        expect(chart.locator(".nothing")).to_have_text("no level promised (--ttft-ms, --itl-ms)")
+        expect(chart.locator("svg")).to_have_attribute("aria-label", re.compile("no level promised"))
+        expect(chart.locator(".grid")).to_have_count(0)
+    # The cluster's own server promises a first token.
+    page = open_page("load")
+    with page.expect_response("**/cluster"):
+        page.reload()
+    expect(page.locator(".chart", has_text="Service level met").locator(".grid")).not_to_have_count(0)
+    expect(page.locator(".nothing")).to_have_count(0)
     assert complaints == []
 
 
