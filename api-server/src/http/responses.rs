@@ -39,6 +39,7 @@ fn read(server: &Server, asker: &Asker, body: &[u8]) -> Result<Asked, ApiError> 
         input,
         before,
         store: keeps,
+        reasoned,
     } = responses::read(body, &server.model.defaults, &server.limits, &find)?;
     let keeping = (keeps && store.is_on()).then(|| Keeping {
         store: Arc::clone(store),
@@ -47,7 +48,8 @@ fn read(server: &Server, asker: &Asker, body: &[u8]) -> Result<Asked, ApiError> 
         input,
     });
     let id = asker.named.id.to_string();
-    let writer = ResponseWriter::new(&id, server.model_names.first(), &settings, keeping);
+    let writer = ResponseWriter::new(&id, server.model_names.first(), &settings, keeping)
+        .with_reasoned(reasoned);
     Ok(Asked {
         chat,
         answer: Answer::Own(Box::new(writer)),

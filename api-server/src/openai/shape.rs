@@ -34,6 +34,8 @@ pub struct Shown {
     pub prompt_logprobs: bool,
     /// In which tokens are named by their ids.
     pub tokens_as_ids: bool,
+    /// The answer is calls: it has no content.
+    pub calls_only: bool,
     /// Token ids: those of each prompt, and how many choices it has.
     pub token_ids: Option<(Vec<Arc<[u32]>>, usize)>,
 }
@@ -91,9 +93,15 @@ impl Shape {
                 out.extend_from_slice(self.head.as_bytes());
                 self.prompt_token_ids(index, out);
                 put(out, format_args!(",\"choices\":[{{\"index\":{index},"));
-                out.extend_from_slice(
-                    b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null",
-                );
+                out.extend_from_slice(match self.shown.calls_only {
+                    true => {
+                        b"\"delta\":{\"role\":\"assistant\",\"content\":null},\"logprobs\":null"
+                            .as_slice()
+                    }
+                    false => {
+                        b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null"
+                    }
+                });
             }
             ApiKind::Completion if self.shown.token_ids.is_none() => return,
             ApiKind::Completion => {

@@ -281,3 +281,48 @@ async fn what_changes_no_answer_is_taken() {
     assert_eq!(answer.status, 200, "{}", answer.body);
     assert_eq!(answer.json()["text"]["verbosity"], "high");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_is_sent_back_by_the_ids_of_its_items() {
+    let nats = Nats::start().await;
+    let (mut context, _decode, api) = api_with(&nats, |_| {}).await;
+    let asked = json!({"input": "a", "max_output_tokens": 5});
+    let first = api.post("/v1/responses", asked).await.json();
+    let _ = context.prefills.recv().await.unwrap();
+    let said = &first["output"][0];
+    let ask = |id: &Value| {
+        let reference = json!({"type": "item_reference", "id": id});
+        let user = |text: &str| json!({"role": "user", "content": text});
+        json!({"input": [user("a"), reference, user("b")], "max_output_tokens": 2})
+    };
+    let second = api.post("/v1/responses", ask(&said["id"])).await;
+    assert_eq!(second.status, 200, "{}", second.body);
+    let job = context.prefills.recv().await.unwrap();
+    let bytes: Vec<u8> = job.sequence.tokens.0.iter().map(|id| *id as u8).collect();
+    let text = said["content"][0]["text"].as_str().unwrap();
+    let prompt = format!("<user>a\n<assistant>{text}\n<user>b\n<assistant>");
+    assert_eq!(String::from_utf8_lossy(&bytes), prompt);
+    let none = api.post("/v1/responses", ask(&json!("msg_none_0"))).await;
+    assert_eq!(none.status, 404, "{}", none.body);
+    let error = &none.json()["error"];
+    assert_eq!(error["param"], "input[1].id");
+    assert!(
+        error["message"].as_str().unwrap().contains("not found"),
+        "{error}"
+    );
+    // What was kept of the second names the item itself.
+    let id = second.json()["id"].as_str().unwrap().to_owned();
+    let items = ask_items(&api, &id).await;
+    assert!(
+        items
+            .iter()
+            .any(|item| item["id"] == said["id"] && item["type"] == "message"),
+        "{items:?}"
+    );
+}
+
+async fn ask_items(api: &Api, id: &str) -> Vec<Value> {
+    let path = format!("GET /v1/responses/{id}/input_items");
+    let page = ask(api, &path, &[], b"").await.json();
+    page["data"].as_array().unwrap().clone()
+}

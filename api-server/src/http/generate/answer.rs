@@ -88,6 +88,9 @@ pub async fn answer(
             logprobs: params.sampling.logprobs.is_some(),
             prompt_logprobs: params.prompt_logprobs.is_some(),
             tokens_as_ids: params.tokens_as_ids,
+            calls_only: prompts
+                .iter()
+                .any(|prompt| prompt.reading.as_ref().is_some_and(|it| it.is_forced)),
             token_ids,
         };
         let fingerprint = server.model.system_fingerprint();

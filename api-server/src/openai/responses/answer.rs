@@ -5,6 +5,7 @@ use std::sync::Arc;
 use baton_protocol::FinishReason;
 use serde_json::{Map, Value};
 
+use super::reasoned::Reasoned;
 use super::store::{Kept, ResponseStore, Segment};
 use crate::error::ApiError;
 use crate::openai::{escape, logprob_object, put};
@@ -37,6 +38,8 @@ pub struct ResponseWriter {
     keeping: Option<Keeping>,
     /// Items that are over, as JSON.
     pub(super) items: Vec<String>,
+    /// What of its reasoning it has besides the text.
+    pub(super) reasoned: Reasoned,
     /// Of a stream: the item that is under way.
     pub(super) open: Option<Open>,
     /// Of a stream: events so far.
@@ -55,6 +58,7 @@ pub(super) struct Open {
     pub text: String,
     /// Of a message: the log-probabilities so far, as [`logprobs`] writes them.
     pub logprobs: Vec<u8>,
+    reasoned: Reasoned,
 }
 
 /// What an item is.
@@ -97,10 +101,18 @@ impl ResponseWriter {
             settings: repeated,
             keeping,
             items: Vec::new(),
+            reasoned: Reasoned::default(),
             open: None,
             events: 0,
             waiting: Vec::new(),
         }
+    }
+
+    /// The same with this of its reasoning.
+    #[must_use]
+    pub fn with_reasoned(mut self, reasoned: Reasoned) -> Self {
+        self.reasoned = reasoned;
+        self
     }
 
     /// An item of this kind, with an id of its own.
@@ -110,6 +122,7 @@ impl ResponseWriter {
             kind,
             text: String::new(),
             logprobs: Vec::new(),
+            reasoned: self.reasoned,
         }
     }
 
@@ -235,17 +248,16 @@ impl Open {
             Kind::Reasoning => {
                 put(
                     out,
-                    format_args!(
-                        "{{\"type\":\"reasoning\",\"id\":\"{id}\",\"summary\":[],\"content\":["
-                    ),
+                    format_args!("{{\"type\":\"reasoning\",\"id\":\"{id}\",\"summary\":"),
                 );
+                self.reasoned.summary(text, out);
+                out.extend_from_slice(b",\"content\":[");
                 if !text.is_empty() {
                     self.part(out);
                 }
-                put(
-                    out,
-                    format_args!("],\"encrypted_content\":null,\"status\":\"{status}\"}}"),
-                );
+                out.extend_from_slice(b"],\"encrypted_content\":");
+                self.reasoned.encrypted(text, out);
+                put(out, format_args!(",\"status\":\"{status}\"}}"));
             }
             Kind::Message => {
                 put(
@@ -272,6 +284,10 @@ impl Open {
                 put(out, format_args!("\",\"status\":\"{status}\"}}"));
             }
         }
+    }
+
+    pub fn is_reasoning(&self) -> bool {
+        self.kind == Kind::Reasoning
     }
 
     /// Its part, of what has parts.
@@ -319,7 +335,8 @@ impl AnswerWriter for ResponseWriter {
         if !outcome.reasoning.is_empty() {
             parts.push((Kind::Reasoning, outcome.reasoning));
         }
-        if !outcome.content.is_empty() || outcome.calls.is_empty() {
+        // An answer has an item, and be it an empty one.
+        if !outcome.content.is_empty() || (outcome.calls.is_empty() && parts.is_empty()) {
             parts.push((Kind::Message, outcome.content));
         }
         parts.extend(calls);

@@ -90,7 +90,7 @@ impl StreamWriter for ResponseWriter {
 
 impl ResponseWriter {
     /// The beginning of an event, in its object.
-    fn event(&mut self, kind: &str, out: &mut Vec<u8>) {
+    pub(super) fn event(&mut self, kind: &str, out: &mut Vec<u8>) {
         put(
             out,
             format_args!(
@@ -102,7 +102,7 @@ impl ResponseWriter {
     }
 
     /// Of an event about a part of the item under way: where it is.
-    fn place(&self, id: &str, has_parts: bool, out: &mut Vec<u8>) {
+    pub(super) fn place(&self, id: &str, has_parts: bool, out: &mut Vec<u8>) {
         put(
             out,
             format_args!(
@@ -146,6 +146,7 @@ impl ResponseWriter {
             open.part(out);
             out.extend_from_slice(b"}\n\n");
         }
+        self.begin_summary(&open, out);
         self.open = Some(open);
     }
 
@@ -162,6 +163,7 @@ impl ResponseWriter {
         out.extend_from_slice(b",\"delta\":\"");
         escape(text, out);
         out.extend_from_slice(b"\"}\n\n");
+        self.summary_delta(&open, text, out);
         open.text.push_str(text);
         self.open = Some(open);
     }
@@ -209,6 +211,7 @@ impl ResponseWriter {
             open.part(out);
             out.extend_from_slice(b"}\n\n");
         }
+        self.end_summary(&open, out);
         self.event("response.output_item.done", out);
         put(
             out,
@@ -229,6 +232,7 @@ mod tests {
     use baton_protocol::FinishReason;
     use serde_json::{Map, Value, json};
 
+    use super::super::reasoned::{Reasoned, sent_back};
     use super::*;
     use crate::error::ErrorKind;
     use crate::output::LogprobEntry;
@@ -340,6 +344,61 @@ mod tests {
             assert_eq!(event["output_index"], index);
             assert_eq!(event["item"]["status"], "in_progress");
         }
+    }
+
+    #[test]
+    fn a_summary_that_is_asked_for_is_the_reasoning_once_more() {
+        let model = opened(7, "{}").unwrap();
+        let reasoned = Reasoned {
+            has_summary: true,
+            is_sent_back: true,
+        };
+        let writer = ResponseWriter::new("x", "m", &Map::new(), None);
+        let mut writer = writer.with_reasoned(reasoned);
+        let (usage, mut out) = (Usage::default(), Vec::new());
+        for text in ["Hm", "\""] {
+            let part = Part::Reasoning(text.to_owned());
+            writer.part(0, &part, Piece::default(), usage, &model, &mut out);
+        }
+        let part = Part::Content("Yes".to_owned());
+        writer.part(0, &part, Piece::default(), usage, &model, &mut out);
+        let finish = Finish {
+            reason: FinishReason::Stop,
+            has_called: false,
+            stop: None,
+        };
+        writer.finish(0, &finish, usage, &mut out);
+        let events = events(&out);
+        let of_summary: Vec<(&str, &Value)> = events
+            .iter()
+            .filter_map(|event| {
+                let name = event["type"]
+                    .as_str()?
+                    .strip_prefix("response.reasoning_summary_")?;
+                assert_eq!(
+                    (&event["item_id"], &event["output_index"]),
+                    (&json!("rs_x_0"), &json!(0))
+                );
+                assert_eq!(event["summary_index"], 0);
+                let fields = ["delta", "text", "part"];
+                Some((name, fields.iter().find_map(|field| event.get(*field))?))
+            })
+            .collect();
+        let part = |text: &str| json!({"type": "summary_text", "text": text});
+        let expected = [
+            ("part.added", &part("")),
+            ("text.delta", &json!("Hm")),
+            ("text.delta", &json!("\"")),
+            ("text.done", &json!("Hm\"")),
+            ("part.done", &part("Hm\"")),
+        ];
+        assert_eq!(of_summary, expected);
+        let response = &events.last().unwrap()["response"];
+        let thought = &response["output"][0];
+        assert_eq!(thought["summary"], json!([part("Hm\"")]));
+        let sent = thought["encrypted_content"].as_str().unwrap();
+        assert_eq!(sent_back(sent).as_deref(), Some("Hm\""));
+        assert_eq!(thought["content"][0]["text"], "Hm\"");
     }
 
     #[test]

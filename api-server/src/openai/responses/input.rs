@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
+use super::reasoned::sent_back;
 use crate::error::ApiError;
 use crate::openai::fields::wrong_type;
 use crate::openai::table::misspelled;
@@ -184,15 +185,20 @@ impl Chat {
     }
 
     fn reasoned(&mut self, at: &str, item: &Map<String, Value>) -> Result<(), ApiError> {
-        if item
-            .get("encrypted_content")
-            .is_some_and(|value| !value.is_null())
-        {
-            let param = format!("{at}.encrypted_content");
-            let message =
-                format!("{param} cannot be read here: reasoning of this server is text in content");
-            return Err(ApiError::param(param, message));
-        }
+        // A client that keeps the text hidden has it there alone; others have it in `content` too.
+        let encrypted = item.get("encrypted_content");
+        let hidden = match encrypted.filter(|value| !value.is_null()) {
+            None => None,
+            Some(value) => {
+                let text = value.as_str().and_then(sent_back);
+                let text = text.ok_or_else(|| {
+                    let param = format!("{at}.encrypted_content");
+                    let message = format!("{param} is not of this server and cannot be read here");
+                    ApiError::param(param, message)
+                })?;
+                Some(text)
+            }
+        };
         self.close();
         for field in ["content", "summary"] {
             let Some(value) = item.get(field).filter(|value| !value.is_null()) else {
@@ -204,6 +210,9 @@ impl Chat {
                 self.reasoning.push_str(&text);
                 return Ok(());
             }
+        }
+        if let Some(text) = hidden {
+            self.reasoning.push_str(&text);
         }
         Ok(())
     }
@@ -342,6 +351,20 @@ mod tests {
             {"role": "assistant", "content": "", "reasoning_content": "Hm."},
         ]);
         assert_eq!(chat(None, items).unwrap(), expected);
+    }
+
+    #[test]
+    fn reasoning_that_is_sent_back_hidden_is_read() {
+        let hidden = |encrypted: &str| json!({"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": encrypted});
+        // "Hm." as this server hides it.
+        let items = json!([{"role": "user", "content": "hi"}, hidden("baton:SG0u"), {"role": "assistant", "content": "Yes."}]);
+        let messages = chat(None, items).unwrap();
+        assert_eq!(messages[1]["reasoning_content"], "Hm.");
+        // Where the text is there it is not read twice.
+        let mut shown = hidden("baton:SG0u");
+        shown["content"] = json!([{"type": "reasoning_text", "text": "Hm."}]);
+        let messages = chat(None, json!([{"role": "user", "content": "hi"}, shown])).unwrap();
+        assert_eq!(messages[1]["reasoning_content"], "Hm.");
     }
 
     #[test]

@@ -3,6 +3,8 @@
 mod answer;
 mod events;
 mod input;
+mod reasoned;
+mod references;
 mod request;
 mod settings;
 mod store;

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use serde_json::{Map, Value};
 
 use super::input::{self, Chat};
+use super::reasoned::Reasoned;
+use super::references;
 use super::settings::Settings;
 use super::store::{Kept, Segment};
 use super::tools::offer;
@@ -28,6 +30,8 @@ pub struct ResponseRequest {
     pub before: Vec<Arc<Segment>>,
     /// Whether the response is to be kept.
     pub store: bool,
+    /// What of its reasoning is written besides the text.
+    pub reasoned: Reasoned,
 }
 
 /// Checks a body. `find` looks for an earlier response.
@@ -100,10 +104,13 @@ pub fn read(
         }
     }
     let items = input::items(fields.take("input"))?;
+    let room = limits.body_bytes_max - bytes;
+    let items = references::resolved(items, room, find)?;
     for (i, item) in items.iter().enumerate() {
         chat.add(&format!("input[{i}]"), item)?;
     }
     let messages = chat.finish()?;
+    let reasoned = settings.reasoned();
     let settings = settings.finish(&fields, &params, store)?;
     Ok(ResponseRequest {
         chat: ChatRequest {
@@ -117,6 +124,7 @@ pub fn read(
         input: Value::Array(items).to_string(),
         before,
         store,
+        reasoned,
     })
 }
 
@@ -211,7 +219,13 @@ mod tests {
             before,
             store,
             input,
+            reasoned,
         } = asked;
+        let both = Reasoned {
+            has_summary: true,
+            is_sent_back: true,
+        };
+        assert_eq!(reasoned, both);
         let said = |role: &str, text: &str| json!({"role": role, "content": text});
         let expected = [
             said("system", "Be brief."),

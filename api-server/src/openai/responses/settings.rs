@@ -3,6 +3,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::reasoned::Reasoned;
 use crate::error::ApiError;
 use crate::openai::fields::{Fields, wrong_type};
 use crate::openai::table::{self, Door};
@@ -17,9 +18,14 @@ const VALUE_CHARS_MAX: usize = 512;
 /// What `include` asks for log-probabilities with.
 const LOGPROBS: &str = "message.output_text.logprobs";
 
+/// What `include` asks for a text of the reasoning with that can be sent back.
+const ENCRYPTED: &str = "reasoning.encrypted_content";
+
+/// How long a summary of the reasoning is to be. Here it is all of it.
+const SUMMARIES: [&str; 3] = ["auto", "concise", "detailed"];
+
 /// What else it may ask for: of all this there is nothing that is left out without it.
-const INCLUDES: [&str; 8] = [
-    "reasoning.encrypted_content",
+const INCLUDES: [&str; 7] = [
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",
@@ -34,6 +40,7 @@ pub struct Settings {
     said: Map<String, Value>,
     format: Value,
     wants_logprobs: bool,
+    reasoned: Reasoned,
 }
 
 impl Settings {
@@ -41,7 +48,7 @@ impl Settings {
     pub fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let mut said = Map::new();
         said.insert("metadata".to_owned(), metadata(fields)?);
-        let wants_logprobs = include(fields)?;
+        let (wants_logprobs, is_sent_back) = include(fields)?;
         let mut format = json!({"type": "text"});
         let mut text = Map::new();
         if let Some(value) = fields.value("text") {
@@ -66,6 +73,10 @@ impl Settings {
             said,
             format,
             wants_logprobs,
+            reasoned: Reasoned {
+                has_summary: false,
+                is_sent_back,
+            },
         })
     }
 
@@ -149,12 +160,27 @@ impl Settings {
                 };
                 thinking::say(name, effort, variables)?;
             }
-            if let Some(summary) = object.get("summary") {
+            // The second is its name of before.
+            for field in ["summary", "generate_summary"] {
+                let Some(summary) = object.get(field).filter(|value| !value.is_null()) else {
+                    continue;
+                };
+                if !summary.as_str().is_some_and(|it| SUMMARIES.contains(&it)) {
+                    let name = format!("reasoning.{field}");
+                    let message = format!("{name} must be one of {}", SUMMARIES.join(", "));
+                    return Err(ApiError::param(name, message));
+                }
                 said["summary"] = summary.clone();
+                self.reasoned.has_summary = true;
             }
         }
         self.say("reasoning", said);
         Ok(())
+    }
+
+    /// What of the reasoning is written besides its text.
+    pub fn reasoned(&self) -> Reasoned {
+        self.reasoned
     }
 
     /// All of it.
@@ -238,12 +264,12 @@ fn metadata(fields: &mut Fields) -> Result<Value, ApiError> {
     Ok(value)
 }
 
-/// Reads `include`: whether it asks for log-probabilities.
-fn include(fields: &Fields) -> Result<bool, ApiError> {
+/// Reads `include`: whether it asks for log-probabilities, and for reasoning that can be sent back.
+fn include(fields: &Fields) -> Result<(bool, bool), ApiError> {
     let name = "include";
-    let mut wants_logprobs = false;
+    let (mut wants_logprobs, mut is_sent_back) = (false, false);
     let list = match fields.value(name) {
-        None => return Ok(false),
+        None => return Ok((false, false)),
         Some(Value::Array(list)) => list,
         Some(other) => return Err(wrong_type(name, "an array of texts", other)),
     };
@@ -251,6 +277,7 @@ fn include(fields: &Fields) -> Result<bool, ApiError> {
         let param = format!("{name}[{i}]");
         match value.as_str() {
             Some(LOGPROBS) => wants_logprobs = true,
+            Some(ENCRYPTED) => is_sent_back = true,
             Some(what) if INCLUDES.contains(&what) => {}
             Some(what) => {
                 let message = format!(
@@ -262,5 +289,5 @@ fn include(fields: &Fields) -> Result<bool, ApiError> {
             None => return Err(wrong_type(&param, "a text", value)),
         }
     }
-    Ok(wants_logprobs)
+    Ok((wants_logprobs, is_sent_back))
 }

@@ -49,11 +49,11 @@ pub const FIELDS: &[Field] = &[
     // reasoning
     done("reasoning", ASK, "an object"),
     done("reasoning.effort", ASK, "as `reasoning_effort` in chats"),
-    accepted("reasoning.summary", ASK, "all of the reasoning is in the answer"),
-    accepted("reasoning.generate_summary", ASK, "all of the reasoning is in the answer"),
+    done("reasoning.summary", ASK, "`auto`, `concise` or `detailed`: the reasoning comes as a summary too, which is all of it"),
+    done("reasoning.generate_summary", ASK, "the same"),
     // what the answer shows
     done("metadata", ASK, "up to 16 texts, which the answer repeats"),
-    done("include", ASK, "an array; `message.output_text.logprobs` asks for log-probabilities of the text's tokens, what answers have anyhow is accepted, what they do not have is refused"),
+    done("include", ASK, "an array; `message.output_text.logprobs` asks for log-probabilities of the text's tokens, `reasoning.encrypted_content` for reasoning that can be sent back ([Responses](#responses)), what answers have anyhow is accepted, what they do not have is refused"),
     done("top_logprobs", ASK, "alternatives, 0 to 20; needs `message.output_text.logprobs` in `include`"),
     // what changes nothing
     accepted("user", ASK, "for the client's own books"),
