@@ -4,6 +4,7 @@ mod flags;
 mod health;
 mod nats;
 mod plan;
+mod reason;
 mod restarts;
 mod scratch;
 mod supervisor;

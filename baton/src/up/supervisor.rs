@@ -3,7 +3,6 @@
 //! Children run in process groups of their own, so that Ctrl-C reaches `baton up` alone and the order of stopping is
 //! its own: first the API server, which lets requests finish, then workers, then the bus that all of them need.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
@@ -18,6 +17,7 @@ use tokio::process::{Child, Command};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout, timeout_at};
 
+use super::reason::{self, LastLines, Stream};
 use crate::systemd;
 
 /// A longer log line is shown in pieces.
@@ -26,8 +26,6 @@ const LINE_BYTES_MAX: u64 = 64 << 10;
 const KILL_WAIT: Duration = Duration::from_secs(5);
 /// How long the last lines of an ended process may take to arrive.
 const LAST_LINES_WAIT: Duration = Duration::from_secs(1);
-/// Lines kept to say why a process ended.
-const TAIL_LINES: usize = 5;
 
 /// When a process is stopped: all of one stage end before the next stage is asked to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,37 +60,14 @@ pub struct Exit {
     pub status: ExitStatus,
     /// How long it ran.
     pub lived: Duration,
-    /// Its last lines.
-    pub tail: Vec<String>,
+    /// The line of its output that explains it, if there is one.
+    pub reason: Option<String>,
 }
 
 impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} ended with {} after {:.1} s",
-            self.spec.name,
-            self.status,
-            self.lived.as_secs_f32()
-        )?;
-        match self.telling_line() {
-            Some(line) => {
-                let line = line.strip_prefix("baton: ").unwrap_or(line);
-                write!(f, "; it said: {line}")
-            }
-            None => write!(f, " and said nothing"),
-        }
-    }
-}
-
-impl Exit {
-    /// The line that most likely says why: the last that speaks of an error, else the last.
-    fn telling_line(&self) -> Option<&String> {
-        let tells = |line: &&String| {
-            let line = line.to_lowercase();
-            line.starts_with("baton:") || line.contains("error") || line.contains("panicked")
-        };
-        self.tail.iter().rev().find(tells).or(self.tail.last())
+        let how = reason::sentence(self.status, self.lived, self.reason.as_deref());
+        write!(f, "{} {how}", self.spec.name)
     }
 }
 
@@ -109,7 +84,7 @@ struct Running {
     child: Child,
     pid: Pid,
     since: Instant,
-    tail: Arc<Mutex<VecDeque<String>>>,
+    last_lines: Arc<Mutex<LastLines>>,
     readers: Vec<JoinHandle<()>>,
 }
 
@@ -158,21 +133,24 @@ impl Supervisor {
             .and_then(Pid::from_raw)
             .expect("a child that was not waited for has an id");
 
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
+        let last_lines = Arc::new(Mutex::new(LastLines::default()));
         let label = self.console.label(&spec.name);
         let mut readers = Vec::new();
         if let Some(pipe) = child.stdout.take() {
-            readers.push(tokio::spawn(show(pipe, label.clone(), Arc::clone(&tail))));
+            let last_lines = Arc::clone(&last_lines);
+            let shown = show(pipe, Stream::Output, label.clone(), last_lines);
+            readers.push(tokio::spawn(shown));
         }
         if let Some(pipe) = child.stderr.take() {
-            readers.push(tokio::spawn(show(pipe, label, Arc::clone(&tail))));
+            let shown = show(pipe, Stream::Error, label, Arc::clone(&last_lines));
+            readers.push(tokio::spawn(shown));
         }
         self.running.push(Running {
             spec,
             child,
             pid,
             since: Instant::now(),
-            tail,
+            last_lines,
             readers,
         });
         Ok(())
@@ -198,6 +176,7 @@ impl Supervisor {
             .iter_mut()
             .map(|running| Box::pin(running.child.wait()));
         let (status, index, _) = select_all(waits).await;
+        let ended = Instant::now();
         let running = self.running.remove(index);
         // A wait that fails means that somebody else reaped the child; it is gone either way.
         let status = status.unwrap_or_default();
@@ -205,17 +184,18 @@ impl Supervisor {
             // A grandchild may hold the pipe open; do not wait for that one.
             let _ = timeout(LAST_LINES_WAIT, reader).await;
         }
-        let tail = running
-            .tail
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .drain(..)
-            .collect();
+        let last_lines = {
+            let mut kept = running
+                .last_lines
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *kept)
+        };
         Exit {
             spec: running.spec,
             status,
-            lived: running.since.elapsed(),
-            tail,
+            lived: ended.duration_since(running.since),
+            reason: last_lines.reason(ended),
         }
     }
 
@@ -278,7 +258,12 @@ async fn all_ended(ending: &mut Vec<Running>, deadline: Instant) {
 }
 
 /// Shows a pipe line by line until it closes.
-async fn show(pipe: impl AsyncRead + Unpin, label: String, tail: Arc<Mutex<VecDeque<String>>>) {
+async fn show(
+    pipe: impl AsyncRead + Unpin,
+    stream: Stream,
+    label: String,
+    last_lines: Arc<Mutex<LastLines>>,
+) {
     let mut pipe = BufReader::new(pipe);
     let mut line = Vec::new();
     loop {
@@ -295,13 +280,8 @@ async fn show(pipe: impl AsyncRead + Unpin, label: String, tail: Arc<Mutex<VecDe
         let text = text.trim_end_matches(['\n', '\r']);
         // Nobody left to read is no fault, and nobody who reads slowly holds the children up.
         baton_logs::line(&format!("{label} {text}"));
-        if !text.is_empty() {
-            let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-            if tail.len() == TAIL_LINES {
-                tail.pop_front();
-            }
-            tail.push_back(text.to_owned());
-        }
+        let mut last_lines = last_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        last_lines.push(stream, text);
     }
 }
 
@@ -337,7 +317,6 @@ impl Console {
 #[cfg(test)]
 mod tests {
     use std::future::pending;
-    use std::os::unix::process::ExitStatusExt;
 
     use super::*;
 
@@ -367,7 +346,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_is_told_with_status_and_last_line() {
+    async fn an_end_is_reported_with_status_and_reason() {
         let mut supervisor = Supervisor::new(None);
         supervisor
             .start(shell("idle", Stage::Worker, "exec sleep 600"))
@@ -384,23 +363,25 @@ mod tests {
             (exit.spec.name.as_str(), exit.status.code()),
             ("faulty", Some(3))
         );
-        assert!(exit.tail.contains(&"no room".to_owned()), "{:?}", exit.tail);
+        assert_eq!(exit.reason.as_deref(), Some("no room"));
         assert_eq!(supervisor.pids().count(), 1);
         supervisor.stop(LONG, pending()).await;
     }
 
     #[tokio::test]
-    async fn a_killed_child_is_told() {
+    async fn a_killed_child_is_reported_by_its_signal_and_not_by_its_last_log_line() {
         let mut supervisor = Supervisor::new(None);
+        let script = "echo '2026-11-25T07:05:57Z  INFO KV peer connected' >&2; kill -9 $$";
         supervisor
-            .start(shell("victim", Stage::Bus, "kill -9 $$"))
+            .start(shell("victim", Stage::Bus, script))
             .unwrap();
         let exit = timeout(LONG, supervisor.next_exit()).await.unwrap();
-        assert_eq!(exit.status.signal(), Some(9));
+        let text = exit.to_string();
         assert!(
-            exit.to_string().contains("victim ended with signal: 9"),
-            "{exit}"
+            text.starts_with("victim was killed by signal 9 (SIGKILL)"),
+            "{text}"
         );
+        assert!(!text.contains("it said"), "{text}");
     }
 
     #[tokio::test]
