@@ -30,6 +30,7 @@ mod plan;
 mod render;
 mod screen;
 mod self_check;
+mod served;
 mod shell;
 mod shutdown;
 mod sse;

@@ -1,5 +1,7 @@
 //! `baton up`: a whole cluster on this machine, every part a process of its own.
 
+mod announce;
+mod described;
 mod flags;
 mod health;
 mod nats;
@@ -18,6 +20,7 @@ use clap::{ArgGroup, Args};
 use futures::future::try_join_all;
 use serde::{Deserialize, Serialize};
 
+use self::described::{check_here, described};
 pub use self::nats::Listen;
 use self::plan::{Models, Plan};
 use self::restarts::Restarts;
@@ -229,49 +232,6 @@ pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
     })
 }
 
-/// What the file says, or else the flags.
-fn described(args: &UpArgs) -> Result<Deployment, Failure> {
-    let Some(file) = &args.config else {
-        return flags::deployment(args);
-    };
-    // The variable is the API server's too, and holds where the file names no keys.
-    let variable = std::env::var_os("BATON_API_KEYS_FILE").map(PathBuf::from);
-    if args.keys.api_keys_file != variable {
-        let why = "--api-keys-file cannot be used with --config: write api-server.api-keys-file";
-        return Err(why.into());
-    }
-    // The variables are the processes' too, and hold where the file says nothing.
-    let variable = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
-    let endpoint = variable("OTEL_EXPORTER_OTLP_ENDPOINT");
-    if args.otlp.endpoint() != endpoint.as_deref() {
-        let why = "--otlp-endpoint cannot be used with --config: write traces.otlp-endpoint";
-        return Err(why.into());
-    }
-    let sample = variable("OTEL_TRACES_SAMPLER_ARG").and_then(|part| part.parse().ok());
-    if args.sample.trace_sample != sample {
-        let why = "--trace-sample cannot be used with --config: write api-server.trace-sample";
-        return Err(why.into());
-    }
-    Deployment::read(file)
-}
-
-/// Looks at every file and program that is named, before a model is prepared or anything starts.
-fn check_here(args: &UpArgs, deployment: &Deployment) -> Result<(), Failure> {
-    deployment.check_files()?;
-    if deployment.nats.is_own() {
-        nats::find(deployment.nats.nats_server.as_deref().map(Path::new))?;
-    }
-    if let Some(file) = &args.ready_file {
-        let directory = file.parent().filter(|path| !path.as_os_str().is_empty());
-        let directory = directory.unwrap_or(Path::new("."));
-        if file.file_name().is_none() || !directory.is_dir() {
-            let why = "no file can be there: name one in a directory that exists";
-            return Err(format!("--ready-file {}: {why}", file.display()).into());
-        }
-    }
-    Ok(())
-}
-
 /// The nats-server program that a cluster would be started with.
 ///
 /// # Errors
@@ -329,8 +289,11 @@ async fn try_serve(
         healthy = try_join_all(urls.iter().map(|url| health::wait(url, wait))) => healthy?,
     };
     let ready = |supervisor: &Supervisor| ready(plan, models, &bus, supervisor);
-    announce(args, &ready(supervisor))?;
+    if let Some(file) = &args.ready_file {
+        announce::write_ready(file, &ready(supervisor))?;
+    }
     manager.ready(&format!("serving at {}", urls.join(", ")));
+    announce::print(&ready(supervisor)).await;
 
     let mut restarts = Restarts::default();
     loop {
@@ -350,7 +313,7 @@ async fn try_serve(
             spec = restarts.due() => {
                 start(supervisor, spec)?;
                 if let Some(file) = &args.ready_file {
-                    write_ready(file, &ready(supervisor))?;
+                    announce::write_ready(file, &ready(supervisor))?;
                 }
             }
         }
@@ -418,39 +381,6 @@ fn ready(plan: &Plan, models: &Models, bus: &str, supervisor: &Supervisor) -> Re
         model: name.or_else(own_name).unwrap_or_default(),
         pids,
     }
-}
-
-/// Says on standard output where the cluster is and how to talk to it.
-fn announce(args: &UpArgs, ready: &Ready) -> Result<(), Failure> {
-    if let Some(file) = &args.ready_file {
-        write_ready(file, ready)?;
-    }
-    let (url, name) = (&ready.url, &ready.model);
-    // An authority of one's own has to be named to all of them.
-    let ca = match url.starts_with("https://") {
-        true => " --cacert CA.pem",
-        false => "",
-    };
-    // Whoever closed standard output does not want to know.
-    let _ = writeln!(
-        std::io::stdout(),
-        "\nBaton serves {name} at {url}\n\n  page: {url}/\n\n  \
-         curl -N{ca} {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
-         -d '{{\"model\": \"{name}\", \"stream\": true, \"max_tokens\": 100, \"temperature\": 0.2,\n         \
-         \"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n\n  \
-         baton chat --url {url}{ca}\n  baton status --url {url}{ca}\n\nCtrl-C stops it.\n"
-    );
-    Ok(())
-}
-
-/// Written aside and renamed: whoever sees the file sees all of it.
-fn write_ready(file: &Path, ready: &Ready) -> Result<(), Failure> {
-    let aside = file.with_extension("tmp");
-    serde_json::to_vec_pretty(ready)
-        .map_err(std::io::Error::from)
-        .and_then(|text| std::fs::write(&aside, text))
-        .and_then(|()| std::fs::rename(&aside, file))
-        .map_err(|error| format!("cannot write {}: {error}", file.display()).into())
 }
 
 #[cfg(test)]

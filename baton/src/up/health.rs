@@ -14,12 +14,7 @@ const ANSWER_WAIT: Duration = Duration::from_secs(2);
 /// # Errors
 /// After `wait`, what was missing at the last look.
 pub async fn wait(url: &str, wait: Duration) -> Result<(), Failure> {
-    let client = reqwest::Client::builder()
-        .timeout(ANSWER_WAIT)
-        .no_proxy()
-        // It is our own child, asked by the address that it was told: its certificate is for the name by which clients know it.
-        .tls_danger_accept_invalid_certs(true)
-        .build()?;
+    let client = client()?;
     let deadline = Instant::now() + wait;
     let mut told = String::new();
     loop {
@@ -39,6 +34,19 @@ pub async fn wait(url: &str, wait: Duration) -> Result<(), Failure> {
         }
         tokio::time::sleep(ASK_EVERY).await;
     }
+}
+
+/// A client for our own API servers.
+///
+/// # Errors
+/// If the system has no randomness or the like.
+pub fn client() -> reqwest::Result<reqwest::Client> {
+    reqwest::Client::builder()
+        .timeout(ANSWER_WAIT)
+        .no_proxy()
+        // It is our own child, asked by the address that it was given: its certificate is for the name by which clients know it.
+        .tls_danger_accept_invalid_certs(true)
+        .build()
 }
 
 /// What the cluster lacks, or `None`.
