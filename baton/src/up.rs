@@ -80,8 +80,11 @@ const OF_THE_DEPLOYMENT: [&str; 38] = [
 ];
 
 #[derive(Args, Debug)]
-#[command(group(ArgGroup::new("what").args(["config", "model"]).required(true)))]
+#[command(group(ArgGroup::new("what").args(["what_to_serve", "config", "model"]).required(true)))]
 pub struct UpArgs {
+    /// What to serve, the same as --model MODEL
+    #[arg(value_name = "MODEL")]
+    what_to_serve: Option<String>,
     /// File that describes the whole cluster (YAML, docs/deployment.md), instead of the flags that do
     #[arg(long, value_name = "FILE", conflicts_with_all = OF_THE_DEPLOYMENT)]
     config: Option<PathBuf>,
@@ -190,7 +193,8 @@ pub struct Ready {
 }
 
 /// Runs the cluster until a signal comes (that is no failure) or a process dies.
-pub fn run(args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
+pub fn run(mut args: UpArgs, log_format: LogFormat) -> Result<(), Failure> {
+    args.model = args.model.or(args.what_to_serve.take());
     let manager = ServiceManager::from_env();
     refuse_listeners()?;
     let deployment = described(&args)?;
@@ -430,7 +434,7 @@ mod tests {
         for arg in command.get_arguments() {
             let id = arg.get_id().as_str();
             let apart = ["help", "api_keys_file", "otlp_endpoint", "trace_sample"];
-            if beside.contains(&id) || apart.contains(&id) {
+            if beside.contains(&id) || apart.contains(&id) || arg.is_positional() {
                 continue;
             }
             let flag = format!("--{}", arg.get_long().unwrap());
@@ -463,6 +467,10 @@ mod tests {
             assert!(error.contains(flag), "{error}");
         }
         assert!(Line::try_parse_from(["up"]).is_err());
+        for line in [["up", "m", "--config", "f"], ["up", "m", "--model", "n"]] {
+            let error = Line::try_parse_from(line).err().unwrap();
+            assert_eq!(error.kind(), clap::error::ErrorKind::ArgumentConflict);
+        }
     }
 
     #[test]
