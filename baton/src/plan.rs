@@ -23,6 +23,7 @@ use serde_json::json;
 use crate::Failure;
 use crate::api_client::ApiServerArg;
 use crate::api_server::PromiseArgs;
+use crate::served::grouped;
 
 use self::measured::Measured;
 use self::mix::{Kind, Mix};
@@ -32,8 +33,13 @@ use self::told::CostFile;
 /// A request is given up, and has failed, after this: a level that matters is far shorter.
 const BUDGET: Duration = Duration::from_secs(60);
 
-/// Mean time between tokens that workers keep to where nobody says any: a GPU's default.
+/// Mean time between tokens that workers keep to where neither --itl-ms nor a cluster says any: a GPU's default.
 const ITL_DEFAULT: Duration = Duration::from_millis(25);
+
+/// The load where its flags are not given. Each that is used is a note of the plan.
+const PROMPT_TOKENS_DEFAULT: u32 = 1024;
+const MAX_TOKENS_DEFAULT: u32 = 128;
+const SECONDS_DEFAULT: f64 = 20.0;
 
 #[derive(Args, Debug)]
 #[command(group = ArgGroup::new("load").required(true).args(["rate", "trace"]), group = ArgGroup::new("level").required(true).multiple(true).args(["ttft_ms", "itl_ms"]))]
@@ -68,15 +74,15 @@ pub struct PlanArgs {
     /// Requests a second, at random times (Poisson): one or several, with commas
     #[arg(long, value_name = "RATES", value_delimiter = ',')]
     rate: Vec<f64>,
-    /// Tokens of each prompt
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..=1_000_000), conflicts_with = "trace")]
-    prompt_tokens: u32,
-    /// Tokens of each answer
-    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000), conflicts_with = "trace")]
-    max_tokens: u32,
-    /// How long requests come at each rate, in seconds
-    #[arg(long, default_value_t = 20.0, conflicts_with = "trace")]
-    seconds: f64,
+    /// Tokens of each prompt [default: 1024]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000), conflicts_with = "trace")]
+    prompt_tokens: Option<u32>,
+    /// Tokens of each answer [default: 128]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000), conflicts_with = "trace")]
+    max_tokens: Option<u32>,
+    /// How long requests come at each rate, in seconds [default: 20]
+    #[arg(long, conflicts_with = "trace")]
+    seconds: Option<f64>,
     /// Requests as this file says, in the form of `baton bench --trace`
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -124,7 +130,8 @@ fn outlooks(args: &PlanArgs) -> Result<(Vec<Outlook>, Vec<String>), Failure> {
         ttft_ms: args.promises.ttft_ms,
         itl_ms: args.itl_ms,
     };
-    let loads = loads(args)?;
+    let mut notes = Vec::new();
+    let loads = loads(args, &mut notes)?;
     let longest = loads.iter().flat_map(|(_, load)| load);
     let longest = longest.map(|arrival| arrival.prompt_tokens + arrival.max_tokens as usize);
     let measured = Measured::of(args, longest.max().unwrap_or(0))?;
@@ -140,7 +147,14 @@ fn outlooks(args: &PlanArgs) -> Result<(Vec<Outlook>, Vec<String>), Failure> {
         },
         overload: args.promises.overload.into(),
     };
-    let itl = level.itl().or(measured.itl).unwrap_or(ITL_DEFAULT);
+    notes.extend(measured.notes.iter().cloned());
+    let itl = level.itl().or(measured.itl).unwrap_or_else(|| {
+        notes.push(format!(
+            "no --itl-ms: workers keep their steps to {} ms",
+            ITL_DEFAULT.as_millis()
+        ));
+        ITL_DEFAULT
+    });
     let deployment = |mix: &Mix| {
         let worker = |kind: &Kind| {
             let sizes = measured.sizes(kind)?;
@@ -173,16 +187,32 @@ fn outlooks(args: &PlanArgs) -> Result<(Vec<Outlook>, Vec<String>), Failure> {
         Ok(Outlook::new(mix, *rate, level, &prediction))
     });
     let outlooks: Vec<Outlook> = outlooks.into_iter().collect::<Result<_, String>>()?;
-    Ok((outlooks, measured.notes))
+    Ok((outlooks, notes))
 }
 
-fn loads(args: &PlanArgs) -> Result<Vec<Load>, Failure> {
+fn loads(args: &PlanArgs, notes: &mut Vec<String>) -> Result<Vec<Load>, Failure> {
     if let Some(path) = &args.trace {
         return Ok(vec![(None, load::traced(path)?)]);
     }
-    let sizes = (args.prompt_tokens as usize, args.max_tokens);
+    let mut assumed = |flag: &str, what: String| notes.push(format!("no {flag}: {what}"));
+    let prompt_tokens = args.prompt_tokens.unwrap_or_else(|| {
+        let tokens = grouped(PROMPT_TOKENS_DEFAULT.into());
+        assumed("--prompt-tokens", format!("prompts of {tokens} tokens"));
+        PROMPT_TOKENS_DEFAULT
+    });
+    let max_tokens = args.max_tokens.unwrap_or_else(|| {
+        let tokens = grouped(MAX_TOKENS_DEFAULT.into());
+        assumed("--max-tokens", format!("answers of {tokens} tokens"));
+        MAX_TOKENS_DEFAULT
+    });
+    let seconds = args.seconds.unwrap_or_else(|| {
+        let what = format!("requests come for {SECONDS_DEFAULT} s at each rate");
+        assumed("--seconds", what);
+        SECONDS_DEFAULT
+    });
     let load = |rate: &f64| {
-        let load = load::poisson(*rate, args.seconds, sizes, args.seed)?;
+        let sizes = (prompt_tokens as usize, max_tokens);
+        let load = load::poisson(*rate, seconds, sizes, args.seed)?;
         Ok((Some(*rate), load))
     };
     args.rate.iter().map(load).collect()

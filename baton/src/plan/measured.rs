@@ -12,8 +12,9 @@ use super::PlanArgs;
 use super::mix::Kind;
 use super::told::{CostFile, Row, Told};
 use crate::Failure;
+use crate::served::grouped;
 
-/// Where nobody says any.
+/// Where neither a flag nor a cluster says any. Each that is used is a note of the plan.
 const LINK_GBPS_DEFAULT: f64 = 100.0;
 const STEP_TOKENS_DEFAULT: u32 = 8192;
 const BATCH_DEFAULT: u32 = 256;
@@ -78,7 +79,13 @@ impl Measured {
             }
             _ => geometry(args)?,
         };
-        let tokens_max = model_tokens.unwrap_or(longest as u32);
+        let tokens_max = model_tokens.unwrap_or_else(|| {
+            notes.push(format!(
+                "no --model: the longest sequence has {} tokens, as the longest request",
+                grouped(longest as u64)
+            ));
+            longest as u32
+        });
         if longest > tokens_max as usize {
             return Err(format!(
                 "requests of this load have {longest} tokens, and the model's sequences {tokens_max} at most: no answer would be whole"
@@ -140,8 +147,16 @@ impl Sizes {
         notes: &mut Vec<String>,
     ) -> Result<Self, Failure> {
         let row = told.row.as_ref().or(other);
+        let mut assumed = |note: String| {
+            if !notes.contains(&note) {
+                notes.push(note);
+            }
+        };
         let batch = args.batch.or(row.map(|row| row.capacity.batch));
-        let batch = batch.unwrap_or(BATCH_DEFAULT);
+        let batch = batch.unwrap_or_else(|| {
+            assumed(format!("no --batch: {BATCH_DEFAULT} sequences in a step"));
+            BATCH_DEFAULT
+        });
         let block_bytes = kv.block_bytes() as u64;
         let blocks = match (args.kv_mib, row) {
             (Some(mib), _) => u32::try_from((mib << 20) / block_bytes)?,
@@ -149,12 +164,10 @@ impl Sizes {
             (None, None) => {
                 let blocks = u64::from(batch) * kv.blocks_for(longest) as u64;
                 let gib = (blocks * block_bytes) as f64 / f64::from(1 << 30);
-                let note = format!(
-                    "no --kv-mib: each worker has room for {batch} sequences of {longest} tokens, {gib:.1} GiB"
-                );
-                if !notes.contains(&note) {
-                    notes.push(note);
-                }
+                assumed(format!(
+                    "no --kv-mib: each worker has room for {batch} sequences of {} tokens, {gib:.1} GiB",
+                    grouped(longest as u64)
+                ));
                 u32::try_from(blocks)?
             }
         };
@@ -166,10 +179,15 @@ impl Sizes {
             .into());
         }
         let step_tokens = args.step_tokens.or(row.and_then(|row| row.step_tokens));
+        let step_tokens = step_tokens.unwrap_or_else(|| {
+            let tokens = grouped(STEP_TOKENS_DEFAULT.into());
+            assumed(format!("no --step-tokens: up to {tokens} tokens in a step"));
+            STEP_TOKENS_DEFAULT
+        });
         Ok(Self {
             cost: told.cost.clone(),
             blocks,
-            step_tokens: step_tokens.unwrap_or(STEP_TOKENS_DEFAULT),
+            step_tokens,
             batch,
             queue: row.map_or(QUEUE_DEFAULT as u32, |row| row.capacity.queue),
             steps_in_flight: steps_in_flight(row),

@@ -179,6 +179,40 @@ fn what_is_missing_is_named() {
     }
 }
 
+#[test]
+fn what_is_assumed_is_said_with_the_flag_that_sets_it() {
+    let cost = file(COST);
+    let line = format!(
+        "--cost {} --kv-bytes-per-token 4096 --mix both*1 --rate 1 --ttft-ms 900",
+        cost.path().display()
+    );
+    let (_, notes) = outlooks(&plan(&line)).unwrap();
+    for expected in [
+        "no --prompt-tokens: prompts of 1,024 tokens",
+        "no --max-tokens: answers of 128 tokens",
+        "no --seconds: requests come for 20 s at each rate",
+        "no --model: the longest sequence has 1,152 tokens, as the longest request",
+        "no --link-gbps: 100 Gbit/s",
+        "no --batch: 256 sequences in a step",
+        "no --kv-mib: each worker has room for 256 sequences of 1,152 tokens, 1.1 GiB",
+        "no --step-tokens: up to 8,192 tokens in a step",
+        "no --itl-ms: workers keep their steps to 25 ms",
+    ] {
+        assert_eq!(
+            notes.iter().filter(|note| *note == expected).count(),
+            1,
+            "{expected}: {notes:?}"
+        );
+    }
+    let said = " --prompt-tokens 64 --max-tokens 2 --seconds 5 --link-gbps 10 --batch 4 --kv-mib 64 --step-tokens 512 --itl-ms 9";
+    let (_, notes) = outlooks(&plan(&format!("{line}{said}"))).unwrap();
+    assert!(
+        notes.iter().all(|note| note.starts_with("no --model")),
+        "{notes:?}"
+    );
+    assert!(render(&[], &notes).contains("no --model"));
+}
+
 /// The cost of one that is half as fast.
 const SLOW: &str = r#"{"layers": [{"tokens": 1, "us": 8000}, {"tokens": 128, "us": 8000}, {"tokens": 1024, "us": 40000}], "row_us": 0, "kv_token_us": 0, "pair_us": 0}"#;
 
