@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::time::Duration;
 
+use baton_protocol::deadlines::BEAT_INTERVAL_MS;
 use clap::Args;
 use serde_json::Value;
 
@@ -24,6 +25,9 @@ pub struct StatusArgs {
 }
 
 const ANSWER_WAIT: Duration = Duration::from_secs(5);
+
+/// A worker that was not heard for longer has missed a heartbeat: the interval, and a quarter for its way here.
+const SILENT_AFTER_MS: u64 = BEAT_INTERVAL_MS + BEAT_INTERVAL_MS / 4;
 
 /// Prints tables of workers and of the connections between them; fails if the cluster cannot serve. With `--watch` it goes on for
 /// ever, also while nobody answers.
@@ -106,7 +110,7 @@ fn render(cluster: &Value) -> String {
         workers.row([
             word(&worker["worker"]),
             word(&worker["role"]),
-            word(&worker["state"]),
+            state(worker),
             word(&worker["device"]),
             word(&worker["ranks"]),
             word(&worker["weights"]),
@@ -144,6 +148,22 @@ fn render(cluster: &Value) -> String {
         text += &peers.render();
     }
     text
+}
+
+/// The state that the API server reports, and for how long the worker has been silent. The API server takes a worker for
+/// `serving` until it is suspect; until then the silence alone shows that something is wrong.
+fn state(worker: &Value) -> String {
+    let state = word(&worker["state"]);
+    match worker["silent_ms"].as_u64() {
+        Some(ms) if ms > SILENT_AFTER_MS => {
+            let silent = format!("silent {:.1} s", ms as f64 / 1e3);
+            match state.as_str() {
+                "serving" => silent,
+                _ => format!("{state}, {silent}"),
+            }
+        }
+        _ => state,
+    }
 }
 
 #[cfg(test)]
@@ -194,6 +214,24 @@ mod tests {
         let [pulled, probed] = [lines.len() - 2, lines.len() - 1].map(|line| cells(lines[line]));
         assert_eq!(pulled[3..], ["posix,cma", "19.50", "6.79", "-"]);
         assert_eq!(probed[3..], ["posix,cma", "-", "6.79", "-"]);
+    }
+
+    #[test]
+    fn a_worker_that_misses_a_heartbeat_is_shown_as_silent() {
+        for (reported, silent_ms, shown) in [
+            ("serving", json!(0), "serving"),
+            ("serving", json!(BEAT_INTERVAL_MS), "serving"),
+            ("serving", json!(SILENT_AFTER_MS), "serving"),
+            ("serving", json!(1_340), "silent 1.3 s"),
+            ("suspect", json!(2_600), "suspect, silent 2.6 s"),
+            ("draining", json!(2_600), "draining, silent 2.6 s"),
+            // Not said by an earlier release.
+            ("serving", json!(null), "serving"),
+        ] {
+            let worker = json!({"worker": "both-0", "state": reported, "silent_ms": silent_ms});
+            assert_eq!(state(&worker), shown);
+            assert!(render(&json!({"workers": [worker]})).contains(shown));
+        }
     }
 
     #[test]
