@@ -1,6 +1,7 @@
 //! How status, top, drain, chat and bench ask an API server: where it is, with which key, and what it says when it refuses.
 
 use std::error::Error;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,10 +12,13 @@ use serde_json::Value;
 use crate::Failure;
 use crate::api_key::ApiKeyArg;
 
+/// Where `baton up` listens if the port is free.
+const URL_DEFAULT: &str = "http://127.0.0.1:8000";
+
 #[derive(Args, Clone, Debug)]
 pub struct ApiServerArg {
     /// Where the API server answers; without a scheme, over http
-    #[arg(long, default_value = "http://127.0.0.1:8000", env = "BATON_URL")]
+    #[arg(long, default_value = URL_DEFAULT, env = "BATON_URL")]
     url: String,
     /// Certificates (PEM) that an https server's must come from [default: the system's]
     #[arg(long, value_name = "FILE", env = "BATON_CACERT")]
@@ -37,6 +41,11 @@ pub struct ApiClient {
 }
 
 impl ApiServerArg {
+    /// Whether another server than the usual one is meant.
+    pub fn is_named(&self) -> bool {
+        self.url != URL_DEFAULT
+    }
+
     /// A client for it, of which `limits` sets the time that may pass.
     ///
     /// # Errors
@@ -171,7 +180,12 @@ impl ApiClient {
     async fn send(&self, request: RequestBuilder) -> Result<Response, Failure> {
         let response = request.send().await;
         let response = response.map_err(|error| {
-            format!("no API server answers at {}: {}", self.base, causes(&error))
+            let tip = tip(&error);
+            format!(
+                "no API server answers at {}: {}{tip}",
+                self.base,
+                causes(&error)
+            )
         })?;
         let status = response.status();
         if status.is_success() {
@@ -181,6 +195,23 @@ impl ApiClient {
         let text = tokio::time::timeout(Duration::from_secs(5), response.text()).await;
         let text = text.ok().and_then(Result::ok).unwrap_or_default();
         Err(format!("{} answers {status}: {}", self.base, sentence(&text)).into())
+    }
+}
+
+/// What to do about a server that is not reached.
+fn tip(error: &reqwest::Error) -> &'static str {
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(error) = cause {
+        let io = error.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|io| io.kind() == ErrorKind::ConnectionRefused) {
+            return "; `baton up MODEL` starts a cluster, --url names another address";
+        }
+        cause = error.source();
+    }
+    let says = causes(error);
+    match says.contains("InvalidContentType") {
+        true => "; it speaks HTTP and no HTTPS: name it with http://",
+        false => "",
     }
 }
 
@@ -201,6 +232,10 @@ pub fn sentence(body: &str) -> String {
         .and_then(|value| value["error"]["message"].as_str());
     match message {
         Some(message) => message.to_owned(),
+        None if body.trim_start().starts_with('<') => {
+            "a page, as no API server of Baton sends it: another program has this address"
+                .to_owned()
+        }
         None => body.trim().chars().take(300).collect(),
     }
 }
@@ -233,6 +268,8 @@ mod tests {
             "no such model"
         );
         assert_eq!(sentence("  plain \n"), "plain");
+        let page = sentence("<!DOCTYPE HTML>\n<html lang=\"en\">\n<h1>Error response</h1>");
+        assert!(page.contains("another program") && !page.contains("<h1>"));
     }
 
     #[tokio::test]
@@ -251,6 +288,10 @@ mod tests {
         let error = client.get("/cluster").await.unwrap_err().to_string();
         assert!(error.contains(&address), "{error}");
         assert!(error.contains("refused"), "{error}");
+        assert!(
+            error.contains("`baton up MODEL`") && error.contains("--url"),
+            "{error}"
+        );
         assert!(!error.contains("builder"), "{error}");
     }
 }
