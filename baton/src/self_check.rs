@@ -10,13 +10,17 @@ use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
 use crate::Failure;
+use crate::api_client::ApiServerArg;
 use crate::bus_args::BusArgs;
+use crate::served;
 use crate::up;
 
 #[derive(Args, Debug)]
 pub struct SelfCheckArgs {
     #[command(flatten)]
     bus: BusArgs,
+    #[command(flatten)]
+    server: ApiServerArg,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -24,6 +28,9 @@ pub struct SelfCheckArgs {
 
 /// A NATS server that is there answers within this time.
 const NATS_WAIT: Duration = Duration::from_secs(2);
+
+/// The same of an API server.
+const API_SERVER_WAIT: Duration = Duration::from_secs(2);
 
 /// Below this, the kernel's limit of open files bounds the clients of an API server.
 const FILES_MIN: u64 = 4096;
@@ -57,6 +64,7 @@ pub fn run(args: SelfCheckArgs) -> Result<(), Failure> {
     findings.push(ucx());
     findings.push(nats_server());
     findings.push(nats(args.bus)?);
+    findings.push(api_server(&args.server)?);
     findings.extend(limits());
     let failed: Vec<_> = findings
         .iter()
@@ -232,6 +240,28 @@ fn nats(args: BusArgs) -> Result<Finding, Failure> {
                 State::Note,
                 format!("nobody answers at {url}: {means}"),
             )
+        }
+    })
+}
+
+/// Whether a cluster runs already, and what its model can do.
+fn api_server(server: &ApiServerArg) -> Result<Finding, Failure> {
+    let client = server.client(|builder| builder.timeout(API_SERVER_WAIT))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let models = runtime.block_on(client.get("/v1/models"));
+    let (base, check) = (client.base(), "api-server");
+    Ok(match models.map(|models| served::summary(&models)) {
+        Ok(Some(model)) => finding(check, State::Ok, format!("{base} serves {model}")),
+        Ok(None) if server.is_named() => {
+            finding(check, State::Fails, format!("{base} names no model"))
+        }
+        Err(error) if server.is_named() => finding(check, State::Fails, error.to_string()),
+        Ok(None) | Err(_) => {
+            let means = "baton up starts a cluster, --url names another address";
+            let says = format!("no cluster answers at {base}: {means}");
+            finding(check, State::Note, says)
         }
     })
 }
