@@ -1,4 +1,4 @@
-//! Whoever comes from vLLM types what they know: this says what it is called here.
+//! CLI hints: what people type by habit from vLLM, Ollama or Docker, and what it is called here.
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Error};
@@ -45,25 +45,113 @@ const FLAGS: [(&str, &str); 21] = [
     ("--tool-call-parser", "--tool-format"),
 ];
 
-/// The error with a tip, where its flag is one of those.
+/// Subcommands of other programs, and what does the same here.
+const COMMANDS: [(&[&str], &str); 10] = [
+    (
+        &["run", "start", "launch"],
+        "`baton up MODEL` starts a cluster; `baton chat` in another terminal talks to it",
+    ),
+    (
+        &["stop", "down", "kill"],
+        "Ctrl-C or SIGTERM ends `baton up` and all that it started; `baton drain WORKER` ends one worker",
+    ),
+    (
+        &["ps", "list", "ls", "info"],
+        "`baton status` shows the workers of a cluster and its model, `baton top` its requests",
+    ),
+    (
+        &["models", "show"],
+        "`baton status` names the model of a cluster; those that `baton up` prepared are in ~/.cache/baton/models",
+    ),
+    (
+        &["pull", "download", "convert", "prepare"],
+        "`baton up MODEL` prepares a model first; `baton model-prep --model MODEL --out DIR` does no more than that",
+    ),
+    (
+        &["logs", "log"],
+        "`baton up` prints the log lines of all its processes; RUST_LOG=debug prints more",
+    ),
+    (
+        &["generate", "complete", "ask", "prompt"],
+        "`baton chat \"QUESTION\"` asks a running cluster",
+    ),
+    (
+        &["benchmark"],
+        "`baton bench` loads a cluster and measures it",
+    ),
+    (
+        &["doctor", "check", "collect-env"],
+        "`baton self-check` looks at this machine",
+    ),
+    (&["version"], "`baton --version`"),
+];
+
+/// The error with a tip, where something here does what was meant.
 pub fn with_tip(mut error: Error) -> Error {
-    if error.kind() != ErrorKind::UnknownArgument {
-        return error;
+    let (replaced, tip) = match error.kind() {
+        ErrorKind::UnknownArgument => (ContextKind::SuggestedArg, of_argument(&error)),
+        ErrorKind::InvalidSubcommand => (ContextKind::SuggestedSubcommand, of_command(&error)),
+        ErrorKind::MissingRequiredArgument => (ContextKind::SuggestedArg, of_missing(&error)),
+        _ => return error,
+    };
+    if let Some(tip) = tip {
+        error.remove(replaced);
+        let tips = ContextValue::StyledStrs(vec![tip.into()]);
+        error.insert(ContextKind::Suggested, tips);
     }
-    let Some(ContextValue::String(given)) = error.get(ContextKind::InvalidArg) else {
-        return error;
-    };
-    let name = given.split('=').next().unwrap_or_default();
-    let Some((flag, ours)) = FLAGS.iter().find(|(flag, _)| *flag == name) else {
-        return error;
-    };
-    let tip = format!("vLLM's {flag} is here: {ours}");
-    error.remove(ContextKind::SuggestedArg);
-    error.insert(
-        ContextKind::Suggested,
-        ContextValue::StyledStrs(vec![tip.into()]),
-    );
     error
+}
+
+fn given(error: &Error, kind: ContextKind) -> Option<&str> {
+    match error.get(kind) {
+        Some(ContextValue::String(given)) => Some(given),
+        _ => None,
+    }
+}
+
+/// A flag of vLLM, or a value where flags are expected.
+fn of_argument(error: &Error) -> Option<String> {
+    let given = given(error, ContextKind::InvalidArg)?;
+    let name = given.split('=').next().unwrap_or_default();
+    if let Some((flag, ours)) = FLAGS.iter().find(|(flag, _)| *flag == name) {
+        return Some(format!("vLLM's {flag} is here: {ours}"));
+    }
+    let usage = match error.get(ContextKind::Usage) {
+        Some(ContextValue::StyledStr(usage)) => usage.to_string(),
+        _ => return None,
+    };
+    let flags = ["--model", "--tokenizer"].into_iter();
+    let mut wanted = flags.filter(|flag| usage.contains(&format!("{flag} <")));
+    match given.starts_with('-') || usage.contains("MODEL|") {
+        true => None,
+        false => Some(format!(
+            "a model is named by its flag: {} {given}",
+            wanted.next()?
+        )),
+    }
+}
+
+fn of_command(error: &Error) -> Option<String> {
+    let given = given(error, ContextKind::InvalidSubcommand)?;
+    let known = COMMANDS.iter().find(|(names, _)| names.contains(&given));
+    if let Some((_, ours)) = known {
+        return Some((*ours).to_owned());
+    }
+    let is_model = given.contains('/') || given.ends_with(".gguf");
+    is_model.then(|| format!("`baton up {given}` serves a model"))
+}
+
+/// `baton up` alone.
+fn of_missing(error: &Error) -> Option<String> {
+    let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) else {
+        return None;
+    };
+    let is_model = missing
+        .iter()
+        .any(|name| name.contains("--config <FILE>|--model <MODEL>"));
+    is_model.then(|| {
+        "MODEL is a model directory, a GGUF file, or a name: baton up qwen3-0.6b".to_owned()
+    })
 }
 
 #[derive(Args, Debug)]
@@ -122,6 +210,50 @@ mod tests {
         }
         let other = Cli::try_parse_from(["baton", "up", "--nothing"]).expect_err("no flag");
         assert!(!with_tip(other).to_string().contains("vLLM"));
+    }
+
+    /// What is printed for this line of words.
+    fn said(line: &str) -> String {
+        let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
+        with_tip(error).to_string()
+    }
+
+    #[test]
+    fn subcommands_of_other_programs_have_tips_that_name_ours() {
+        let command = Cli::command();
+        for (names, tip) in COMMANDS {
+            for name in names {
+                assert!(command.find_subcommand(name).is_none(), "there is a {name}");
+                let said = said(&format!("baton {name} x"));
+                assert!(said.contains(tip), "{said}");
+                assert!(!said.contains("similar subcommand"), "{said}");
+            }
+            let commands = tip.split("`baton ").skip(1);
+            for ours in commands.filter(|ours| !ours.starts_with("--")) {
+                let ours = ours.split([' ', '`']).next().unwrap();
+                assert!(command.find_subcommand(ours).is_some(), "{ours}");
+            }
+        }
+        assert!(said("baton ./model").contains("`baton up ./model` serves a model"));
+        assert!(said("baton statsu").contains("status"));
+    }
+
+    #[test]
+    fn a_model_without_its_flag_has_a_tip() {
+        let model_prep = said("baton model-prep smollm2 --out x");
+        assert!(model_prep.contains("--model smollm2"), "{model_prep}");
+        let worker = said("baton worker ./model");
+        assert!(worker.contains("--model ./model"), "{worker}");
+        let server = said("baton api-server ./model");
+        assert!(server.contains("--tokenizer ./model"), "{server}");
+        assert!(said("baton up").contains("baton up qwen3-0.6b"));
+        for other in [
+            "baton up a b",
+            "baton top x",
+            "baton up --model a --nothing",
+        ] {
+            assert!(!said(other).contains("by its flag"), "{}", said(other));
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The NATS server of `baton up`: found, configured, started, and its address learnt.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -63,6 +64,8 @@ fn places() -> Vec<PathBuf> {
         places.extend(std::env::split_paths(&path));
     }
     places.push(PathBuf::from("/usr/sbin"));
+    let mut seen = HashSet::new();
+    places.retain(|place| seen.insert(place.clone()));
     places
 }
 
