@@ -35,14 +35,46 @@ pub(crate) fn open(source: &str, want: Want) -> Result<Checkpoint, PrepError> {
     if is_hub_name(source) {
         return hub::open(source, want);
     }
-    let names: Vec<_> = friendly::friendly_names()
-        .iter()
-        .map(|(name, _)| *name)
+    Err(PrepError::Source(unknown(source)))
+}
+
+/// Says what else could have been meant: of a path nothing, of a name the short names that begin like it, or else all.
+fn unknown(source: &str) -> String {
+    let missing = format!("there is no file or directory {source:?}");
+    if source.contains('/') || source.starts_with(['.', '~']) || source.ends_with(".gguf") {
+        return missing;
+    }
+    let names = friendly::friendly_names().iter().map(|(name, _)| *name);
+    let near: Vec<_> = names
+        .clone()
+        .map(|name| (alike(source, name), name))
         .collect();
-    Err(PrepError::Source(format!(
-        "there is no file or directory {source:?}, and it is no Hugging Face name (owner/model); short names are {}",
-        names.join(", ")
-    )))
+    let most = near.iter().map(|(alike, _)| *alike).max().unwrap_or(0);
+    let (means, names) = match most >= ALIKE_MIN {
+        true => {
+            let near = near.iter().filter(|(alike, _)| *alike == most);
+            (
+                "did you mean",
+                near.map(|(_, name)| *name).collect::<Vec<_>>(),
+            )
+        }
+        false => ("short names are", names.collect()),
+    };
+    let names = names.join(", ");
+    format!("{missing}, and it is no Hugging Face name (owner/model); {means} {names}")
+}
+
+/// Letters that two names have to share at their beginning for one to be meant by the other.
+const ALIKE_MIN: usize = 3;
+
+/// How many letters and digits two names share at their beginning, whatever is between them.
+fn alike(one: &str, other: &str) -> usize {
+    fn plain(name: &str) -> impl Iterator<Item = char> {
+        let plain = name.chars().filter(char::is_ascii_alphanumeric);
+        plain.map(|c| c.to_ascii_lowercase())
+    }
+    let shared = plain(one).zip(plain(other));
+    shared.take_while(|(a, b)| a == b).count()
 }
 
 /// `owner/model`, in the characters the hub allows, and nothing that is meant as a path.
@@ -62,7 +94,7 @@ fn is_hub_name(source: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_hub_name;
+    use super::{is_hub_name, unknown};
 
     #[test]
     fn names_of_the_hub_are_told_from_paths() {
@@ -79,6 +111,29 @@ mod tests {
             "a b/c",
         ] {
             assert!(!is_hub_name(path), "{path}");
+        }
+    }
+    #[test]
+    fn an_unknown_name_brings_those_that_begin_like_it() {
+        let meant = |source: &str| {
+            let text = unknown(source);
+            let names = text.split_once("did you mean ").map(|(_, names)| names);
+            names.map(|names| names.split(", ").map(str::to_owned).collect::<Vec<_>>())
+        };
+        let smol = [
+            "smollm2-135m-instruct",
+            "smollm2-360m-instruct",
+            "smollm2-1.7b-instruct",
+        ];
+        assert_eq!(meant("smollm2").unwrap(), smol);
+        assert_eq!(meant("SmolM2").unwrap(), smol);
+        assert_eq!(meant("qwen3:8b").unwrap(), ["qwen3-8b"]);
+        assert!(unknown("gpt-4").contains("short names are llama-2-7b-chat, "));
+        for path in ["./model", "/models/x", "a/b/c", "x.gguf"] {
+            assert_eq!(
+                unknown(path),
+                format!("there is no file or directory {path:?}")
+            );
         }
     }
 }
