@@ -18,6 +18,7 @@ use super::DecodeSide;
 use super::peers::{Action, LinkInfo};
 use crate::common::{Common, task_outcome};
 use crate::mover::Mover;
+use crate::run::three_digits;
 
 /// A connection with its warm-up and measurement may take this long over a slow link. One that delivers nothing is given up after
 /// [`PULL_STALL_MS`].
@@ -88,7 +89,7 @@ impl DecodeSide {
         };
         match link {
             Ok(link) => {
-                tracing::info!(%worker, transport = &*link.transport, gigabytes_per_second = link.gigabytes_per_second, "KV peer connected");
+                tracing::info!(%worker, transport = &*link.transport, gigabytes_per_second = three_digits(link.gigabytes_per_second), "KV peer connected");
                 if let Some(action) = self.peers.connected(&worker, incarnation, link) {
                     self.act(common, action);
                 }

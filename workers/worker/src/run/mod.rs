@@ -93,16 +93,25 @@ pub async fn run(
         agent,
         transport,
     } = backend;
+    // Several lines, each short enough to be read.
     tracing::info!(
         worker = %config.worker,
         %incarnation,
         role = config.role.label(),
         model = model.name,
-        fingerprint = %model.fingerprint,
-        tokens_max = model.tokens_max,
         device = info.device,
+        "starting"
+    );
+    tracing::info!(
+        tokens_max = model.tokens_max,
         ranks = shares.ranks(),
         weights = weights.label(),
+        cluster = config.cluster.name(),
+        bus = config.bus.url_without_secrets(),
+        transport,
+        "settings"
+    );
+    tracing::info!(
         kv_blocks = info.blocks,
         kv_bytes = info.blocks as usize * info.kv.block_bytes(),
         block_tokens = info.kv.block_tokens,
@@ -112,11 +121,9 @@ pub async fn run(
         prefix_cache = config.prefix_cache,
         lease_ms = config.lease_ms,
         drain_ms = config.drain_ms,
-        transport,
-        cluster = config.cluster.name(),
-        bus = ?config.bus,
-        "starting"
+        "limits"
     );
+    tracing::debug!(fingerprint = %model.fingerprint, bus = ?config.bus, "further settings");
 
     let (client, is_up) = tokio::select! {
         connected = bus::connect(&config.bus, &config.worker) => connected?,
@@ -365,12 +372,17 @@ async fn probe(mut engine: Engine, config: Arc<WorkerConfig>) -> Result<Engine, 
             .collect();
         tracing::info!(
             steps = steps.join(", "),
-            row_us = cost.row_us,
-            kv_token_us = cost.kv_token_us,
-            pair_us = cost.pair_us,
+            row_us = three_digits(cost.row_us),
+            kv_token_us = three_digits(cost.kv_token_us),
+            pair_us = three_digits(cost.pair_us),
             itl_ms = config.itl_ms,
             "measured what steps cost"
         );
     }
     Ok(engine)
+}
+
+/// A number for a log line, with three digits.
+pub(crate) fn three_digits(number: f32) -> f64 {
+    format!("{number:.2e}").parse().unwrap_or_default()
 }
