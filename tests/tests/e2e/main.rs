@@ -10,6 +10,7 @@ mod conversations;
 mod decode_lost;
 mod deployments;
 mod failure;
+mod first_hour;
 mod golden;
 mod https;
 mod leaving;

@@ -13,22 +13,24 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Runs `baton` to its end. A tool that hangs is caught by the runner's own time limit.
-fn run(args: &[&str]) -> Output {
+pub(crate) fn run(args: &[&str]) -> Output {
     Command::new(baton())
         .args(args)
         .output()
         .expect("the binary was just built")
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-async fn up(dir: &Path, more: &[&str]) -> (Process, Value) {
+pub(crate) async fn up(dir: &Path, more: &[&str]) -> (Process, Value) {
     let ready = dir.join("ready.json");
     let mut command = Command::new(baton());
     command
-        .args(["up", "--threads", "1", "--kv-mib", "64", "--model"])
+        // Not the usual port: two clusters that start at once would both take it for free.
+        .args(["up", "--api-server-port", "0", "--threads", "1"])
+        .args(["--kv-mib", "64", "--model"])
         .arg(model_dir())
         .arg("--ready-file")
         .arg(&ready)
