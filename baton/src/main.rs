@@ -56,6 +56,7 @@ use crate::logging::LogFormat;
     name = "baton",
     version,
     propagate_version = true,
+    after_help = "Begin with: baton self-check; baton up MODEL; and in another terminal baton chat",
     max_term_width = 100
 )]
 struct Cli {

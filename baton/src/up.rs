@@ -79,10 +79,16 @@ const OF_THE_DEPLOYMENT: [&str; 38] = [
     "ucx_tls",
 ];
 
+const EXAMPLES: &str = "Examples:
+  baton up qwen3-0.6b
+  baton up ./model --api-server-port 9000
+  baton up model.gguf --context-worker-count 1 --decode-worker-count 2";
+
 #[derive(Args, Debug)]
 #[command(group(ArgGroup::new("what").args(["what_to_serve", "config", "model"]).required(true)))]
+#[command(after_help = EXAMPLES)]
 pub struct UpArgs {
-    /// What to serve, the same as --model MODEL
+    /// What to serve: a model directory, a GGUF file, a short or a Hugging Face name; the same as --model MODEL
     #[arg(value_name = "MODEL")]
     what_to_serve: Option<String>,
     /// File that describes the whole cluster (YAML, docs/deployment.md), instead of the flags that do
@@ -91,7 +97,7 @@ pub struct UpArgs {
     /// Print what the flags or the file mean as such a file, with the defaults, and start nothing
     #[arg(long)]
     print_config: bool,
-    /// What to serve: a model directory, a GGUF file, a friendly or a Hugging Face name. All but the first
+    /// What to serve: a model directory, a GGUF file, a short or a Hugging Face name. All but the first
     /// are prepared into the cache first (BATON_CACHE, else ~/.cache/baton)
     #[arg(long)]
     model: Option<String>,

@@ -66,6 +66,10 @@ fn up_takes_a_model_with_or_without_its_flag() {
         assert!(!output.status.success(), "{words:?}");
         assert!(said.contains(part), "{words:?}: {said}");
     }
+    for words in [&["--help"][..], &["up", "--help"]] {
+        let said = text(&run(words).stdout);
+        assert!(said.contains("baton up "), "{words:?}: {said}");
+    }
     for (name, part) in [
         ("smollm2", "did you mean smollm2-135m-instruct, "),
         (
