@@ -52,7 +52,7 @@ getent passwd baton || fail "the package made no user for its units"
 baton self-check
 
 step "start"
-baton up --model "$model" --ready-file "$work/ready.json" >"$work/how-to" 2>"$work/log" &
+baton up "$model" --ready-file "$work/ready.json" >"$work/how-to" 2>"$work/log" &
 up=$!
 started() {
   kill -0 "$up" 2>/dev/null || fail "the cluster did not start"
@@ -67,6 +67,8 @@ code=$(curl -sS -o "$work/page" -w '%{http_code}' "$url/")
 title=$(sed -n 's:.*<title>\(.*\)</title>.*:\1:p' "$work/page")
 echo "GET $url/: $code, title '$title'"
 [ "$code $title" = "200 Baton" ] || fail "no page"
+grep -q '^model: .*tools: ' "$work/how-to" || fail "baton up does not say whether the model takes tools"
+curl -sS "$url/docs" | grep -q '<title>Baton: the API' || fail "no description of the API"
 
 step "question"
 question="What is the capital of France?"

@@ -52,7 +52,7 @@ pub(crate) fn complete(checkpoint: &mut Checkpoint) -> Option<&'static str> {
         None => Map::new(),
     };
     let says = |name: &&str| config.get(*name).is_some_and(|value| !value.is_null());
-    if SAMPLING.iter().any(|name| says(name)) {
+    if SAMPLING.iter().any(says) {
         return None;
     }
     for (name, value) in card.sampling {

@@ -435,7 +435,7 @@ fn a_whole_deployment_leaves_nothing_to_guess() {
     assert_eq!(unsaid(&value["context"][0]), set(open));
     let open = [
         "api-server-port",
-        "model-name",
+        "default-max-tokens",
         "ttft-ms",
         "itl-ms",
         "api-keys-file",

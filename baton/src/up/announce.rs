@@ -24,7 +24,7 @@ pub async fn print(ready: &Ready) {
     // Whoever closed standard output does not want to know.
     let _ = writeln!(
         std::io::stdout(),
-        "\nBaton serves {name} at {url}\n{model}\n  page: {url}/\n\n  \
+        "\nBaton serves {name} at {url}\n{model}\n  page: {url}/\n  API: {url}/docs\n\n  \
          curl -N{ca} {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\": \"{name}\", \"stream\": true, \"max_tokens\": 100, \"temperature\": 0.2,\n         \
          \"messages\": [{{\"role\": \"user\", \"content\": \"What is the capital of France?\"}}]}}'\n\n  \

@@ -56,6 +56,7 @@ def test_the_first_screen_says_what_the_model_takes_and_what_to_ask(open_page, m
     expect(examples).to_have_count(4)
     assert axe(page) == []
     set_field(page, "Temperature", "0")
+    set_field(page, "Temperature", "0")
     set_field(page, "Most tokens", "48")
     page.get_by_role("button", name="Settings").click()
     # By keyboard too.
