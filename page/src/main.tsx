@@ -72,7 +72,7 @@ function Page() {
       <main id="main" tabIndex={view === "chat" ? -1 : 0} aria-label={VIEWS[view]}>
         {view === "chat" && <Chat chats={chats} round={round} />}
         {view === "cluster" && <Cluster />}
-        {view === "load" && <Load history={history} fault={fault} />}
+        {view === "load" && <Load history={history} fault={fault} round={round} />}
       </main>
       {asksKey && (
         <KeyDialog

@@ -86,12 +86,13 @@ test("axes have round numbers, and whole ones where things are counted", () => {
     const ticks = axis(count, true);
     assert.ok(ticks.every(Number.isInteger) && ticks.length <= 5 && ticks.at(-1)! >= count, `${count}: ${ticks}`);
   }
-  for (const value of [0.07, 0.9, 1.1, 7, 12.5, 501, 98_765.4]) {
+  for (const value of [0.00012, 0.012, 0.07, 0.9, 1.1, 7, 12.5, 501, 98_765.4, 1_400_000]) {
     const ticks = axis(value, false);
     assert.ok(ticks.at(-1)! >= value && ticks.length >= 3 && ticks.length <= 5, `${value}: ${ticks}`);
     assert.equal(new Set(ticks.map(written)).size, ticks.length, `${value}: ${ticks.map(written)}`);
   }
-  assert.deepEqual([0.5, 2.5, 12.34, 150, 1_500, 2_000, 25_000].map(written), ["0.5", "2.5", "12.3", "150", "1.5k", "2k", "25k"]);
+  const numbers = [0, 0.012, 0.5, 2.5, 12.34, 150, 1_500, 2_000, 25_000, 1_000_000];
+  assert.deepEqual(numbers.map(written), ["0", "0.012", "0.5", "2.5", "12.3", "150", "1.5k", "2k", "25k", "1M"]);
 });
 
 test("a model's limits are a line", () => {
@@ -100,6 +101,6 @@ test("a model's limits are a line", () => {
   assert.equal(limits({ ...model, default_max_tokens: null, tools: "auto" }), "8,192 tokens for question and answer · calls tools");
   assert.equal(
     limits({ ...model, default_max_tokens: 1024, tools: "required" }),
-    "8,192 tokens for question and answer · answers of up to 1,024 unless a request says otherwise · calls tools only where it must",
+    "8,192 tokens for question and answer · answers of up to 1,024 unless a request says otherwise · calls tools only where tool_choice says so",
   );
 });

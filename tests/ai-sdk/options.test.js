@@ -28,10 +28,10 @@ const TAKEN = {
   },
   chat: {
     ...OPENAI,
-    ...{ logitBias: { 5: 1 }, maxCompletionTokens: 4, reasoningEffort: "low", store: false },
+    ...{ logitBias: { 5: 1 }, maxCompletionTokens: 4, reasoningEffort: "low", store: true, textVerbosity: "low" },
     prediction: { type: "content", content: "Sunny." },
   },
-  responses: { ...OPENAI, include: ["reasoning.encrypted_content"], instructions: "Be brief.", store: true, truncation: "auto" },
+  responses: { ...OPENAI, include: ["reasoning.encrypted_content"], instructions: "Be brief.", store: true, truncation: "auto", textVerbosity: "high" },
   messages: {
     ...{ cacheControl: { type: "ephemeral", ttl: "1h" }, effort: "low", metadata: { userId: "someone" }, sendReasoning: false },
     ...{ disableParallelToolUse: true, thinking: { type: "adaptive" }, toolStreaming: true, speed: "fast" },

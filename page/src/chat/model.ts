@@ -14,6 +14,6 @@ export function limits({ max_model_len, default_max_tokens, tools }: Model): str
   const parts = [`${max_model_len.toLocaleString("en")} tokens for question and answer`];
   if (default_max_tokens) parts.push(`answers of up to ${default_max_tokens.toLocaleString("en")} unless a request says otherwise`);
   if (tools === "auto") parts.push("calls tools");
-  if (tools === "required") parts.push("calls tools only where it must");
+  if (tools === "required") parts.push("calls tools only where tool_choice says so");
   return parts.join(" · ");
 }

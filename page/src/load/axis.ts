@@ -18,13 +18,9 @@ function rounded(value: number): number {
   return Number(value.toPrecision(12));
 }
 
-/** A number as people read it, with as many digits as it needs. */
+/** A number as people read it, with three digits at most. */
 export function written(value: number): string {
-  if (value >= 10_000) return `${(value / 1_000).toFixed(0)}k`;
-  if (value >= 1_000) return `${trimmed(value / 1_000, 1)}k`;
-  return trimmed(value, value >= 100 ? 0 : value >= 10 ? 1 : 2);
-}
-
-function trimmed(value: number, digits: number): string {
-  return String(Number(value.toFixed(digits)));
+  const [unit, name] = value >= 1e6 ? [1e6, "M"] : value >= 1e3 ? [1e3, "k"] : [1, ""];
+  const scaled = value / (unit as number);
+  return `${Number(scaled.toPrecision(scaled >= 100 ? Math.ceil(Math.log10(scaled + 1)) : 3))}${name}`;
 }

@@ -20,6 +20,8 @@ export interface ChartSpec {
   unit: string;
   /** Things are counted. */
   isCount?: boolean;
+  /** They are shares of a hundred. */
+  isShare?: boolean;
   /** It is of what the server promises, and empty where it promises nothing. */
   isOfPromises?: boolean;
   lines: Line[];
@@ -72,6 +74,7 @@ export const CHARTS: ChartSpec[] = [
   {
     title: "Tokens",
     unit: "per second",
+    isCount: true,
     lines: [
       { label: "output", value: rate('baton_tokens_total{kind="output"}') },
       { label: "prompt", value: rate('baton_tokens_total{kind="prompt"}') },
@@ -86,11 +89,13 @@ export const CHARTS: ChartSpec[] = [
   {
     title: "Prompt tokens from cache",
     unit: "%",
+    isShare: true,
     lines: [{ label: "cached", value: percent('baton_tokens_total{kind="cached"}', 'baton_tokens_total{kind="prompt"}') }],
   },
   {
     title: "Service level met",
     unit: "% of requests",
+    isShare: true,
     isOfPromises: true,
     lines: [{ label: "met", value: percent('baton_service_level_total{outcome="met"}', "baton_service_level_total") }],
   },

@@ -13,18 +13,20 @@ interface Props {
   to: number;
   /** Things are counted: the axis has whole numbers. */
   isCount?: boolean;
-  /** What is said in place of an axis where nothing was ever measured. */
-  nothing?: string | undefined;
+  /** Of a hundred: the axis ends there. */
+  isShare: boolean;
+  /** What is said in place of an axis where nothing was measured. */
+  nothing: string;
   lines: { label: string; points: Point[] }[];
 }
 
 const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [420, 150, 48, 8, 18];
 
-export function LineChart({ title, unit, from, to, isCount = false, nothing, lines }: Props) {
+export function LineChart({ title, unit, from, to, isCount = false, isShare, nothing, lines }: Props) {
   const values = lines.flatMap((line) => line.points.flatMap((point) => point.value ?? []));
-  const ticks = axis(Math.max(0, ...values), isCount);
+  const ticks = axis(isShare ? 100 : Math.max(0, ...values), isCount);
   const top = ticks.at(-1)!;
-  const isEmpty = nothing !== undefined && values.length === 0;
+  const isEmpty = values.length === 0;
   const x = (at: number) => LEFT + ((at - from) / (to - from)) * (WIDTH - LEFT - 4);
   const y = (value: number) => TOP + (1 - value / top) * (HEIGHT - TOP - BOTTOM);
   const now = lines.map((line) => {

@@ -8,7 +8,8 @@ import { SHOWN_MS, WINDOW_MS, type History } from "./history";
 import { LineChart } from "./line_chart";
 import { parse } from "./metrics";
 
-const NO_LEVEL = "no level promised (--ttft-ms, --itl-ms)";
+const NO_LEVEL = "no level promised (the API server's --ttft-ms, --itl-ms)";
+const NOTHING_YET = "nothing measured yet";
 
 /** The least that is shown. */
 const SHOWN_MIN_MS = 60_000;
@@ -25,7 +26,14 @@ export function useReadings(history: History, isLookedAt: boolean): string {
   );
 }
 
-export function Load({ history, fault }: { history: History; fault: string }) {
+interface Props {
+  history: History;
+  fault: string;
+  /** Another one: ask anew, there may be another key. */
+  round: number;
+}
+
+export function Load({ history, fault, round }: Props) {
   const [, redraw] = useState(0);
   useEffect(() => history.watch(() => redraw((count) => count + 1)), [history]);
   const [isPromised, setIsPromised] = useState(true);
@@ -37,7 +45,7 @@ export function Load({ history, fault }: { history: History; fault: string }) {
       () => {},
     );
     return () => leaves.abort();
-  }, []);
+  }, [round]);
   const { from, to } = history.span() ?? { from: Date.now(), to: Date.now() };
   const shown = Math.min(SHOWN_MS, Math.max(SHOWN_MIN_MS, to - from));
   return (
@@ -57,7 +65,8 @@ export function Load({ history, fault }: { history: History; fault: string }) {
             title={chart.title}
             unit={chart.unit}
             isCount={chart.isCount ?? false}
-            nothing={chart.isOfPromises && !isPromised ? NO_LEVEL : undefined}
+            isShare={chart.isShare ?? false}
+            nothing={chart.isOfPromises && !isPromised ? NO_LEVEL : NOTHING_YET}
             from={to - shown}
             to={to}
             lines={chart.lines.map((line, number) => ({ label: line.label, points: history.points(index, number) }))}

@@ -42,15 +42,32 @@ def test_ai_sdk(cluster, model, version, file):
     run(version, file, cluster["url"], model)
 
 
+# A chat template that shows the model its tools begins with this.
+SHOWS_TOOLS = "{% if tools %}{{ '<|im_start|>system\\n' }}{{ tools | tojson }}{{ '<|im_end|>\\n' }}{% endif %}"
+
+
 @pytest.fixture
-def reasoning_url(cluster, model_dir, tmp_path):
+def tool_model_dir(model_dir, tmp_path):
+    """The model with such a template; its other files are links."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for file in model_dir.iterdir():
+        if file.name == "chat_template.jinja":
+            (directory / file.name).write_text(SHOWS_TOOLS + file.read_text())
+        else:
+            (directory / file.name).symlink_to(file)
+    return directory
+
+
+@pytest.fixture
+def reasoning_url(cluster, tool_model_dir, tmp_path):
     """Another API server of the cluster. All that the model writes is reasoning to it; it knows a format of calls, and has room for two."""
     log = tmp_path / "api-server.log"
     formats = ["--reasoning-format", "think-opened", "--tool-format", "hermes"]
     where = ["--request-plane-uri", cluster["request_plane_uri"], "--api-server-host", "127.0.0.1", "--api-server-port", "0"]
     with open(log, "wb") as out:
         process = subprocess.Popen(
-            [baton(), "api-server", "--tokenizer", model_dir, *where, *formats, "--in-flight-max", "2"],
+            [baton(), "api-server", "--tokenizer", tool_model_dir, *where, *formats, "--in-flight-max", "2"],
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -51,11 +51,10 @@ def test_the_first_screen_says_what_the_model_takes_and_what_to_ask(open_page, m
     welcome = page.locator(".empty")
     expect(welcome).to_contain_text(model)
     # A CPU's small model, whose template shows it no tools.
-    expect(welcome.locator(".note")).to_have_text("2,048 tokens for question and answer · calls tools only where it must")
+    expect(welcome.locator(".note")).to_have_text("2,048 tokens for question and answer · calls tools only where tool_choice says so")
     examples = page.get_by_role("list", name="Example questions").get_by_role("button")
     expect(examples).to_have_count(4)
     assert axe(page) == []
-    set_field(page, "Temperature", "0")
     set_field(page, "Temperature", "0")
     set_field(page, "Most tokens", "48")
     page.get_by_role("button", name="Settings").click()
