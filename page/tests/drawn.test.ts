@@ -46,7 +46,7 @@ test("each worker is one box, and none is upon another", () => {
       assert.ok(edges.every((y) => y >= 0 && y <= height));
     }
   }
-  assert.equal(cluster("both"), null, "there is nobody to hand over to");
+  assert.equal(cluster("both"), null, "one worker hands nothing over");
   assert.equal(cluster(), null);
 });
 

@@ -73,7 +73,7 @@ export function each(name, body, { only = Object.keys(WAYS), alone = false } = {
 }
 
 /** Provider options under the key of `way`. */
-export function told(way, options) {
+export function optionsOf(way, options) {
   return { providerOptions: { [way.options]: options } };
 }
 

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 
-import { ai, check, compatible, each, modelName, once, openai, providers, quiet, refusal, told, url, ways } from "./baton.js";
+import { ai, check, compatible, each, modelName, once, openai, providers, quiet, refusal, optionsOf, url, ways } from "./baton.js";
 import { QUESTION } from "./shapes.js";
 
 const { embed, experimental_transcribe, generateImage, generateText, streamText } = ai;
@@ -66,7 +66,7 @@ const REFUSED = {
 
 each("options that cannot be met are refused by name", async (model, way) => {
   for (const [options, words, status] of REFUSED[way.name]) {
-    const error = await refusal(generateText({ model, ...ask, ...told(way, options) }));
+    const error = await refusal(generateText({ model, ...ask, ...optionsOf(way, options) }));
     assert.equal(error.statusCode, status ?? 400, error.message);
     assert.match(error.message, words);
   }

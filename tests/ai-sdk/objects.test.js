@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { z } from "zod";
 
-import { ai, each, once, quiet, token, told, used, warned } from "./baton.js";
+import { ai, each, once, quiet, token, optionsOf, used, warned } from "./baton.js";
 import { COMPACT, QUESTION, Song, Weather } from "./shapes.js";
 
 const { Output, generateObject, generateText, streamObject, streamText } = ai;
@@ -66,7 +66,7 @@ each("an object needs no bound of tokens", async (model, way) => {
 each(
   "an object by a schema that is not strict",
   async (model, way) => {
-    const options = told(way, { strictJsonSchema: false });
+    const options = optionsOf(way, { strictJsonSchema: false });
     const answer = await generateText({ model, ...ask, output: Output.object({ schema: Weather }), ...options });
     Weather.parse(answer.output);
     warned(answer.warnings);
@@ -78,7 +78,7 @@ for (const structuredOutputMode of ["outputFormat", "jsonTool"]) {
   each(
     `an object by ${structuredOutputMode}`,
     async (model, way) => {
-      const options = told(way, { structuredOutputMode });
+      const options = optionsOf(way, { structuredOutputMode });
       // `outputFormat` leaves lengths and bounds out of schemas: here all that may come is listed.
       const schema = z.object({ city: z.enum(["Paris", "Rome"]), loud: z.boolean() });
       const output = Output.object({ schema });
@@ -99,7 +99,7 @@ each(
   "any JSON",
   async (model, way) => {
     const bias = { [await token("{")]: 100, [await token("}")]: 100 };
-    const options = told(way, way.name === "chat" ? { logitBias: bias } : { logit_bias: bias });
+    const options = optionsOf(way, way.name === "chat" ? { logitBias: bias } : { logit_bias: bias });
     const answer = await generateText({ model, ...ask, maxOutputTokens: 8, output: Output.json(), ...options });
     assert.deepEqual(answer.output, {});
     warned(answer.warnings);

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 
-import { ai, each, newest, once, quiet, read, told, used, warned } from "./baton.js";
+import { ai, each, newest, once, quiet, read, optionsOf, used, warned } from "./baton.js";
 import { QUESTION } from "./shapes.js";
 
 const { generateText, streamText } = ai;
@@ -40,7 +40,7 @@ const TAKEN = {
 };
 
 each("options that are taken", async (model, way) => {
-  const options = told(way, TAKEN[way.name]);
+  const options = optionsOf(way, TAKEN[way.name]);
   // The SDK leaves sampling out where a model of Anthropic's thinks.
   const { temperature, ...rest } = ask;
   const answer = await generateText({ model, ...rest, ...options });
@@ -55,7 +55,7 @@ each(
   "log-probabilities",
   async (model, way) => {
     for (const logprobs of [true, 2]) {
-      const options = told(way, { logprobs });
+      const options = optionsOf(way, { logprobs });
       const whole = await generateText({ model, ...ask, ...options });
       const stream = streamText({ model, ...ask, ...options, ...quiet });
       const { text } = await read(stream);
@@ -77,7 +77,7 @@ each(
 each(
   "a model that is said to reason",
   async (model, way) => {
-    const options = told(way, { forceReasoning: true, reasoningEffort: "high" });
+    const options = optionsOf(way, { forceReasoning: true, reasoningEffort: "high" });
     const answer = await generateText({ model, system: "Be brief.", ...ask, ...options });
     warned(answer.warnings, ["temperature"]);
     used(answer.usage, 4);
@@ -104,7 +104,7 @@ each(
     for (const thinking of [{ type: "enabled", budgetTokens: 1024 }, { type: "disabled" }]) {
       // With a budget the provider adds it to the bound: the stop sequence ends the answer.
       const { temperature, ...rest } = ask;
-      const answer = await generateText({ model, ...rest, stopSequences: ["a", "e", "i", "o"], ...told(way, { thinking }) });
+      const answer = await generateText({ model, ...rest, stopSequences: ["a", "e", "i", "o"], ...optionsOf(way, { thinking }) });
       warned(answer.warnings);
     }
   },
@@ -122,7 +122,7 @@ each("earlier reasoning is taken", async (model, way) => {
   const answer = await generateText({ model, ...rest, messages });
   if (way.name !== "responses") warned(answer.warnings);
   if (way.name === "messages") {
-    const without = await generateText({ model, ...rest, messages, ...told(way, { sendReasoning: false }) });
+    const without = await generateText({ model, ...rest, messages, ...optionsOf(way, { sendReasoning: false }) });
     assert.match(JSON.stringify(without.warnings), /sending reasoning content is disabled/);
   }
 });

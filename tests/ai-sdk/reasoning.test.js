@@ -3,7 +3,7 @@
 
 import assert from "node:assert/strict";
 
-import { ai, check, each, modelName, once, quiet, read, told, used, warned, ways } from "./baton.js";
+import { ai, check, each, modelName, once, quiet, read, optionsOf, used, warned, ways } from "./baton.js";
 import { City, QUESTION } from "./shapes.js";
 
 const { generateText, streamText, tool } = ai;
@@ -12,7 +12,7 @@ const ask = { prompt: QUESTION, ...once, maxOutputTokens: 8 };
 
 // `forceReasoning`: models whose names say nothing are taken for ones that do not reason.
 function options(way, more = {}) {
-  return way.options === "openai" ? told(way, { forceReasoning: true, reasoningEffort: "high", ...more }) : {};
+  return way.options === "openai" ? optionsOf(way, { forceReasoning: true, reasoningEffort: "high", ...more }) : {};
 }
 
 each(

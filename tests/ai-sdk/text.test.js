@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 
-import { ai, compatible, each, modelName, newest, once, openai, quiet, read, told, used, warned } from "./baton.js";
+import { ai, compatible, each, modelName, newest, once, openai, quiet, read, optionsOf, used, warned } from "./baton.js";
 import { QUESTION } from "./shapes.js";
 
 const { generateText, streamText } = ai;
@@ -58,7 +58,7 @@ each("a chat goes on", async (model) => {
 each(
   "a chat goes on that is not kept",
   async (model, way) => {
-    const options = told(way, { store: false });
+    const options = optionsOf(way, { store: false });
     const first = await generateText({ model, prompt: QUESTION, ...small, ...options });
     const messages = [{ role: "user", content: QUESTION }, ...first.response.messages, { role: "user", content: "And in Rome?" }];
     const second = await generateText({ model, messages, ...small, ...options });
@@ -73,7 +73,7 @@ each(
   async (model, way) => {
     const first = await generateText({ model, prompt: QUESTION, ...small });
     const previousResponseId = first.providerMetadata.openai.responseId;
-    const second = await generateText({ model, prompt: "And in Rome?", ...small, ...told(way, { previousResponseId }) });
+    const second = await generateText({ model, prompt: "And in Rome?", ...small, ...optionsOf(way, { previousResponseId }) });
     warned(second.warnings);
     assert.ok(second.usage.inputTokens > first.usage.inputTokens);
   },
@@ -155,8 +155,8 @@ each(
 each("marks for caches are taken", async (model) => {
   const providerOptions = { anthropic: { cacheControl: { type: "ephemeral" } } };
   const messages = [
-    { role: "system", content: "Be brief.", providerOptions },
-    { role: "user", content: [{ type: "text", text: QUESTION, providerOptions }] },
+    { role: "system", content: "Be brief.", optionsOf },
+    { role: "user", content: [{ type: "text", text: QUESTION, optionsOf }] },
   ];
   const ask = { model, messages, ...small, allowSystemInMessages: true };
   const answer = await generateText(ask);

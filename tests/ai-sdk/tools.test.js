@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 
-import { ai, each, once, openai, quiet, read, refusal, told, used, warned, modelName } from "./baton.js";
+import { ai, each, once, openai, quiet, read, refusal, optionsOf, used, warned, modelName } from "./baton.js";
 import { City, QUESTION, Song } from "./shapes.js";
 
 const { generateText, stepCountIs, streamText, tool, ToolLoopAgent } = ai;
@@ -15,7 +15,7 @@ const ask = { prompt: QUESTION, ...once, temperature: 0, maxOutputTokens: 200 };
 // A small model that may call again goes on calling.
 function oneCall(way) {
   const options = { compatible: { parallel_tool_calls: false }, messages: { disableParallelToolUse: true } };
-  return told(way, options[way.name] ?? { parallelToolCalls: false });
+  return optionsOf(way, options[way.name] ?? { parallelToolCalls: false });
 }
 
 const SHAPES = { weather: City, play: Song };
@@ -85,7 +85,7 @@ each(
   "inputs of tools that are not streamed eagerly",
   async (model, way) => {
     for (const toolStreaming of [true, false]) {
-      const options = told(way, { toolStreaming, disableParallelToolUse: true });
+      const options = optionsOf(way, { toolStreaming, disableParallelToolUse: true });
       const stream = streamText({ model, ...ask, tools: shown, toolChoice: "required", ...options, ...quiet });
       for (const call of (await read(stream)).of("tool-call")) checkCall(call);
       warned(await stream.warnings);
@@ -166,7 +166,7 @@ each(
     const result = { type: "tool-result", toolCallId: call.toolCallId, toolName: "weather", output: { type: "text", value: SUNNY } };
     const { prompt, ...rest } = ask;
     const then = { ...rest, maxOutputTokens: 8, tools: shown, toolChoice: "none", messages: [{ role: "tool", content: [result] }] };
-    const options = told(way, { previousResponseId: first.providerMetadata.openai.responseId });
+    const options = optionsOf(way, { previousResponseId: first.providerMetadata.openai.responseId });
     const second = await generateText({ model, ...then, ...options });
     assert.ok(second.usage.inputTokens > first.usage.inputTokens);
     warned(second.warnings);

@@ -1,4 +1,4 @@
-//! What somebody tries first: another name or none, no limit, a wrong path, a look at what there is.
+//! What a new user tries first: another name or none, no limit, a wrong path, a look at what there is.
 
 use baton_api_server::Format;
 use baton_protocol::Role;

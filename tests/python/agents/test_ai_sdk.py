@@ -23,13 +23,13 @@ LIMIT_S = 240
 def run(version, file, url, model):
     if not (TESTS / "node_modules").is_dir():
         pytest.fail(f"there is no SDK: cd {TESTS} && npm ci", pytrace=False)
-    told = {"BATON_URL": url, "BATON_MODEL": model, "AI_SDK": str(version), "NO_COLOR": "1"}
-    # `node --test` reports and does not run files that it is told to run by another one.
+    settings = {"BATON_URL": url, "BATON_MODEL": model, "AI_SDK": str(version), "NO_COLOR": "1"}
+    # `node --test` reports and does not run files when another one runs it.
     inherited = {name: value for name, value in os.environ.items() if name != "NODE_TEST_CONTEXT"}
     command = [NODE, "--test", "--test-isolation=none", "--test-reporter=spec", "--test-force-exit", f"{file}.test.js"]
     try:
         done = subprocess.run(
-            command, cwd=TESTS, env={**inherited, **told}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S
+            command, cwd=TESTS, env={**inherited, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S
         )
     except subprocess.TimeoutExpired as expired:
         pytest.fail(f"no end after {LIMIT_S} s:\n{(expired.output or b'').decode(errors='replace')}", pytrace=False)

@@ -161,13 +161,6 @@ fn cases(model: &str) -> Vec<Case> {
         Some("model"),
     );
     other(
-        "no model",
-        COMPLETIONS,
-        body(json!({"prompt": "Hi"})),
-        &[400],
-        Some("model"),
-    );
-    other(
         "no prompt",
         COMPLETIONS,
         body(json!({"model": model})),
