@@ -180,8 +180,8 @@ pub fn tool_model_dir() -> &'static Path {
     })
 }
 
-/// The directory of SmolLM2 with another text in one of its files; the others are links. Made anew if it is another than it should be:
-/// other test processes may be using it.
+/// A copy of SmolLM2's directory in which one file has this text and the others are links. A copy that already has the text is kept,
+/// since other test processes may be using it; any other is replaced.
 fn variant(name: &str, file: &str, text: &str) -> PathBuf {
     let of = model_dir();
     let out = scratch().join(format!("smollm2-135m-instruct-{name}"));

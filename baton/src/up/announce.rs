@@ -21,7 +21,7 @@ pub async fn print(ready: &Ready) {
         Some(summary) => format!("model: {summary}\n"),
         None => String::new(),
     };
-    // Whoever closed standard output does not want to know.
+    // A closed standard output is no failure: the cluster serves.
     let _ = writeln!(
         std::io::stdout(),
         "\nBaton serves {name} at {url}\n{model}\n  page: {url}/\n  API: {url}/docs\n\n  \

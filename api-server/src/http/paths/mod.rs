@@ -1,4 +1,4 @@
-//! Which paths there are, and what is said of them: the OpenAPI document, the page at `/docs`, and the answer for a path that is none.
+//! The table of all paths, and what is made of it: the OpenAPI document, the page at `/docs`, and the 404 for an unknown path.
 
 mod docs;
 mod openapi;
@@ -10,7 +10,7 @@ pub use self::docs::docs;
 pub use self::openapi::openapi;
 pub use self::unknown::unknown_path;
 
-/// Those of this folder. They are open without a key: they say what the release can do, and nothing of this server.
+/// Paths of this folder that need no API key: they describe the release, not this server.
 pub const OPEN: [&str; 2] = ["/docs", "/openapi.json"];
 
 /// A path, with `{name}` where a part of it may be anything.
@@ -18,9 +18,9 @@ pub const OPEN: [&str; 2] = ["/docs", "/openapi.json"];
 pub struct Path {
     /// What a client asks for.
     pub path: &'static str,
-    /// How; HEAD answers wherever GET does.
+    /// HTTP methods; HEAD is answered wherever GET is.
     pub methods: &'static [&'static str],
-    /// The rows of [`crate::openai::table`] that its body may have.
+    /// Selects the fields of its body in [`crate::openai::table`]; `None` if it takes no body.
     pub door: Option<Door>,
     /// What it does.
     pub about: &'static str,

@@ -1,4 +1,4 @@
-//! The answer for a path that is none: which one is meant, or that what is asked for is not offered.
+//! The 404 for an unknown path: it names the path that was probably meant, or what to use instead of an API that Baton does not offer.
 
 use actix_web::{HttpRequest, HttpResponse};
 
@@ -19,7 +19,7 @@ const OF_OLLAMA: &str =
 const OF_LLAMA_CPP: &str = "use `/v1/completions`";
 const OF_THE_SERVER: &str = "use `/v1/models` and `/cluster`";
 
-/// What other servers have here and Baton has not, and what to do instead. A row is for its path and for all below it.
+/// Paths of other servers that Baton does not offer, and what to use instead. A row covers its path and all paths below it.
 #[rustfmt::skip]
 pub const NOT_OFFERED: &[(&str, &str)] = &[
     ("/v1/embeddings", NO_SCORES),

@@ -1,6 +1,6 @@
-//! Reasoning items as clients of OpenAI's reasoning models know them. There the text itself is hidden: what is seen is a summary, and what is sent
-//! back is an encrypted text. Here the text is in `content`; a summary that is asked for is all of it once more, and `encrypted_content` holds it
-//! in a form that only looks hidden, so that such clients show the reasoning and send it back.
+//! Reasoning items for clients of OpenAI's reasoning models. OpenAI hides the text: a client shows the summary and sends back
+//! `encrypted_content`. Baton has the text in `content`. If the client asks for a summary, that is the whole text again; if it asks for
+//! `encrypted_content`, that is the text in base64, not encrypted. So such clients show the reasoning and send it back.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
