@@ -17,6 +17,14 @@ use crate::keys::ApiKeys;
 use crate::service::Promises;
 use crate::tls::TlsFiles;
 
+/// A socket that listened before this process did.
+pub struct Inherited {
+    /// It listens.
+    pub socket: TcpListener,
+    /// Another process keeps it: at the end it is left as it is, and connections that come meanwhile wait for the next server.
+    pub is_kept: bool,
+}
+
 /// Settings of one API server.
 pub struct ApiServerConfig {
     /// Its name on the bus; one of its own in the cluster.
@@ -45,8 +53,8 @@ pub struct ApiServerConfig {
     pub host: String,
     /// Port to listen on; 0 picks a free one.
     pub port: u16,
-    /// One that somebody else listens at too, instead of host and port.
-    pub listener: Option<TcpListener>,
+    /// A socket that listens already, instead of host and port.
+    pub listener: Option<Inherited>,
     /// Certificates, for HTTPS; `None` serves HTTP.
     pub tls: Option<TlsFiles>,
     /// Time a request may take from its arrival to its last token.

@@ -37,7 +37,7 @@ mod tls;
 mod watch;
 
 pub use baton_chat_formats::{Format, Reasoning};
-pub use config::{ApiServerConfig, GenerationConfig, Limits, SpecialTokensInContent};
+pub use config::{ApiServerConfig, GenerationConfig, Inherited, Limits, SpecialTokensInContent};
 pub use cors::Origins;
 pub use error::{ApiServerError, ErrorKind, Row};
 pub use keys::ApiKeys;

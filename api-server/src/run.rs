@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::bound::Bound;
 use crate::bus::Bus;
-use crate::config::ApiServerConfig;
+use crate::config::{ApiServerConfig, Inherited};
 use crate::error::ApiServerError;
 use crate::http;
 use crate::metrics::Metrics;
@@ -104,10 +104,9 @@ pub async fn run(
         .await?;
     meet_workers(&server).await;
     let fault = |error: std::io::Error| ApiServerError::Http(format!("HTTP server: {error}"));
-    // One that somebody else listens at too is left as it is: who comes meanwhile waits for the next server.
     let door = match config.listener {
-        Some(_) => None,
-        None => Some(listener.try_clone().map_err(fault)?),
+        Some(Inherited { is_kept: true, .. }) => None,
+        _ => Some(listener.try_clone().map_err(fault)?),
     };
     tasks.push(tokio::spawn(watch.show("bus loop")));
     let handshake = tls.as_ref().map(Tls::config).transpose();
@@ -184,8 +183,7 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
     .await?;
     let (host, port) = (config.host.as_str(), config.port);
     let listener = match &config.listener {
-        Some(inherited) => inherited
-            .try_clone()
+        Some(inherited) => take_over(inherited)
             .map_err(|error| format!("cannot use the inherited listener: {error}")),
         None => listen(host, port)
             .await
@@ -278,6 +276,17 @@ async fn listen(host: &str, port: u16) -> std::io::Result<TcpListener> {
         }
     }
     Err(fault)
+}
+
+/// The same socket. One that is this server's own gets its backlog.
+fn take_over(inherited: &Inherited) -> std::io::Result<TcpListener> {
+    if !inherited.is_kept {
+        rustix::net::listen(
+            &inherited.socket,
+            i32::try_from(BACKLOG).unwrap_or(i32::MAX),
+        )?;
+    }
+    inherited.socket.try_clone()
 }
 
 fn listen_on(address: SocketAddr) -> std::io::Result<TcpListener> {

@@ -5,11 +5,13 @@
 use std::env;
 use std::io;
 use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_api_server::Inherited;
 use listenfd::ListenFd;
 use tokio::time::{MissedTickBehavior, interval};
 
@@ -99,21 +101,40 @@ impl ServiceManager {
     }
 }
 
-/// The listener that this process was started with, if it was started with one.
+/// The listener that this process was started with, if it was started with one: systemd keeps those that it hands over, `baton up`
+/// keeps none.
 ///
 /// # Errors
 /// If there are several, or it is no TCP socket that listens.
-pub fn inherited_listener() -> Result<Option<TcpListener>, Failure> {
+pub fn inherited_listener() -> Result<Option<Inherited>, Failure> {
     let mut sockets = ListenFd::from_env();
     match sockets.len() {
-        0 => Ok(None),
-        1 => sockets.take_tcp_listener(0).map_err(|error| {
-            format!("the socket of LISTEN_FDS is no TCP socket that listens: {error}").into()
-        }),
+        0 => Ok(listening_input(io::stdin().as_fd())?.map(|socket| Inherited {
+            socket,
+            is_kept: false,
+        })),
+        1 => {
+            let socket = sockets.take_tcp_listener(0).map_err(|error| {
+                format!("the socket of LISTEN_FDS is no TCP socket that listens: {error}")
+            })?;
+            Ok(socket.map(|socket| Inherited {
+                socket,
+                is_kept: true,
+            }))
+        }
         many => Err(format!(
             "LISTEN_FDS hands over {many} sockets, and an API server listens on one: give the .socket unit one ListenStream"
         )
         .into()),
+    }
+}
+
+/// Standard input, if it is a socket that listens: what [`crate::up`] starts an API server with.
+fn listening_input(input: BorrowedFd<'_>) -> io::Result<Option<TcpListener>> {
+    // An error says that it is no socket.
+    match rustix::net::sockopt::socket_acceptconn(input) {
+        Ok(true) => Ok(Some(input.try_clone_to_owned()?.into())),
+        _ => Ok(None),
     }
 }
 
@@ -133,6 +154,9 @@ pub fn refuse_listeners() -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::net::TcpStream;
+
     use tokio::net::UnixDatagram as Listens;
     use tokio::time::timeout;
 
@@ -143,6 +167,17 @@ mod tests {
         let said = timeout(Duration::from_secs(20), listens.recv(&mut bytes)).await;
         let count = said.expect("a message").unwrap();
         String::from_utf8_lossy(&bytes[..count]).into_owned()
+    }
+
+    #[test]
+    fn only_an_input_that_listens_is_taken_for_a_listener() {
+        let listens = TcpListener::bind("127.0.0.1:0").unwrap();
+        let taken = listening_input(listens.as_fd()).unwrap().unwrap();
+        assert_eq!(taken.local_addr().unwrap(), listens.local_addr().unwrap());
+        let connected = TcpStream::connect(listens.local_addr().unwrap()).unwrap();
+        assert!(listening_input(connected.as_fd()).unwrap().is_none());
+        let null = File::open("/dev/null").unwrap();
+        assert!(listening_input(null.as_fd()).unwrap().is_none());
     }
 
     #[tokio::test]

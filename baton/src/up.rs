@@ -287,7 +287,6 @@ async fn try_serve(
     manager: &ServiceManager,
 ) -> Result<std::convert::Infallible, Failure> {
     let bus = start_bus(&plan.deployment.nats, directory, supervisor).await?;
-    plan.let_ports_go();
     for spec in plan.processes(&bus, models)? {
         start(supervisor, spec)?;
     }
@@ -348,6 +347,7 @@ async fn start_bus(
         stage: Stage::Bus,
         program,
         args: nats::configure(directory, &listen)?,
+        listener: None,
     };
     start(supervisor, spec)?;
     let address = tokio::select! {

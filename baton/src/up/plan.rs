@@ -1,9 +1,10 @@
-//! Which processes make the cluster on this host, and what each is told. Pure, but for the choice of free ports.
+//! Which processes make the cluster on this host, and what each is told. Pure, but for the sockets that API servers are to have.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use baton_protocol::subjects::Cluster;
 use baton_worker::{WorkerConfig, check_host_memory, host_memory_bytes};
@@ -31,8 +32,8 @@ pub struct Plan {
     devices: Vec<Devices>,
     /// By API server.
     ports: Vec<u16>,
-    /// Those that the system chose are taken until API servers start: NATS would get one of them otherwise, now and then.
-    held: RefCell<Vec<TcpListener>>,
+    /// By API server, until they start. They listen from the moment a port is chosen: another cluster that starts meanwhile would take it.
+    listeners: RefCell<Vec<TcpListener>>,
     /// Where `baton` is.
     baton: PathBuf,
     log_format: LogFormat,
@@ -46,20 +47,17 @@ impl Plan {
     pub fn new(mut deployment: Deployment, log_format: LogFormat) -> Result<Self, Failure> {
         let devices = deal(&deployment)?;
         share_threads(&mut deployment);
-        let (ports, held) = ports(&deployment.api_server)?;
+        let listeners = listeners(&deployment.api_server)?;
+        let port = |listener: &TcpListener| Ok(listener.local_addr()?.port());
+        let ports: Result<Vec<_>, Failure> = listeners.iter().map(port).collect();
         Ok(Self {
             devices,
-            ports,
-            held: RefCell::new(held),
+            ports: ports?,
+            listeners: RefCell::new(listeners),
             deployment,
             baton: std::env::current_exe()?,
             log_format,
         })
-    }
-
-    /// Lets go of the ports that API servers are to have, which start next.
-    pub fn let_ports_go(&self) {
-        self.held.borrow_mut().clear();
     }
 
     /// Where the API servers answer on this host.
@@ -110,7 +108,7 @@ impl Plan {
         Ok(check_host_memory(bytes, &what)?)
     }
 
-    /// What to start, in this order, once the bus and the models are there.
+    /// What to start, in this order, once the bus and the models are there. The first call hands the sockets over.
     ///
     /// # Errors
     /// If a directory cannot stand on a command line of text.
@@ -129,18 +127,24 @@ impl Plan {
                 stage,
                 program: self.baton.clone(),
                 args,
+                listener: None,
             }
         };
         let deployment = &self.deployment;
         let tokenizer = directory(&deployment.model)?;
         let mut processes = Vec::new();
+        let mut listeners = self.listeners.take().into_iter();
         for (index, port) in self.ports.iter().enumerate() {
             let name = match self.ports.len() {
                 1 => "api-server".to_owned(),
                 _ => format!("api-server-{index}"),
             };
             let words = deployment.api_server_args(Some(bus), *port, &tokenizer);
-            processes.push(process(&name, Stage::Front, words));
+            let listener = listeners.next().map(Arc::new);
+            processes.push(ProcessSpec {
+                listener,
+                ..process(&name, Stage::Front, words)
+            });
         }
         for (worker, devices) in deployment.workers()?.iter().zip(&self.devices) {
             let Worker { name, role, group } = worker;
@@ -181,32 +185,25 @@ fn share_threads(deployment: &mut Deployment) {
     }
 }
 
-/// A port for each API server: the named one and those after it, or free ones; and what keeps from others those that the system chose.
-fn ports(servers: &ApiServers) -> Result<(Vec<u16>, Vec<TcpListener>), Failure> {
-    let host = servers.api_server_host.as_str();
-    let (mut ports, mut held) = (Vec::new(), Vec::new());
+/// A socket for each API server: at the named port and those after it, or at free ones.
+fn listeners(servers: &ApiServers) -> Result<Vec<TcpListener>, Failure> {
+    let host = bare(&servers.api_server_host);
+    let mut listeners = Vec::new();
+    let mut next = servers.api_server_port.unwrap_or(ApiServers::PORT);
     for _ in 0..servers.count {
-        let last: Option<u16> = ports.last().copied();
-        let port = match (servers.api_server_port, last) {
-            (Some(0), _) => {
-                let listener = TcpListener::bind((bare(host), 0))
-                    .map_err(|error| format!("cannot listen on {host}: {error}"))?;
-                let port = listener.local_addr()?.port();
-                held.push(listener);
-                port
-            }
-            // check() has seen to it that there are so many.
-            (Some(first), None) => port(host, Some(first), first)?,
-            (Some(_), Some(last)) => port(host, Some(last.saturating_add(1)), last)?,
-            (None, last) => port(
-                host,
-                None,
-                last.map_or(ApiServers::PORT, |last| last.saturating_add(1)),
-            )?,
+        let listener = match servers.api_server_port {
+            // With 0 the system chooses. check() has seen to it that there are so many.
+            Some(_) => TcpListener::bind((host, next)).map_err(|error| {
+                format!("cannot listen on {host}:{next} (--api-server-port): {error}")
+            })?,
+            None => first_free(host, next)?,
         };
-        ports.push(port);
+        if servers.api_server_port != Some(0) {
+            next = listener.local_addr()?.port().saturating_add(1);
+        }
+        listeners.push(listener);
     }
-    Ok((ports, held))
+    Ok(listeners)
 }
 
 /// An address without the brackets that URLs have around one of IPv6.
@@ -214,29 +211,17 @@ fn bare(host: &str) -> &str {
     host.trim_matches(['[', ']'])
 }
 
-/// The named port if it is free, or a free one at or after `first`.
-fn port(host: &str, named: Option<u16>, first: u16) -> Result<u16, Failure> {
-    let host = bare(host);
-    let bind = |port| TcpListener::bind((host, port)).and_then(|listener| listener.local_addr());
-    match named {
-        Some(port) => match bind(port) {
-            Ok(_) => Ok(port),
-            Err(error) => {
-                Err(format!("cannot listen on {host}:{port} (--api-server-port): {error}").into())
-            }
-        },
-        None => {
-            let mut last = None;
-            for port in first..first.saturating_add(PORTS_TRIED) {
-                match bind(port) {
-                    Ok(_) => return Ok(port),
-                    Err(error) => last = Some(error),
-                }
-            }
-            let error = last.map(|error| error.to_string()).unwrap_or_default();
-            Err(format!("no port of {host} from {first} on is free: {error}").into())
+/// Listens at the first port from this one on that is free.
+fn first_free(host: &str, first: u16) -> Result<TcpListener, Failure> {
+    let mut last = None;
+    for port in first..first.saturating_add(PORTS_TRIED) {
+        match TcpListener::bind((host, port)) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = Some(error),
         }
     }
+    let error = last.map(|error| error.to_string()).unwrap_or_default();
+    Err(format!("no port of {host} from {first} on is free: {error}").into())
 }
 
 #[cfg(test)]
@@ -430,12 +415,24 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_the_system_chose_is_nobody_else_s_until_it_is_wanted() {
+    fn a_chosen_port_is_taken_until_its_api_server_has_it() {
         let plan = plan("--device fake");
         let url = &plan.urls()[0];
         let address = url.strip_prefix("http://").unwrap();
         assert!(TcpListener::bind(address).is_err(), "{url} could be taken");
-        plan.let_ports_go();
+        let servers = |plan: &Plan| {
+            let mut processes = plan
+                .processes("nats://h:1", &models(&plan.deployment))
+                .unwrap();
+            processes.retain(|process| process.stage == Stage::Front);
+            processes
+        };
+        let first = servers(&plan);
+        let socket = first[0].listener.as_ref().expect("a socket");
+        assert_eq!(socket.local_addr().unwrap().to_string(), address);
+        // One that is started again listens by itself.
+        assert!(servers(&plan)[0].listener.is_none());
+        drop(first);
         assert!(TcpListener::bind(address).is_ok());
     }
 
@@ -443,9 +440,14 @@ mod tests {
     fn a_taken_port_is_refused_when_named_and_passed_over_when_not() {
         let taken = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let number = taken.local_addr().unwrap().port();
-        let error = port("127.0.0.1", Some(number), 1).unwrap_err().to_string();
+        let named = ApiServers {
+            api_server_port: Some(number),
+            ..ApiServers::default()
+        };
+        let error = listeners(&named).unwrap_err().to_string();
         assert!(error.contains(&number.to_string()), "{error}");
-        assert_ne!(port("127.0.0.1", None, number).unwrap(), number);
+        let free = first_free("127.0.0.1", number).unwrap();
+        assert!(free.local_addr().unwrap().port() > number);
     }
 
     #[test]

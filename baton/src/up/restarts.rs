@@ -60,6 +60,7 @@ mod tests {
             stage: Stage::Worker,
             program: "x".into(),
             args: Vec::new(),
+            listener: None,
         }
     }
 

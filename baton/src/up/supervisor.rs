@@ -5,6 +5,8 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
+use std::net::TcpListener;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -49,6 +51,8 @@ pub struct ProcessSpec {
     pub program: PathBuf,
     /// Its arguments.
     pub args: Vec<OsString>,
+    /// A socket that listens, for its standard input: it has it alone once it runs. One that is started again has to listen by itself.
+    pub listener: Option<Arc<TcpListener>>,
 }
 
 /// How a process ended that nobody asked to.
@@ -105,7 +109,7 @@ impl Supervisor {
     ///
     /// # Errors
     /// If the program cannot be run at all.
-    pub fn start(&mut self, spec: ProcessSpec) -> io::Result<()> {
+    pub fn start(&mut self, mut spec: ProcessSpec) -> io::Result<()> {
         let mut command = match &self.tether {
             None => Command::new(&spec.program),
             Some(baton) => {
@@ -123,8 +127,12 @@ impl Supervisor {
         for variable in systemd::VARIABLES {
             command.env_remove(variable);
         }
+        let input = match spec.listener.take() {
+            None => Stdio::null(),
+            Some(listener) => OwnedFd::from(listener.try_clone()?).into(),
+        };
         command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn()?;
@@ -328,6 +336,7 @@ mod tests {
             stage,
             program: PathBuf::from("/bin/sh"),
             args: vec!["-c".into(), script.into()],
+            listener: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a new user types and reads in the first hour: `baton up MODEL`, its lines, `status` after a kill, tips.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener};
@@ -10,7 +11,7 @@ use baton_tests::{PATIENCE, Signal, Turn, eventually, model_dir};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::tools::{run, text, up};
+use crate::tools::{run, text, up, up_anywhere};
 
 /// An address that answers each request with this document, as long as the test runs.
 fn answers(document: &Value) -> String {
@@ -79,6 +80,28 @@ fn up_takes_a_model_with_or_without_its_flag() {
     ] {
         let said = text(&run(&["up", name]).stderr);
         assert!(said.contains(part), "{said}");
+    }
+}
+
+/// Each chose the first port that was free, and let go of it until its API server ran.
+#[tokio::test]
+async fn clusters_that_start_at_once_have_ports_of_their_own() {
+    let _turn = Turn::take();
+    let dirs = [(); 3].map(|()| TempDir::new().expect("a temporary directory"));
+    let start = |dir| up_anywhere(dir, &["--device", "fake"]);
+    let (a, b, c) = tokio::join!(
+        start(dirs[0].path()),
+        start(dirs[1].path()),
+        start(dirs[2].path())
+    );
+    let urls: BTreeSet<_> = [&a, &b, &c].map(|(_, ready)| ready["url"].as_str()).into();
+    assert_eq!(urls.len(), 3, "{urls:?}");
+    for (mut process, ready) in [a, b, c] {
+        let url = ready["url"].as_str().expect("an address");
+        let check = run(&["self-check", "--url", url]);
+        assert!(check.status.success(), "{}", text(&check.stdout));
+        process.signal(Signal::Interrupt);
+        assert!(process.end(PATIENCE).await.success());
     }
 }
 

@@ -24,13 +24,17 @@ pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// `baton up` on a port that the system chooses.
 pub(crate) async fn up(dir: &Path, more: &[&str]) -> (Process, Value) {
+    up_anywhere(dir, &[&["--api-server-port", "0"], more].concat()).await
+}
+
+/// `baton up` on the usual port, or the next that is free.
+pub(crate) async fn up_anywhere(dir: &Path, more: &[&str]) -> (Process, Value) {
     let ready = dir.join("ready.json");
     let mut command = Command::new(baton());
     command
-        // Not the usual port: two clusters that start at once would both take it for free.
-        .args(["up", "--api-server-port", "0", "--threads", "1"])
-        .args(["--kv-mib", "64", "--model"])
+        .args(["up", "--threads", "1", "--kv-mib", "64", "--model"])
         .arg(model_dir())
         .arg("--ready-file")
         .arg(&ready)
