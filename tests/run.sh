@@ -43,7 +43,7 @@ target=${CARGO_TARGET_DIR:-$root/target}
 work=$(mktemp -d) || exit
 trap 'rm -rf "$work"' EXIT
 export BATON_FLAKY=$work/flaky
-touch "$work/passed" "$work/failed" "$BATON_FLAKY"
+touch "$work/passed" "$work/failed" "$work/ends" "$BATON_FLAKY"
 
 # usage: step NAME LIMIT_S COMMAND...   functions too: they are exported
 step() {
@@ -64,6 +64,7 @@ step() {
       [ "$status" != 124 ] && [ "$status" != 137 ] || echo "it was ended after its limit of $limit s"
       echo "$name" >>"$work/failed"
       echo "=== $name: FAILED after $((SECONDS - started)) s"
+      { echo "=== $name failed; its end once more"; tail -n 60 "$log"; } >>"$work/ends"
     fi
   } 9>"$work/printing"
 }
@@ -173,6 +174,8 @@ other_lane &
 rust_lane
 wait
 
+# A log is read from its end, and often only that is kept.
+cat "$work/ends"
 mapfile -t flaky <"$BATON_FLAKY"
 for name in "${flaky[@]}"; do echo "flaky: $name"; done
 if [ ${#flaky[@]} -gt 1 ]; then echo "more than one flaky test" >>"$work/failed"; fi

@@ -12,7 +12,7 @@ use crate::metrics::Metrics;
 use crate::wait::{PATIENCE, within};
 
 /// No answer of the tests takes longer, so none that does is anything but a hang.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(180);
+const ANSWER_DEADLINE: Duration = Duration::from_secs(480);
 
 /// A client of one API server.
 #[derive(Clone, Debug)]

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use async_nats::Client;
-use baton_protocol::Beat;
+use baton_protocol::{Beat, TokenFrame};
 use bytes::Bytes;
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
@@ -188,6 +188,20 @@ impl Tap {
     pub async fn wait_kind(&self, kind: &str, from: usize, deadline: Duration) -> Message {
         self.wait(&format!("a {kind} message"), from, deadline, |message| {
             message.is(kind).then(|| message.clone())
+        })
+        .await
+    }
+
+    /// The first message with generated tokens. Others of that kind say only that a worker still has a job.
+    pub async fn wait_tokens(&self, from: usize, deadline: Duration) -> Message {
+        self.wait("generated tokens", from, deadline, |message| {
+            let generated = message.is("tokens")
+                && message
+                    .read::<TokenFrame>()
+                    .items
+                    .iter()
+                    .any(|item| !item.tokens.0.is_empty());
+            generated.then(|| message.clone())
         })
         .await
     }

@@ -3,8 +3,9 @@
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-/// How long a test waits for something that takes a moment on an idle machine: far longer than a busy one needs.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a test waits for something that takes a moment on an idle machine: far longer than a busy one needs. A step of 256 tokens
+/// took 5 s on two cores with AVX2 that compiled meanwhile.
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How often a state that sends no event is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

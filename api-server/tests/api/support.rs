@@ -23,7 +23,7 @@ pub const SPACE_AND_LEAD: u32 = 256;
 /// The end-of-sequence id of the tiny model.
 pub const EOS: u32 = 257;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits with the bound that every wait of these tests has.
 pub async fn within<F: Future>(what: &str, future: F) -> F::Output {

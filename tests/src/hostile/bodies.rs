@@ -13,7 +13,7 @@ use super::target::{CHAT, COMPLETIONS, Outcome, Target};
 const TEXT_BYTES: usize = (16 << 20) - 4096;
 
 /// Nobody is told later than that that such a text is too long.
-const TOLD_WITHIN: Duration = Duration::from_secs(30);
+const TOLD_WITHIN: Duration = Duration::from_secs(90);
 
 /// 64 prompts of digits at once: many tokens, and a text without a word's end.
 pub async fn digits(scene: &mut Scene<'_>) -> Vec<String> {

@@ -216,7 +216,7 @@ async fn workers_drain_under_load_and_lose_nothing() {
         let answers: Vec<_> = (0..16)
             .map(|number| cluster.api.ask(PATH, &kinds[number % kinds.len()]))
             .collect();
-        cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+        cluster.tap.wait_tokens(from, PATIENCE).await;
         let mut leaving = cluster.take(&names(&cluster, role)[0]);
         leaving.process.signal(Signal::Terminate);
         for (number, answer) in answers.into_iter().enumerate() {
@@ -269,7 +269,7 @@ async fn the_bus_goes_down_and_comes_back() {
     // one that is on its way when the bus breaks must end, well or with an error
     let from = cluster.tap.now();
     let answer = cluster.api.ask(PATH, &requests(&model, 400)[0]);
-    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+    cluster.tap.wait_tokens(from, PATIENCE).await;
     cluster.nats.kill();
     eventually("/health to be red", PATIENCE, async || {
         let answer = cluster.api.look("/health").await?;
@@ -301,7 +301,7 @@ async fn an_api_server_dies_and_workers_free_what_was_its() {
     let from = cluster.tap.now();
     let mut events = cluster.api.stream(PATH, request).await;
     events.next().await.expect("an event");
-    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+    cluster.tap.wait_tokens(from, PATIENCE).await;
     cluster.restart_api_server(0);
     cluster.ready().await;
     cluster.drained(PATIENCE).await;

@@ -74,7 +74,7 @@ async fn a_request_goes_on_at_a_worker_of_another_precision() {
     let answer = tokio::spawn(async move { api.complete(&request).await });
     let job = cluster.tap.wait_kind("decode", from, PATIENCE).await;
     let (_, victim) = job.kind().expect("a message of Baton");
-    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+    cluster.tap.wait_tokens(from, PATIENCE).await;
     cluster.kill(victim);
     let answer = answer.await.expect("answered");
     assert_eq!(answer["usage"]["completion_tokens"], TOKENS, "{answer}");

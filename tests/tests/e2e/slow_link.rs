@@ -51,16 +51,17 @@ async fn over_a_slow_link_every_pull_arrives_and_nothing_is_called_broken() {
 
     network.throttle("decode-0", Some(MEGABITS));
     let from = cluster.tap.now();
-    let begun = Instant::now();
+    let throttled = Instant::now();
     let answers = join_all(many.iter().map(|request| cluster.api.complete(request))).await;
     for (number, answer) in answers.iter().enumerate() {
         assert_eq!(answer["choices"], expected[number], "answer {number}");
     }
-    println!("{PULLS} pulls took {:?}", begun.elapsed());
+    println!("{PULLS} pulls took {:?}", throttled.elapsed());
     let begun = Instant::now();
     let answer = cluster.api.complete(&long).await;
     assert_eq!(answer["choices"], expected[PULLS]);
     println!("the long one took {:?}", begun.elapsed());
+    let throttled = throttled.elapsed();
 
     let stall = Duration::from_millis(PULL_STALL_MS);
     assert!(begun.elapsed() > stall, "or it shows nothing");
@@ -93,7 +94,10 @@ async fn over_a_slow_link_every_pull_arrives_and_nothing_is_called_broken() {
     let steps = pulled.windows(2).filter(|pair| pair[0] < pair[1]).count();
     assert!(steps > PULLS + 1, "{pulled:?}");
     let rate = rate.expect("it pulled") * 8e3;
-    let link = MEGABITS as f32;
-    assert!((0.5 * link..1.1 * link).contains(&rate), "{rate} Mbit/s");
+    // Not much less than came over it on the whole, which a busy machine makes less too; and hardly more than it carries: what had
+    // come before the clock was read, or lay in a queue, counts too.
+    let came = (pulled[pulled.len() - 1] - pulled[0]) as f32 * 8e-6 / throttled.as_secs_f32();
+    let carried = 0.5 * came..1.3 * MEGABITS as f32;
+    assert!(carried.contains(&rate), "{rate} Mbit/s, {carried:?}");
     cluster.drained(PATIENCE).await;
 }

@@ -43,7 +43,7 @@ async fn a_bus_that_stands_still_ends_nothing() {
 
     let from = cluster.tap.now();
     let answer = ask(&cluster.api, &request);
-    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+    cluster.tap.wait_tokens(from, PATIENCE).await;
     cluster.nats.signal(Signal::Stop);
     let stopped = Instant::now();
     eventually("/health to say what is the matter", PATIENCE, async || {
@@ -100,7 +100,7 @@ async fn an_api_server_that_stands_still_harms_nobody() {
         .iter()
         .map(|request| ask(&cluster.api, request))
         .collect();
-    cluster.tap.wait_kind("tokens", from, PATIENCE).await;
+    cluster.tap.wait_tokens(from, PATIENCE).await;
     cluster.api_servers[0].process.signal(Signal::Stop);
     let begun = Instant::now();
     while begun.elapsed() < STILL {
