@@ -101,8 +101,8 @@ impl ServiceManager {
     }
 }
 
-/// The listener that this process was started with, if it was started with one: systemd keeps those that it hands over, `baton up`
-/// keeps none.
+/// The listening socket that this process inherited, if any: from systemd (`LISTEN_FDS`), which keeps its own copy, or from `baton up`
+/// (standard input), which does not.
 ///
 /// # Errors
 /// If there are several, or it is no TCP socket that listens.

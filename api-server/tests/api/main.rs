@@ -639,7 +639,7 @@ async fn a_client_that_does_not_read_is_given_up_and_little_waits_for_it() {
     let mut given_up = HashSet::new();
     while given_up.len() < 16 {
         let abort = decode.aborted().await;
-        // A worker that goes on is told again, for another reason.
+        // Only the first abort of a request counts: while a worker still sends tokens, it gets more, with the reason "it is over".
         if given_up.insert(abort.request) {
             assert_eq!(abort.reason, "client does not read");
         }

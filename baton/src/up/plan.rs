@@ -1,4 +1,4 @@
-//! Which processes make the cluster on this host, and what each is told. Pure, but for the sockets that API servers are to have.
+//! The processes of the cluster on this host, with their arguments. Pure, except that it opens the sockets of the API servers.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;

@@ -24,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(30);
 /// that stands still for a large request, or works off a queue of them, takes longer than this.
 const FIRST_TOKEN_MAX: Duration = Duration::from_secs(10);
 
-/// And for the end no longer than would be a hang also on a machine that compiles beside.
+/// Longest time to the end of an answer. Longer is a hang, even on a machine that also compiles.
 const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// What good clients ask, and the right answers.

@@ -83,7 +83,7 @@ fn up_takes_a_model_with_or_without_its_flag() {
     }
 }
 
-/// Each chose the first port that was free, and let go of it until its API server ran.
+/// Each takes the first free port and keeps it until its API server has the socket.
 #[tokio::test]
 async fn clusters_that_start_at_once_have_ports_of_their_own() {
     let _turn = Turn::take();
