@@ -42,11 +42,11 @@ def run(command, **environment):
     return done.stdout
 
 
-def baton():
+def baton(**environment):
     command = [arguments.baton_bench, "--bench"] if arguments.baton_bench else [
         "cargo", "bench", "--quiet", "--manifest-path", ROOT / "Cargo.toml", "-p", "baton-cpu", "--bench", "cpu",
     ]
-    text = run(command, BATON_BENCH_MODEL=str(arguments.model), BATON_BENCH_THREADS=str(arguments.threads))
+    text = run(command, BATON_BENCH_MODEL=str(arguments.model), BATON_BENCH_THREADS=str(arguments.threads), **environment)
     rate = lambda name: float(re.search(rf"^{name}\s.*?([\d.]+) tok/s", text, re.M)[1])  # noqa: E731
     bandwidth = re.search(r"^read bandwidth.*?([\d.]+) GB/s", text, re.M)[1]
     return {
@@ -57,14 +57,16 @@ def baton():
     }
 
 
-def peer(script, model, python):
-    text = run([python, HERE / script, model, "--threads", arguments.threads])
+def peer(script, model, python, *more):
+    text = run([python, HERE / script, model, "--threads", arguments.threads, *more])
     return json.loads(text.splitlines()[-1])
 
 
 CONTESTANTS = {
     "baton": baton,
+    "baton-portable": lambda: baton(BATON_CPU_KERNEL="portable"),
     "transformers": lambda: peer("peer_transformers.py", arguments.model, arguments.python),
+    "transformers-f32": lambda: peer("peer_transformers.py", arguments.model, arguments.python, "--dtype", "float32"),
     "llama.cpp": lambda: peer("peer_llama_cpp.py", arguments.gguf, arguments.python),
     "vllm": lambda: peer("peer_vllm.py", arguments.model, arguments.vllm_python or arguments.python),
 }
@@ -85,7 +87,7 @@ for name, runs in results.items():
         values = sorted(run[figure] for run in runs)
         cells.append(f"{statistics.median(values):.0f} ({values[0]:.0f}–{values[-1]:.0f})")
     print(f"| {runs[0]['peer']} |", " | ".join(cells), "|")
-others = [name for name in results if name != "baton"]
+others = [name for name in results if not name.startswith("baton")]
 if "baton" in results and others:
     ratios = [f"{median('baton', f) / max(median(name, f) for name in others):.2f}" for f in FIGURES]
     print("| baton / best peer |", " | ".join(ratios), "|")

@@ -1,6 +1,6 @@
-"""Transformers on torch, BF16, on the CPU: one JSON line of tokens per second.
+"""Transformers on torch, on the CPU: one JSON line of tokens per second.
 
-Usage: peer_transformers.py MODEL_DIR --threads 2 --context 512 --steps 32
+Usage: peer_transformers.py MODEL_DIR --threads 2 --context 512 --steps 32 [--dtype float32]
 MODEL_DIR is a directory made by `baton model-prep`: the very weights that Baton serves.
 """
 
@@ -18,6 +18,7 @@ parser.add_argument("--context", type=int, default=512)
 parser.add_argument("--steps", type=int, default=32)
 parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
 parser.add_argument("--prefill", type=int, default=512)
+parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="without instructions for BF16, f32 is quicker")
 arguments = parser.parse_args()
 
 import torch  # noqa: E402  (after the arguments, so that --help is quick)
@@ -32,7 +33,7 @@ def load():
         links = Path(directory)
         (links / "config.json").symlink_to((arguments.model / "config.json").resolve())
         (links / "model.safetensors").symlink_to((arguments.model / "rank0.safetensors").resolve())
-        return AutoModelForCausalLM.from_pretrained(links, dtype=torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_pretrained(links, dtype=getattr(torch, arguments.dtype)).eval()
 
 
 model = load()
@@ -61,4 +62,4 @@ with torch.inference_mode():
             times.append(time.perf_counter() - start)
         figures[f"decode_{batch}"] = batch / statistics.median(times[2:])
 
-print(json.dumps({"peer": f"transformers, torch {torch.__version__.split('+')[0]} BF16", **figures}))
+print(json.dumps({"peer": f"transformers, torch {torch.__version__.split('+')[0]} {arguments.dtype}", **figures}))

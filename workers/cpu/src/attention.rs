@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use baton_engine::Rows;
 
-use crate::gemm::{Tile, fetch};
+use crate::gemm::{Tile, fetch, tile_rows, tiles};
 use crate::math::{LANES, bf16_of, exp2, f32_of, sum_lanes};
 use crate::memory::Pages;
 use crate::pack::PANEL;
@@ -261,10 +261,10 @@ pub unsafe fn attend<T: Tile>(
 
 #[inline(always)]
 fn for_tiles<T: Tile>(rows: Range<usize>, mut tile: impl FnMut(usize, usize)) {
-    let tiles = rows.len().div_ceil(T::ROWS);
+    let tiles = tiles::<T>(rows.len());
     for i in 0..tiles {
-        let first = rows.start + rows.len() * i / tiles;
-        tile(first, rows.start + rows.len() * (i + 1) / tiles - first);
+        let Range { start, end } = tile_rows::<T>(rows.len(), i, tiles);
+        tile(rows.start + start, end - start);
     }
 }
 

@@ -24,7 +24,7 @@ pub enum Kernel {
     Avx512Bf16,
     /// Eight f32 lanes with fused multiply-add.
     Avx2,
-    /// Plain Rust.
+    /// Plain Rust, with AVX's registers where there are any: the same bits with and without.
     Portable,
 }
 
@@ -106,9 +106,17 @@ impl Kernel {
             Self::Avx512Bf16 => &avx512::OPS,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => &avx2::OPS,
+            #[cfg(target_arch = "x86_64")]
+            Self::Portable if is_x86_feature_detected!("avx") => &portable_avx::OPS,
             _ => &portable::OPS,
         }
     }
+}
+
+/// Plain Rust as it was compiled for the least and for the most that this CPU may have.
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) fn portable_ops() -> [&'static Ops; 2] {
+    [&portable::OPS, Kernel::Portable.ops()]
 }
 
 impl fmt::Display for Kernel {
@@ -229,4 +237,11 @@ compile!(
 );
 #[cfg(target_arch = "x86_64")]
 compile!(avx2, target_feature(enable = "avx2,fma"), Avx2, Avx2);
+#[cfg(target_arch = "x86_64")]
+compile!(
+    portable_avx,
+    target_feature(enable = "avx"),
+    Portable,
+    Portable
+);
 compile!(portable, cfg(all()), Portable, Portable);

@@ -1,26 +1,27 @@
 //! The tile for AVX2 with FMA: BF16 is widened on the way, products are f32.
 //!
-//! Two rows of 32 columns are eight sums of the sixteen registers. That is as many as two products a cycle keep busy, each of which
-//! is done after four, and leaves room for the widened weights and activations; with three rows the compiler keeps sums in memory.
-//! Ceiling: 16 products, 12 widenings and 6 loads a pair of K, 8 cycles.
+//! Three rows of 32 columns are twelve sums of the sixteen registers; the others hold an activation of each row, widened before, and
+//! one vector of weights, widened on the way. A product is done after four cycles, and two begin in each: eight sums would do if nothing
+//! ever came late, twelve leave a third of the time for that. A compiler does not find this allocation and keeps sums in memory, so the
+//! loop is written in assembly. Ceiling: 24 products, 8 widenings and 14 loads a pair of K, 12 cycles. One or two rows that are left over
+//! are left to the compiler.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::widened::{WIDTH, Widened, parts};
 use super::{Prefetch, Tile};
 use crate::pack::PANEL;
 
 /// Vectors of a panel's row.
 const VECTORS: usize = PANEL / 8;
 
-/// Pairs of K after which the next rows have their turn: so many rows of a panel, 16 KiB, stay in the first-level cache beside the
-/// activations and sums.
-const PAIRS: usize = 128;
-
-/// Rows in pairs.
+/// Rows by threes.
 pub struct Avx2;
 
 impl Tile for Avx2 {
     const ROWS: usize = 12;
+    const STRIP: usize = 3;
 
     #[inline(always)]
     unsafe fn run(
@@ -34,8 +35,8 @@ impl Tile for Avx2 {
         load: bool,
         prefetch: Prefetch,
     ) {
-        for first in (0..pairs).step_by(PAIRS) {
-            let pairs = PAIRS.min(pairs - first);
+        let mut widened = Widened::new();
+        for (first, pairs) in parts(pairs) {
             let load = load || first > 0;
             let mut row = 0;
             while row < rows {
@@ -50,7 +51,11 @@ impl Tile for Avx2 {
                     let b = b.add(first * 2 * PANEL);
                     match rows - row {
                         1 => strip::<1>(a, lda, b, pairs, c, ldc, load, prefetch),
-                        _ => strip::<2>(a, lda, b, pairs, c, ldc, load, prefetch),
+                        2 => strip::<2>(a, lda, b, pairs, c, ldc, load, prefetch),
+                        _ => {
+                            widened.fill(a, lda, pairs);
+                            three(&widened, b, pairs, c, ldc, load, prefetch)
+                        }
                     }
                 };
             }
@@ -68,6 +73,119 @@ impl Tile for Avx2 {
             }
         }
     }
+}
+
+/// Vector `$v` of the weights, times an activation of each row.
+macro_rules! products {
+    ($v:literal) => {
+        concat!(
+            "vfmadd231ps {s",
+            $v,
+            "}, {x}, {w}\n",
+            "vfmadd231ps {t",
+            $v,
+            "}, {y}, {w}\n",
+            "vfmadd231ps {u",
+            $v,
+            "}, {z}, {w}",
+        )
+    };
+}
+
+/// The same with the first numbers of its pairs, `$at` bytes into the row of the panel: the lower halves of the words.
+macro_rules! first {
+    ($v:literal, $at:literal) => {
+        concat!(
+            "vmovdqu {w}, ymmword ptr [{b} + ",
+            $at,
+            "]\n",
+            "vpslld {w}, {w}, 16\n",
+            products!($v),
+        )
+    };
+}
+
+/// With the second ones: the upper halves, and zeros for the lower.
+macro_rules! second {
+    ($v:literal, $at:literal) => {
+        concat!(
+            "vpxor {w}, {w}, {w}\n",
+            "vpblendw {w}, {w}, ymmword ptr [{b} + ",
+            $at,
+            "], 0xaa\n",
+            products!($v),
+        )
+    };
+}
+
+/// Three rows of one panel; gives 3. Each sum has the additions of [`strip`], in its order.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn three(
+    a: &Widened<3>,
+    b: *const u16,
+    pairs: usize,
+    c: *mut f32,
+    ldc: usize,
+    load: bool,
+    prefetch: Prefetch,
+) -> usize {
+    let mut acc = [[_mm256_setzero_ps(); VECTORS]; 3];
+    // SAFETY: the caller's promise covers three rows of `c` and `pairs` pairs, at least one, of `a` and `b`; a prefetch of any
+    // address is harmless.
+    unsafe {
+        if load {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (v, acc) in acc.iter_mut().enumerate() {
+                    *acc = _mm256_loadu_ps(c.add(r * ldc + 8 * v));
+                }
+            }
+        }
+        let [[s0, s1, s2, s3], [t0, t1, t2, t3], [u0, u1, u2, u3]] = &mut acc;
+        asm!(
+            "2:",
+            "prefetcht0 [{first}]",
+            "prefetcht0 [{second}]",
+            "add {first}, {step}",
+            "add {second}, {step}",
+            "vbroadcastss {x}, dword ptr [{a}]",
+            "vbroadcastss {y}, dword ptr [{a} + {row}]",
+            "vbroadcastss {z}, dword ptr [{a} + 2 * {row}]",
+            first!(0, 0),
+            first!(1, 32),
+            first!(2, 64),
+            first!(3, 96),
+            "vbroadcastss {x}, dword ptr [{a} + 4]",
+            "vbroadcastss {y}, dword ptr [{a} + {row} + 4]",
+            "vbroadcastss {z}, dword ptr [{a} + 2 * {row} + 4]",
+            second!(0, 0),
+            second!(1, 32),
+            second!(2, 64),
+            second!(3, 96),
+            "add {a}, 8",
+            "add {b}, {pair}",
+            "dec {pairs}",
+            "jnz 2b",
+            a = inout(reg) a.0.as_ptr() => _,
+            b = inout(reg) b => _,
+            pairs = inout(reg) pairs => _,
+            first = inout(reg) prefetch.first => _,
+            second = inout(reg) prefetch.second => _,
+            step = in(reg) prefetch.step,
+            row = const size_of::<[f32; WIDTH]>(),
+            pair = const 2 * PANEL * size_of::<u16>(),
+            s0 = inout(ymm_reg) *s0, s1 = inout(ymm_reg) *s1, s2 = inout(ymm_reg) *s2, s3 = inout(ymm_reg) *s3,
+            t0 = inout(ymm_reg) *t0, t1 = inout(ymm_reg) *t1, t2 = inout(ymm_reg) *t2, t3 = inout(ymm_reg) *t3,
+            u0 = inout(ymm_reg) *u0, u1 = inout(ymm_reg) *u1, u2 = inout(ymm_reg) *u2, u3 = inout(ymm_reg) *u3,
+            w = out(ymm_reg) _, x = out(ymm_reg) _, y = out(ymm_reg) _, z = out(ymm_reg) _,
+            options(nostack, readonly),
+        );
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, acc) in acc.iter().enumerate() {
+                _mm256_storeu_ps(c.add(r * ldc + 8 * v), *acc);
+            }
+        }
+    }
+    acc.len()
 }
 
 /// `R` rows of one panel; gives `R`.

@@ -11,6 +11,7 @@ pub mod avx2;
 pub mod avx512;
 pub mod portable;
 mod whole;
+mod widened;
 
 pub use whole::multiply;
 
@@ -23,6 +24,9 @@ use crate::pack::{PANEL, Packed};
 pub trait Tile {
     /// Most rows of one call.
     const ROWS: usize;
+
+    /// Rows that are computed together: calls have a multiple of this where there are so many. Divides [`Self::ROWS`].
+    const STRIP: usize = 1;
 
     /// Called once on a thread before a series of [`Tile::run`].
     ///
@@ -227,6 +231,20 @@ unsafe impl Send for Part<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Part<'_> {}
 
+/// How many tiles so many rows are.
+#[inline(always)]
+pub fn tiles<T: Tile>(rows: usize) -> usize {
+    rows.div_ceil(T::STRIP).div_ceil(T::ROWS / T::STRIP)
+}
+
+/// The rows of a tile. All have nearly as many strips: 32 rows of strips of one are 10 + 11 + 11, not 12 + 12 + 8.
+#[inline(always)]
+pub fn tile_rows<T: Tile>(rows: usize, tile: usize, tiles: usize) -> Range<usize> {
+    let strips = rows.div_ceil(T::STRIP);
+    let begin = |tile: usize| (strips * tile / tiles * T::STRIP).min(rows);
+    begin(tile)..begin(tile + 1)
+}
+
 /// Computes rows `rows` of panels `panels`; `next` is the panel that this thread will probably need after them.
 ///
 /// # Safety
@@ -242,14 +260,13 @@ pub unsafe fn product<T: Tile>(
     #[repr(align(64))]
     struct Scratch([f32; ROW_STEP * PANEL]);
     let mut scratch = Scratch([0.0; ROW_STEP * PANEL]);
-    // Tiles of nearly equal height: 32 rows are 11 + 11 + 10, not 12 + 12 + 8.
-    let tiles = rows.len().div_ceil(T::ROWS);
+    let tiles = tiles::<T>(rows.len());
     // SAFETY: by the caller's promise.
     unsafe { T::begin() };
     for panel in panels.clone() {
         for tile in 0..tiles {
-            let first = rows.start + rows.len() * tile / tiles;
-            let height = rows.start + rows.len() * (tile + 1) / tiles - first;
+            let Range { start, end } = tile_rows::<T>(rows.len(), tile, tiles);
+            let (first, height) = (rows.start + start, end - start);
             let c = scratch.0.as_mut_ptr();
             for (index, part) in product.parts.iter().enumerate() {
                 let b = part.weights.panel(panel);
@@ -329,7 +346,7 @@ unsafe fn finish(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::Kernel;
+    use crate::kernel::{Kernel, Ops};
     use crate::math::f32_of;
     use crate::memory::Carver;
     use crate::pack::{K_STEP, pack_keys, pack_values};
@@ -377,6 +394,10 @@ mod tests {
 
     impl Case {
         fn store(&self, kernel: Kernel, rows: Range<usize>, panels: Range<usize>) -> Vec<f32> {
+            self.store_with(kernel.ops(), rows, panels)
+        }
+
+        fn store_with(&self, ops: &Ops, rows: Range<usize>, panels: Range<usize>) -> Vec<f32> {
             let ldc = self.weights.panels * PANEL;
             let mut c = vec![POISON; (self.a.len() / self.lda) * ldc];
             let epilogue = Epilogue::Store {
@@ -384,13 +405,23 @@ mod tests {
                 ldc,
                 bias: None,
             };
-            self.run(kernel, epilogue, rows, panels);
+            self.run_with(ops, epilogue, rows, panels);
             c
         }
 
         fn run(
             &self,
             kernel: Kernel,
+            epilogue: Epilogue<'_>,
+            rows: Range<usize>,
+            panels: Range<usize>,
+        ) {
+            self.run_with(kernel.ops(), epilogue, rows, panels);
+        }
+
+        fn run_with(
+            &self,
+            ops: &Ops,
             epilogue: Epilogue<'_>,
             rows: Range<usize>,
             panels: Range<usize>,
@@ -405,7 +436,7 @@ mod tests {
                 epilogue,
             };
             // SAFETY: the kernel is available; the outputs of these tests cover all rows and panels.
-            unsafe { (kernel.ops().product)(&job, rows, panels, self.weights.panel(0)) }
+            unsafe { (ops.product)(&job, rows, panels, self.weights.panel(0)) }
         }
 
         fn truth(&self, row: usize, column: usize) -> f64 {
@@ -452,6 +483,20 @@ mod tests {
                     "{kernel} wrote row {rows}"
                 );
             }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn plain_rust_has_the_same_bits_with_and_without_avx() {
+        for rows in [1, 2, 3, 5, 12, 37] {
+            let case = case(rows, 600, 96);
+            let [least, most] = crate::kernel::portable_ops().map(|ops| {
+                case.store_with(ops, 0..rows, 0..3)
+                    .into_iter()
+                    .map(f32::to_bits)
+            });
+            assert!(least.eq(most), "{rows} rows");
         }
     }
 
