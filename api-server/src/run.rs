@@ -48,6 +48,7 @@ pub async fn run(
     };
     let Prepared {
         model,
+        model_names,
         metrics,
         registry,
         incarnation,
@@ -65,7 +66,6 @@ pub async fn run(
         config.name_is_shared,
         Instant::now(),
     );
-    let model_names = ModelNames::new(config.model_names, &model.name)?;
     let server = Arc::new(Server {
         model_names,
         default_max_tokens: config.default_max_tokens,
@@ -148,6 +148,7 @@ pub async fn run(
 /// What has to be there before anything is served.
 struct Prepared {
     model: ModelText,
+    model_names: ModelNames,
     metrics: Metrics,
     registry: Arc<Registry>,
     incarnation: Incarnation,
@@ -169,6 +170,8 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
         .with_special_tokens_in_content(config.special_tokens_in_content)
         .with_generation_config(config.generation_config);
     tracing::info!(defaults = %model.defaults, "where requests say nothing");
+    // A name that cannot be is said before anything is waited for.
+    let model_names = ModelNames::new(config.model_names.clone(), &model.name)?;
     let metrics =
         Metrics::new().map_err(|error| ApiServerError::Http(format!("metrics: {error}")))?;
     let registry = Arc::new(Registry::default());
@@ -192,6 +195,7 @@ async fn prepare(config: &ApiServerConfig) -> Result<Prepared, ApiServerError> {
     let listener = listener.map_err(ApiServerError::Listen)?;
     Ok(Prepared {
         model,
+        model_names,
         metrics,
         registry,
         incarnation,

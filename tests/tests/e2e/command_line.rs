@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use baton_tests::{Cluster, PATIENCE, Setup, Turn, baton, eventually, smollm2_gguf};
+use baton_tests::{Cluster, PATIENCE, Setup, Turn, baton, eventually, model_dir, smollm2_gguf};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -153,7 +153,7 @@ async fn top_shows_what_runs() {
 fn a_keys_file_that_is_none_is_told_before_the_workers_start() {
     let dir = TempDir::new().expect("a temporary directory");
     let keys = dir.path().join("keys");
-    let model = baton_tests::model_dir().to_str().expect("a plain path");
+    let model = model_dir().to_str().expect("a plain path");
     for (content, word) in [
         ("somebody short\n", "line 1"),
         ("# nobody\n", "no key in it"),
@@ -182,6 +182,28 @@ fn a_keys_file_that_is_none_is_told_before_the_workers_start() {
             "{said}"
         );
     }
+}
+
+/// No bus is there, and the API server would wait for it.
+#[test]
+fn a_name_that_cannot_be_is_told_before_the_bus_is_waited_for() {
+    let model = model_dir();
+    let output = run(&[
+        "api-server",
+        "--tokenizer",
+        model.to_str().expect("a plain path"),
+        "--request-plane-uri",
+        "nats://127.0.0.1:1",
+        "--request-plane-wait-s",
+        "86400",
+        "--model-name",
+        "twice",
+        "--model-name",
+        "twice",
+    ]);
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("\"twice\" is given twice"), "{said}");
 }
 
 #[tokio::test]
