@@ -44,14 +44,14 @@ fn rows() -> Vec<[String; 5]> {
             "a pause of 15 s; the request's time".to_owned(),
             "`Limits::body_stall`, `http/body.rs`",
             "408 `body_stalled`: \"nothing came of the request body for 15 s\", \"… while its body was still coming\"",
-            "`api/deadlines.rs`",
+            "`api_server/deadlines.rs`",
         ),
         row(
             "template and tokens: a turn, and the work",
             "the request's time".to_owned(),
             "`texts.rs`",
             "504 \"… while its prompt was made into tokens\"",
-            "`api/deadlines.rs`",
+            "`api_server/deadlines.rs`",
         ),
         row(
             "a bus that is away",
@@ -68,7 +68,7 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`DECODE_WAIT_MAX_MS`, `router/wait.rs`",
             "503 `busy`: \"the decode workers are full: …\"; `Retry-After` says when they may not be",
-            "`router/tests.rs`, `api/waiting.rs`",
+            "`router/tests.rs`, `api_server/waiting.rs`",
         ),
         row(
             "a context worker with room",
@@ -85,14 +85,14 @@ fn rows() -> Vec<[String; 5]> {
             "the request's time, at both ends".to_owned(),
             "`driver.rs`; `budget_ms`, `desk.rs`",
             "504 \"… while it was prefilling on context-1\"",
-            "`api/deadlines.rs`, `cluster/leaving.rs`",
+            "`api_server/deadlines.rs`, `workers/leaving.rs`",
         ),
         row(
             "– the job or its answer was lost on the bus",
             format!("sent again after {patience}, … without a report of its worker"),
             "`PREFILL_PATIENCE_MS`",
             "nothing",
-            "`cluster/refusals.rs`",
+            "`workers/refusals.rs`",
         ),
         row(
             "– its beginning is pulled from another worker",
@@ -102,7 +102,7 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`PREFIX_PULL_MIN_MS`, `decode/prefix.rs`",
             "nothing",
-            "`cluster/prefixes.rs`, `e2e/prefixes.rs`",
+            "`workers/prefixes.rs`, `e2e/prefixes.rs`",
         ),
         row(
             "– its worker is silent",
@@ -119,7 +119,7 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`PROGRESS_WAIT_MS`, `CONTROL_TIMEOUT_MS`",
             "nothing: the prompt runs again, unless a decode worker has read it, which then has the first token",
-            "`cluster/streaming.rs`, `lifecycle/tests.rs`",
+            "`workers/streaming.rs`, `lifecycle/tests.rs`",
         ),
         row(
             "– the bus was away meanwhile",
@@ -136,7 +136,7 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`LEASE_MS`, `LEASE_RENEW_INTERVAL_MS`, `driver/lease.rs`",
             "nothing",
-            "`cluster/leases.rs`, `api/waiting.rs`",
+            "`workers/leases.rs`, `api_server/waiting.rs`",
         ),
         row(
             "a decode worker with room",
@@ -148,7 +148,7 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`ASK_AGAIN_…`, `PLACE_KEPT_MS`",
             "504 \"… while its KV waited on context-1 for a decode worker with room\"",
-            "`api/deadlines.rs`, `api/waiting.rs`, `e2e/load.rs`",
+            "`api_server/deadlines.rs`, `api_server/waiting.rs`, `e2e/load.rs`",
         ),
         row(
             "a worker where none is there",
@@ -172,14 +172,14 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`PULL_STALL_MS`, `workers/transfer/src/flow.rs`",
             "504 \"… while decode-0 pulled its KV from context-1\" if that is the request's end",
-            "`api/deadlines.rs`, `links.rs`, `e2e/slow_link.rs`",
+            "`api_server/deadlines.rs`, `links.rs`, `e2e/slow_link.rs`",
         ),
         row(
             "the release's answer",
             format!("{control}, then prefilled again"),
             "`CONTROL_TIMEOUT_MS`, `pulls.rs`",
             "nothing",
-            "`cluster/leases.rs`",
+            "`workers/leases.rs`",
         ),
         row(
             "pull and release, seen from the API server",
@@ -201,14 +201,14 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`DECODE_SILENCE_MS`, `SILENCE_AFTER_LOSS_MS`",
             "nothing: it is retried",
-            "`api/main.rs`, `e2e/still.rs`",
+            "`api_server/main.rs`, `e2e/still.rs`",
         ),
         row(
             "all tokens",
             "the request's time, at both ends".to_owned(),
             "`driver.rs`; `budget_ms`, `desk.rs`",
             "504 \"… while it was decoding on decode-0\"",
-            "`api/deadlines.rs`",
+            "`api_server/deadlines.rs`",
         ),
         row(
             "tries",
@@ -229,7 +229,7 @@ fn rows() -> Vec<[String; 5]> {
             "30 s with 64 KiB unread; 60 s without a byte".to_owned(),
             "`Limits::reader_stall`, `connection_stall`",
             "its stream ends",
-            "`api/main.rs`",
+            "`api_server/main.rs`",
         ),
         row(
             "one step of the executor",
@@ -240,7 +240,7 @@ fn rows() -> Vec<[String; 5]> {
             ),
             "`STEP_MAX_GPU_MS`, `STEP_MAX_CPU_MS`",
             "nothing: elsewhere; the worker ends",
-            "`cluster/faults.rs`, `e2e/stuck.rs`",
+            "`workers/faults.rs`, `e2e/stuck.rs`",
         ),
     ]
 }
