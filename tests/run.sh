@@ -148,7 +148,7 @@ fi
 rust_lane() {
   if wants rust chaos hostile; then step "build of the tests" 2400 cargo test --locked --release --workspace --quiet --no-run; fi
   touch "$work/built"
-  if wants rust; then step "Rust tests" 2400 rust_tests; fi
+  if wants rust; then step "Rust tests" 3600 rust_tests; fi
 }
 
 other_lane() {

@@ -19,6 +19,8 @@ KEY = "0123456789abcdef0123"
 
 def ask(page, text):
     page.get_by_label("Message", exact=True).fill(text)
+    # Until the page knows its model, Enter does nothing, as the button says.
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled()
     page.keyboard.press("Enter")
 
 
