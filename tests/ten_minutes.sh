@@ -68,7 +68,9 @@ title=$(sed -n 's:.*<title>\(.*\)</title>.*:\1:p' "$work/page")
 echo "GET $url/: $code, title '$title'"
 [ "$code $title" = "200 Baton" ] || fail "no page"
 grep -q '^model: .*tools: ' "$work/how-to" || fail "baton up does not say whether the model takes tools"
-curl -sS "$url/docs" | grep -q '<title>Baton: the API' || fail "no description of the API"
+# Not through a pipe: grep ends at the first match, and curl would fail at the rest.
+curl -sS -o "$work/api" "$url/docs"
+grep -q '<title>Baton: the API' "$work/api" || fail "no description of the API"
 
 step "question"
 question="What is the capital of France?"
