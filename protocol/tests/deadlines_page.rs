@@ -97,7 +97,7 @@ fn rows() -> Vec<[String; 5]> {
         row(
             "– its beginning is pulled from another worker",
             format!(
-                "as long as computing it would take, {} at least, {control} where nobody knows; then it is computed",
+                "as long as computing it is expected to take, {} at least; {control} if that is not known; then it is computed",
                 s(PREFIX_PULL_MIN_MS)
             ),
             "`PREFIX_PULL_MIN_MS`, `decode/prefix.rs`",
