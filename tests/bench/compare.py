@@ -1,6 +1,6 @@
 """Baton's CPU executor beside its peers: interleaved runs on one machine, medians, ratios.
 
-Usage: compare.py --model DIR --gguf BF16.gguf [--rounds 3] [--only NAME ...]
+Usage: compare.py --model DIR --gguf BF16.gguf [--rounds 3] [--only NAME ...] [--prefill-only]
 
 Every round runs each contestant once, in turn, so that a machine that drifts drifts under all of them. DIR is made by
 `baton model-prep`, BF16.gguf by gguf_to_bf16.py; `tests/bench/README.md` says how to install the peers.
@@ -24,12 +24,14 @@ parser.add_argument("--gguf", type=Path, required=True)
 parser.add_argument("--threads", type=int, default=2)
 parser.add_argument("--rounds", type=int, default=3)
 parser.add_argument("--baton-bench", type=Path, help="the benchmark's executable, if it is already built")
+parser.add_argument("--prefill-only", action="store_true", help="shorter rounds, for a machine that drifts within one")
 parser.add_argument("--python", default=sys.executable, help="the Python that has the peers")
 parser.add_argument("--vllm-python", help="the Python that has vLLM, if it is another")
 parser.add_argument("--only", nargs="*", default=["baton", "transformers", "llama.cpp", "vllm"])
 arguments = parser.parse_args()
 
-FIGURES = ["prefill_512", "decode_1", "decode_8", "decode_32"]
+BATCHES = [] if arguments.prefill_only else [1, 8, 32]
+FIGURES = ["prefill_512", *(f"decode_{batch}" for batch in BATCHES)]
 
 
 def run(command, **environment):
@@ -46,19 +48,20 @@ def baton(**environment):
     command = [arguments.baton_bench, "--bench"] if arguments.baton_bench else [
         "cargo", "bench", "--quiet", "--manifest-path", ROOT / "Cargo.toml", "-p", "baton-cpu", "--bench", "cpu",
     ]
-    text = run(command, BATON_BENCH_MODEL=str(arguments.model), BATON_BENCH_THREADS=str(arguments.threads), **environment)
+    prefill_only = {"BATON_BENCH_PREFILL_ONLY": "1"} if arguments.prefill_only else {}
+    text = run(command, BATON_BENCH_MODEL=str(arguments.model), BATON_BENCH_THREADS=str(arguments.threads), **prefill_only, **environment)
     rate = lambda name: float(re.search(rf"^{name}\s.*?([\d.]+) tok/s", text, re.M)[1])  # noqa: E731
     bandwidth = re.search(r"^read bandwidth.*?([\d.]+) GB/s", text, re.M)[1]
     return {
         "peer": f"baton, {text.splitlines()[0]}",
         "prefill_512": rate("prefill 512"),
-        **{f"decode_{batch}": rate(f"decode b={batch}") for batch in (1, 8, 32)},
+        **{f"decode_{batch}": rate(f"decode b={batch}") for batch in BATCHES},
         "bandwidth": float(bandwidth),
     }
 
 
 def peer(script, model, python, *more):
-    text = run([python, HERE / script, model, "--threads", arguments.threads, *more])
+    text = run([python, HERE / script, model, "--threads", arguments.threads, "--batches", *BATCHES, *more])
     return json.loads(text.splitlines()[-1])
 
 

@@ -21,6 +21,7 @@ parser.add_argument("--steps", type=int, default=32)
 parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
 parser.add_argument("--prefill", type=int, default=512)
 arguments = parser.parse_args()
+batch_max = max(arguments.batches, default=1)
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{arguments.threads - 1}")
@@ -39,8 +40,8 @@ def main():
         engine = LLM(
             model=str(links),
             dtype="bfloat16",
-            max_model_len=arguments.context + arguments.steps + max(arguments.batches) + 64,
-            max_num_seqs=max(arguments.batches),
+            max_model_len=arguments.context + arguments.steps + batch_max + 64,
+            max_num_seqs=batch_max,
             enable_prefix_caching=False,
         )
 

@@ -3,7 +3,7 @@
 //! `BATON_BENCH_MODEL=<prepared model directory> cargo bench -p baton-cpu`; without it, only the ceilings and
 //! the products. `BATON_BENCH_THREADS` (default 2) sets the threads; with one, processor time is measured, which
 //! programs beside it disturb less. `BATON_CPU_KERNEL` sets the kernel, `BATON_BENCH_CONTEXT` the tokens before a
-//! decode step (default and most: 512).
+//! decode step (default and most: 512). With `BATON_BENCH_PREFILL_ONLY` there is no decode.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -86,6 +86,9 @@ fn model(path: &str, kernel: Kernel, threads: usize, bandwidth: f64, peak: f64) 
     let head = (spec.vocab * spec.hidden) as f64;
     let floor = 2.0 * (512.0 * (parameters - head) + head) / peak;
     report("prefill 512", 512.0, seconds, floor);
+    if std::env::var_os("BATON_BENCH_PREFILL_ONLY").is_some() {
+        return;
+    }
     let context: u32 =
         std::env::var("BATON_BENCH_CONTEXT").map_or(512, |c| c.parse().expect("a number"));
     assert!(

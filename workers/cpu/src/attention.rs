@@ -263,8 +263,8 @@ pub unsafe fn attend<T: Tile>(
 fn for_tiles<T: Tile>(rows: Range<usize>, mut tile: impl FnMut(usize, usize)) {
     let tiles = tiles::<T>(rows.len());
     for i in 0..tiles {
-        let Range { start, end } = tile_rows::<T>(rows.len(), i, tiles);
-        tile(rows.start + start, end - start);
+        let of_tile = tile_rows::<T>(&rows, i, tiles);
+        tile(of_tile.start, of_tile.len());
     }
 }
 

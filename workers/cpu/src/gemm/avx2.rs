@@ -9,7 +9,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::widened::{WIDTH, Widened, parts};
+use super::strips::{self, Strips, WIDTH, Widened};
 use super::{Prefetch, Tile};
 use crate::pack::PANEL;
 
@@ -35,31 +35,8 @@ impl Tile for Avx2 {
         load: bool,
         prefetch: Prefetch,
     ) {
-        let mut widened = Widened::new();
-        for (first, pairs) in parts(pairs) {
-            let load = load || first > 0;
-            let mut row = 0;
-            while row < rows {
-                // The first rows fetch for all.
-                let prefetch = match row {
-                    0 => prefetch.after(first),
-                    _ => Prefetch::none(b),
-                };
-                // SAFETY: the caller's promise, row by row and part by part of K.
-                row += unsafe {
-                    let (a, c) = (a.add(row * lda + 2 * first), c.add(row * ldc));
-                    let b = b.add(first * 2 * PANEL);
-                    match rows - row {
-                        1 => strip::<1>(a, lda, b, pairs, c, ldc, load, prefetch),
-                        2 => strip::<2>(a, lda, b, pairs, c, ldc, load, prefetch),
-                        _ => {
-                            widened.fill(a, lda, pairs);
-                            three(&widened, b, pairs, c, ldc, load, prefetch)
-                        }
-                    }
-                };
-            }
-        }
+        // SAFETY: the caller's promise.
+        unsafe { strips::run::<Self>(rows, a, lda, b, pairs, c, ldc, load, prefetch) }
     }
 
     #[inline(always)]
@@ -70,6 +47,34 @@ impl Tile for Avx2 {
                 transpose(rows, head_dim, out);
             } else {
                 crate::pack::pack_keys(rows, head_dim, out);
+            }
+        }
+    }
+}
+
+impl Strips for Avx2 {
+    #[inline(always)]
+    unsafe fn strip(
+        rows: usize,
+        a: *const u16,
+        lda: usize,
+        b: *const u16,
+        pairs: usize,
+        c: *mut f32,
+        ldc: usize,
+        load: bool,
+        prefetch: Prefetch,
+    ) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match rows {
+                1 => strip::<1>(a, lda, b, pairs, c, ldc, load, prefetch),
+                2 => strip::<2>(a, lda, b, pairs, c, ldc, load, prefetch),
+                _ => {
+                    let mut widened = Widened::<3>::new();
+                    let a = widened.fill(a, lda, pairs);
+                    three(a, b, pairs, c, ldc, load, prefetch)
+                }
             }
         }
     }
@@ -118,10 +123,10 @@ macro_rules! second {
     };
 }
 
-/// Three rows of one panel; gives 3. Each sum has the additions of [`strip`], in its order.
+/// Three rows of one panel, whose activations are widened, [`WIDTH`] apart; gives 3. Each sum has the additions of [`strip`], in its order.
 #[target_feature(enable = "avx2,fma")]
 unsafe fn three(
-    a: &Widened<3>,
+    a: *const f32,
     b: *const u16,
     pairs: usize,
     c: *mut f32,
@@ -165,7 +170,7 @@ unsafe fn three(
             "add {b}, {pair}",
             "dec {pairs}",
             "jnz 2b",
-            a = inout(reg) a.0.as_ptr() => _,
+            a = inout(reg) a => _,
             b = inout(reg) b => _,
             pairs = inout(reg) pairs => _,
             first = inout(reg) prefetch.first => _,

@@ -10,8 +10,8 @@ pub mod amx;
 pub mod avx2;
 pub mod avx512;
 pub mod portable;
+mod strips;
 mod whole;
-mod widened;
 
 pub use whole::multiply;
 
@@ -237,11 +237,11 @@ pub fn tiles<T: Tile>(rows: usize) -> usize {
     rows.div_ceil(T::STRIP).div_ceil(T::ROWS / T::STRIP)
 }
 
-/// The rows of a tile. All have nearly as many strips: 32 rows of strips of one are 10 + 11 + 11, not 12 + 12 + 8.
+/// The rows of one of so many tiles. All have nearly as many strips: 32 rows of strips of one are 10 + 11 + 11, not 12 + 12 + 8.
 #[inline(always)]
-pub fn tile_rows<T: Tile>(rows: usize, tile: usize, tiles: usize) -> Range<usize> {
-    let strips = rows.div_ceil(T::STRIP);
-    let begin = |tile: usize| (strips * tile / tiles * T::STRIP).min(rows);
+pub fn tile_rows<T: Tile>(rows: &Range<usize>, tile: usize, tiles: usize) -> Range<usize> {
+    let strips = rows.len().div_ceil(T::STRIP);
+    let begin = |tile: usize| (rows.start + strips * tile / tiles * T::STRIP).min(rows.end);
     begin(tile)..begin(tile + 1)
 }
 
@@ -265,8 +265,8 @@ pub unsafe fn product<T: Tile>(
     unsafe { T::begin() };
     for panel in panels.clone() {
         for tile in 0..tiles {
-            let Range { start, end } = tile_rows::<T>(rows.len(), tile, tiles);
-            let (first, height) = (rows.start + start, end - start);
+            let of_tile = tile_rows::<T>(&rows, tile, tiles);
+            let (first, height) = (of_tile.start, of_tile.len());
             let c = scratch.0.as_mut_ptr();
             for (index, part) in product.parts.iter().enumerate() {
                 let b = part.weights.panel(panel);
@@ -393,11 +393,7 @@ mod tests {
     }
 
     impl Case {
-        fn store(&self, kernel: Kernel, rows: Range<usize>, panels: Range<usize>) -> Vec<f32> {
-            self.store_with(kernel.ops(), rows, panels)
-        }
-
-        fn store_with(&self, ops: &Ops, rows: Range<usize>, panels: Range<usize>) -> Vec<f32> {
+        fn store(&self, ops: &Ops, rows: Range<usize>, panels: Range<usize>) -> Vec<f32> {
             let ldc = self.weights.panels * PANEL;
             let mut c = vec![POISON; (self.a.len() / self.lda) * ldc];
             let epilogue = Epilogue::Store {
@@ -405,27 +401,11 @@ mod tests {
                 ldc,
                 bias: None,
             };
-            self.run_with(ops, epilogue, rows, panels);
+            self.run(ops, epilogue, rows, panels);
             c
         }
 
-        fn run(
-            &self,
-            kernel: Kernel,
-            epilogue: Epilogue<'_>,
-            rows: Range<usize>,
-            panels: Range<usize>,
-        ) {
-            self.run_with(kernel.ops(), epilogue, rows, panels);
-        }
-
-        fn run_with(
-            &self,
-            ops: &Ops,
-            epilogue: Epilogue<'_>,
-            rows: Range<usize>,
-            panels: Range<usize>,
-        ) {
+        fn run(&self, ops: &Ops, epilogue: Epilogue<'_>, rows: Range<usize>, panels: Range<usize>) {
             let part = Part {
                 a: self.a.as_ptr(),
                 lda: self.lda,
@@ -462,7 +442,7 @@ mod tests {
             {
                 let case = case(rows, k, columns);
                 let ldc = case.weights.panels * PANEL;
-                let c = case.store(kernel, 0..rows, 0..case.weights.panels);
+                let c = case.store(kernel.ops(), 0..rows, 0..case.weights.panels);
                 for row in 0..rows {
                     for column in 0..columns {
                         let (ours, truth) =
@@ -491,11 +471,8 @@ mod tests {
     fn plain_rust_has_the_same_bits_with_and_without_avx() {
         for rows in [1, 2, 3, 5, 12, 37] {
             let case = case(rows, 600, 96);
-            let [least, most] = crate::kernel::portable_ops().map(|ops| {
-                case.store_with(ops, 0..rows, 0..3)
-                    .into_iter()
-                    .map(f32::to_bits)
-            });
+            let [least, most] = crate::kernel::portable_ops()
+                .map(|ops| case.store(ops, 0..rows, 0..3).into_iter().map(f32::to_bits));
             assert!(least.eq(most), "{rows} rows");
         }
     }
@@ -506,7 +483,7 @@ mod tests {
         for kernel in kernels() {
             let case = case(29, 206, 70);
             let ldc = case.weights.panels * PANEL;
-            let whole = case.store(kernel, 0..29, 0..case.weights.panels);
+            let whole = case.store(kernel.ops(), 0..29, 0..case.weights.panels);
             for cuts in [vec![0_usize, 64, 206], vec![0, 10, 38, 40, 206]] {
                 let parts: Vec<usize> = cuts.windows(2).map(|cut| cut[1] - cut[0]).collect();
                 // The last part ends where the whole does: its tiles are the same.
@@ -564,10 +541,10 @@ mod tests {
         for kernel in kernels() {
             let case = case(37, 200, 96);
             let ldc = case.weights.panels * PANEL;
-            let whole = case.store(kernel, 0..37, 0..3);
+            let whole = case.store(kernel.ops(), 0..37, 0..3);
             for rows in [0..1, 5..6, 3..15, 30..37, 7..36] {
                 for panels in [0..1, 1..3] {
-                    let part = case.store(kernel, rows.clone(), panels.clone());
+                    let part = case.store(kernel.ops(), rows.clone(), panels.clone());
                     for at in rows.clone().flat_map(|row| {
                         let from = row * ldc + panels.start * PANEL;
                         from..from + panels.len() * PANEL
@@ -586,7 +563,7 @@ mod tests {
         for kernel in kernels() {
             let (rows, columns) = (14, 64);
             let case = case(rows, 96, columns);
-            let sums = case.store(kernel, 0..rows, 0..2);
+            let sums = case.store(kernel.ops(), 0..rows, 0..2);
             let bias: Vec<f32> = (0..columns).map(|i| i as f32 * 0.25).collect();
             let mut c = vec![POISON; rows * columns];
             let store = Epilogue::Store {
@@ -594,7 +571,7 @@ mod tests {
                 ldc: columns,
                 bias: Some(&bias),
             };
-            case.run(kernel, store, 0..rows, 0..2);
+            case.run(kernel.ops(), store, 0..rows, 0..2);
             for (i, c) in c.iter().enumerate() {
                 assert_eq!(*c, sums[i] + bias[i % columns]);
             }
@@ -603,7 +580,7 @@ mod tests {
                 c: c.as_mut_ptr(),
                 ldc: columns,
             };
-            case.run(kernel, add, 0..rows, 0..2);
+            case.run(kernel.ops(), add, 0..rows, 0..2);
             for (c, sum) in c.iter().zip(&sums) {
                 assert_eq!(*c, 1.5 + sum);
             }
@@ -612,7 +589,7 @@ mod tests {
                 out: out.as_mut_ptr(),
                 ldo: columns / 2,
             };
-            case.run(kernel, gate, 0..rows, 0..2);
+            case.run(kernel.ops(), gate, 0..rows, 0..2);
             for row in 0..rows {
                 for i in 0..columns / 2 {
                     let at = row * columns + i / 16 * PANEL + i % 16;

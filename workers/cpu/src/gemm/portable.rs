@@ -3,7 +3,7 @@
 //! It is written so that the compiler finds vectors: activations are widened before, weights are read as words of 32 bits, and the sums of
 //! a strip fit into sixteen registers of four or eight numbers. Each element is one accumulator: `acc += a₀·b₀`, then `acc += a₁·b₁`.
 
-use super::widened::{Widened, parts};
+use super::strips::{self, Strips, WIDTH, Widened};
 use super::{Prefetch, Tile, fetch};
 use crate::pack::PANEL;
 
@@ -26,26 +26,31 @@ impl Tile for Portable {
         load: bool,
         prefetch: Prefetch,
     ) {
-        for (first, pairs) in parts(pairs) {
-            let load = load || first > 0;
-            let mut row = 0;
-            while row < rows {
-                // The first rows fetch for all.
-                let prefetch = match row {
-                    0 => prefetch.after(first),
-                    _ => Prefetch::none(b),
-                };
-                // SAFETY: the caller's promise, row by row and part by part of K.
-                row += unsafe {
-                    let (a, c) = (a.add(row * lda + 2 * first), c.add(row * ldc));
-                    let b = b.add(2 * first * PANEL);
-                    match rows - row {
-                        1 => strip::<1, 32>(a, lda, b, pairs, c, ldc, load, prefetch),
-                        2 => strip::<2, 16>(a, lda, b, pairs, c, ldc, load, prefetch),
-                        3 => strip::<3, 8>(a, lda, b, pairs, c, ldc, load, prefetch),
-                        _ => strip::<4, 8>(a, lda, b, pairs, c, ldc, load, prefetch),
-                    }
-                };
+        // SAFETY: the caller's promise.
+        unsafe { strips::run::<Self>(rows, a, lda, b, pairs, c, ldc, load, prefetch) }
+    }
+}
+
+impl Strips for Portable {
+    #[inline(always)]
+    unsafe fn strip(
+        rows: usize,
+        a: *const u16,
+        lda: usize,
+        b: *const u16,
+        pairs: usize,
+        c: *mut f32,
+        ldc: usize,
+        load: bool,
+        prefetch: Prefetch,
+    ) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match rows {
+                1 => strip::<1, 32>(a, lda, b, pairs, c, ldc, load, prefetch),
+                2 => strip::<2, 16>(a, lda, b, pairs, c, ldc, load, prefetch),
+                3 => strip::<3, 8>(a, lda, b, pairs, c, ldc, load, prefetch),
+                _ => strip::<4, 8>(a, lda, b, pairs, c, ldc, load, prefetch),
             }
         }
     }
@@ -68,7 +73,7 @@ unsafe fn strip<const ROWS: usize, const COLUMNS: usize>(
 ) -> usize {
     let mut widened = Widened::<ROWS>::new();
     // SAFETY: the caller's promise.
-    unsafe { widened.fill(a, lda, pairs) };
+    let a = unsafe { widened.fill(a, lda, pairs) };
     for column in (0..PANEL).step_by(COLUMNS) {
         let mut acc = [[0.0; COLUMNS]; ROWS];
         if load {
@@ -94,12 +99,14 @@ unsafe fn strip<const ROWS: usize, const COLUMNS: usize>(
             for i in 0..COLUMNS {
                 [first[i], second[i]] = halves(words[i]);
             }
-            for (a, acc) in widened.0.iter().zip(&mut acc) {
+            for (row, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: filled above.
+                let [a0, a1] = unsafe { a.add(row * WIDTH + 2 * pair).cast::<[f32; 2]>().read() };
                 for i in 0..COLUMNS {
-                    acc[i] += a[2 * pair] * first[i];
+                    acc[i] += a0 * first[i];
                 }
                 for i in 0..COLUMNS {
-                    acc[i] += a[2 * pair + 1] * second[i];
+                    acc[i] += a1 * second[i];
                 }
             }
         }
