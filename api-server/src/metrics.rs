@@ -277,7 +277,7 @@ fn response_gauges((responses, bytes): (usize, usize), out: &mut String) {
 fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
     // Nothing where a worker has not measured it.
     type Read = fn(&baton_protocol::Beat) -> Option<f64>;
-    let gauges: [(&str, &str, Read); 13] = [
+    let gauges: [(&str, &str, Read); 14] = [
         ("waiting", "Sequences waiting for their first step.", |b| {
             Some(b.load.waiting.into())
         }),
@@ -308,6 +308,11 @@ fn worker_gauges(members: &Membership, now: Instant, out: &mut String) {
         ("blocks_quarantined", "Blocks of broken transfers.", |b| {
             Some(b.load.blocks_quarantined.into())
         }),
+        (
+            "plans_refused",
+            "Steps that its executor has refused since it started.",
+            |b| Some(b.load.plans_refused.into()),
+        ),
         ("blocks_capacity", "Blocks of the arena.", |b| {
             Some(b.capacity.blocks.into())
         }),

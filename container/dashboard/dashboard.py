@@ -87,6 +87,7 @@ ROWS = [
         ("Running", "percentunit", "Part of the batch's places that is taken.", [(f"{worker('running')} / ({worker('batch_capacity')} > 0)", WHO)]),
         ("Generating", "none", "Generating sequences.", [(worker("decoding"), WHO)]),
         ("Step cost error", "percentunit", "Nine of ten steps took as long as predicted within this part. Above 10 % for long: the device is shared, or throttled.", [(worker("step_cost_error"), WHO)]),
+        ("Refused steps", "none", "Steps that an executor has refused since it started: a defect of Baton, with a line in its log.", [(worker("plans_refused"), WHO)]),
         ("Context workers that can be read", "none", "How many context workers a worker can pull KV from. Less than there are: network, firewall, UCX.", [(worker("peers_ready"), WHO)]),
     ]),
     ("Bus and processes", [

@@ -75,7 +75,7 @@ pub enum FailureCode {
     PullFailed,
     /// No blocks were left for the next token; the sequence gave up its own.
     Preempted,
-    /// The executor failed.
+    /// The executor failed, or refused the step that the sequence was to be in.
     Executor,
     /// No next token could be chosen: the model gave no finite logit.
     NoToken,

@@ -96,6 +96,8 @@ pub struct Load {
     pub blocks_cached: u32,
     /// Blocks that cannot be reused before a broken transfer has ended.
     pub blocks_quarantined: u32,
+    /// Steps that its executor has refused since it started. Each is a defect.
+    pub plans_refused: u32,
 }
 
 /// What a worker can hold.

@@ -218,7 +218,7 @@ fn rows() -> Vec<[String; 5]> {
             "`lifecycle/tests.rs`",
         ),
         row(
-            "– executors that break over it: it may be what breaks them",
+            "– executors that break over it or refuse it: it may be what breaks them",
             "2".to_owned(),
             "`EXECUTORS_MAX`, `lifecycle/ends.rs`",
             "502 `worker_failed`: \"2 workers failed over it, the last one because: …\"",

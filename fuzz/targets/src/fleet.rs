@@ -221,6 +221,7 @@ fn beat(beaten: Beaten) -> Beat {
             blocks_used,
             blocks_cached,
             blocks_quarantined,
+            plans_refused: waiting / 3,
         },
         capacity: Capacity {
             blocks,

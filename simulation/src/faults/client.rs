@@ -156,7 +156,9 @@ fn alone(spec: SequenceSpec, block_tokens: u32, tokens_max: u32) -> (Vec<u32>, F
                     output.push(sampled.token);
                     finish
                 }
-                Event::Failed { .. } | Event::Preempted { .. } => unreachable!("it is alone"),
+                Event::Failed { .. } | Event::Refused { .. } | Event::Preempted { .. } => {
+                    unreachable!("it is alone")
+                }
                 Event::Begun { .. } | Event::Computed { .. } => None,
             };
             if let Some(finish) = finished {

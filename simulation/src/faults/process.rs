@@ -391,9 +391,7 @@ impl Executor for Mortal {
         let spared = self.is_spared.load(Relaxed);
         if let Some(left) = self.steps_left.as_mut().filter(|_| !spared) {
             if *left == 0 {
-                return Err(ExecutorError {
-                    message: BROKEN.to_owned(),
-                });
+                return Err(ExecutorError::failed(BROKEN));
             }
             *left -= 1;
         }

@@ -51,6 +51,55 @@ async fn a_text_without_a_next_token_ends_and_no_other() {
     both.stop().await;
 }
 
+/// Who was in the refused step hears of it and may be run again; the worker serves on, and says how often it happened.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_step_ends_its_requests_and_not_the_worker() {
+    let house = House::new().await;
+    let mut api = Api::new(&house, "api").await;
+    let sequence = prompt(1, 30, 1_000);
+    let text = undisturbed(&sequence);
+    let mut config = house.config("both", Role::Both);
+    config.device = Device::Fake { step_micros: 5_000 };
+    let bad = other_prompt(&sequence, &text);
+    config.fake_faults = FakeFaults {
+        refuse: Some(bad.tokens.0[29]),
+        ..FakeFaults::default()
+    };
+    let both = Worker::start(config);
+    api.until(&both.id, "at all", |_| true).await;
+    let request = new_request();
+    let handle = api.staged(&both.id, request, &sequence).await;
+    api.admitted(&both.id, &api.decode_job(request, &sequence, &handle))
+        .await;
+    api.first_tokens(request).await;
+
+    let job = api.prefill_job(new_request(), &bad);
+    let PrefillReply::Failed { failure, .. } = api.prefill(&both.id, &job).await else {
+        panic!("it went well")
+    };
+    assert_eq!(failure.code, FailureCode::Executor);
+    assert!(failure.code.retryable(), "elsewhere");
+    assert!(
+        failure.message.contains("the executor refused its step"),
+        "{failure}"
+    );
+    let stream = api.stream(request, 0).await;
+    assert_eq!(stream.failure(), FailureCode::Executor);
+    assert_eq!(stream.tokens, text[1..1 + stream.tokens.len()]);
+    api.until(&both.id, "that it serves and has refused one", |beat| {
+        let load = &beat.load;
+        beat.state == WorkerState::Serving && load.plans_refused == 1 && load.blocks_used == 0
+    })
+    .await;
+    let again = prompt(1, 30, 10);
+    let request = new_request();
+    let handle = api.staged(&both.id, request, &again).await;
+    api.admitted(&both.id, &api.decode_job(request, &again, &handle))
+        .await;
+    assert_whole(&api.stream(request, 0).await, &again, &handle);
+    both.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broken_executor_ends_its_worker_after_saying_so() {
     let breaks = |token| FakeFaults {

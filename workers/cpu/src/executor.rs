@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use baton_engine::{
     Choices, Executor, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepOutput, StepPlan,
-    Want, answer, count_followed, kv_geometry, uniform_arena, wants,
+    TokenMask, Want, add_masks, answer, count_followed, kv_geometry, uniform_arena, wants,
 };
 use baton_kv_memory::KvMemory;
 use baton_model::{AttentionSpec, Mixer, Mlp, ModelSpec, TensorSource};
@@ -53,7 +53,21 @@ pub struct CpuExecutor {
     buffers: Buffers,
     rows: Rows,
     /// Steps in flight, the oldest first: a step is computed when it is submitted.
-    done: VecDeque<(Choices, StepOutput)>,
+    done: VecDeque<Done>,
+    /// Of the last of them, whose tokens are chosen later: its residual stream is in the buffers until then.
+    unchosen: Option<Unchosen>,
+}
+
+/// A step that is computed.
+struct Done {
+    choices: Choices,
+    output: StepOutput,
+}
+
+/// What is missing of a step whose tokens are chosen later.
+struct Unchosen {
+    plan: StepPlan,
+    wants: Vec<Want>,
 }
 
 /// Activations of a step that all ranks share, allocated once. Row strides are whole panels and K steps.
@@ -160,6 +174,7 @@ impl CpuExecutor {
             buffers,
             rows: Rows::default(),
             done: VecDeque::new(),
+            unchosen: None,
         })
     }
 
@@ -182,9 +197,11 @@ impl Executor for CpuExecutor {
         &self.info
     }
 
+    /// More steps may be in flight than are worth it here.
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
+        self.no_step_waits()?;
         self.rows.fill(plan, &self.info)?;
-        let in_flight = self.done.iter().map(|(choices, _)| choices);
+        let in_flight = self.done.iter().map(|done| &done.choices);
         self.rows.follow(in_flight)?;
         self.embed();
         attention::pieces(
@@ -196,19 +213,56 @@ impl Executor for CpuExecutor {
         for layer in 0..self.spec.layers.len() {
             self.layer(layer);
         }
-        let output = self.output(plan);
-        self.done.push_back((Choices::of(plan, &output), output));
+        let mut wants = wants(plan, &self.rows);
+        count_followed(&mut wants, &self.rows);
+        if plan.chooses_later {
+            let (now, later) = wants.into_iter().partition(Want::is_target);
+            wants = now;
+            self.unchosen = Some(Unchosen {
+                plan: plan.clone(),
+                wants: later,
+            });
+        }
+        let mut output = StepOutput {
+            sequences: vec![SequenceOutput::default(); plan.sequences.len()],
+        };
+        self.answer(&wants, plan.want_logits, &mut output);
+        let choices = Choices::of(plan, &output);
+        self.done.push_back(Done { choices, output });
+        Ok(())
+    }
+
+    fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
+        let Some(Unchosen { plan, mut wants }) = self.unchosen.take() else {
+            return Err(ExecutorError::nothing_to_choose());
+        };
+        if let Some(mut last) = self.done.pop_back() {
+            add_masks(&mut wants, masks);
+            self.answer(&wants, plan.want_logits, &mut last.output);
+            last.choices = Choices::of(&plan, &last.output);
+            self.done.push_back(last);
+        }
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
+        if self.done.len() == 1 {
+            self.no_step_waits()?;
+        }
         let done = self.done.pop_front();
-        let (_, output) = done.ok_or_else(ExecutorError::nothing_submitted)?;
-        Ok(output)
+        let done = done.ok_or_else(ExecutorError::nothing_submitted)?;
+        Ok(done.output)
     }
 }
 
 impl CpuExecutor {
+    fn no_step_waits(&self) -> Result<(), ExecutorError> {
+        match &self.unchosen {
+            Some(unchosen) => Err(ExecutorError::not_chosen(unchosen.plan.id)),
+            None => Ok(()),
+        }
+    }
+
     /// Embeddings into the residual stream, angles into cosines and sines.
     fn embed(&mut self) {
         let Self {
@@ -351,13 +405,8 @@ impl CpuExecutor {
         multiply(pool, ops, &parts, then, Epilogue::Add { c, ldc }, count);
     }
 
-    /// Logits of the rows that are asked for, and what is made of them.
-    fn output(&mut self, plan: &StepPlan) -> StepOutput {
-        let mut wants = wants(plan, &self.rows);
-        count_followed(&mut wants, &self.rows);
-        let mut output = StepOutput {
-            sequences: vec![SequenceOutput::default(); plan.sequences.len()],
-        };
+    /// Logits of the rows that are asked for, and what is made of them, into `output`.
+    fn answer(&mut self, wants: &[Want], want_logits: bool, output: &mut StepOutput) {
         for wants in wants.chunks(LOGITS_ROWS) {
             self.logits(wants);
             let (vocab, stride) = (self.spec.vocab, self.buffers.logits_stride);
@@ -370,14 +419,13 @@ impl CpuExecutor {
                 // SAFETY: one row and one answer per piece.
                 unsafe {
                     let logits = &mut rows.slice(i * stride, vocab)[..];
-                    out.slice(i, 1)[0] = Some(answer(&wants[i], logits, plan.want_logits));
+                    out.slice(i, 1)[0] = Some(answer(&wants[i], logits, want_logits));
                 }
             });
             for (want, answer) in wants.iter().zip(answers.into_iter().flatten()) {
                 output.sequences[want.sequence].extend(answer);
             }
         }
-        output
     }
 
     fn logits(&mut self, wants: &[Want]) {

@@ -117,9 +117,7 @@ impl std::error::Error for CudaError {}
 
 impl From<CudaError> for ExecutorError {
     fn from(error: CudaError) -> Self {
-        Self {
-            message: error.to_string(),
-        }
+        Self::failed(error.to_string())
     }
 }
 

@@ -13,11 +13,12 @@ use crate::scheduler::Scheduler;
 use crate::sequence::{Constrained, Sequence, Streamed};
 use crate::{
     BlockPool, BlockTable, EngineConfig, EngineLoad, Event, Executor, ExecutorError, ExecutorInfo,
-    NewSequence, ResumedSequence,
+    Fault, NewSequence, ResumedSequence,
 };
 
 mod collect;
 mod probe;
+mod refused;
 
 pub use probe::PROBE_MAX;
 
@@ -38,6 +39,8 @@ pub struct Engine {
     /// When steps were collected, as far as it says how long the next one keeps the device busy.
     pace: Pace,
     stalled: bool,
+    /// Steps that the executor has refused.
+    plans_refused: u32,
     failed: Option<ExecutorError>,
 }
 
@@ -65,6 +68,7 @@ impl Engine {
             clock: Instant::now,
             pace: Pace::default(),
             stalled: false,
+            plans_refused: 0,
             failed: None,
         }
     }
@@ -242,6 +246,11 @@ impl Engine {
         }
     }
 
+    /// Steps that the executor has refused since the start: each is a defect of it or of the engine.
+    pub fn plans_refused(&self) -> u32 {
+        self.plans_refused
+    }
+
     /// What its steps cost, as far as that is known.
     pub fn cost(&self) -> Option<&StepCost> {
         self.scheduler.cost.as_ref().map(CostModel::cost)
@@ -339,7 +348,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Plan the next step and submit it; `false` if there is none, or if it has to wait for those in flight.
+    /// Plan the next step and submit it; `false` if there is none, or if it has to wait for those in flight. One that is refused is over with
+    /// its sequences, and the next may be planned.
     fn submit_step(&mut self, events: &mut Vec<Event>) -> Result<bool, ExecutorError> {
         if self.flights.are_unchosen() {
             return Ok(false);
@@ -356,8 +366,16 @@ impl Engine {
             return Ok(false);
         }
         let submitted = (self.clock)();
-        self.executor.submit(&self.scheduler.plan)?;
+        let taken = self.executor.submit(&self.scheduler.plan);
         self.scheduler.plan.id.0 += 1;
+        match taken {
+            Ok(()) => {}
+            Err(error) if error.fault == Fault::Refused => {
+                self.end_refused(&error, events);
+                return Ok(true);
+            }
+            Err(error) => return Err(error),
+        }
         // The plan's hold on sampling states ends here, the executor's when the step is collected.
         self.scheduler.plan.sequences.clear();
         let mut flight = std::mem::take(&mut self.scheduler.flight);

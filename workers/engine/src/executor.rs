@@ -42,9 +42,20 @@ pub struct ExecutorInfo {
     pub run_max: usize,
 }
 
-/// Why a step failed. The executor is out of service afterwards: what it left in the arena is unknown.
+/// What an error leaves of the executor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// It was asked for what it may refuse. Nothing of that ran, and it is as it was before.
+    Refused,
+    /// It is out of service: what it left in the arena is unknown.
+    Failed,
+}
+
+/// Why an executor did not do what it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecutorError {
+    /// What it is afterwards.
+    pub fault: Fault,
     /// What failed and where, as a sentence.
     pub message: String,
 }
@@ -72,10 +83,15 @@ pub trait Executor: Send {
     /// KV of drafts is written as that of any token. The engine has what a rejected draft left in a block written again before
     /// anybody reads it.
     ///
+    /// The engine promises of a plan that keys are unique, ranges lie in their arrays, block ids in the arena, that the step is within
+    /// [`ExecutorInfo`]'s bounds, that what it follows is in flight, and that no step before it waits for [`Self::choose`]. Of such
+    /// plans the executor runs every one: prompts, generating sequences, targets, penalties, masks that are here and masks that
+    /// come later, in any mixture.
+    ///
     /// # Errors
-    /// [`ExecutorError`] if the device failed. The plan is the engine's promise: keys are unique, ranges
-    /// lie in their arrays, block ids in the arena, the step is within [`ExecutorInfo`]'s bounds, and what it follows is in
-    /// flight. An executor that sees a promise broken refuses the plan and never guesses.
+    /// [`Fault::Refused`] if it sees one of these promises broken, and for no other reason: the executor never guesses. Nothing of the plan has
+    /// run then, and steps in flight go on. The engine ends the plan's sequences ([`Event::Refused`](crate::Event::Refused)), counts
+    /// it ([`Engine::plans_refused`](crate::Engine::plans_refused)) and goes on. [`Fault::Failed`] if the device failed.
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError>;
 
     /// Has the tokens chosen of the step that was submitted last, whose plan says that they are
@@ -84,7 +100,7 @@ pub trait Executor: Send {
     /// another. Only executors that bear several steps in flight get such plans.
     ///
     /// # Errors
-    /// [`ExecutorError`] if the device failed, or if no step waits for this.
+    /// [`Fault::Failed`] if the device failed, [`Fault::Refused`] if no step waits for this.
     fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
         let _ = masks;
         Err(ExecutorError::nothing_to_choose())
@@ -93,7 +109,8 @@ pub trait Executor: Send {
     /// Waits for the oldest step that was not collected yet, and says what it made.
     ///
     /// # Errors
-    /// [`ExecutorError`] if the device failed, if there is no such step, or if its tokens are not [chosen](Self::choose) yet.
+    /// [`Fault::Failed`] if the device failed; [`Fault::Refused`] if there is no such step, or if its tokens are not
+    /// [chosen](Self::choose) yet.
     fn collect(&mut self) -> Result<StepOutput, ExecutorError>;
 
     /// One step from beginning to end, with no other under way.
@@ -107,31 +124,43 @@ pub trait Executor: Send {
 }
 
 impl ExecutorError {
+    /// The device failed, or what drives it: it is out of service. `message` is a sentence.
+    pub fn failed(message: impl Into<String>) -> Self {
+        Self {
+            fault: Fault::Failed,
+            message: message.into(),
+        }
+    }
+
+    fn refused(message: String) -> Self {
+        Self {
+            fault: Fault::Refused,
+            message,
+        }
+    }
+
+    /// [`Executor::submit`] with as many steps in flight as there may be: a defect of the caller.
+    pub fn too_many_in_flight(steps: usize) -> Self {
+        Self::refused(format!("{steps} steps are in flight already"))
+    }
+
     /// [`Executor::collect`] without a step to collect: a defect of the caller.
     pub fn nothing_submitted() -> Self {
-        Self {
-            message: "no step was submitted that could be collected".to_owned(),
-        }
+        Self::refused("no step was submitted that could be collected".to_owned())
     }
 
     /// [`Executor::choose`] without a step that waits for it: a defect of the caller.
     pub fn nothing_to_choose() -> Self {
-        Self {
-            message: "no step in flight waits for its tokens to be chosen".to_owned(),
-        }
+        Self::refused("no step in flight waits for its tokens to be chosen".to_owned())
     }
 
     /// A step that waits for [`Executor::choose`] is in the way: a defect of the caller.
     pub fn not_chosen(step: impl fmt::Display) -> Self {
-        Self {
-            message: format!("the tokens of {step} are not chosen yet"),
-        }
+        Self::refused(format!("the tokens of {step} are not chosen yet"))
     }
 
     /// A plan that breaks one of the engine's promises, and which.
     pub fn broken_plan(what: impl fmt::Display) -> Self {
-        Self {
-            message: format!("broken step plan: {what}"),
-        }
+        Self::refused(format!("broken step plan: {what}"))
     }
 }

@@ -125,6 +125,8 @@ pub struct FakeConfig {
 pub struct FakeFaults {
     /// After this one there is no finite logit.
     pub no_logit: Option<u32>,
+    /// A plan with this one is refused.
+    pub refuse: Option<u32>,
     /// With this one the step fails, and the executor with it.
     pub step: Option<u32>,
     /// With this one the step never ends.
@@ -375,9 +377,16 @@ impl Executor for FakeExecutor {
 
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         if self.submitted.len() >= self.info.steps_in_flight {
-            return Err(ExecutorError {
-                message: format!("{} steps are in flight already", self.submitted.len()),
-            });
+            return Err(ExecutorError::too_many_in_flight(self.submitted.len()));
+        }
+        if let Some(fault) = self
+            .faults
+            .refuse
+            .filter(|token| plan.tokens.contains(token))
+        {
+            return Err(ExecutorError::broken_plan(format!(
+                "the fake device refuses token {fault}, as it was told"
+            )));
         }
         self.check(plan)?;
         if let Some((last, _)) = self.submitted.back().filter(|(last, _)| last.chooses_later) {
@@ -424,9 +433,9 @@ impl Executor for FakeExecutor {
             std::thread::sleep(rest);
         }
         if let Some(fault) = self.faults.step.filter(|fault| plan.tokens.contains(fault)) {
-            return Err(ExecutorError {
-                message: format!("the fake device breaks on token {fault}, as it was told"),
-            });
+            return Err(ExecutorError::failed(format!(
+                "the fake device breaks on token {fault}, as it was told"
+            )));
         }
         if self
             .faults

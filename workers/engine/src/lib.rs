@@ -30,7 +30,8 @@
 //!
 //! Where things are:
 //!
-//! - `engine`, `messages`: what the owner sees; `engine/collect`: what a step made, given to its sequences.
+//! - `engine`, `messages`: what the owner sees; `engine/collect`: what a step made, given to its sequences; `engine/refused`: one that
+//!   the executor refused.
 //! - `scheduler`: which sequences run; `sequence`: one of them; `draft`: guesses of their next tokens; `constraint`: which of
 //!   these may come; `flight`: steps submitted and not collected.
 //! - `pool`, `table`: who holds which block; `free_list`, `evictable`, `prefix`: the books behind it; `journal`: what changes in the
@@ -73,7 +74,7 @@ pub use arena::{kv_geometry, uniform_arena};
 pub use constraint::{Constraint, Mask, TokenMask};
 pub use draft::Drafter;
 pub use engine::{Engine, PROBE_MAX};
-pub use executor::{Executor, ExecutorError, ExecutorInfo};
+pub use executor::{Executor, ExecutorError, ExecutorInfo, Fault};
 pub use fake::{FakeConfig, FakeExecutor, FakeFaults, FakeKv, FakeMemory};
 pub use fake_cells::{FakeCells, RankWords, fake_geometry};
 pub use fake_drafter::FakeDrafter;
@@ -82,7 +83,7 @@ pub use journal::PrefixChanges;
 pub use messages::{EngineConfig, EngineLoad, Event, NewSequence, ResumedSequence};
 pub use output::{Sampled, SampledRun, SequenceOutput, StepOutput};
 pub use pool::{BlockPool, PoolStats};
-pub use rows::{Rows, SequenceRows, Want, What, answer, count_followed, wants};
+pub use rows::{Rows, SequenceRows, Want, What, add_masks, answer, count_followed, wants};
 pub use sampling::{Distribution, Draw, LOGPROB_MIN, random_bits, sample, token_logprobs, uniform};
 pub use step::{
     Follows, SampleRequest, SampleRun, SampleState, SequenceStep, StepId, StepPlan, TokenCount,

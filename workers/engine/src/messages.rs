@@ -110,6 +110,14 @@ pub enum Event {
         /// Why, as a sentence.
         detail: String,
     },
+    /// The executor refused a step that the sequence was to be in, which is a defect of the engine or of the executor: it has left and its blocks
+    /// are given back. Whichever sequence it was about, the others of that step may go on as new prompts.
+    Refused {
+        /// Which.
+        key: u64,
+        /// Why, as a sentence.
+        detail: String,
+    },
     /// No block was left for the next token of a sequence, and this was the youngest one: it has left and its blocks
     /// are given back. Running prompt and output so far as a new prompt goes on with the same text.
     Preempted {

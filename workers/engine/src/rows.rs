@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::constraint::TokenMask;
 use crate::executor::{ExecutorError, ExecutorInfo};
 use crate::follow::Choices;
 use crate::output::SequenceOutput;
@@ -169,6 +170,13 @@ pub struct Want {
     pub what: What,
 }
 
+impl Want {
+    /// Whether a log-probability is reported of it, for which no mask is waited.
+    pub fn is_target(&self) -> bool {
+        matches!(self.what, What::Target { .. })
+    }
+}
+
 /// What is made of a row's logits.
 #[derive(Clone, Debug)]
 pub enum What {
@@ -212,6 +220,17 @@ pub fn wants(plan: &StepPlan, rows: &Rows) -> Vec<Want> {
         }));
     }
     wants
+}
+
+/// Gives rows the masks that their plan left for later, by sequence as [`Executor::choose`](crate::Executor::choose) brings them.
+pub fn add_masks(wants: &mut [Want], masks: &[Option<Arc<TokenMask>>]) {
+    for want in wants {
+        if let (What::Sample(request), Some(Some(mask))) =
+            (&mut want.what, masks.get(want.sequence))
+        {
+            request.mask = Some(Arc::clone(mask));
+        }
+    }
 }
 
 /// Counts the tokens that rows follow where penalties want it, once [`Rows::follow`] has filled them in: for an executor whose

@@ -494,6 +494,11 @@ impl EngineThread {
                 self.end_decoding(key, End::Failed(failure.clone()));
                 self.say(EngineEvent::Ended { key, failure });
             }
+            Event::Refused { key, detail } => {
+                let failure = Failure::new(FailureCode::Executor, detail);
+                self.end_decoding(key, End::Failed(failure.clone()));
+                self.say(EngineEvent::Ended { key, failure });
+            }
             Event::Preempted { key } => {
                 let message = "no KV block was left for its next token";
                 self.end_decoding(
@@ -559,6 +564,10 @@ impl EngineThread {
         }
         let tokens = load.decoding_tokens as u64;
         gauge.decoding_tokens.store(tokens, Ordering::Relaxed);
+        let refused = self.engine.as_ref().map(Engine::plans_refused);
+        if let Some(refused) = refused {
+            gauge.plans_refused.store(refused, Ordering::Relaxed);
+        }
     }
 
     /// Tells what steps cost, now and then.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_engine::{
-    Executor, ExecutorError, ExecutorInfo, StepOutput, StepPlan, TokenMask, kv_geometry,
+    Executor, ExecutorError, ExecutorInfo, Fault, StepOutput, StepPlan, TokenMask, kv_geometry,
 };
 use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
@@ -95,7 +95,7 @@ impl CudaExecutor {
     }
 
     /// Has all ranks do the same: the others are told `command`, the first does `own`. What all refuse alike leaves the executor as
-    /// it was; any other failure takes it out of service, for ranks that have not done the same cannot go on together.
+    /// it was; any other error takes it out of service, for ranks that have not done the same cannot go on together.
     fn together<T>(
         &mut self,
         command: impl FnOnce() -> Command,
@@ -114,7 +114,8 @@ impl CudaExecutor {
         if let Err(error) = &done
             && !self.all_refuse(error)
         {
-            self.failed = Some(error.clone());
+            let failed = ExecutorError::failed(error.message.clone());
+            return Err(self.failed.insert(failed).clone());
         }
         done
     }
@@ -131,6 +132,9 @@ impl CudaExecutor {
     }
 
     fn all_refuse(&mut self, like: &ExecutorError) -> bool {
+        if like.fault == Fault::Failed {
+            return false;
+        }
         let at_most = self.behind_max;
         let mut refused = self
             .others

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use baton_engine::{
     Choice, Choices, ExecutorError, ExecutorInfo, Rows, SequenceOutput, StepId, StepOutput,
-    StepPlan, TokenMask, Want, What, answer, kv_geometry, uniform_arena, wants,
+    StepPlan, TokenMask, Want, What, add_masks, answer, kv_geometry, uniform_arena, wants,
 };
 use baton_kv_memory::KvMemory;
 use baton_protocol::KvGeometry;
@@ -62,7 +62,8 @@ struct Step {
     wants: Vec<Want>,
     want_logits: bool,
     output: StepOutput,
-    /// Rows whose tokens are chosen later, and where the step's arrays lie. The GPU computes their logits.
+    /// Rows whose tokens are chosen later, all of the step's, and where its arrays lie. Their logits are the last that the GPU computes of
+    /// it, and stay until then.
     unchosen: Option<(Vec<Want>, StepAddresses)>,
 }
 
@@ -238,18 +239,12 @@ impl RankExecutor {
                     .upload(slot, shape, &self.rows, &wants, &[], &kv)?;
                 // SAFETY: the plan was checked against the arena; the graph was captured with these arrays' places.
                 unsafe { self.graphs[graph].1.launch()? };
-                match plan.chooses_later {
-                    true => step.unchosen = Some((wants, at)),
-                    false => self.sample(&mut step, wants, &at)?,
-                }
-            }
-            _ if plan.chooses_later => {
-                return Err(CudaError::Unsupported(format!(
-                    "{} is to have its tokens chosen later, and is no decode step of a captured size",
-                    plan.id
-                )));
+                self.sample_or_keep(&mut step, wants, at, plan.chooses_later)?;
             }
             _ => {
+                // Rows that may have to wait for masks are the last ones, so that what stays on the GPU is their logits.
+                wants.sort_by_key(|want| !want.is_target());
+                let mut targets = wants.iter().filter(|want| want.is_target()).count();
                 let work = self.attention.work(&self.rows);
                 let shape = StepShape {
                     rows: padded_rows(self.rows.tokens.len()),
@@ -265,14 +260,16 @@ impl RankExecutor {
                 unsafe { self.model.layers(&self.attention, shape, &at)? };
                 let most = self.model.logits_rows();
                 let mut wanted = at.wanted;
-                // More rows than there is room for logits are answered in turns.
-                while wants.len() > most {
-                    let rest = wants.split_off(most);
+                // More rows than there is room for logits are answered in turns. There is room for all that choose a token.
+                while wants.len() > most && targets > 0 {
+                    let turn = targets.min(most);
+                    let rest = wants.split_off(turn);
                     // SAFETY: rows of this step.
-                    unsafe { self.model.logits(wanted, most)? };
+                    unsafe { self.model.logits(wanted, padded_rows(turn))? };
                     self.sample(&mut step, wants, &at)?;
                     self.answer(&mut step)?;
-                    wanted += (most * size_of::<i32>()) as u64;
+                    wanted += (turn * size_of::<i32>()) as u64;
+                    targets -= turn;
                     wants = rest;
                 }
                 if !wants.is_empty() {
@@ -280,10 +277,25 @@ impl RankExecutor {
                     // SAFETY: rows of this step.
                     unsafe { self.model.logits(wanted, padded_rows(wants.len()))? };
                 }
-                self.sample(&mut step, wants, &at)?;
+                self.sample_or_keep(&mut step, wants, at, plan.chooses_later)?;
             }
         }
         Ok(step)
+    }
+
+    /// Has tokens chosen from the logits of `wants`, or keeps them for [`Self::choose`].
+    fn sample_or_keep(
+        &mut self,
+        step: &mut Step,
+        wants: Vec<Want>,
+        at: StepAddresses,
+        later: bool,
+    ) -> Result<(), CudaError> {
+        if later {
+            step.unchosen = Some((wants, at));
+            return Ok(());
+        }
+        self.sample(step, wants, &at)
     }
 
     /// Has tokens chosen from the logits of `wants`, and what was chosen copied to the host.
@@ -344,8 +356,11 @@ impl RankExecutor {
             let output = &mut sequences[want.sequence];
             match answer {
                 Answer::Target(logprobs) => output.target_logprobs.push(logprobs),
-                Answer::Sampled(Some(sampled)) => output.sampled = Some(sampled).into(),
-                Answer::Sampled(None) => *output = SequenceOutput::without_token(),
+                Answer::Sampled(Some(sampled)) => output.extend(SequenceOutput {
+                    sampled: Some(sampled).into(),
+                    ..SequenceOutput::default()
+                }),
+                Answer::Sampled(None) => output.extend(SequenceOutput::without_token()),
             }
         }
         Ok(())
@@ -420,9 +435,7 @@ impl RankExecutor {
     /// As [`baton_engine::Executor::submit`].
     pub(super) fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
         if self.submitted.len() == SLOTS {
-            return Err(ExecutorError {
-                message: format!("{SLOTS} steps are in flight already"),
-            });
+            return Err(ExecutorError::too_many_in_flight(SLOTS));
         }
         if let Some(last) = self.submitted.back().filter(|last| last.unchosen.is_some()) {
             return Err(ExecutorError::not_chosen(last.id));
@@ -445,13 +458,7 @@ impl RankExecutor {
         let chosen = match step.unchosen.take() {
             None => Err(ExecutorError::nothing_to_choose()),
             Some((mut wants, at)) => {
-                for want in &mut wants {
-                    if let (What::Sample(request), Some(Some(mask))) =
-                        (&mut want.what, masks.get(want.sequence))
-                    {
-                        request.mask = Some(Arc::clone(mask));
-                    }
-                }
+                add_masks(&mut wants, masks);
                 let bound = self.model.device.bind();
                 bound
                     .and_then(|()| self.sample(&mut step, wants, &at))

@@ -51,8 +51,8 @@ impl RankThread {
                     }
                 }
             })
-            .map_err(|error| ExecutorError {
-                message: format!("{name} cannot have a thread: {error}"),
+            .map_err(|error| {
+                ExecutorError::failed(format!("{name} cannot have a thread: {error}"))
             })?;
         Ok(Self {
             name,
@@ -119,9 +119,7 @@ impl RankThread {
     }
 
     fn error(&self, what: &str) -> ExecutorError {
-        ExecutorError {
-            message: format!("{}: {what}", self.name),
-        }
+        ExecutorError::failed(format!("{}: {what}", self.name))
     }
 }
 
@@ -144,9 +142,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     fn error(message: &str) -> ExecutorError {
-        ExecutorError {
-            message: message.to_owned(),
-        }
+        ExecutorError::failed(message)
     }
 
     #[test]

@@ -66,13 +66,11 @@ impl Engine {
         if rows.len() == output.sequences.len() && rows.iter().zip(&output.sequences).all(fits) {
             return Ok(());
         }
-        Err(ExecutorError {
-            message: format!(
-                "{} returned an output that does not fit its plan of {} sequences; this is a defect of the executor",
-                self.info().device,
-                rows.len()
-            ),
-        })
+        Err(ExecutorError::failed(format!(
+            "{} returned an output that does not fit its plan of {} sequences; this is a defect of the executor",
+            self.info().device,
+            rows.len()
+        )))
     }
 
     /// Rows and sequences are both in order of arrival. Rows of those that have left since are thrown away.

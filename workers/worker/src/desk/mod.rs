@@ -378,7 +378,7 @@ impl Desk {
                 self.decode_left(key);
             }
             EngineEvent::Ended { key, failure } => {
-                tracing::error!(key, %failure, "a sequence ended without a next token");
+                tracing::error!(key, %failure, "a sequence could not go on here");
                 if let Some(context) = &mut self.context {
                     context.failed(&mut self.common, key, failure);
                 }

@@ -60,7 +60,7 @@ pub(crate) enum EngineEvent {
     Prefilled(Box<Prefilled>),
     /// A sequence left, or was not taken.
     Left { key: u64, refusal: Option<Refusal> },
-    /// A sequence ended without a next token. A decode's API server is told already.
+    /// A sequence ended without a next token, or with a step that the executor refused. A decode's API server is told already.
     Ended { key: u64, failure: Failure },
     /// The executor broke; every sequence is gone.
     Failed { message: String },
@@ -101,6 +101,8 @@ pub(crate) struct LoadGauge {
     pub(crate) batch_tokens: AtomicU32,
     pub(crate) decoding: AtomicU32,
     pub(crate) decoding_tokens: AtomicU64,
+    /// Steps that the executor has refused.
+    pub(crate) plans_refused: AtomicU32,
     /// What steps cost, told every [`COST_STEPS`] steps.
     cost: Mutex<Option<MeasuredCost>>,
 }

@@ -32,9 +32,7 @@ impl Executor for Breaking {
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
         if self.steps_left == 0 {
             assert!(!self.panics, "out of steps");
-            return Err(ExecutorError {
-                message: "the device is gone".to_owned(),
-            });
+            return Err(ExecutorError::failed("the device is gone"));
         }
         self.steps_left -= 1;
         self.inner.collect()

@@ -224,5 +224,6 @@ fn load(common: &Common, held: &Held) -> Load {
         blocks_used: stats.used as u32,
         blocks_cached: stats.cached as u32,
         blocks_quarantined: stats.quarantined as u32,
+        plans_refused: engine.plans_refused.load(Ordering::Relaxed),
     }
 }

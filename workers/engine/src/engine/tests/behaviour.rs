@@ -422,6 +422,49 @@ fn a_sequence_without_a_next_token_ends_and_nobody_finds_its_prefix() {
     }
 }
 
+#[test]
+fn a_refused_step_ends_its_sequences_and_no_other() {
+    for steps_in_flight in [1, 2, 3] {
+        let setup = Setup {
+            steps_in_flight,
+            sequences: 3,
+            ..Setup::default()
+        };
+        let specs = [1, 2, 3].map(|seed| spec(&prompt(seed, 20), 20));
+        let mut bad = spec(&prompt(4, 90), 20);
+        bad.tokens.0[70] = VOCAB - 1;
+        let mut config = fake(setup);
+        config.never_emit = vec![VOCAB - 1];
+        config.faults.refuse = Some(VOCAB - 1);
+        let mut engine = engine_on(setup, Box::new(FakeExecutor::new(config)));
+        let mut driver = Driver::default();
+        driver.submit(&mut engine, 1, specs[0].clone());
+        driver.step(&mut engine);
+        driver.submit(&mut engine, 4, bad);
+        driver.submit(&mut engine, 2, specs[1].clone());
+        driver.submit(&mut engine, 3, specs[2].clone());
+        driver.run(&mut engine, 100);
+        // The bad one's second chunk is refused, and who was in that step; who waited for a place goes on to the end.
+        assert_eq!(engine.plans_refused(), 1);
+        let refused = |key| driver.refused.contains(&key);
+        assert!(refused(1) && refused(4), "{:?}", driver.refused);
+        assert!(!refused(2) || !refused(3), "{:?}", driver.refused);
+        for key in 1..=4 {
+            assert_ne!(refused(key), driver.finished.contains_key(&key), "{key}");
+        }
+        // They go on as prompts, with what they were told before.
+        let again: Vec<u64> = driver.refused.drain(..).filter(|key| *key != 4).collect();
+        for key in again {
+            submit(&mut engine, key, driver.so_far(key)).expect("taken again");
+        }
+        driver.run(&mut engine, 200);
+        for (key, spec) in (1..).zip(&specs) {
+            assert_eq!(driver.outputs[&key], alone(spec), "sequence {key}");
+        }
+        assert_empty(&engine);
+    }
+}
+
 /// An executor that breaks at a given step, in a given way.
 struct Broken {
     inner: FakeExecutor,
@@ -449,9 +492,7 @@ impl Executor for Broken {
         }
         match self.silent {
             true => Ok(StepOutput::default()),
-            false => Err(ExecutorError {
-                message: "the device fell off the bus".to_owned(),
-            }),
+            false => Err(ExecutorError::failed("the device fell off the bus")),
         }
     }
 }

@@ -163,7 +163,7 @@ fn a_constraint_that_fails_ends_its_sequence_and_no_other() {
                         assert!(detail.contains("no more masks"), "{detail}");
                         failed.push(key);
                     }
-                    Event::Preempted { .. } => panic!("there is room"),
+                    Event::Refused { .. } | Event::Preempted { .. } => panic!("there is room"),
                     Event::Begun { .. } | Event::Computed { .. } => {}
                 }
             }
@@ -216,7 +216,7 @@ fn a_constraint_that_fails_is_told_while_others_run_ahead() {
                     assert_eq!(key, 1);
                     return;
                 }
-                Event::Preempted { .. } => panic!("there is room"),
+                Event::Refused { .. } | Event::Preempted { .. } => panic!("there is room"),
                 Event::Begun { .. } | Event::Computed { .. } => {}
             }
         }

@@ -131,6 +131,7 @@ struct Driver {
     cached_tokens: u32,
     preemptions: usize,
     failed: Vec<u64>,
+    refused: Vec<u64>,
     /// Prompts that are streamed: their blocks, and tokens whose KV is there.
     begun: HashMap<u64, (Vec<BlockRun>, u32)>,
     /// How many have been.
@@ -234,6 +235,11 @@ impl Driver {
                     self.begun.remove(&key);
                     assert!(detail.contains("no finite logit"), "{detail}");
                     self.failed.push(key);
+                }
+                Event::Refused { key, detail } => {
+                    self.begun.remove(&key);
+                    assert!(detail.contains("broken step plan"), "{detail}");
+                    self.refused.push(key);
                 }
                 Event::Preempted { key } => {
                     self.preemptions += 1;

@@ -1,0 +1,27 @@
+//! A step that the executor refused: nothing of it ran. Its sequences end, the others go on.
+
+use super::Engine;
+use crate::{Event, ExecutorError};
+
+impl Engine {
+    /// Ends the sequences of the step that was planned last. Which of them the executor could not bear is not known, so all leave; each
+    /// goes on elsewhere, or here, as a new prompt.
+    pub(super) fn end_refused(&mut self, error: &ExecutorError, events: &mut Vec<Event>) {
+        self.plans_refused = self.plans_refused.saturating_add(1);
+        let rows = std::mem::take(&mut self.scheduler.flight).rows;
+        let steps = std::mem::take(&mut self.scheduler.plan.sequences);
+        for (step, row) in steps.iter().zip(&rows) {
+            let Some(mut sequence) = self.scheduler.remove(step.key) else {
+                continue;
+            };
+            sequence.in_flight -= row.tokens as usize;
+            if sequence.in_flight > 0 {
+                self.flights.give_back(sequence.blocks.take());
+            }
+            events.push(Event::Refused {
+                key: step.key,
+                detail: format!("the executor refused its step: {error}"),
+            });
+        }
+    }
+}
