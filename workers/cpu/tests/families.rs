@@ -9,7 +9,7 @@ use baton_engine::{Executor, kv_geometry};
 use baton_executor_tests::families::{
     broken_plans_are_refused, families, fp8_families, prompt_log_probabilities,
 };
-use baton_executor_tests::{Build, Tiny, probe, tiny_families};
+use baton_executor_tests::{Applies, Build, Tiny, probe, tiny_families};
 use baton_model::Mixer;
 use common::{chosen, executor, kernels};
 
@@ -65,9 +65,10 @@ fn masks_come_later() {
 #[test]
 fn runs_choose_what_single_steps_do() {
     for kernel in kernels() {
-        baton_executor_tests::runs::runs_choose_what_single_steps_do(&|build| {
+        let applies = baton_executor_tests::runs::runs_choose_what_single_steps_do(&|build| {
             Box::new(executor(kernel, 2, build))
         });
+        assert_eq!(applies, Applies::Yes);
     }
 }
 

@@ -9,8 +9,9 @@ use baton_executor_tests::company::{BLOCK_TOKENS, BLOCKS, alone, sequences, toge
 use baton_executor_tests::families::{
     broken_plans_are_refused, families, fp8_families, prompt_log_probabilities,
 };
+use baton_executor_tests::worlds::{Alike, worlds};
 use baton_executor_tests::{
-    Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, probe, step,
+    Applies, Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, probe, step,
     tiny_families,
 };
 use baton_model::{ModelDir, UniformSpec, WeightFormat};
@@ -79,7 +80,21 @@ fn masks_come_later() {
 #[test]
 #[ignore = "needs a GPU"]
 fn runs_choose_what_single_steps_do() {
-    baton_executor_tests::runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(b)));
+    let applies =
+        baton_executor_tests::runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(b)));
+    assert!(matches!(applies, Applies::No(_)), "{applies:?}");
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn everybody_is_told_what_he_is_told_alone() {
+    let seen = worlds(
+        &|b| Box::new(usual(b)),
+        1_000,
+        None,
+        Alike::Within(ERROR_MAX as f32),
+    );
+    assert!(seen.ahead > 0 && seen.runs == 0, "{seen:?}");
 }
 
 #[test]

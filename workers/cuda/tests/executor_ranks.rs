@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use baton_cuda::{CudaExecutor, CudaMemory, CudaModel, CudaOptions, Device, open_group};
-use baton_engine::kv_geometry;
+use baton_engine::{Executor, kv_geometry};
 use baton_executor_tests::company::{BLOCK_TOKENS, BLOCKS, alone, sequences, together};
 use baton_executor_tests::families::{family, prompt_log_probabilities};
+use baton_executor_tests::worlds::{Alike, worlds};
 use baton_executor_tests::{
-    Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, step, tiny_families,
+    Applies, Build, Part, Random, STEP_SEQUENCES_MAX, STEP_TOKENS_MAX, Tiny, golden, step,
+    tiny_families,
 };
 use baton_kv_memory::KvMemory;
 use baton_model::{ModelDir, ModelSpec, RankSource, TensorSource, UniformSpec, WeightFormat};
@@ -96,6 +98,16 @@ fn logits_are_those_of_the_plain_decoder() {
 
 #[test]
 #[ignore = "needs a GPU"]
+fn everybody_is_told_what_he_is_told_alone() {
+    let build = |b: Build<'_>| -> Box<dyn Executor> {
+        let count = [2, 3].into_iter().find(|&c| divides(b.spec, c));
+        Box::new(usual(count.expect("a number of ranks"), b))
+    };
+    worlds(&build, 300, None, Alike::Within(ERROR_MAX as f32));
+}
+
+#[test]
+#[ignore = "needs a GPU"]
 fn long_prompts_give_the_plain_decoder_s_logits() {
     const TOKENS: usize = 1300;
     let spec = UniformSpec {
@@ -147,7 +159,8 @@ fn steps_ahead_masks_runs_and_nan_are_as_on_one() {
     ahead::chunks_ahead(&|b| Box::new(usual(2, b)));
     masks::masks_are_obeyed(&|b| Box::new(usual(2, b)));
     masks::masks_come_later(&|b| Box::new(usual(2, b)));
-    runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(2, b)));
+    let applies = runs::runs_choose_what_single_steps_do(&|b| Box::new(usual(2, b)));
+    assert!(matches!(applies, Applies::No(_)), "{applies:?}");
     broken::rows_without_numbers(&|b| Box::new(usual(2, b)));
 }
 

@@ -1,6 +1,6 @@
 //! Every family against the plain decoder.
 
-use baton_engine::{Executor, SequenceStep, StepId, StepPlan};
+use baton_engine::{Executor, Fault, SequenceStep, StepId, StepPlan};
 use baton_model::WeightFormat;
 
 use crate::{Build, Builder, Part, Random, Tiny, step, tiny_families};
@@ -156,7 +156,11 @@ pub fn broken_plans_are_refused(executor: &mut dyn Executor) {
         (plan(vec![], vec![0], 0), "0 tokens"),
         (plan(vec![1; 8], vec![0; 20], 250), "takes 256"),
     ] {
-        let error = executor.forward(&broken).expect_err("refused").to_string();
+        let error = executor.forward(&broken).expect_err("refused");
+        assert_eq!(error.fault, Fault::Refused, "{error}");
+        let error = error.to_string();
         assert!(error.contains(word), "{error}");
     }
+    // Nothing of them ran.
+    assert!(executor.forward(&plan(vec![1; 8], vec![2], 8)).is_ok());
 }

@@ -8,6 +8,7 @@
 //! - [`runs`]: several tokens of a sequence chosen in one step, by an executor that says it can.
 //! - [`masks`]: tokens chosen among those that a mask allows.
 //! - [`broken`]: a row of NaN among others.
+//! - [`worlds()`](worlds::worlds): all that the engine asks of an executor, in random requests.
 //! - [`probe`]: steps take about as long as the measurement before the first of them says.
 //! - [`golden`]: real weights against Transformers.
 #![forbid(unsafe_code)]
@@ -23,6 +24,7 @@ pub mod probe;
 pub mod runs;
 mod steps;
 mod tiny;
+pub mod worlds;
 
 use baton_engine::Executor;
 use baton_model::{ModelSpec, TensorSource};
@@ -40,6 +42,16 @@ pub struct Build<'a> {
     pub block_tokens: u32,
     /// Blocks of the arena, whose bytes must be NaN everywhere: what is read and was not written shows.
     pub blocks: usize,
+}
+
+/// Whether a test applies to an executor. A crate's tests say which of them do, so that none passes for nothing unseen.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applies {
+    /// It ran.
+    Yes,
+    /// It did not, for this reason.
+    No(&'static str),
 }
 
 /// Most tokens and most sequences of a step that these tests run.

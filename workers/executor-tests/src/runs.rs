@@ -5,7 +5,7 @@ use std::sync::Arc;
 use baton_engine::{Executor, SampleRun, SampleState, Sampled, SequenceStep, StepId, StepPlan};
 
 use crate::ahead::sampling;
-use crate::{Build, Builder, Random, Tiny, tiny_families};
+use crate::{Applies, Build, Builder, Random, Tiny, tiny_families};
 
 const SEQUENCES: usize = 9;
 const PROMPT: usize = 13;
@@ -30,7 +30,7 @@ const MIN_TOKENS: usize = 20;
 ///
 /// # Panics
 /// If a token or a log-probability differs, or if the executor takes a run longer than it says it bears.
-pub fn runs_choose_what_single_steps_do(build: Builder<'_>) {
+pub fn runs_choose_what_single_steps_do(build: Builder<'_>) -> Applies {
     let spec = baton_model::UniformSpec {
         vocab: 301,
         ..tiny_families().remove(1)
@@ -72,6 +72,10 @@ pub fn runs_choose_what_single_steps_do(build: Builder<'_>) {
     assert!(error.contains("a run has 1 to"), "{error}");
     plan.sequences[0].sample.as_mut().expect("it is set").len = 0;
     assert!(executor.submit(&plan).is_err(), "a run of none");
+    match run_max {
+        1 => Applies::No("it bears runs of one token alone"),
+        _ => Applies::Yes,
+    }
 }
 
 /// What each sequence is told. `draft` guesses at most so many tokens of a sequence after so many known ones.
