@@ -2,11 +2,15 @@
 """What answers by schema cost, and whether they are valid.
 
     structured.py gaps --url URL [--streams 32] [--tokens 256] [--rounds 4]
+    structured.py beside --url URL [--plain 8] [--bound 4] [--every-ms 50] [--seconds 120]
     structured.py answers --url URL --schemas DIRECTORY [--every 10] --out FILE
     structured.py check --schemas DIRECTORY FILE
 
 `gaps`: the mean time between the tokens of streams that run at the same time, without and with a schema of each stream's own, in turn.
 The first and last tokens of a stream are left out, for then not all are there.
+
+`beside`: the same of plain streams alone, beside a few streams with a schema or without, in turn, while a prompt comes every few
+milliseconds. It fails if a request does, if a worker refused a step, or if a generation was tried again.
 
 `answers`: an answer at temperature 0 and one at 1 by each of JSON Schema Bench's schemas (`maskbench/data` of
 github.com/guidance-ai/jsonschemabench), with no white space between its parts, so that small models come to an end.
@@ -55,8 +59,8 @@ def people(stream):
     return {"type": "array", "minItems": 400, "maxItems": 400, "items": item, **COMPACT}
 
 
-def stream(a, model, number, with_schema, out):
-    numbers = random.Random(f"{with_schema}{number}")
+def stream(a, model, number, with_schema, out, part=0):
+    numbers = random.Random(f"{with_schema}{number}{part}")
     prompt = [numbers.randrange(1000, 30000) for _ in range(100)]
     body = {"model": model, "prompt": prompt, "max_tokens": a.tokens, "stream": True, "seed": number, "ignore_eos": True}
     if with_schema:
@@ -99,6 +103,72 @@ def gaps(a):
             print(f"{kind:14} ms between tokens, {name:4}", *(f"{value:.3f}" for value in column))
     free, bound = (statistics.median(each[0] for each in rounds[kind]) for kind in kinds)
     print(f"ratio of the means {bound / free:.4f}")
+
+
+def prompts(a, model, part, ends, took):
+    """A prompt every few milliseconds, none like another, until the streams have ended."""
+    def one(number):
+        numbers = random.Random(f"prompt {part} {number}")
+        prompt = [numbers.randrange(1000, 30000) for _ in range(a.prompt_tokens)]
+        began = time.perf_counter()
+        answer = post(a.url, "/v1/completions", {"model": model, "prompt": prompt, "max_tokens": 1})
+        body = answer.read()
+        took.append(time.perf_counter() - began if answer.status == 200 else body)
+
+    threads, due = [], time.perf_counter()
+    while not ends.is_set():
+        threads.append(threading.Thread(target=one, args=(len(threads),)))
+        threads[-1].start()
+        due += a.every_ms / 1e3
+        time.sleep(max(0, due - time.perf_counter()))
+    for thread in threads:
+        thread.join()
+
+
+def metric(url, name):
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def beside(a):
+    model = model_of(a.url)
+    kinds = {"without": False, "with a schema": True}
+    means, gaps, prompted, part = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}, [], 0
+    began = time.perf_counter()
+    # The first round of each wakes everything up.
+    while part < 2 * len(kinds) or time.perf_counter() - began < a.seconds:
+        for kind, with_schema in kinds.items():
+            plain, bound, ends, took = [], [], threading.Event(), []
+            prompter = threading.Thread(target=prompts, args=(a, model, part, ends, took))
+            threads = [threading.Thread(target=stream, args=(a, model, i, False, plain, part)) for i in range(a.plain)]
+            threads += [threading.Thread(target=stream, args=(a, model, a.plain + i, with_schema, bound, part)) for i in range(a.bound)]
+            for thread in [prompter, *threads]:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            ends.set()
+            prompter.join()
+            assert (len(plain), len(bound)) == (a.plain, a.bound), "a stream failed"
+            assert all(isinstance(one, float) for one in took), next(one for one in took if not isinstance(one, float))
+            prompted += took
+            part += 1
+            if part > len(kinds):
+                times = [times[BEFORE:-AFTER] for times in plain]
+                means[kind].append(statistics.median((one[-1] - one[0]) / (len(one) - 1) * 1e3 for one in times))
+                gaps[kind] += [(then - now) * 1e3 for one in times for now, then in zip(one, one[1:])]
+    for kind in kinds:
+        each, all_gaps = sorted(means[kind]), sorted(gaps[kind])
+        print(
+            f"{kind:14} {len(each)} rounds, ms between tokens of plain streams: mean {statistics.median(each):.3f} ({each[0]:.3f} to {each[-1]:.3f}), "
+            f"p50 {all_gaps[len(all_gaps) // 2]:.3f}, p99 {all_gaps[len(all_gaps) * 99 // 100]:.3f}"
+        )
+    free, bound = (statistics.median(means[kind]) for kind in kinds)
+    print(f"ratio of the means {bound / free:.4f}; {len(prompted)} prompts, median {statistics.median(prompted) * 1e3:.1f} ms")
+    refused, retried = metric(a.url, "baton_worker_plans_refused{"), metric(a.url, "baton_retries_total{")
+    print(f"{refused:.0f} steps refused, {retried:.0f} generations tried again, in {time.perf_counter() - began:.0f} s")
+    assert not refused and not retried
 
 
 def schemas(a):
@@ -172,7 +242,7 @@ def check(a):
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 commands = parser.add_subparsers(required=True)
-for command in (gaps, answers, check):
+for command in (gaps, beside, answers, check):
     sub = commands.add_parser(command.__name__)
     sub.set_defaults(run=command)
     if command is not check:
@@ -181,6 +251,13 @@ for command in (gaps, answers, check):
         sub.add_argument("--streams", type=int, default=32)
         sub.add_argument("--tokens", type=int, default=256)
         sub.add_argument("--rounds", type=int, default=4)
+    elif command is beside:
+        sub.add_argument("--plain", type=int, default=8)
+        sub.add_argument("--bound", type=int, default=4)
+        sub.add_argument("--every-ms", type=int, default=50)
+        sub.add_argument("--prompt-tokens", type=int, default=512)
+        sub.add_argument("--tokens", type=int, default=512)
+        sub.add_argument("--seconds", type=int, default=120)
     else:
         sub.add_argument("--schemas", type=Path, required=True)
         sub.add_argument("--every", type=int, default=10)
