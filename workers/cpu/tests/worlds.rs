@@ -1,4 +1,4 @@
-//! The engine's own plans on this executor: every sequence is told the same bits as alone.
+//! The engine's own plans on this executor: every sequence gets the same bits as alone.
 
 mod common;
 
@@ -11,7 +11,7 @@ use common::{chosen, ranks};
 const STEPS_IN_FLIGHT: Option<usize> = Some(2);
 
 #[test]
-fn everybody_is_told_what_he_is_told_alone() {
+fn every_sequence_gets_what_it_gets_alone() {
     worlds(
         &|build| Box::new(ranks(chosen(), 2, 1, build).0),
         1_000,

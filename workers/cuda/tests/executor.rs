@@ -87,7 +87,7 @@ fn runs_choose_what_single_steps_do() {
 
 #[test]
 #[ignore = "needs a GPU"]
-fn everybody_is_told_what_he_is_told_alone() {
+fn every_sequence_gets_what_it_gets_alone() {
     let seen = worlds(
         &|b| Box::new(usual(b)),
         1_000,

@@ -98,7 +98,7 @@ fn logits_are_those_of_the_plain_decoder() {
 
 #[test]
 #[ignore = "needs a GPU"]
-fn everybody_is_told_what_he_is_told_alone() {
+fn every_sequence_gets_what_it_gets_alone() {
     let build = |b: Build<'_>| -> Box<dyn Executor> {
         let count = [2, 3].into_iter().find(|&c| divides(b.spec, c));
         Box::new(usual(count.expect("a number of ranks"), b))

@@ -20,7 +20,7 @@ fn fake(build: Build<'_>, run_max: usize) -> FakeExecutor {
 }
 
 #[test]
-fn everybody_is_told_what_he_is_told_alone() {
+fn every_sequence_gets_what_it_gets_alone() {
     for steps in 1..=3 {
         for run_max in [1, 5] {
             let build = |build: Build<'_>| -> Box<dyn baton_engine::Executor> {

@@ -1,4 +1,4 @@
-//! What a sequence is told that has the executor to itself: one step for its prompt, one for each token after it.
+//! What a sequence gets that has the executor to itself: one step for its prompt, one for each token after it.
 
 use std::cmp::Ordering;
 
@@ -7,7 +7,7 @@ use baton_protocol::TokenLogprobs;
 
 use super::job::{End, Job};
 
-/// How near what a sequence is told must be to what it is told alone.
+/// How near what a sequence gets must be to what it gets alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Alike {
     /// The same bits.
@@ -66,6 +66,8 @@ impl Alone<'_> {
         for (i, sampled) in found.sampled.iter().enumerate() {
             let (_, expected, mut logits) = self.choose(job, &tokens[..i], true);
             if i == 0 {
+                let counts = [&found.prompt_logprobs, &expected].map(Vec::len);
+                assert_eq!(counts[0], counts[1], "{at}: of its prompt");
                 for (found, expected) in found.prompt_logprobs.iter().zip(expected) {
                     let error = (found.logprob - expected.logprob).abs();
                     assert!(error <= 2.0 * bound, "{at}: {found:?}, alone {expected:?}");
@@ -81,8 +83,8 @@ impl Alone<'_> {
                     sample(&mut logits.clone(), &request)
                 );
             };
-            let told = [&nearest, sampled].map(|s| s.logprobs.as_ref());
-            if let [Some(expected), Some(found)] = told {
+            let logprobs = [&nearest, sampled].map(|s| s.logprobs.as_ref());
+            if let [Some(expected), Some(found)] = logprobs {
                 let error = (found.logprob - expected.logprob).abs();
                 assert!(
                     error <= 4.0 * bound && found.top.len() == expected.top.len(),
@@ -91,6 +93,10 @@ impl Alone<'_> {
             }
             let alone = sample(&mut logits, &request);
             differ += usize::from(alone.is_none_or(|alone| alone.token != sampled.token));
+        }
+        if found.end == Some(End::Failed) {
+            let (alone, _, _) = self.choose(job, &tokens, false);
+            assert_eq!(alone, None, "{at}: it failed after {} tokens", tokens.len());
         }
         differ
     }

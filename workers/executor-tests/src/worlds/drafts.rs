@@ -1,8 +1,8 @@
-//! A drafter that knows what each sequence is told alone, and errs now and then.
+//! A drafter that knows what each sequence gets alone, and errs now and then.
 
 use baton_engine::Drafter;
 
-/// Prompts, and what each is told alone.
+/// Prompts, and what each gets alone.
 pub struct Guesses {
     pub texts: Vec<(Vec<u32>, Vec<u32>)>,
     pub vocab: u32,

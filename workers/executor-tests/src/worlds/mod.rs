@@ -1,8 +1,8 @@
-//! Worlds: random requests in an [`Engine`](baton_engine::Engine) of their own, on the executor that is tested. No plan is made by hand, so what the engine asks of
-//! executors is what they are tested with: chunks of prompts beside sequences that generate, shared prefixes, steps ahead, masks that
+//! Worlds: random requests in an [`Engine`](baton_engine::Engine) of their own, on the executor that is tested. No plan is made by hand,
+//! so what the engine asks of executors is what they are tested with: chunks of prompts beside sequences that generate, shared prefixes, steps ahead, masks that
 //! come later, drafts, classes, preemption, penalties, log-probabilities, stops, leases, and sequences that move.
 //!
-//! Every sequence is told what it is told alone ([`alone`]), whatever happens beside it. A world is a function of its seed.
+//! Every sequence gets what it gets alone ([`alone`]), whatever happens beside it. A world is a function of its seed.
 
 mod alone;
 mod drafts;
@@ -57,7 +57,7 @@ pub struct Seen {
     pub preempted: usize,
     /// Sequences that were taken out and began anew.
     pub moved: usize,
-    /// Prompts whose blocks were told while they ran.
+    /// Prompts that were streamed while they ran.
     pub streamed: usize,
     /// Tokens that were chosen.
     pub tokens: usize,
@@ -120,7 +120,7 @@ impl Seen {
 /// Runs so many worlds, with as many steps in flight as given, or as the executor says.
 ///
 /// # Panics
-/// If a sequence is told anything else than alone, if a plan is refused, if blocks are lost, or if something did not come up at all that
+/// If a sequence gets anything else than alone, if a plan is refused, if blocks are lost, or if something did not come up at all that
 /// the executor can do.
 pub fn worlds(
     build: Builder<'_>,

@@ -13,7 +13,7 @@ const STEPS_MAX: usize = 20_000;
 /// A request on its way.
 struct Underway {
     job: Job,
-    /// What it is told alone.
+    /// What it gets alone.
     alone: Text,
     found: Text,
     phase: Phase,
