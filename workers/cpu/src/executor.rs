@@ -53,21 +53,18 @@ pub struct CpuExecutor {
     buffers: Buffers,
     rows: Rows,
     /// Steps in flight, the oldest first: a step is computed when it is submitted.
-    done: VecDeque<Done>,
-    /// Of the last of them, whose tokens are chosen later: its residual stream is in the buffers until then.
+    done: VecDeque<(Choices, StepOutput)>,
+    /// A step behind them whose tokens are chosen later.
     unchosen: Option<Unchosen>,
 }
 
-/// A step that is computed.
-struct Done {
-    choices: Choices,
-    output: StepOutput,
-}
-
-/// What is missing of a step whose tokens are chosen later.
+/// A step that waits for masks. Its residual stream is in the buffers until they come.
 struct Unchosen {
     plan: StepPlan,
+    /// Rows whose tokens are chosen then.
     wants: Vec<Want>,
+    /// What is made of the others.
+    output: StepOutput,
 }
 
 /// Activations of a step that all ranks share, allocated once. Row strides are whole panels and K steps.
@@ -199,9 +196,11 @@ impl Executor for CpuExecutor {
 
     /// More steps may be in flight than are worth it here.
     fn submit(&mut self, plan: &StepPlan) -> Result<(), ExecutorError> {
-        self.no_step_waits()?;
+        if let Some(unchosen) = &self.unchosen {
+            return Err(ExecutorError::not_chosen(unchosen.plan.id));
+        }
         self.rows.fill(plan, &self.info)?;
-        let in_flight = self.done.iter().map(|done| &done.choices);
+        let in_flight = self.done.iter().map(|(choices, _)| choices);
         self.rows.follow(in_flight)?;
         self.embed();
         attention::pieces(
@@ -215,54 +214,52 @@ impl Executor for CpuExecutor {
         }
         let mut wants = wants(plan, &self.rows);
         count_followed(&mut wants, &self.rows);
-        if plan.chooses_later {
-            let (now, later) = wants.into_iter().partition(Want::is_target);
-            wants = now;
-            self.unchosen = Some(Unchosen {
-                plan: plan.clone(),
-                wants: later,
-            });
-        }
+        let later = plan.chooses_later.then(|| {
+            let later = wants.extract_if(.., |want| !want.is_target());
+            later.collect::<Vec<Want>>()
+        });
         let mut output = StepOutput {
             sequences: vec![SequenceOutput::default(); plan.sequences.len()],
         };
         self.answer(&wants, plan.want_logits, &mut output);
-        let choices = Choices::of(plan, &output);
-        self.done.push_back(Done { choices, output });
+        match later {
+            Some(wants) => {
+                self.unchosen = Some(Unchosen {
+                    plan: plan.clone(),
+                    wants,
+                    output,
+                });
+            }
+            None => self.done.push_back((Choices::of(plan, &output), output)),
+        }
         Ok(())
     }
 
     fn choose(&mut self, masks: &[Option<Arc<TokenMask>>]) -> Result<(), ExecutorError> {
-        let Some(Unchosen { plan, mut wants }) = self.unchosen.take() else {
+        let Some(unchosen) = self.unchosen.take() else {
             return Err(ExecutorError::nothing_to_choose());
         };
-        if let Some(mut last) = self.done.pop_back() {
-            add_masks(&mut wants, masks);
-            self.answer(&wants, plan.want_logits, &mut last.output);
-            last.choices = Choices::of(&plan, &last.output);
-            self.done.push_back(last);
-        }
+        let Unchosen {
+            plan,
+            mut wants,
+            mut output,
+        } = unchosen;
+        add_masks(&mut wants, masks);
+        self.answer(&wants, plan.want_logits, &mut output);
+        self.done.push_back((Choices::of(&plan, &output), output));
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutput, ExecutorError> {
-        if self.done.len() == 1 {
-            self.no_step_waits()?;
+        match (self.done.pop_front(), &self.unchosen) {
+            (Some((_, output)), _) => Ok(output),
+            (None, Some(unchosen)) => Err(ExecutorError::not_chosen(unchosen.plan.id)),
+            (None, None) => Err(ExecutorError::nothing_submitted()),
         }
-        let done = self.done.pop_front();
-        let done = done.ok_or_else(ExecutorError::nothing_submitted)?;
-        Ok(done.output)
     }
 }
 
 impl CpuExecutor {
-    fn no_step_waits(&self) -> Result<(), ExecutorError> {
-        match &self.unchosen {
-            Some(unchosen) => Err(ExecutorError::not_chosen(unchosen.plan.id)),
-            None => Ok(()),
-        }
-    }
-
     /// Embeddings into the residual stream, angles into cosines and sines.
     fn embed(&mut self) {
         let Self {

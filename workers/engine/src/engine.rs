@@ -204,12 +204,10 @@ impl Engine {
     /// Take a sequence out, in whatever phase it is, and give its blocks back: at once, or when the steps in flight that
     /// may touch them are collected. `false` if it is not here.
     pub fn abort(&mut self, key: u64) -> bool {
-        let Some(sequence) = self.scheduler.remove(key) else {
+        let Some(mut sequence) = self.scheduler.remove(key) else {
             return false;
         };
-        if sequence.in_flight > 0 {
-            self.flights.give_back(sequence.blocks);
-        }
+        self.flights.give_back_of(&mut sequence);
         true
     }
 

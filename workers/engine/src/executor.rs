@@ -42,10 +42,10 @@ pub struct ExecutorInfo {
     pub run_max: usize,
 }
 
-/// What an error leaves of the executor.
+/// The state of an executor after an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It was asked for what it may refuse. Nothing of that ran, and it is as it was before.
+    /// It refused the call. Nothing of it ran, and the executor is unchanged.
     Refused,
     /// It is out of service: what it left in the arena is unknown.
     Failed,
@@ -54,7 +54,7 @@ pub enum Fault {
 /// Why an executor did not do what it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecutorError {
-    /// What it is afterwards.
+    /// The executor's state afterwards.
     pub fault: Fault,
     /// What failed and where, as a sentence.
     pub message: String,
@@ -124,7 +124,7 @@ pub trait Executor: Send {
 }
 
 impl ExecutorError {
-    /// The device failed, or what drives it: it is out of service. `message` is a sentence.
+    /// The device or its driver failed: the executor is out of service. `message` is a sentence.
     pub fn failed(message: impl Into<String>) -> Self {
         Self {
             fault: Fault::Failed,

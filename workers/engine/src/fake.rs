@@ -385,7 +385,7 @@ impl Executor for FakeExecutor {
             .filter(|token| plan.tokens.contains(token))
         {
             return Err(ExecutorError::broken_plan(format!(
-                "the fake device refuses token {fault}, as it was told"
+                "the fake device is configured to refuse token {fault}"
             )));
         }
         self.check(plan)?;

@@ -118,6 +118,14 @@ impl Flights {
         Some(step)
     }
 
+    /// Give back the blocks of a sequence that leaves: at once, or as soon as no step in flight may touch them.
+    pub fn give_back_of(&mut self, sequence: &mut Sequence) {
+        let blocks = sequence.blocks.take();
+        if sequence.in_flight > 0 {
+            self.give_back(blocks);
+        }
+    }
+
     /// Give back blocks that steps in flight may touch, as soon as none does.
     pub fn give_back(&mut self, blocks: BlockTable) {
         if !self.is_empty() && !blocks.is_empty() {

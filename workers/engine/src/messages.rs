@@ -110,8 +110,8 @@ pub enum Event {
         /// Why, as a sentence.
         detail: String,
     },
-    /// The executor refused a step that the sequence was to be in, which is a defect of the engine or of the executor: it has left and its blocks
-    /// are given back. Whichever sequence it was about, the others of that step may go on as new prompts.
+    /// The executor refused a step with this sequence in it, which is a defect of the engine or of the executor. The sequence has left and its
+    /// blocks are given back. It can be retried as a new prompt: another sequence may be the cause.
     Refused {
         /// Which.
         key: u64,

@@ -564,8 +564,8 @@ impl EngineThread {
         }
         let tokens = load.decoding_tokens as u64;
         gauge.decoding_tokens.store(tokens, Ordering::Relaxed);
-        let refused = self.engine.as_ref().map(Engine::plans_refused);
-        if let Some(refused) = refused {
+        if let Some(engine) = &self.engine {
+            let refused = engine.plans_refused();
             gauge.plans_refused.store(refused, Ordering::Relaxed);
         }
     }

@@ -126,9 +126,7 @@ impl Engine {
                 }
                 GoesOn::Finished => {}
             }
-            if sequence.in_flight > 0 {
-                self.flights.give_back(sequence.blocks.take());
-            }
+            self.flights.give_back_of(sequence);
             false
         });
     }
@@ -182,9 +180,7 @@ impl Engine {
                 Ok((sampled, finish)) => prefilled(sequence, sampled, finish, (self.clock)()),
                 Err(detail) => {
                     sequence.blocks.forget();
-                    if sequence.in_flight > 0 {
-                        self.flights.give_back(sequence.blocks.take());
-                    }
+                    self.flights.give_back_of(&mut sequence);
                     failed(sequence.key, Some(detail))
                 }
             });

@@ -1,11 +1,11 @@
-//! A step that the executor refused: nothing of it ran. Its sequences end, the others go on.
+//! A step that the executor refused: nothing of it ran. Its sequences end, the others continue.
 
 use super::Engine;
 use crate::{Event, ExecutorError};
 
 impl Engine {
-    /// Ends the sequences of the step that was planned last. Which of them the executor could not bear is not known, so all leave; each
-    /// goes on elsewhere, or here, as a new prompt.
+    /// Ends the sequences of the step that was planned last. It is not known which of them the executor refused, so all leave. The API
+    /// server retries each on another worker, or on this one.
     pub(super) fn end_refused(&mut self, error: &ExecutorError, events: &mut Vec<Event>) {
         self.plans_refused = self.plans_refused.saturating_add(1);
         let rows = std::mem::take(&mut self.scheduler.flight).rows;
@@ -15,9 +15,7 @@ impl Engine {
                 continue;
             };
             sequence.in_flight -= row.tokens as usize;
-            if sequence.in_flight > 0 {
-                self.flights.give_back(sequence.blocks.take());
-            }
+            self.flights.give_back_of(&mut sequence);
             events.push(Event::Refused {
                 key: step.key,
                 detail: format!("the executor refused its step: {error}"),

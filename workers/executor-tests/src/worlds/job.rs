@@ -1,4 +1,4 @@
-//! A request of a world: what it asks for, and when it comes, moves and waits.
+//! A request of a world: what it asks for, when it arrives, when it is retried, and how long its KV is leased.
 
 use baton_engine::{NewSequence, SampleRequest, SampleState, TokenCount};
 use baton_protocol::{
@@ -8,28 +8,27 @@ use baton_protocol::{
 use super::rule::Rule;
 use crate::Random;
 
-/// Longest prompt and longest output, in tokens.
-pub const PROMPT_MAX: usize = 80;
-/// As above.
-pub const OUTPUT_MAX: usize = 24;
+/// Longest prompt, in tokens.
+const PROMPT_MAX: usize = 80;
+/// Longest output.
+const OUTPUT_MAX: usize = 24;
 
 /// What one sequence asks for. All of it is drawn from the world's random numbers.
 #[derive(Clone, Debug)]
 pub struct Job {
     pub prompt: Vec<u32>,
     pub generation: Generation,
-    pub salt: CacheSalt,
     pub service: Service,
     pub rule: Option<Rule>,
     /// Alternatives to report with each token of the prompt, if its log-probabilities are wanted.
     pub prompt_logprobs: Option<u8>,
     pub stream: bool,
-    /// The step before which it comes.
+    /// The step before which it is submitted.
     pub arrives: usize,
     /// Steps for which its KV is leased between prompt and output.
     pub leased: usize,
-    /// Output tokens after which it is taken out and begins anew, as on another worker.
-    pub moves_at: Option<usize>,
+    /// After so many output tokens it is aborted and submitted again, as a retry on another worker would be. `None` once that is done.
+    pub retry_at: Option<usize>,
 }
 
 /// Why a sequence ends.
@@ -71,7 +70,6 @@ impl Job {
         Self {
             prompt,
             generation,
-            salt: CacheSalt::NONE,
             service: Service {
                 tier,
                 priority: random.below(3) as i32 - 1,
@@ -82,7 +80,7 @@ impl Job {
             stream: one_in(random, 3),
             arrives: random.below(30),
             leased: random.below(4),
-            moves_at: one_in(random, 4).then(|| random.below(max_tokens)),
+            retry_at: one_in(random, 4).then(|| random.below(max_tokens)),
         }
     }
 
@@ -94,7 +92,7 @@ impl Job {
             tokens: PackedTokens(tokens),
             prompt_tokens: self.prompt.len() as u32,
             generation: self.generation.clone(),
-            cache_salt: self.salt,
+            cache_salt: CacheSalt::NONE,
             service: self.service,
         }
     }
@@ -142,6 +140,7 @@ impl Job {
         Some(End::Finished(finish))
     }
 
+    /// Not counted by the engine: that it counts right is tested with this.
     fn counts(&self, output: &[u32]) -> Vec<TokenCount> {
         let mut state = SampleState::default();
         let mut prompt = self.prompt.clone();

@@ -1,4 +1,4 @@
-//! An executor that many engines have, one after the other, and what they asked of it.
+//! One executor for many engines, one after the other, with a record of what they asked of it.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -17,11 +17,12 @@ pub struct Lent {
 impl Lent {
     /// What was asked of it so far.
     pub fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().expect("nobody panicked")
+        self.seen.lock().expect("a failed test has ended")
     }
 
-    fn executor(&self) -> MutexGuard<'_, Box<dyn Executor>> {
-        self.executor.lock().expect("nobody panicked with it")
+    /// The executor itself, while no engine has a step in flight.
+    pub fn executor(&self) -> MutexGuard<'_, Box<dyn Executor>> {
+        self.executor.lock().expect("a failed test has ended")
     }
 }
 

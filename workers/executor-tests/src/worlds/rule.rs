@@ -1,4 +1,4 @@
-//! A made-up grammar: which tokens may come depends on where the output stands and on the token before.
+//! A made-up grammar: which tokens may come depends on the length of the output and on its last token.
 
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,4 +1,4 @@
-//! One world: requests come, run in an engine, give way, wait, move and end.
+//! One world: requests are submitted to an engine, preempted, retried, leased and resumed, until all have ended.
 
 use baton_engine::{BlockTable, Engine, EngineConfig, Event, ResumedSequence, Sampled};
 
@@ -15,23 +15,22 @@ struct Underway {
     job: Job,
     /// What it gets alone.
     alone: Text,
+    /// What it got so far.
     found: Text,
     phase: Phase,
-    /// It has not moved yet.
-    moves: bool,
 }
 
 enum Phase {
-    /// It comes later.
+    /// It is not submitted yet.
     Away,
-    /// The engine has it.
+    /// It is in the engine.
     Inside,
     /// Its KV is leased until this step.
     Leased(BlockTable, usize),
     Over,
 }
 
-/// Runs the world of this seed on the executor that is lent, and holds each text against what comes alone.
+/// Runs the world of this seed on the executor that is lent, and compares each text with what the sequence gets alone.
 pub fn run(lent: &Lent, seed: u64, alike: Alike) {
     let mut random = Random(seed + 1);
     let mut world = World::of(lent, &mut random, format!("world {seed}"));
@@ -62,9 +61,8 @@ pub fn run(lent: &Lent, seed: u64, alike: Alike) {
 
 /// The executor without an engine.
 fn with_alone<T>(lent: &Lent, tokens_max: usize, work: impl FnOnce(&mut Alone<'_>) -> T) -> T {
-    let mut executor = lent.executor.lock().expect("nobody panicked");
     work(&mut Alone {
-        executor: &mut **executor,
+        executor: &mut **lent.executor(),
         tokens_max,
     })
 }
@@ -102,7 +100,6 @@ impl<'a> World<'a> {
             let job = Job::draw(random, vocab, &stems);
             Underway {
                 alone: with_alone(lent, tokens_max, |alone| alone.text(&job)),
-                moves: job.moves_at.is_some(),
                 job,
                 found: Text::default(),
                 phase: Phase::Away,
@@ -138,7 +135,7 @@ impl<'a> World<'a> {
                 self.engine
             );
             for key in 0..self.underway.len() {
-                self.turn(key);
+                self.act(key);
             }
             let events = match random.below(6) {
                 0 => self.engine.submit_ahead(),
@@ -147,7 +144,7 @@ impl<'a> World<'a> {
                 _ => self.engine.step(),
             };
             let events = events.unwrap_or_else(|error| panic!("{}: {error}", self.name));
-            events.into_iter().for_each(|event| self.hear(event));
+            events.into_iter().for_each(|event| self.handle(event));
             let checked = self.engine.check();
             checked.unwrap_or_else(|error| panic!("{}: {error}", self.name));
         }
@@ -161,16 +158,15 @@ impl<'a> World<'a> {
         assert_eq!(self.engine.plans_refused(), 0, "{}", self.name);
     }
 
-    /// What a request does by itself before a step.
-    fn turn(&mut self, key: usize) {
+    /// Submits, resumes or retries a request before a step, if it is time for that.
+    fn act(&mut self, key: usize) {
         let one = &mut self.underway[key];
-        let output = one.found.tokens();
-        match &mut one.phase {
+        let output = one.found.sampled.len();
+        match &one.phase {
             Phase::Away if one.job.arrives <= self.step => self.begin(key),
             Phase::Leased(_, until) if *until <= self.step => self.resume(key),
-            Phase::Inside if one.moves && one.job.moves_at <= Some(output.len()) => {
-                one.moves = false;
-                self.lent.seen().moved += 1;
+            Phase::Inside if one.job.retry_at.take_if(|at| *at <= output).is_some() => {
+                self.lent.seen().retried += 1;
                 assert!(
                     self.engine.abort(key as u64),
                     "{}: {key} is there",
@@ -210,7 +206,7 @@ impl<'a> World<'a> {
         taken.unwrap_or_else(|refusal| panic!("{}: {key} is refused: {refusal}", self.name));
     }
 
-    fn hear(&mut self, event: Event) {
+    fn handle(&mut self, event: Event) {
         match event {
             Event::Begun { .. } => self.lent.seen().streamed += 1,
             Event::Computed { .. } => {}
@@ -225,7 +221,7 @@ impl<'a> World<'a> {
             } => {
                 self.lent.seen().shared += usize::from(cached_tokens > 0);
                 let until = self.step + self.underway[key as usize].job.leased;
-                let one = self.told(key, sampled, finish.map(End::Finished));
+                let one = self.receive(key, sampled, finish.map(End::Finished));
                 one.found
                     .prompt_logprobs
                     .extend(prompt_logprobs.unwrap_or_default());
@@ -239,7 +235,7 @@ impl<'a> World<'a> {
                 sampled,
                 finish,
             } => {
-                let one = self.told(key, sampled, finish.map(End::Finished));
+                let one = self.receive(key, sampled, finish.map(End::Finished));
                 assert_eq!(one.found.sampled.len(), index as usize + 1, "{key}: a gap");
             }
             Event::Failed { key, .. } => {
@@ -257,7 +253,8 @@ impl<'a> World<'a> {
         }
     }
 
-    fn told(&mut self, key: u64, sampled: Sampled, end: Option<End>) -> &mut Underway {
+    /// Adds a token to a request's text, which may end with it.
+    fn receive(&mut self, key: u64, sampled: Sampled, end: Option<End>) -> &mut Underway {
         let one = &mut self.underway[key as usize];
         assert!(matches!(one.phase, Phase::Inside), "{}: {key}", self.name);
         one.found.sampled.push(sampled);

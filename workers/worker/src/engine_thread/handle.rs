@@ -60,7 +60,7 @@ pub(crate) enum EngineEvent {
     Prefilled(Box<Prefilled>),
     /// A sequence left, or was not taken.
     Left { key: u64, refusal: Option<Refusal> },
-    /// A sequence ended without a next token, or with a step that the executor refused. A decode's API server is told already.
+    /// A sequence ended: no next token could be chosen, or the executor refused its step. Of a decode job the API server already has the failure.
     Ended { key: u64, failure: Failure },
     /// The executor broke; every sequence is gone.
     Failed { message: String },

@@ -452,7 +452,7 @@ fn a_refused_step_ends_its_sequences_and_no_other() {
         for key in 1..=4 {
             assert_ne!(refused(key), driver.finished.contains_key(&key), "{key}");
         }
-        // They go on as prompts, with what they were told before.
+        // Retried as prompts that include the output so far, they give the same text.
         let again: Vec<u64> = driver.refused.drain(..).filter(|key| *key != 4).collect();
         for key in again {
             submit(&mut engine, key, driver.so_far(key)).expect("taken again");
