@@ -39,10 +39,20 @@ def post(url, path, body):
     return connection.getresponse()
 
 
-def model_of(url):
+def get(url, path):
     connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-    connection.request("GET", "/v1/models")
-    return json.load(connection.getresponse())["data"][0]["id"]
+    connection.request("GET", path)
+    return connection.getresponse().read().decode()
+
+
+def model_of(url):
+    return json.loads(get(url, "/v1/models"))["data"][0]["id"]
+
+
+def metric(url, name):
+    """The sum over all labels."""
+    lines = get(url, "/metrics").splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
 
 
 def people(stream):
@@ -59,7 +69,7 @@ def people(stream):
     return {"type": "array", "minItems": 400, "maxItems": 400, "items": item, **COMPACT}
 
 
-def stream(a, model, number, with_schema, out, part=0):
+def stream(a, model, number, with_schema, out, part=""):
     numbers = random.Random(f"{with_schema}{number}{part}")
     prompt = [numbers.randrange(1000, 30000) for _ in range(100)]
     body = {"model": model, "prompt": prompt, "max_tokens": a.tokens, "stream": True, "seed": number, "ignore_eos": True}
@@ -75,6 +85,17 @@ def stream(a, model, number, with_schema, out, part=0):
     out.append(times)
 
 
+def between_tokens(streams):
+    """Milliseconds: the median of the streams' means, and all of them in order."""
+    counted = [times[BEFORE:-AFTER] for times in streams]
+    mean = statistics.median((times[-1] - times[0]) / (len(times) - 1) * 1e3 for times in counted)
+    return mean, sorted((then - now) * 1e3 for times in counted for now, then in zip(times, times[1:]))
+
+
+def quantile(ordered, percent):
+    return ordered[len(ordered) * percent // 100]
+
+
 def together(a, model, with_schema):
     out = []
     threads = [threading.Thread(target=stream, args=(a, model, i, with_schema, out)) for i in range(a.streams)]
@@ -83,10 +104,8 @@ def together(a, model, with_schema):
     for thread in threads:
         thread.join()
     assert len(out) == a.streams, "a stream failed"
-    times = [times[BEFORE:-AFTER] for times in out]
-    gaps = sorted((then - now) * 1e3 for one in times for now, then in zip(one, one[1:]))
-    mean = statistics.median((one[-1] - one[0]) / (len(one) - 1) * 1e3 for one in times)
-    return mean, gaps[len(gaps) // 2], gaps[len(gaps) * 99 // 100]
+    mean, gaps = between_tokens(out)
+    return mean, quantile(gaps, 50), quantile(gaps, 99)
 
 
 def gaps(a):
@@ -106,14 +125,18 @@ def gaps(a):
 
 
 def prompts(a, model, part, ends, took):
-    """A prompt every few milliseconds, none like another, until the streams have ended."""
+    """A prompt every few milliseconds, none like another, until the streams have ended. Into `took` go the seconds of each, `None` if it failed."""
     def one(number):
         numbers = random.Random(f"prompt {part} {number}")
         prompt = [numbers.randrange(1000, 30000) for _ in range(a.prompt_tokens)]
-        began = time.perf_counter()
-        answer = post(a.url, "/v1/completions", {"model": model, "prompt": prompt, "max_tokens": 1})
-        body = answer.read()
-        took.append(time.perf_counter() - began if answer.status == 200 else body)
+        began, seconds = time.perf_counter(), None
+        try:
+            answer = post(a.url, "/v1/completions", {"model": model, "prompt": prompt, "max_tokens": 1})
+            assert answer.status == 200, answer.read()
+            answer.read()
+            seconds = time.perf_counter() - began
+        finally:
+            took.append(seconds)
 
     threads, due = [], time.perf_counter()
     while not ends.is_set():
@@ -123,13 +146,6 @@ def prompts(a, model, part, ends, took):
         time.sleep(max(0, due - time.perf_counter()))
     for thread in threads:
         thread.join()
-
-
-def metric(url, name):
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
 def beside(a):
@@ -142,8 +158,8 @@ def beside(a):
         for kind, with_schema in kinds.items():
             plain, bound, ends, took = [], [], threading.Event(), []
             prompter = threading.Thread(target=prompts, args=(a, model, part, ends, took))
-            threads = [threading.Thread(target=stream, args=(a, model, i, False, plain, part)) for i in range(a.plain)]
-            threads += [threading.Thread(target=stream, args=(a, model, a.plain + i, with_schema, bound, part)) for i in range(a.bound)]
+            threads = [threading.Thread(target=stream, args=(a, model, i, False, plain, f" of {part}")) for i in range(a.plain)]
+            threads += [threading.Thread(target=stream, args=(a, model, a.plain + i, with_schema, bound, f" of {part}")) for i in range(a.bound)]
             for thread in [prompter, *threads]:
                 thread.start()
             for thread in threads:
@@ -151,22 +167,22 @@ def beside(a):
             ends.set()
             prompter.join()
             assert (len(plain), len(bound)) == (a.plain, a.bound), "a stream failed"
-            assert all(isinstance(one, float) for one in took), next(one for one in took if not isinstance(one, float))
+            assert None not in took, "a prompt failed"
             prompted += took
             part += 1
             if part > len(kinds):
-                times = [times[BEFORE:-AFTER] for times in plain]
-                means[kind].append(statistics.median((one[-1] - one[0]) / (len(one) - 1) * 1e3 for one in times))
-                gaps[kind] += [(then - now) * 1e3 for one in times for now, then in zip(one, one[1:])]
+                mean, each = between_tokens(plain)
+                means[kind].append(mean)
+                gaps[kind] += each
     for kind in kinds:
         each, all_gaps = sorted(means[kind]), sorted(gaps[kind])
         print(
             f"{kind:14} {len(each)} rounds, ms between tokens of plain streams: mean {statistics.median(each):.3f} ({each[0]:.3f} to {each[-1]:.3f}), "
-            f"p50 {all_gaps[len(all_gaps) // 2]:.3f}, p99 {all_gaps[len(all_gaps) * 99 // 100]:.3f}"
+            f"p50 {quantile(all_gaps, 50):.3f}, p99 {quantile(all_gaps, 99):.3f}"
         )
     free, bound = (statistics.median(means[kind]) for kind in kinds)
     print(f"ratio of the means {bound / free:.4f}; {len(prompted)} prompts, median {statistics.median(prompted) * 1e3:.1f} ms")
-    refused, retried = metric(a.url, "baton_worker_plans_refused{"), metric(a.url, "baton_retries_total{")
+    refused, retried = metric(a.url, "baton_worker_plans_refused"), metric(a.url, "baton_retries_total")
     print(f"{refused:.0f} steps refused, {retried:.0f} generations tried again, in {time.perf_counter() - began:.0f} s")
     assert not refused and not retried
 
